@@ -1,0 +1,213 @@
+"""What is known of services: instances, and immutable snapshots of them.
+
+Every value here is immutable. A change of a service makes a new
+`ServiceSnapshot` that shares the instances it did not touch; who holds the old
+one goes on reading a consistent state.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, NewType
+
+import msgspec
+
+ServiceKey = NewType("ServiceKey", str)
+"""A service's name as its registry gives it: `b`, or `b.namespace`."""
+
+NODE = "node"
+ZONE = "zone"
+CLUSTER = "cluster"
+NAMESPACE = "namespace"
+REGISTRY = "registry"
+SERVICE = "service"
+
+MAX_LABELS = 64
+MAX_LABEL_LENGTH = 1024
+_SERVICE_KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
+
+
+class ModelError(ValueError):
+    """A value that no registry may publish. `where` names the field, `what` says why."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.where = where
+        self.what = what
+
+
+def parse_service_key(text: str) -> ServiceKey:
+    """Check a service's name.
+
+    Raises:
+        ModelError: it is empty, longer than 253 characters, or has others than letters, digits, `.`, `-` and `_`.
+    """
+    if not _SERVICE_KEY.fullmatch(text):
+        what = "is empty" if not text else f"{text!r} is no service name (letters, digits, '.', '-', '_'; at most 253)"
+        raise ModelError("service", what)
+    return ServiceKey(text)
+
+
+class EndpointKey(NamedTuple):
+    """What makes an instance itself, across updates of its labels and conditions. Its order is a tier's order."""
+
+    address: str
+    port: int
+    port_name: str
+    protocol: str
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
+
+
+class Conditions(msgspec.Struct, frozen=True):
+    """A registry's word on an instance's fitness, with the meaning of EndpointSlice conditions."""
+
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+
+
+READY = Conditions()
+
+
+class Instance(msgspec.Struct, frozen=True):
+    """One running copy of a service: where it listens, and its labels.
+
+    Build it with `make_instance`, which checks every field; `labels` must not be changed afterwards.
+    """
+
+    key: EndpointKey
+    labels: Mapping[str, str]
+    conditions: Conditions = READY
+
+    @property
+    def node(self) -> str:
+        """The node that it runs on; empty if unknown (L2)."""
+        return known(self.labels.get(NODE))
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether its address is of the IPv6 family."""
+        return ":" in self.key.address
+
+
+def known(label: str | None) -> str:
+    """A label's value with missing and blank both as the empty string: unknown (L1, L2)."""
+    return label.strip() if label is not None else ""
+
+
+def make_instance(
+    address: str,
+    port: int,
+    port_name: str = "",
+    labels: Mapping[str, str] | None = None,
+    conditions: Conditions = READY,
+    protocol: str = "tcp",
+) -> Instance:
+    """Check and build an instance.
+
+    Raises:
+        ModelError: the address is no IPv4 or IPv6 address, the port is not within 1 to 65535, or a label is too long.
+    """
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        what = "is empty" if not address.strip() else f"{address!r} is neither an IPv4 nor an IPv6 address"
+        raise ModelError("address", what) from None
+    if parsed.is_unspecified or parsed.is_multicast:
+        raise ModelError("address", f"{address!r} is no address of an instance")
+    if not 1 <= port <= 65535:
+        raise ModelError("port", f"{port} is not within 1 to 65535")
+    labels = dict(labels) if labels else {}
+    if len(labels) > MAX_LABELS:
+        raise ModelError("labels", f"{len(labels)} of them; at most {MAX_LABELS}")
+    for name, value in labels.items():
+        if not name or len(name) + len(value) > MAX_LABEL_LENGTH:
+            raise ModelError(f"labels.{name[:64]}", f"empty name, or longer than {MAX_LABEL_LENGTH} characters")
+    return Instance(EndpointKey(str(parsed), port, port_name, protocol or "tcp"), labels, conditions)
+
+
+class ServiceSnapshot(msgspec.Struct, frozen=True):
+    """All instances of one service at one moment.
+
+    Attributes:
+        service: whose.
+        version: opaque; equal versions of a service mean equal instances.
+        instances: by key, in no particular order; must not be changed.
+        unknown: no registry knows the service (its instances are then none).
+    """
+
+    service: ServiceKey
+    version: str
+    instances: Mapping[EndpointKey, Instance]
+    unknown: bool = False
+
+
+class ServiceChange(msgspec.Struct, frozen=True):
+    """What turns the snapshot of `base_version` into that of `version`."""
+
+    service: ServiceKey
+    base_version: str
+    version: str
+    upserted: tuple[Instance, ...]
+    removed: tuple[EndpointKey, ...]
+    unknown: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything but the version."""
+        return bool(self.upserted or self.removed)
+
+
+def index(instances: Iterable[Instance]) -> dict[EndpointKey, Instance]:
+    """Instances by key. Of several with one key the first stays."""
+    by_key: dict[EndpointKey, Instance] = {}
+    for instance in instances:
+        by_key.setdefault(instance.key, instance)
+    return by_key
+
+
+def diff(old: ServiceSnapshot | None, new: ServiceSnapshot) -> ServiceChange:
+    """The change from one snapshot of a service to another; from None, from nothing.
+
+    Costs one pass over both. Instances that the snapshots share are told by identity first.
+    """
+    before: Mapping[EndpointKey, Instance] = old.instances if old is not None else {}
+    after = new.instances
+    get = before.get
+    upserted = tuple(
+        instance for key, instance in after.items() if (was := get(key)) is not instance and was != instance
+    )
+    removed: tuple[EndpointKey, ...] = ()
+    # As many keys after as before, none of them new: then none can be missing.
+    if len(before) != len(after) or any(instance.key not in before for instance in upserted):
+        removed = tuple(key for key in before if key not in after)
+    return ServiceChange(
+        new.service, old.version if old is not None else "", new.version, upserted, removed, new.unknown
+    )
+
+
+class BaseMismatchError(ValueError):
+    """A change was applied to another snapshot than the one it was made from (D1: never a mix of the two)."""
+
+
+def apply(base: ServiceSnapshot, change: ServiceChange) -> ServiceSnapshot:
+    """The snapshot that a change leads to.
+
+    Raises:
+        BaseMismatchError: the change is of another service or starts from another version.
+    """
+    if change.service != base.service or change.base_version != base.version:
+        raise BaseMismatchError(
+            f"a change of {change.service} from version {change.base_version!r} does not fit"
+            f" {base.service} at version {base.version!r}"
+        )
+    instances = dict(base.instances)
+    for key in change.removed:
+        instances.pop(key, None)
+    for instance in change.upserted:
+        instances[instance.key] = instance
+    return ServiceSnapshot(base.service, change.version, instances, change.unknown)
