@@ -183,7 +183,9 @@ class ServiceChange(_message.Message):
     def __init__(self, service: _Optional[str] = ..., base_version: _Optional[str] = ..., version: _Optional[str] = ..., upserted: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[NetworkEndpoint, _Mapping]]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("interval_ms",)
+    __slots__ = ("interval_ms", "pending")
     INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
     interval_ms: int
-    def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
+    pending: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, interval_ms: _Optional[int] = ..., pending: _Optional[_Iterable[str]] = ...) -> None: ...

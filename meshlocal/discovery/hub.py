@@ -1,0 +1,310 @@
+"""The hub: merges the sources, versions every change, and hands watchers the latest state.
+
+Theory of operation. Each source has its own table of services. A service's
+merged instances are the union over the sources, the first source winning where
+two publish one endpoint. Whenever a merge differs from the one before, the
+service gets a new immutable snapshot, whose version follows from its content
+(`meshlocal.policy.version`), and every watcher of the service is marked.
+
+A watcher holds no queue: only which of its services are marked, and which
+snapshot of each it was given last. When it gets round to it, it is given the
+way from that snapshot to the latest in one step (D4). The hub remembers a few
+past snapshots of each service, which share all instances that did not change,
+so that a watcher that resumes from one of them is sent a change too (D1).
+
+A service can be spoken of when some source in sync knows it, or when all
+sources are in sync and none does (D3).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import trio
+
+from meshlocal.discovery.source import Instances, Source
+from meshlocal.net.log import get_log
+from meshlocal.policy import version
+from meshlocal.policy.backoff import Backoff, UniformSource
+from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
+
+_log = get_log("discovery")
+
+HISTORY = 16
+"""Past snapshots of a service that a watcher can resume from."""
+
+_RESTART_INITIAL = 0.5
+_RESTART_MAXIMUM = 30.0
+
+
+class Update(NamedTuple):
+    """One step for a watcher: from the snapshot that it holds (None: nothing) to the latest."""
+
+    base: ServiceSnapshot | None
+    latest: ServiceSnapshot
+
+
+class _Service:
+    __slots__ = ("history", "snapshot", "total", "watchers")
+
+    def __init__(self) -> None:
+        self.snapshot: ServiceSnapshot | None = None
+        self.total = 0
+        self.history: OrderedDict[str, ServiceSnapshot] = OrderedDict()
+        # A dict for its order: who came first is told first.
+        self.watchers: dict[Watcher, None] = {}
+
+
+class SourceState:
+    """One source as the hub sees it. Its methods are the source's `Publisher`."""
+
+    def __init__(self, hub: Hub, source: Source) -> None:
+        self._hub = hub
+        self.source = source
+        self.in_sync = False
+        self.problem: str | None = None
+        self.services: Mapping[ServiceKey, Instances] = {}
+        self._staged: dict[ServiceKey, Instances] | None = {}
+
+    def replace(self, services: Mapping[ServiceKey, Instances]) -> None:
+        """See `Publisher.replace`."""
+        if self._staged is not None:
+            self._staged = dict(services)
+            return
+        gone = [service for service in self.services if service not in services]
+        self.services = dict(services)
+        self._hub._merge([*services, *gone])
+
+    def update(self, service: ServiceKey, instances: Instances | None) -> None:
+        """See `Publisher.update`."""
+        services = self.services if self._staged is None else self._staged
+        assert isinstance(services, dict)
+        if instances is None:
+            services.pop(service, None)
+        else:
+            services[service] = instances
+        if self._staged is None:
+            self._hub._merge([service])
+
+    def report(self, problem: str | None) -> None:
+        """See `Publisher.report`."""
+        self.problem = problem
+
+    def _restarting(self) -> None:
+        """What was published stays; what comes next counts once the source is in sync again."""
+        self._staged = {}
+
+    def _started(self) -> None:
+        staged, self._staged = self._staged, None
+        first = not self.in_sync
+        self.in_sync = True
+        self.replace(staged or {})
+        if first:
+            self._hub._source_in_sync()
+
+
+class _InSync:
+    """The `task_status` that a source reports to."""
+
+    def __init__(self, state: SourceState, backoff: Backoff) -> None:
+        self._state = state
+        self._backoff = backoff
+
+    def started(self, value: None = None) -> None:
+        self._state._started()
+        self._state.report(None)
+        self._backoff.reset()
+        _log.info("source in sync", source=self._state.source.name, services=len(self._state.services))
+
+
+class Hub:
+    """Merges sources and serves watchers. All methods but `run` and the waits are synchronous.
+
+    Args:
+        sources: in order of precedence.
+        rng: for the jitter of a failed source's restart.
+    """
+
+    def __init__(self, sources: Sequence[Source], rng: UniformSource) -> None:
+        self.sources = [SourceState(self, source) for source in sources]
+        self._rng = rng
+        self._services: dict[ServiceKey, _Service] = {}
+        self._synced = trio.Event()
+        self.changes = 0
+        self.watcher_count = 0
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether every source has been in sync once."""
+        return self._synced.is_set()
+
+    async def wait_in_sync(self) -> None:
+        """Wait until every source has been in sync once."""
+        await self._synced.wait()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run every source, for ever. Started at once: watchers may come before the sources are in sync."""
+        async with trio.open_nursery() as nursery:
+            for state in self.sources:
+                nursery.start_soon(self._supervise, state)
+            task_status.started()
+            if not self.sources:
+                self._synced.set()
+                await trio.sleep_forever()
+
+    async def _supervise(self, state: SourceState) -> None:
+        backoff = Backoff(_RESTART_INITIAL, _RESTART_MAXIMUM, self._rng)
+        while True:
+            state._restarting()
+            try:
+                await state.source.run(state, task_status=_InSync(state, backoff))
+                problem = "it returned"
+            except Exception as exc:  # noqa: BLE001 - one registry's failure, of any kind, must not stop the others
+                problem = f"{type(exc).__name__}: {exc}"
+            state.report(problem)
+            delay = backoff.next()
+            _log.error("source failed", source=state.source.name, problem=problem, retry_in=round(delay, 3))
+            await trio.sleep(delay)
+
+    def snapshot(self, service: ServiceKey) -> ServiceSnapshot | None:
+        """The latest state of a service; None while nobody in sync can speak of it (D3)."""
+        known = self._services.get(service)
+        if known is not None and known.snapshot is not None:
+            return known.snapshot
+        return ServiceSnapshot(service, version.UNKNOWN, {}, unknown=True) if self.in_sync else None
+
+    def snapshots(self) -> list[ServiceSnapshot]:
+        """The latest state of every service that some registry knows, by name."""
+        current = (state.snapshot for state in self._services.values())
+        return sorted((each for each in current if each is not None and not each.unknown), key=lambda each: each.service)
+
+    @contextmanager
+    def watch(self, subscriptions: Mapping[ServiceKey, str]) -> Iterator[Watcher]:
+        """Follow services, each from the version that the watcher holds (empty: none)."""
+        watcher = Watcher(self, subscriptions)
+        self.watcher_count += 1
+        for service in subscriptions:
+            self._services.setdefault(service, _Service()).watchers[watcher] = None
+        try:
+            yield watcher
+        finally:
+            self.watcher_count -= 1
+            for service in subscriptions:
+                state = self._services[service]
+                del state.watchers[watcher]
+                self._forget_if_idle(service, state)
+
+    def _merge(self, services: Iterable[ServiceKey]) -> None:
+        for service in services:
+            tables = [
+                instances
+                for source in self.sources
+                if source.in_sync and (instances := source.services.get(service)) is not None
+            ]
+            if not tables:
+                if self.in_sync:
+                    self._publish(service, {}, unknown=True)
+                continue
+            merged = tables[0]
+            if len(tables) > 1:
+                union = dict(tables[-1])
+                for table in reversed(tables[:-1]):
+                    union.update(table)
+                merged = union
+            self._publish(service, merged, unknown=False)
+
+    def _publish(self, service: ServiceKey, instances: Instances, *, unknown: bool) -> None:
+        state = self._services.setdefault(service, _Service())
+        before = state.snapshot
+        change = diff(before, ServiceSnapshot(service, "", instances, unknown))
+        if before is not None and not change and before.unknown == unknown:
+            return
+        held: Instances = before.instances if before is not None else {}
+        gone = [held[key] for key in change.removed]
+        gone += [held[instance.key] for instance in change.upserted if instance.key in held]
+        state.total = version.changed(state.total, gone, change.upserted)
+        latest = ServiceSnapshot(
+            service, version.UNKNOWN if unknown else version.text(state.total), instances, unknown
+        )
+        state.snapshot = latest
+        state.history[latest.version] = latest
+        state.history.move_to_end(latest.version)
+        while len(state.history) > HISTORY:
+            state.history.popitem(last=False)
+        self.changes += 1
+        for watcher in state.watchers:
+            watcher._mark(service)
+        self._forget_if_idle(service, state)
+
+    def _source_in_sync(self) -> None:
+        if self.in_sync or not all(source.in_sync for source in self.sources):
+            return
+        self._synced.set()
+        for service, state in list(self._services.items()):
+            if state.snapshot is None:
+                self._publish(service, {}, unknown=True)
+
+    def _forget_if_idle(self, service: ServiceKey, state: _Service) -> None:
+        """Names that no registry knows are kept only while somebody watches them: anybody may ask for any."""
+        if not state.watchers and (state.snapshot is None or state.snapshot.unknown):
+            self._services.pop(service, None)
+
+    def _recall(self, service: ServiceKey, held: str) -> ServiceSnapshot | None:
+        state = self._services.get(service)
+        return state.history.get(held) if state is not None else None
+
+
+class Watcher:
+    """One watcher's place. Made by `Hub.watch`.
+
+    Attributes:
+        pending: its services of which nobody in sync can speak yet.
+    """
+
+    __slots__ = ("_held", "_hub", "_marked", "_resume", "_wake", "pending")
+
+    def __init__(self, hub: Hub, subscriptions: Mapping[ServiceKey, str]) -> None:
+        self._hub = hub
+        self._resume = dict(subscriptions)
+        self._held: dict[ServiceKey, ServiceSnapshot] = {}
+        self._marked = dict.fromkeys(subscriptions)
+        self._wake = trio.Event()
+        self.pending = set(subscriptions)
+
+    def _mark(self, service: ServiceKey) -> None:
+        self._marked[service] = None
+        self._wake.set()
+
+    async def wait(self) -> None:
+        """Wait until there may be something to take."""
+        await self._wake.wait()
+
+    def take(self) -> list[Update]:
+        """The way from what the watcher holds to the latest state, for each service that changed.
+
+        What is returned counts as held from now on.
+        """
+        self._wake = trio.Event()
+        marked, self._marked = self._marked, {}
+        updates: list[Update] = []
+        for service in marked:
+            latest = self._hub.snapshot(service)
+            if latest is None:
+                continue
+            self.pending.discard(service)
+            base = self._held.get(service)
+            if base is None:
+                resume = self._resume.pop(service)
+                self._held[service] = latest
+                if resume == latest.version:
+                    continue
+                base = self._hub._recall(service, resume) if resume else None
+            else:
+                if base.version == latest.version:
+                    continue
+                self._held[service] = latest
+            updates.append(Update(base, latest))
+        return updates

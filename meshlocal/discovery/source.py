@@ -1,0 +1,48 @@
+"""What a registry looks like to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import trio
+
+from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+
+Instances = Mapping[EndpointKey, Instance]
+"""A service's instances by key; not changed after it is published."""
+
+
+class Publisher(Protocol):
+    """Where a source puts what it learns. Calls never block."""
+
+    def replace(self, services: Mapping[ServiceKey, Instances]) -> None:
+        """Publish the source's whole state: services that are not in it are gone."""
+        ...
+
+    def update(self, service: ServiceKey, instances: Instances | None) -> None:
+        """Publish one service's whole state; None: the source no longer knows it."""
+        ...
+
+    def report(self, problem: str | None) -> None:
+        """Say what keeps the source from being current (shown to operators); None: nothing does."""
+        ...
+
+
+class Source(Protocol):
+    """A registry: a task that publishes what it knows, for ever.
+
+    `run` calls `task_status.started()` once, when it is in sync: when what it published is all that the registry
+    holds. Nothing that it publishes is served before (D3). An outage of the registry afterwards publishes nothing and
+    is no reason to return; a source that raises is started again, and its last state stays served until it is in sync
+    again.
+    """
+
+    @property
+    def name(self) -> str:
+        """What operators call it, for example `file:instances.yaml`."""
+        ...
+
+    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
+        """Publish for ever."""
+        ...

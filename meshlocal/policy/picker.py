@@ -1,0 +1,288 @@
+"""The order in which one request tries instances (behaviour rules L1 to O4, R1).
+
+Theory of operation. A `Picker` belongs to one snapshot of one service and never
+changes. It holds the usable instances in groups, each sorted by endpoint: a
+group for every tier, nearest first, then once more a group for every tier with
+the terminating instances, which are used only when nothing else is left (L4).
+A new snapshot makes a new picker, which shares the groups that did not change
+and is swapped in whole.
+
+What does change is in `Cursors`, which outlives pickers: for each group, the
+instance that comes next. It remembers the instance, as a position within the
+very group object that it was read from; when a later picker brings another
+group object, the position is found again by bisection on the endpoint (O3). So
+an instance that is added or removed elsewhere moves nothing, and one that is
+removed under the cursor moves it to its successor.
+
+A `Plan` is one request's walk: it takes the instance under the group's cursor
+that it has not tried yet, and sets the cursor one past it (O2). Walks share the
+cursors, so requests under way at the same time that fail on one dead instance
+go on to different ones. Plans are lazy: one that succeeds at once costs one
+cursor step, however many instances there are.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import chain
+from typing import NamedTuple, Protocol
+
+from meshlocal.policy.locality import LeftOut, Selector
+from meshlocal.policy.model import EndpointKey, Instance, ServiceChange, ServiceSnapshot
+
+
+class Reason(StrEnum):
+    """Why a request left the first tier (R1)."""
+
+    NODE_UNKNOWN = "node_unknown"
+    NO_LOCAL = "no_local"
+    LOCAL_FAILED = "local_failed"
+
+
+class RandomSource(Protocol):
+    """What cursors need of `random.Random`."""
+
+    def randrange(self, stop: int, /) -> int:
+        """A number from 0 up to, not including, `stop`."""
+        ...
+
+
+class Pick(NamedTuple):
+    """One step of a plan.
+
+    Attributes:
+        instance: what to try.
+        tier: its tier's index; 0 is the nearest.
+        reason: why the request left the first tier; None while it has not.
+        last_resort: the instance is terminating (L4).
+    """
+
+    instance: Instance
+    tier: int
+    reason: Reason | None
+    last_resort: bool = False
+
+
+class Group:
+    """Instances of one tier, sorted by endpoint. Immutable."""
+
+    __slots__ = ("instances", "keys")
+
+    def __init__(self, keys: Sequence[EndpointKey], instances: Sequence[Instance]) -> None:
+        self.keys = keys
+        self.instances = instances
+
+    def changed(self, removed: Sequence[EndpointKey], added: Sequence[Instance]) -> Group:
+        """A copy without some keys and with some instances; each costs a bisection and a move of pointers."""
+        keys, instances = list(self.keys), list(self.instances)
+        for key in removed:
+            at = bisect_left(keys, key)
+            del keys[at], instances[at]
+        for instance in added:
+            at = bisect_left(keys, instance.key)
+            keys.insert(at, instance.key)
+            instances.insert(at, instance)
+        return Group(keys, instances)
+
+
+_EMPTY = Group((), ())
+
+
+class Cursors:
+    """Where the rotation of each group of one service stands. The only mutable part.
+
+    Args:
+        rng: gives each cursor its first position (O4).
+    """
+
+    __slots__ = ("_rng", "_stands")
+
+    def __init__(self, rng: RandomSource) -> None:
+        self._rng = rng
+        self._stands: dict[int, tuple[Group, int]] = {}
+
+    def position(self, number: int, group: Group) -> int:
+        """The index, within a group that is not empty, of the instance that comes next."""
+        stand = self._stands.get(number)
+        if stand is None:
+            at = self._rng.randrange(len(group.keys))
+        elif stand[0] is group:
+            return stand[1]
+        else:
+            at = bisect_left(group.keys, stand[0].keys[stand[1]])
+            if at == len(group.keys):
+                at = 0
+        self._stands[number] = (group, at)
+        return at
+
+    def advance(self, number: int, group: Group, tried: int) -> None:
+        """Set the cursor one past the instance just tried."""
+        following = tried + 1
+        self._stands[number] = (group, following if following < len(group.keys) else 0)
+
+
+class Picker:
+    """The usable instances of one snapshot, in tiers. Immutable; built by `build` and `updated`.
+
+    Attributes:
+        selector: what decided on each instance.
+        snapshot: what it was built from.
+        matching: how many instances, usable or not, carry the proxy's own node as their label (L5).
+    """
+
+    __slots__ = ("_groups", "_leave", "_tiers", "matching", "selector", "snapshot")
+
+    def __init__(self, selector: Selector, snapshot: ServiceSnapshot, groups: Sequence[Group], matching: int) -> None:
+        locality = selector.locality
+        self.selector = selector
+        self.snapshot = snapshot
+        self.matching = matching
+        self._groups = groups
+        self._tiers = len(locality.tiers)
+        if not locality.own(locality.prefer[0]):
+            self._leave = Reason.NODE_UNKNOWN
+        elif not groups[0].keys:
+            self._leave = Reason.NO_LOCAL
+        else:
+            self._leave = Reason.LOCAL_FAILED
+
+    @classmethod
+    def build(cls, selector: Selector, snapshot: ServiceSnapshot) -> Picker:
+        """Place every instance of a snapshot."""
+        lists: list[list[Instance]] = [[] for _ in range(2 * len(selector.locality.tiers))]
+        node = selector.locality.node
+        matching = 0
+        for instance in snapshot.instances.values():
+            number = _group_number(selector, instance)
+            if number is not None:
+                lists[number].append(instance)
+            if node and instance.node == node:
+                matching += 1
+        groups = []
+        for members in lists:
+            members.sort(key=_key)
+            groups.append(Group([instance.key for instance in members], members) if members else _EMPTY)
+        return cls(selector, snapshot, groups, matching)
+
+    def updated(self, snapshot: ServiceSnapshot, change: ServiceChange) -> Picker:
+        """The picker of the snapshot that `change` led to from this one's, sharing what did not change.
+
+        Costs work for the changed instances and a copy of the pointers of the groups that they are in.
+        """
+        if 4 * (len(change.upserted) + len(change.removed)) > len(snapshot.instances):
+            return Picker.build(self.selector, snapshot)
+        before = self.snapshot.instances
+        node = self.selector.locality.node
+        matching = self.matching
+        removed: dict[int, list[EndpointKey]] = {}
+        added: dict[int, list[Instance]] = {}
+        for key in chain(change.removed, (instance.key for instance in change.upserted)):
+            old = before.get(key)
+            if old is None:
+                continue
+            number = _group_number(self.selector, old)
+            if number is not None:
+                removed.setdefault(number, []).append(key)
+            if node and old.node == node:
+                matching -= 1
+        for instance in change.upserted:
+            number = _group_number(self.selector, instance)
+            if number is not None:
+                added.setdefault(number, []).append(instance)
+            if node and instance.node == node:
+                matching += 1
+        groups = list(self._groups)
+        for number in removed.keys() | added.keys():
+            groups[number] = groups[number].changed(removed.get(number, ()), added.get(number, ()))
+        return Picker(self.selector, snapshot, groups, matching)
+
+    def plan(self, cursors: Cursors) -> Plan:
+        """One request's walk over every usable instance (O1)."""
+        return Plan(self, cursors)
+
+    def preview(self, cursors: Cursors) -> Iterator[Pick]:
+        """The picks of the next request's plan if every attempt fails (R2). Moves no cursor that stood already."""
+        tried: set[tuple[str, int]] = set()
+        for number, group in enumerate(self._groups):
+            if not group.keys:
+                continue
+            start = cursors.position(number, group)
+            for instance in chain(group.instances[start:], group.instances[:start]):
+                place = instance.key[:2]
+                if place not in tried:
+                    tried.add(place)
+                    yield self._pick(number, instance)
+
+    def left_out(self) -> Iterator[tuple[Instance, LeftOut]]:
+        """The instances that no plan contains, with the reason of each."""
+        for instance in self.snapshot.instances.values():
+            why = self.selector.left_out(instance)
+            if why is not None:
+                yield instance, why
+
+    def tier_sizes(self) -> Mapping[str, int]:
+        """Usable instances by tier name, terminating ones not counted."""
+        names = self.selector.locality.tiers
+        return {name: len(group.keys) for name, group in zip(names, self._groups, strict=False)}
+
+    def port_names(self) -> frozenset[str]:
+        """The port names among the usable instances; more than one calls for a `port_name` in the config."""
+        return frozenset(key.port_name for group in self._groups for key in group.keys)
+
+    def __len__(self) -> int:
+        """How many instances a plan can try at most."""
+        return sum(len(group.keys) for group in self._groups)
+
+    def _pick(self, number: int, instance: Instance) -> Pick:
+        tier = number % self._tiers
+        return Pick(instance, tier, self._leave if tier else None, number >= self._tiers)
+
+
+class Plan:
+    """One request's walk. Each `next` gives the next instance to try; None after the last.
+
+    A walk belongs to the picker that it began with: a snapshot that comes meanwhile does not change it.
+    """
+
+    __slots__ = ("_cursors", "_number", "_picker", "_taken", "_tried")
+
+    def __init__(self, picker: Picker, cursors: Cursors) -> None:
+        self._picker = picker
+        self._cursors = cursors
+        self._number = 0
+        self._taken = 0
+        self._tried: set[tuple[str, int]] = set()
+
+    def next(self) -> Pick | None:
+        """Take the next instance and step the cursor past it (O2)."""
+        groups = self._picker._groups
+        while self._number < len(groups):
+            group = groups[self._number]
+            size = len(group.keys)
+            if self._taken < size:
+                at = self._cursors.position(self._number, group)
+                for _ in range(size):
+                    # One address and port can stand under several port names; it is one instance to a request.
+                    place = group.keys[at][:2]
+                    if place not in self._tried:
+                        self._tried.add(place)
+                        self._taken += 1
+                        self._cursors.advance(self._number, group, at)
+                        return self._picker._pick(self._number, group.instances[at])
+                    at = at + 1 if at + 1 < size else 0
+            self._number += 1
+            self._taken = 0
+        return None
+
+
+def _key(instance: Instance) -> EndpointKey:
+    return instance.key
+
+
+def _group_number(selector: Selector, instance: Instance) -> int | None:
+    if selector.left_out(instance) is not None:
+        return None
+    tier = selector.tier(instance)
+    return tier + len(selector.locality.prefer) + 1 if instance.conditions.terminating else tier

@@ -1,0 +1,130 @@
+"""The discovery interface's messages, to and from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from meshlocal.policy.model import (
+    READY,
+    Conditions,
+    EndpointKey,
+    Instance,
+    ModelError,
+    ServiceChange,
+    ServiceKey,
+    ServiceSnapshot,
+    index,
+    make_instance,
+)
+from meshlocal.wire.pb import discovery_pb2 as pb
+
+OnBadInstance = Callable[[ServiceKey, ModelError], None]
+"""Told of each instance in an answer that is left out, and why; the others are used."""
+
+
+def instance_to_message(instance: Instance) -> pb.Instance:
+    """An instance as it travels. Conditions travel only where they are not the usual ones."""
+    message = pb.Instance(endpoint=endpoint_to_message(instance.key))
+    message.labels.labels.update(instance.labels)
+    if instance.conditions != READY:
+        conditions = instance.conditions
+        message.conditions.ready = conditions.ready
+        message.conditions.serving = conditions.serving
+        message.conditions.terminating = conditions.terminating
+    return message
+
+
+def instance_from_message(message: pb.Instance) -> Instance:
+    """An instance as a server sent it.
+
+    Raises:
+        ModelError: a field holds what no instance can have.
+    """
+    conditions = READY
+    if message.HasField("conditions"):
+        sent = message.conditions
+        conditions = Conditions(
+            ready=sent.ready if sent.HasField("ready") else True,
+            serving=sent.serving if sent.HasField("serving") else True,
+            terminating=sent.terminating,
+        )
+    endpoint = message.endpoint
+    return make_instance(
+        endpoint.address, endpoint.port, endpoint.port_name, message.labels.labels, conditions, endpoint.protocol
+    )
+
+
+def endpoint_to_message(key: EndpointKey) -> pb.NetworkEndpoint:
+    """An endpoint as it travels; the protocol only where it is not TCP."""
+    return pb.NetworkEndpoint(
+        address=key.address,
+        port=key.port,
+        port_name=key.port_name,
+        protocol="" if key.protocol == "tcp" else key.protocol,
+    )
+
+
+def endpoint_from_message(message: pb.NetworkEndpoint) -> EndpointKey:
+    """The key that an endpoint stands for. Not checked: it is only compared with keys that were."""
+    return EndpointKey(message.address, message.port, message.port_name, message.protocol or "tcp")
+
+
+def snapshot_event(snapshot: ServiceSnapshot) -> pb.WatchInstancesResponse:
+    """A service's whole state."""
+    return pb.WatchInstancesResponse(
+        snapshot=pb.ServiceSnapshot(
+            service=snapshot.service,
+            version=snapshot.version,
+            instances=[instance_to_message(instance) for instance in snapshot.instances.values()],
+            unknown=snapshot.unknown,
+        )
+    )
+
+
+def change_event(change: ServiceChange) -> pb.WatchInstancesResponse:
+    """What turns one version into another. A change to or from an unknown service travels as a snapshot instead."""
+    return pb.WatchInstancesResponse(
+        change=pb.ServiceChange(
+            service=change.service,
+            base_version=change.base_version,
+            version=change.version,
+            upserted=[instance_to_message(instance) for instance in change.upserted],
+            removed=[endpoint_to_message(key) for key in change.removed],
+        )
+    )
+
+
+def heartbeat_event(interval: float, pending: Iterable[ServiceKey]) -> pb.WatchInstancesResponse:
+    """Silence filled: an event comes at least every `interval` seconds."""
+    return pb.WatchInstancesResponse(
+        heartbeat=pb.Heartbeat(interval_ms=max(1, round(interval * 1000)), pending=sorted(pending))
+    )
+
+
+def snapshot_from_message(message: pb.ServiceSnapshot, on_bad: OnBadInstance) -> ServiceSnapshot:
+    """A service's whole state as a server sent it."""
+    service = ServiceKey(message.service)
+    instances = index(_instances(service, message.instances, on_bad))
+    return ServiceSnapshot(service, message.version, instances, message.unknown)
+
+
+def change_from_message(message: pb.ServiceChange, on_bad: OnBadInstance) -> ServiceChange:
+    """A change as a server sent it."""
+    service = ServiceKey(message.service)
+    return ServiceChange(
+        service,
+        message.base_version,
+        message.version,
+        tuple(_instances(service, message.upserted, on_bad)),
+        tuple(endpoint_from_message(removed) for removed in message.removed),
+    )
+
+
+def _instances(
+    service: ServiceKey, messages: Iterable[pb.Instance], on_bad: OnBadInstance
+) -> Iterator[Instance]:
+    for position, message in enumerate(messages):
+        try:
+            yield instance_from_message(message)
+        except ModelError as error:
+            on_bad(service, ModelError(f"instances[{position}].{error.where}", error.what))
