@@ -1,0 +1,216 @@
+"""Addresses and URLs as the configuration writes them.
+
+Each type has a `parse` that raises `AddressError`, and a `str()` that `parse` reads again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import msgspec
+
+from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
+from meshlocal.policy.problems import quote
+
+_DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
+_PORT = re.compile(r"[0-9]{1,5}")
+_LATER_DISCOVERY = ("grpcs", "ws", "wss")
+_LATER_SOURCES = ("kubernetes", "etcd", "dns")
+
+
+class AddressError(ValueError):
+    """A text that is no address, or none of the kind that is wanted. Its text says why."""
+
+
+class SocketAddress(msgspec.Struct, frozen=True):
+    """Where something listens: an IP address or `localhost`, without brackets, and a port (0: any free one)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return format_host_port(self.host, self.port)
+
+    @classmethod
+    def parse(cls, text: str) -> SocketAddress:
+        """Read `HOST:PORT`, an IPv6 address in brackets.
+
+        Raises:
+            AddressError: it is written otherwise, or its host is neither an IP address nor `localhost`.
+        """
+        host, port = _split_host_port(text, "HOST:PORT")
+        return cls(_bindable(host), port)
+
+
+class ListenAddress(msgspec.Struct, frozen=True):
+    """A listener of the proxy: where it listens (`SocketAddress`), and whose instances its connections go to."""
+
+    scheme: str
+    host: str
+    port: int
+    service: ServiceKey
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{format_host_port(self.host, self.port)}={self.service}"
+
+    @property
+    def address(self) -> SocketAddress:
+        """Where it listens."""
+        return SocketAddress(self.host, self.port)
+
+    @classmethod
+    def parse(cls, text: str) -> ListenAddress:
+        """Read `tcp://HOST:PORT=SERVICE`.
+
+        Raises:
+            AddressError: it is written otherwise.
+        """
+        form = "tcp://HOST:PORT=SERVICE"
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            raise AddressError(f"expected {form}, got {quote(text)}")
+        scheme = scheme.lower()
+        if scheme == "http":
+            raise AddressError("http listeners are not served by this version; use tcp://HOST:PORT=SERVICE")
+        if scheme != "tcp":
+            raise AddressError(f"unknown scheme {quote(scheme)}; expected {form}")
+        where, separator, service = rest.partition("=")
+        if not separator or not service:
+            raise AddressError(f"names no service; expected {form}, got {quote(text)}")
+        host, port = _split_host_port(where, form)
+        try:
+            key = parse_service_key(service)
+        except ModelError as error:
+            raise AddressError(str(error)) from None
+        return cls(scheme, _bindable(host), port, key)
+
+
+class DiscoveryUrl(msgspec.Struct, frozen=True):
+    """Where instances come from.
+
+    Attributes:
+        scheme: `grpc` (a discovery server) or `file` (an instances file, read by this process).
+        host: an IP address without brackets, or a DNS name; empty for a file.
+        port: 1 to 65535; 0 for a file.
+        path: the file's path as it was written; empty for a server.
+    """
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"file:{self.path}" if self.scheme == "file" else f"{self.scheme}://{self.authority}"
+
+    @property
+    def authority(self) -> str:
+        """`HOST:PORT`, an IPv6 address in brackets."""
+        return format_host_port(self.host, self.port)
+
+    @classmethod
+    def parse(cls, text: str) -> DiscoveryUrl:
+        """Read `grpc://HOST:PORT` or `file:PATH`.
+
+        Raises:
+            AddressError: it is written otherwise.
+        """
+        forms = "grpc://HOST:PORT or file:PATH"
+        match = _SCHEME.fullmatch(text)
+        if match is None:
+            raise AddressError(f"expected {forms}, got {quote(text)}")
+        scheme = match[1].lower()
+        if scheme == "file":
+            return cls("file", path=_file_path(match[2]))
+        if scheme in _LATER_DISCOVERY:
+            raise AddressError(f"{scheme}:// is not supported by this version; expected {forms}")
+        if scheme != "grpc" or not match[2].startswith("//"):
+            # `localhost:7070` looks like a scheme too.
+            raise AddressError(f"expected {forms}, got {quote(text)}")
+        host, port = _split_host_port(match[2][2:].removesuffix("/"), "grpc://HOST:PORT")
+        if port == 0:
+            raise AddressError("port 0 is not within 1 to 65535")
+        return cls("grpc", _check_host(host), port)
+
+
+class SourceUrl(msgspec.Struct, frozen=True):
+    """A registry that the discovery server reads: scheme `file`, and the path of an instances file as written."""
+
+    scheme: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.path}"
+
+    @classmethod
+    def parse(cls, text: str) -> SourceUrl:
+        """Read `file:PATH`.
+
+        Raises:
+            AddressError: it is written otherwise.
+        """
+        match = _SCHEME.fullmatch(text)
+        scheme = match[1].lower() if match is not None else ""
+        if match is not None and scheme == "file":
+            return cls("file", _file_path(match[2]))
+        if scheme in _LATER_SOURCES:
+            raise AddressError(f"{scheme}: is not supported by this version; expected file:PATH")
+        raise AddressError(f"expected file:PATH, got {quote(text)}")
+
+
+def format_host_port(host: str, port: int) -> str:
+    """`HOST:PORT`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _split_host_port(text: str, form: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if ":" not in host:
+            raise AddressError(f"only an IPv6 address stands in brackets, not {quote(host)}")
+    elif ":" in host or text.startswith("["):
+        raise AddressError(f"expected {form}, an IPv6 address in brackets; got {quote(text)}")
+    if not separator or not host or not port:
+        raise AddressError(f"expected {form}, got {quote(text)}")
+    if not _PORT.fullmatch(port) or int(port) > 65535:
+        raise AddressError(f"port {quote(port)} is not a number within 0 to 65535")
+    return host, int(port)
+
+
+def _ip_address(host: str) -> str | None:
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+def _bindable(host: str) -> str:
+    if host.lower() == "localhost":
+        return "localhost"
+    address = _ip_address(host)
+    if address is None:
+        raise AddressError(f"host {quote(host)} is neither an IP address nor localhost")
+    return address
+
+
+def _check_host(host: str) -> str:
+    if (address := _ip_address(host)) is not None:
+        return address
+    labels = host.removesuffix(".").split(".")
+    # A last label of digits only makes a mistyped IPv4 address, no name (RFC 1123, section 2.1).
+    if len(host) > 253 or labels[-1].isdigit() or not all(_DNS_LABEL.fullmatch(label) for label in labels):
+        raise AddressError(f"host {quote(host)} is neither an IP address nor a DNS name")
+    return host.lower()
+
+
+def _file_path(rest: str) -> str:
+    if rest.startswith("//"):
+        rest = rest.removeprefix("//")
+        if not rest.startswith("/"):
+            raise AddressError("a file URL names no host: write file:PATH or file:///PATH")
+    if not rest or "\0" in rest:
+        raise AddressError("names no file; expected file:PATH")
+    return rest

@@ -1,0 +1,233 @@
+"""The configuration: one schema, for the file, the environment and the flags alike.
+
+Every field carries its description, its default and its range, so that the checks and the reference documentation come
+from here alone. Times are seconds, as plain numbers. `meshlocal.policy.config_build` makes a `Config` out of plain
+data and says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.model import NODE, ServiceKey
+
+MAX_SECONDS = 2_592_000.0
+"""The longest time that may be configured: 30 days."""
+
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
+SecondsOrZero: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the configuration."""
+
+
+class AttemptPolicy(_Section, frozen=True):
+    """How long and how often a request is tried (A1, A7, O5)."""
+
+    connect_timeout_local: Annotated[
+        Seconds, Meta(description="Seconds to connect to an instance of the first tier.")
+    ] = 0.25
+    connect_timeout: Annotated[Seconds, Meta(description="Seconds to connect to an instance of any other tier.")] = 1.0
+    deadline: Annotated[
+        Seconds, Meta(description="Seconds for all attempts of one request together, until one has connected.")
+    ] = 10.0
+    max_attempts: Annotated[
+        Count | None, Meta(description="Instances that one request tries at most; null: every one.")
+    ] = None
+    first_snapshot_wait: Annotated[
+        SecondsOrZero,
+        Meta(description="Seconds that a request waits for its service's first snapshot; 0: not at all."),
+    ] = 5.0
+    idle_timeout: Annotated[
+        Seconds | None,
+        Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
+    ] = 3600.0
+
+
+class AttemptOverrides(_Section, frozen=True):
+    """What one service does otherwise than `proxy.attempts`: the same keys, each optional."""
+
+    connect_timeout_local: Annotated[
+        Seconds | UnsetType, Meta(description="Seconds to connect to an instance of the first tier.")
+    ] = UNSET
+    connect_timeout: Annotated[
+        Seconds | UnsetType, Meta(description="Seconds to connect to an instance of any other tier.")
+    ] = UNSET
+    deadline: Annotated[
+        Seconds | UnsetType, Meta(description="Seconds for all attempts of one request, until one has connected.")
+    ] = UNSET
+    max_attempts: Annotated[
+        Count | UnsetType | None, Meta(description="Instances that one request tries at most; null: every one.")
+    ] = UNSET
+    first_snapshot_wait: Annotated[
+        SecondsOrZero | UnsetType, Meta(description="Seconds that a request waits for the service's first snapshot.")
+    ] = UNSET
+    idle_timeout: Annotated[
+        Seconds | UnsetType | None,
+        Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
+    ] = UNSET
+
+    def over(self, base: AttemptPolicy) -> AttemptPolicy:
+        """The policy with these overrides in it."""
+        own = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not UNSET}
+        return msgspec.structs.replace(base, **own) if own else base
+
+
+class ServiceConfig(_Section, frozen=True):
+    """What holds for one service only."""
+
+    port_name: Annotated[
+        Name | None, Meta(description="Only instances whose port has this name are used (L4); null: any.")
+    ] = None
+    attempts: Annotated[AttemptOverrides, Meta(description="What the service does otherwise than proxy.attempts.")] = (
+        AttemptOverrides()
+    )
+
+
+class DiscoveryClientConfig(_Section, frozen=True):
+    """Where the proxy's instances come from, and how it stays connected to there (D1)."""
+
+    urls: Annotated[
+        tuple[DiscoveryUrl, ...],
+        Meta(
+            description="Discovery servers (grpc://HOST:PORT), tried in turn; or one instances file (file:PATH,"
+            " a relative path from the working directory)."
+        ),
+    ] = ()
+    connect_timeout: Annotated[Seconds, Meta(description="Seconds to connect to a discovery server.")] = 3.0
+    keepalive_interval: Annotated[
+        Seconds, Meta(description="Seconds of silence after which the connection is probed with a ping.")
+    ] = 10.0
+    keepalive_timeout: Annotated[
+        Seconds, Meta(description="Seconds that a ping's answer may take before the connection is given up.")
+    ] = 5.0
+    backoff_initial: Annotated[Seconds, Meta(description="Seconds before the first reconnect, before jitter.")] = 0.2
+    backoff_max: Annotated[Seconds, Meta(description="Seconds between reconnects at most, before jitter.")] = 15.0
+
+
+class DrainConfig(_Section, frozen=True):
+    """What happens between SIGTERM and the end (S1)."""
+
+    delay: Annotated[
+        SecondsOrZero, Meta(description="Seconds for which new connections are still taken, though not ready.")
+    ] = 0.0
+    timeout: Annotated[
+        SecondsOrZero, Meta(description="Seconds that connections then have to end before they are cancelled.")
+    ] = 30.0
+
+
+class ProxyConfig(_Section, frozen=True):
+    """The sidecar proxy."""
+
+    node_name: Annotated[
+        str | None,
+        Meta(description="The node that the proxy runs on; else the environment's NODE_NAME; blank: unknown (L1)."),
+    ] = None
+    namespace: Annotated[
+        str | None, Meta(description="The namespace that a bare service name belongs to; null: none.")
+    ] = None
+    labels: Annotated[
+        Mapping[str, str], Meta(description="The proxy's own labels beside node, such as zone and cluster (L3).")
+    ] = msgspec.field(default_factory=dict)
+    prefer: Annotated[
+        tuple[Name, ...],
+        Meta(description="Label keys in order of preference: instances that share the first one's value come first."),
+    ] = (NODE,)
+    within: Annotated[
+        Name | None,
+        Meta(description="A label key: instances that do not share the proxy's value are never used (L6); null: off."),
+    ] = None
+    discovery: Annotated[DiscoveryClientConfig, Meta(description="Where instances come from.")] = (
+        DiscoveryClientConfig()
+    )
+    listen: Annotated[
+        tuple[ListenAddress, ...],
+        Meta(description="Listeners: tcp://HOST:PORT=SERVICE. Port 0: any free one. An IPv6 address in brackets."),
+    ] = ()
+    admin: Annotated[
+        SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
+    ] = SocketAddress("127.0.0.1", 15000)
+    attempts: Annotated[AttemptPolicy, Meta(description="How long and how often a request is tried.")] = AttemptPolicy()
+    services: Annotated[
+        Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")
+    ] = msgspec.field(default_factory=dict)
+    drain: Annotated[DrainConfig, Meta(description="How the proxy stops.")] = DrainConfig()
+
+    def service(self, key: ServiceKey) -> ServiceConfig:
+        """What holds for the service. With `namespace` set, `b` and `b.NAMESPACE` are one service."""
+        found = self.services.get(key)
+        if found is None and self.namespace:
+            suffix = f".{self.namespace}"
+            bare = key.removesuffix(suffix) if key.endswith(suffix) else key + suffix
+            found = self.services.get(ServiceKey(bare))
+        return found if found is not None else ServiceConfig()
+
+    def attempts_for(self, service: ServiceKey) -> AttemptPolicy:
+        """The whole policy of one service: `attempts`, with the service's own overrides."""
+        return self.service(service).attempts.over(self.attempts)
+
+
+class DiscoveryServerConfig(_Section, frozen=True):
+    """The discovery server."""
+
+    bind: Annotated[
+        tuple[SocketAddress, ...], Meta(description="Where it listens, HOST:PORT; port 0: any free one.")
+    ] = (SocketAddress("127.0.0.1", 7070),)
+    sources: Annotated[
+        tuple[SourceUrl, ...],
+        Meta(description="Registries: file:PATH (an instances file; a relative path from the working directory)."),
+    ] = ()
+    zone: Annotated[str | None, Meta(description="The label zone of instances that come without one; null: none.")] = (
+        None
+    )
+    cluster: Annotated[
+        str | None, Meta(description="The label cluster of instances that come without one; null: none.")
+    ] = None
+    admin: Annotated[
+        SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
+    ] = None
+    heartbeat_interval: Annotated[
+        Seconds, Meta(description="Seconds of silence on a watch after which a heartbeat is sent.")
+    ] = 10.0
+    keepalive_interval: Annotated[
+        Seconds, Meta(description="Seconds of silence after which a connection is probed with a ping.")
+    ] = 30.0
+    keepalive_timeout: Annotated[
+        Seconds, Meta(description="Seconds that a ping's answer may take before the connection is given up.")
+    ] = 10.0
+    drain: Annotated[DrainConfig, Meta(description="How the server stops.")] = DrainConfig()
+
+
+class LogConfig(_Section, frozen=True):
+    """What is logged, to standard error."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="The least severe level that is logged.")
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "text", "json"], Meta(description="auto: text on a terminal, JSON elsewhere.")
+    ] = "auto"
+
+
+class Config(_Section, frozen=True):
+    """Everything that can be configured."""
+
+    proxy: Annotated[ProxyConfig, Meta(description="The sidecar proxy.")] = ProxyConfig()
+    discovery: Annotated[DiscoveryServerConfig, Meta(description="The discovery server.")] = DiscoveryServerConfig()
+    log: Annotated[LogConfig, Meta(description="Logging.")] = LogConfig()
+
+
+def resolve_node_name(configured: str | None, environment: Mapping[str, str]) -> str:
+    """The proxy's node: the configured name, else the environment's NODE_NAME, else unknown, the empty string (L1).
+
+    Blank is unknown: a configured blank is as good as none.
+    """
+    return (configured or "").strip() or environment.get("NODE_NAME", "").strip()
