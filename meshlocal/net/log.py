@@ -1,0 +1,281 @@
+"""Structured logging over the standard library's: an event, and fields beside it.
+
+    log = get_log(__name__)
+    log.warning("accept failed", listener="127.0.0.1:80", errno="EMFILE")
+
+`configure_logging` chooses between a format for people and JSON lines. In both a
+record is one line whatever its fields hold: control characters, line separators
+and unprintable characters are escaped, so that nobody can forge a record
+or drive a terminal with what he sends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, TextIO
+
+Format = Literal["auto", "text", "json"]
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+_COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
+_BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+_FIELDS = "meshlocal_fields"
+_MAX_DEPTH = 6
+_LARGEST_INT = 2**64
+
+
+class Log:
+    """Where a module's events go. `event` is a fixed phrase; what varies goes into fields."""
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def debug(self, event: str, /, **fields: object) -> None:
+        """Log what only a developer wants to see."""
+        self.log(logging.DEBUG, event, fields)
+
+    def info(self, event: str, /, **fields: object) -> None:
+        """Log a normal change of state."""
+        self.log(logging.INFO, event, fields)
+
+    def warning(self, event: str, /, **fields: object) -> None:
+        """Log what is wrong, but is coped with."""
+        self.log(logging.WARNING, event, fields)
+
+    def error(self, event: str, /, **fields: object) -> None:
+        """Log what somebody has to repair."""
+        self.log(logging.ERROR, event, fields)
+
+    def exception(self, event: str, /, **fields: object) -> None:
+        """Log an error with the exception that is being handled."""
+        self.log(logging.ERROR, event, fields, exc_info=True)
+
+    def log(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
+        """Log at a level of the standard library (`logging.INFO`, ...)."""
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, event, exc_info=exc_info, extra={_FIELDS: fields}, stacklevel=3)
+
+
+def get_log(name: str) -> Log:
+    """The log of a module (`__name__`)."""
+    return Log(logging.getLogger(name))
+
+
+class RateLimited:
+    """One event that may come thousands of times a second, logged at most once in `interval` seconds.
+
+    The next record that passes has the number of those left out since the last in its field `suppressed`.
+    """
+
+    __slots__ = ("_event", "_interval", "_level", "_log", "_next", "_suppressed")
+
+    def __init__(self, log: Log, level: int, event: str, *, interval: float) -> None:
+        self._log = log
+        self._level = level
+        self._event = event
+        self._interval = interval
+        self._next = -math.inf
+        self._suppressed = 0
+
+    def __call__(self, now: float, /, **fields: object) -> bool:
+        """Log the event unless it was just logged. `now` is in seconds of any monotonic clock. Tells whether it did."""
+        if now < self._next:
+            self._suppressed += 1
+            return False
+        if self._suppressed:
+            fields["suppressed"] = self._suppressed
+        self._next = now + self._interval
+        self._suppressed = 0
+        self._log.log(self._level, self._event, fields)
+        return True
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a record: ts (RFC 3339, UTC), level, logger, event, then the fields, flat.
+
+    A field that has the name of one of these gets an underscore after it. ASCII only, so that no
+    encoding of the stream and no reader's idea of a line break can hurt it.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line without its end."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry: dict[str, object] = {
+            "ts": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": _level_word(record),
+            "logger": record.name,
+            "event": _message(record),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            entry["exception"] = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+        for name, value in _fields(record):
+            while name in entry:
+                name += "_"
+            entry[name] = _jsonable(value)
+        return json.dumps(entry, ensure_ascii=True, separators=(",", ":"))
+
+
+class TextFormatter(logging.Formatter):
+    """For people: local time, level, logger, event, key=value; an exception as its chain and where it was raised."""
+
+    def __init__(self, *, colour: bool = False) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line without its end."""
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        stamp = f"{clock}.{int(record.msecs):03d}"
+        level = _level_word(record)
+        shown_level = f"{level:7}"
+        name = record.name.removeprefix("meshlocal.")
+        event = _escape(_message(record))
+        if self._colour:
+            stamp, name = f"{_DIM}{stamp}{_PLAIN}", f"{_DIM}{name}{_PLAIN}"
+            shown_level = f"{_COLOURS[level]}{shown_level}{_PLAIN}"
+            event = f"{_BOLD}{event}{_PLAIN}"
+        parts = [stamp, shown_level, name, event]
+        for key, value in _fields(record):
+            key = _quote(key)
+            parts.append(
+                f"{_DIM}{key}={_PLAIN}{_quote(_text(value))}" if self._colour else f"{key}={_quote(_text(value))}"
+            )
+        if record.exc_info and record.exc_info[1] is not None:
+            parts.append(f"exception={_quote(_exception_line(record.exc_info[1]))}")
+        return " ".join(parts)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """A type of its own, so that configuring again replaces it and leaves others' handlers alone."""
+
+
+def configure_logging(level: str = "info", format: Format = "auto", stream: TextIO | None = None) -> None:
+    """Send every logger's records to a stream (default: stderr). Calling it again replaces what it set before.
+
+    `auto` means text on a terminal and JSON elsewhere. Colour needs a terminal, and NO_COLOR unset or empty.
+
+    Raises:
+        ValueError: the level is none of debug, info, warning and error, or the format none of auto, text and json.
+    """
+    number = _LEVELS.get(level.lower())
+    if number is None:
+        raise ValueError(f"log level {level!r} is none of {', '.join(_LEVELS)}")
+    if format not in ("auto", "text", "json"):
+        raise ValueError(f"log format {format!r} is none of auto, text, json")
+    stream = stream if stream is not None else sys.stderr
+    terminal = stream.isatty()
+    handler = _Handler(stream)
+    if format == "text" or (format == "auto" and terminal):
+        handler.setFormatter(TextFormatter(colour=terminal and not os.environ.get("NO_COLOR")))
+    else:
+        handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        if isinstance(old, _Handler):
+            root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(number)
+
+
+def _level_word(record: logging.LogRecord) -> str:
+    if record.levelno >= logging.ERROR:
+        return "error"
+    if record.levelno >= logging.WARNING:
+        return "warning"
+    return "info" if record.levelno >= logging.INFO else "debug"
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception as error:  # noqa: BLE001 - another library's bad format string must not cost us the record
+        return f"{record.msg!r} ({type(error).__name__} in its arguments)"
+
+
+def _fields(record: logging.LogRecord) -> Iterator[tuple[str, object]]:
+    fields = getattr(record, _FIELDS, None)
+    return iter(fields.items()) if isinstance(fields, Mapping) else iter(())
+
+
+def _text(value: object) -> str:
+    """Any value as text. Never raises: what a field holds must not break who logs it."""
+    try:
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "backslashreplace")
+        if isinstance(value, BaseException):
+            return f"{type(value).__name__}: {value}"
+        if isinstance(value, int) and abs(value) >= _LARGEST_INT:
+            return hex(value)  # str() refuses more than 4300 digits
+        return str(value)
+    except Exception as error:  # noqa: BLE001 - a field's own __str__ may raise anything
+        return f"<{type(value).__name__}: {type(error).__name__} in __str__>"
+
+
+def _jsonable(value: object, depth: int = 0) -> object:
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value) is str:
+        return value
+    if type(value) is int and abs(value) < _LARGEST_INT:
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    if depth < _MAX_DEPTH:
+        if type(value) is dict:
+            return {_text(key): _jsonable(item, depth + 1) for key, item in value.items()}
+        if type(value) in (list, tuple, set, frozenset):
+            assert isinstance(value, Iterable)
+            return [_jsonable(item, depth + 1) for item in value]
+    return _text(value)
+
+
+def _escape(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for char in text
+    )
+
+
+def _quote(text: str) -> str:
+    if text and text.isprintable() and not any(char in ' "=\\' for char in text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{_escape(escaped)}"'
+
+
+def _exception_line(error: BaseException) -> str:
+    """An exception, its causes and a group's members, each with the innermost frames, on one line."""
+    seen: set[int] = set()
+    links: list[str] = []
+    queue: list[BaseException] = [error]
+    while queue and len(links) < 8:
+        link = queue.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        frames = traceback.extract_tb(link.__traceback__)[-3:]
+        where = " > ".join(f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
+        links.append(f"{_text(link)} ({where})" if where else _text(link))
+        if isinstance(link, BaseExceptionGroup):
+            queue.extend(link.exceptions)
+        if link.__cause__ is not None:
+            queue.append(link.__cause__)
+        elif link.__context__ is not None and not link.__suppress_context__:
+            queue.append(link.__context__)
+    return " <- ".join(links)

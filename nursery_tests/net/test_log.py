@@ -1,0 +1,209 @@
+"""net/log: one record is one line in both formats, and no field can break it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshlocal.net.log import JsonFormatter, Log, RateLimited, TextFormatter, configure_logging, get_log
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    root.manager._clear_cache()  # type: ignore[attr-defined]  # isEnabledFor caches what the level was
+
+
+def record(event: str, /, exc_info: Any = None, **fields: object) -> logging.LogRecord:
+    made = logging.makeLogRecord(
+        {"name": "meshlocal.net.x", "levelno": logging.WARNING, "msg": event, "meshlocal_fields": fields}
+    )
+    made.created, made.msecs, made.exc_info = 1700000000.25, 250.0, exc_info
+    return made
+
+
+def test_json_has_time_level_logger_event_and_fields() -> None:
+    line = JsonFormatter().format(record("accept failed", errno="EMFILE", count=3, ok=True, none=None))
+    assert json.loads(line) == {
+        "ts": "2023-11-14T22:13:20.250Z",
+        "level": "warning",
+        "logger": "meshlocal.net.x",
+        "event": "accept failed",
+        "errno": "EMFILE",
+        "count": 3,
+        "ok": True,
+        "none": None,
+    }
+
+
+def test_json_field_of_a_reserved_name_keeps_both() -> None:
+    entry = json.loads(JsonFormatter().format(record("e", level="high", event="x", event_="y")))
+    assert (entry["level"], entry["level_"]) == ("warning", "high")
+    assert (entry["event"], entry["event_"], entry["event__"]) == ("e", "x", "y")
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def strict(line: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        pytest.param(10**5000, hex(10**5000), id="more digits than str() takes"),
+        (b"a\xff\n", "a\\xff\n"),
+        (Unprintable(), "<Unprintable: ZeroDivisionError in __str__>"),
+        ({1: {"b": (1, 2)}}, {"1": {"b": [1, 2]}}),
+        (ValueError("bad"), "ValueError: bad"),
+    ],
+)
+def test_json_never_fails_on_odd_values(value: object, shown: object) -> None:
+    assert strict(JsonFormatter().format(record("e", value=value)))["value"] == shown
+    assert len(TextFormatter().format(record("e", value=value)).splitlines()) == 1
+
+
+def test_json_survives_a_value_that_holds_itself() -> None:
+    loop: list[object] = []
+    loop.append(loop)
+    assert "[...]" in json.dumps(strict(JsonFormatter().format(record("e", value=loop))))
+
+
+odd_text = st.text(st.characters(), max_size=20)  # surrogates and control characters included
+
+
+@given(odd_text, st.dictionaries(odd_text, odd_text, max_size=4))
+def test_one_record_is_one_line_and_json_gives_it_back(event: str, fields: dict[str, str]) -> None:
+    made = record(event)
+    made.meshlocal_fields = fields
+    line = JsonFormatter().format(made)
+    assert line.isascii()
+    assert line.isprintable()
+    entry = strict(line)
+    assert entry["event"] == event
+    assert set(fields.values()) <= set(entry.values())
+    text = TextFormatter().format(made)
+    assert text.isprintable()
+    assert len(text.splitlines()) == 1
+
+
+def test_text_quotes_what_would_be_ambiguous() -> None:
+    text = TextFormatter().format(record("it broke", a="plain", b="two words", c="", d='say "x"', e="a=b", f="l\n2"))
+    assert text.endswith('warning net.x it broke a=plain b="two words" c="" d="say \\"x\\"" e="a=b" f="l\\n2"')
+
+
+def raised() -> Any:
+    try:
+        try:
+            raise KeyError("inner\nforged")
+        except KeyError as inner:
+            raise ExceptionGroup("several", [ValueError("one")]) from inner
+    except ExceptionGroup:
+        return sys.exc_info()
+
+
+def test_exceptions_stay_on_the_line_with_causes_and_members() -> None:
+    text = TextFormatter().format(record("failed", exc_info=raised()))
+    assert text.isprintable()
+    for part in ("ExceptionGroup: several", "ValueError: one", "KeyError", "test_log.py"):
+        assert part in text
+    entry = json.loads(JsonFormatter().format(record("failed", exc_info=raised())))
+    assert "Traceback (most recent call last)" in entry["exception"]
+    assert "ValueError: one" in entry["exception"]
+
+
+def test_configure_chooses_by_terminal_and_replaces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    log = get_log("meshlocal.sample")
+    piped, terminal, plain = io.StringIO(), Terminal(), Terminal()
+    configure_logging("info", stream=piped)
+    log.info("first", n=1)
+    log.debug("not shown")
+    configure_logging("debug", "auto", terminal)
+    log.debug("second")
+    monkeypatch.setenv("NO_COLOR", "1")
+    configure_logging("warning", "auto", plain)
+    log.info("not shown")
+    log.error("third", n=3)
+    assert [json.loads(line)["event"] for line in piped.getvalue().splitlines()] == ["first"]
+    assert "second" in terminal.getvalue()
+    assert "\x1b[" in terminal.getvalue()
+    assert plain.getvalue().endswith("error   sample third n=3\n")
+    assert plain.getvalue().count("\n") == 1
+
+
+def test_text_off_a_terminal_has_no_colour_and_json_may_be_forced_on_one() -> None:
+    piped, terminal = io.StringIO(), Terminal()
+    configure_logging("info", "text", piped)
+    get_log("meshlocal.sample").info("text", a=1)
+    configure_logging("info", "json", terminal)
+    get_log("meshlocal.sample").info("json", a=1)
+    assert piped.getvalue().endswith("info    sample text a=1\n")
+    assert "\x1b" not in piped.getvalue()
+    assert json.loads(terminal.getvalue())["event"] == "json"
+
+
+def test_configure_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="log level 'loud' is none of debug, info, warning, error"):
+        configure_logging("loud")
+    with pytest.raises(ValueError, match="log format 'xml'"):
+        configure_logging("info", "xml")  # type: ignore[arg-type]  # a config value may be anything
+
+
+def test_other_libraries_records_are_formatted_too() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    logging.getLogger("other").warning("%s and %s", "this", "that")
+    bad = logging.makeLogRecord({"msg": "%d", "args": ("no number",)})
+    assert json.loads(stream.getvalue())["event"] == "this and that"
+    assert json.loads(JsonFormatter().format(bad))["event"] == "'%d' (TypeError in its arguments)"
+
+
+def test_exception_takes_the_one_being_handled() -> None:
+    stream = io.StringIO()
+    configure_logging("info", "json", stream)
+    try:
+        raise ValueError("gone")
+    except ValueError:
+        get_log("x").exception("it failed", who="me")
+    entry = json.loads(stream.getvalue())
+    assert (entry["event"], entry["who"], entry["level"]) == ("it failed", "me", "error")
+    assert entry["exception"].endswith("ValueError: gone")
+
+
+def test_rate_limit_logs_once_an_interval_and_counts_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    limited = RateLimited(Log(logging.getLogger("x")), logging.WARNING, "accept failed", interval=5)
+    assert [limited(now, at=now) for now in (100.0, 100.1, 104.9, 105.0, 105.1, 120.0)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
+    fields = [getattr(entry, "meshlocal_fields") for entry in caplog.records]  # noqa: B009 - set by `extra`
+    assert fields == [{"at": 100.0}, {"at": 105.0, "suppressed": 2}, {"at": 120.0, "suppressed": 1}]
