@@ -1,0 +1,355 @@
+"""Layers of plain data (flags, environment, file) → one checked `Config`, or every problem in them.
+
+Each layer is read against the schema by itself, so that a mistake is reported where it was made even if another layer
+overrides it. The layers are then merged key by key, and what spans several keys is checked last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
+
+import msgspec.inspect as schema
+
+from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
+from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
+from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote, unknown_key
+
+Kind: TypeAlias = Literal["text", "list", "mapping", "value"]
+Role: TypeAlias = Literal["proxy", "discovery"]
+
+
+class Layer(NamedTuple):
+    """Configuration from one origin.
+
+    Attributes:
+        origin: where it was read, as a person would say it: `flag`, `environment`, `config.yaml`.
+        data: nested mappings, lists, texts, numbers, booleans and None.
+        locate: the origin of one key, where more is known of it (`config.yaml:7`).
+    """
+
+    origin: str
+    data: object
+    locate: Callable[[KeyPath], str] | None = None
+
+    def where(self, path: KeyPath) -> str:
+        """The origin of one key."""
+        return self.locate(path) if self.locate is not None else self.origin
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. Its text has a line for each of `problems`, of which there is at least one.
+
+    `path`, `message` and `origin` are those of the first.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = tuple(problems)
+        self.path, self.message, self.origin = self.problems[0]
+
+
+def build_config(layers: Sequence[Layer], needs: Role | None = None) -> Config:
+    """Check the layers, and merge them: of two that give a key, the one that stands first wins.
+
+    Mappings are merged key by key, lists replaced whole. A null is a value where the schema allows one
+    (`max_attempts`), elsewhere the same as not giving the key.
+
+    Args:
+        layers: the strongest first: flags, environment, file.
+        needs: the part that must be complete: the proxy has a listener, the discovery server a source.
+
+    Raises:
+        ConfigError: anything is wrong; it lists every problem.
+    """
+    problems: list[Problem] = []
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        read = _Reader(layer, problems).read(_SCHEMA, layer.data, ()) if layer.data is not None else _NOTHING
+        if read is not _NOTHING:
+            _merge(merged, read)
+    if not problems:
+        config: Config = _construct(_SCHEMA, merged)
+        for path, message in _check(config, needs):
+            problems.append(Problem(format_path(path), message, _origin(layers, path)))
+        if not problems:
+            return config
+    raise ConfigError(problems)
+
+
+def kind_of(path: Sequence[str]) -> Kind | None:
+    """How the schema wants the value of a key: `value` is a number or null. None: there is no such key."""
+    kind: schema.Type = _SCHEMA
+    for step in path:
+        if _is_section(kind):
+            kind = next((_inner(field.type)[0] for field in kind.fields if field.name == step), schema.AnyType())
+        elif isinstance(kind, schema.DictType):
+            kind = _inner(kind.value_type)[0]
+        else:
+            return None
+    if _is_section(kind) or isinstance(kind, schema.DictType):
+        return "mapping"
+    if isinstance(kind, schema.VarTupleType):
+        return "list"
+    if isinstance(kind, schema.FloatType | schema.IntType):
+        return "value"
+    return None if isinstance(kind, schema.AnyType) else "text"
+
+
+def known_keys(path: Sequence[str] = ()) -> tuple[str, ...]:
+    """The keys of the section at the path; none if there is no such section, or it takes any key."""
+    kind: schema.Type = _SCHEMA
+    for step in path:
+        if not _is_section(kind):
+            return ()
+        kind = next((_inner(field.type)[0] for field in kind.fields if field.name == step), schema.AnyType())
+    return tuple(field.name for field in kind.fields) if _is_section(kind) else ()
+
+
+_SCHEMA = schema.type_info(Config)
+_NOTHING: Any = object()
+_PARSERS: Mapping[type, Callable[[str], object]] = {
+    SocketAddress: SocketAddress.parse,
+    ListenAddress: ListenAddress.parse,
+    DiscoveryUrl: DiscoveryUrl.parse,
+    SourceUrl: SourceUrl.parse,
+}
+
+
+def _is_section(kind: schema.Type) -> TypeGuard[schema.StructType]:
+    return isinstance(kind, schema.StructType) and kind.cls not in _PARSERS
+
+
+def _inner(kind: schema.Type) -> tuple[schema.Type, bool]:
+    """The type itself, and whether it may be null."""
+    if isinstance(kind, schema.Metadata):
+        return _inner(kind.type)
+    if isinstance(kind, schema.UnionType):
+        (some,) = (one for one in kind.types if not isinstance(one, schema.NoneType))
+        return _inner(some)[0], True
+    return kind, False
+
+
+class _Reader:
+    """Reads one layer: mappings of what the schema knows, with checked and converted leaves."""
+
+    def __init__(self, layer: Layer, problems: list[Problem]) -> None:
+        self._layer = layer
+        self._problems = problems
+
+    def _refuse(self, path: KeyPath, message: str) -> Any:
+        self._problems.append(Problem(format_path(path), message, self._layer.where(path)))
+        return _NOTHING
+
+    def read(self, kind: schema.Type, value: object, path: KeyPath) -> Any:
+        """The value as the schema wants it; `_NOTHING` if it is null or was refused."""
+        kind, optional = _inner(kind)
+        if value is None and optional:
+            return None
+        if _is_section(kind) or isinstance(kind, schema.DictType):
+            return self._read_mapping(kind, value, path)
+        if isinstance(kind, schema.VarTupleType):
+            return self._read_list(kind, value, path)
+        if isinstance(kind, schema.FloatType | schema.IntType):
+            return self._read_number(kind, value, path)
+        return self._read_text(kind, optional, value, path)
+
+    def _read_mapping(self, kind: schema.StructType | schema.DictType, value: object, path: KeyPath) -> Any:
+        if value is None:
+            return _NOTHING
+        if not isinstance(value, Mapping):
+            return self._refuse(path, f"expected a mapping, got {describe(value)}")
+        known = {field.name: field.type for field in kind.fields} if _is_section(kind) else None
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                self._refuse(path, f"expected text as a key, got {describe(key)}")
+                continue
+            here = (*path, key)
+            if known is None:
+                assert isinstance(kind, schema.DictType)
+                # A service's section may be empty, and then still names the service.
+                item = {} if item is None and _is_section(kind.value_type) else item
+                read = self.read(kind.value_type, item, here)
+            elif key not in known:
+                read = self._refuse(here, unknown_key(key, known))
+            elif item is None and not _inner(known[key])[1]:
+                continue
+            else:
+                read = self.read(known[key], item, here)
+            if read is not _NOTHING:
+                found[key] = read
+        return found
+
+    def _read_list(self, kind: schema.VarTupleType, value: object, path: KeyPath) -> Any:
+        if not isinstance(value, list | tuple):
+            return self._refuse(path, f"expected a list, got {describe(value)}")
+        items = [self.read(kind.item_type, item, (*path, position)) for position, item in enumerate(value)]
+        return _NOTHING if _NOTHING in items else tuple(items)
+
+    def _read_number(self, kind: schema.FloatType | schema.IntType, value: object, path: KeyPath) -> Any:
+        whole = isinstance(kind, schema.IntType)
+        name = "a whole number" if whole else "a number of seconds"
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            return self._refuse(path, f"expected {name}, got {describe(value)}")
+        assert isinstance(value, int | float)
+        least = kind.ge if kind.ge is not None else kind.gt
+        if (
+            not math.isfinite(value)
+            or (kind.ge is not None and value < kind.ge)
+            or (kind.gt is not None and value <= kind.gt)
+            or (kind.le is not None and value > kind.le)
+        ):
+            low = f"{least:g}" if kind.ge is not None else f"more than {least:g}"
+            return self._refuse(path, f"expected {name}, from {low} to {kind.le:.0f}; got {describe(value)}")
+        return value if whole else float(value)
+
+    def _read_text(self, kind: schema.Type, optional: bool, value: object, path: KeyPath) -> Any:
+        choices = [str(one) for one in kind.values] if isinstance(kind, schema.LiteralType) else []
+        if not isinstance(value, str):
+            hint = "; put it between quotes" if isinstance(value, bool | int | float) and not choices else ""
+            expected = f"one of {', '.join(choices)}" if choices else "text"
+            return self._refuse(path, f"expected {expected}, got {describe(value)}{hint}")
+        if isinstance(kind, schema.StructType):
+            if optional and value in ("none", "off"):
+                return None
+            try:
+                return _PARSERS[kind.cls](value)
+            except AddressError as error:
+                return self._refuse(path, str(error))
+        if choices and value not in choices:
+            hint = did_you_mean(value, choices)
+            return self._refuse(path, f"expected one of {', '.join(choices)}, got {describe(value)}{hint}")
+        if isinstance(kind, schema.StrType):
+            if kind.min_length and not value.strip():
+                return self._refuse(path, "is empty")
+            if kind.max_length is not None and len(value) > kind.max_length:
+                return self._refuse(path, f"is longer than {kind.max_length} characters")
+        return value
+
+
+def _merge(strong: dict[str, Any], weak: Mapping[str, Any]) -> None:
+    for key, value in weak.items():
+        if key not in strong:
+            strong[key] = value
+        elif isinstance(value, dict) and isinstance(strong[key], dict):
+            _merge(strong[key], value)
+
+
+def _construct(kind: schema.Type, value: Any) -> Any:
+    kind, _ = _inner(kind)
+    if _is_section(kind):
+        kinds = {field.name: field.type for field in kind.fields}
+        return kind.cls(**{name: _construct(kinds[name], item) for name, item in value.items()})
+    if isinstance(kind, schema.DictType):
+        return {key: _construct(kind.value_type, item) for key, item in value.items()}
+    return value
+
+
+def _origin(layers: Sequence[Layer], path: KeyPath) -> str:
+    """Where the value in force was given; empty for a default."""
+    return next((layer.where(path) for layer in layers if _has(layer.data, path)), "")
+
+
+def _has(data: object, path: KeyPath) -> bool:
+    for step in path:
+        if isinstance(data, Mapping) and step in data:
+            data = data[step]
+        elif isinstance(data, list | tuple) and isinstance(step, int) and step < len(data):
+            data = data[step]
+        else:
+            return False
+    return True
+
+
+_Finding: TypeAlias = tuple[KeyPath, str]
+
+
+def _check(config: Config, needs: Role | None) -> Iterator[_Finding]:
+    """What no key shows by itself."""
+    yield from _check_proxy(config.proxy)
+    yield from _check_server(config.discovery)
+    if needs == "proxy":
+        if not config.proxy.listen:
+            yield ("proxy", "listen"), "no listener is given; such as tcp://127.0.0.1:15001=b"
+        if not config.proxy.discovery.urls:
+            yield ("proxy", "discovery", "urls"), "no discovery URL is given; such as grpc://127.0.0.1:7070"
+    if needs == "discovery":
+        if not config.discovery.sources:
+            yield ("discovery", "sources"), "no source is given; such as file:instances.yaml"
+        if not config.discovery.bind:
+            yield ("discovery", "bind"), "no address is given; such as 127.0.0.1:7070"
+
+
+def _check_proxy(proxy: ProxyConfig) -> Iterator[_Finding]:
+    at = "proxy"
+    for name, value in proxy.labels.items():
+        if name == NODE:
+            yield (at, "labels", name), "is set by proxy.node_name"
+        if not name.strip() or len(name) + len(value) > MAX_LABEL_LENGTH:
+            yield (at, "labels", name), f"empty name, or longer than {MAX_LABEL_LENGTH} characters"
+    if len(proxy.labels) > MAX_LABELS:
+        yield (at, "labels"), f"{len(proxy.labels)} of them; at most {MAX_LABELS}"
+    if not proxy.prefer:
+        yield (at, "prefer"), "is empty; at least one label key, such as node"
+    yield from _check_repeated((at, "prefer"), proxy.prefer)
+    if proxy.within is not None and proxy.within != NODE and not proxy.labels.get(proxy.within, "").strip():
+        message = f"proxy.labels has no {quote(proxy.within)}, so that no instance could ever be used"
+        yield (at, "within"), message
+    urls, client = proxy.discovery.urls, proxy.discovery
+    if len(urls) > 1:
+        for position, url in enumerate(urls):
+            if url.scheme == "file":
+                yield (
+                    (at, "discovery", "urls", position),
+                    "an instances file stands alone, with no other discovery URL",
+                )
+    yield from _check_repeated((at, "discovery", "urls"), urls)
+    if client.backoff_initial > client.backoff_max:
+        message = f"{client.backoff_initial:g} is more than proxy.discovery.backoff_max, {client.backoff_max:g}"
+        yield (at, "discovery", "backoff_initial"), message
+    sockets: list[tuple[KeyPath, SocketAddress]] = [
+        ((at, "listen", position), listener.address) for position, listener in enumerate(proxy.listen)
+    ]
+    if proxy.admin is not None:
+        sockets.append(((at, "admin"), proxy.admin))
+    yield from _check_sockets(sockets)
+    for key in proxy.services:
+        try:
+            parse_service_key(key)
+        except ModelError as error:
+            yield (at, "services", key), error.what
+        if proxy.namespace and f"{key}.{proxy.namespace}" in proxy.services:
+            other = format_path((at, "services", f"{key}.{proxy.namespace}"))
+            yield (at, "services", key), f"is the same service as {other}"
+
+
+def _check_server(server: DiscoveryServerConfig) -> Iterator[_Finding]:
+    at = "discovery"
+    yield from _check_repeated((at, "sources"), server.sources)
+    sockets: list[tuple[KeyPath, SocketAddress]] = [
+        ((at, "bind", position), address) for position, address in enumerate(server.bind)
+    ]
+    if server.admin is not None:
+        sockets.append(((at, "admin"), server.admin))
+    yield from _check_sockets(sockets)
+
+
+def _check_repeated(path: KeyPath, values: Sequence[object]) -> Iterator[_Finding]:
+    for position, value in enumerate(values):
+        first = values.index(value)
+        if first != position:
+            yield (*path, position), f"{quote(str(value))} is already {format_path((*path, first))}"
+
+
+def _check_sockets(sockets: Sequence[tuple[KeyPath, SocketAddress]]) -> Iterator[_Finding]:
+    taken: dict[tuple[str, int], KeyPath] = {}
+    for path, address in sockets:
+        if address.port == 0:
+            continue
+        host = "127.0.0.1" if address.host == "localhost" else address.host
+        first = taken.setdefault((host, address.port), path)
+        if first is not path:
+            yield path, f"{address} is already the address of {format_path(first)}"
