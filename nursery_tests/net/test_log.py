@@ -178,7 +178,7 @@ def test_other_libraries_records_are_formatted_too() -> None:
     stream = io.StringIO()
     configure_logging("info", "json", stream)
     logging.getLogger("other").warning("%s and %s", "this", "that")
-    bad = logging.makeLogRecord({"msg": "%d", "args": ("no number",)})
+    bad = logging.makeLogRecord({"msg": "%d", "args": ("no number",), "levelno": logging.INFO})
     assert json.loads(stream.getvalue())["event"] == "this and that"
     assert json.loads(JsonFormatter().format(bad))["event"] == "'%d' (TypeError in its arguments)"
 
