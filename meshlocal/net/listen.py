@@ -1,0 +1,189 @@
+"""Listening sockets, and the loop that accepts from one.
+
+Sockets are the standard library's, non-blocking, waited for with trio.lowlevel:
+an accepted connection that goes straight to the relay needs no wrapper around it.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import NoReturn
+
+import trio
+
+from meshlocal.net.sockets import format_address
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn."""
+
+ACCEPT_BATCH = 32
+"""Connections accepted in a row before other tasks get their turn."""
+
+CAPACITY_PAUSE = 0.1
+"""Seconds to wait when the system cannot give another connection."""
+
+_PORT_TRIES = 16
+
+_CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+# What accept(2) on Linux passes on from a connection that failed before it was accepted, or a firewall refused.
+_IGNORED_ERRNOS = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ECONNRESET,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.EOPNOTSUPP,
+        errno.ENOSR,
+        errno.ESOCKTNOSUPPORT,
+        errno.EPROTONOSUPPORT,
+        errno.ETIMEDOUT,
+    }
+)
+
+# A family that this host has not, or has switched off.
+_FAMILY_ABSENT = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
+
+Handle = Callable[[socket.socket, object], Awaitable[None]]
+"""Serves one connection: the non-blocking socket, which it must close, and the peer's address."""
+
+
+class ListenError(Exception):
+    """An address that cannot be listened on. `address` names it, `reason` says why, `errno` is the system's, or 0."""
+
+    def __init__(self, address: str, reason: str, number: int = 0) -> None:
+        super().__init__(f"cannot listen on {address}: {reason}")
+        self.address = address
+        self.reason = reason
+        self.errno = number
+
+
+def open_tcp_listeners(host: str, port: int, backlog: int = BACKLOG) -> list[socket.socket]:
+    """Listen on an address: one socket, or two for `localhost` and for the empty host, which means every address.
+
+    Of those two families one may be missing on the host. Both get the same port, also when `port` is 0 and the
+    system chooses it. No name but `localhost` is known: nothing here asks a resolver.
+
+    Returns:
+        Non-blocking listening sockets, the IPv4 one first; the caller closes them.
+
+    Raises:
+        ListenError: the host is no IP address, the port no port or taken, or the system refuses. Nothing stays open.
+    """
+    if not 0 <= port <= 65535:
+        raise ListenError(f"{host}:{port}", "the port is not within 0 to 65535")
+    if host == "localhost":
+        return _open_both(("127.0.0.1", "::1"), port, backlog)
+    if host == "":
+        return _open_both(("0.0.0.0", "::"), port, backlog)
+    return [_open(host, port, backlog)]
+
+
+def _open_both(hosts: tuple[str, str], port: int, backlog: int) -> list[socket.socket]:
+    for tries_left in reversed(range(_PORT_TRIES)):
+        listeners: list[socket.socket] = []
+        absent: ListenError | None = None
+        try:
+            for host in hosts:
+                try:
+                    wanted = listeners[0].getsockname()[1] if listeners else port
+                    listeners.append(_open(host, wanted, backlog))
+                except ListenError as error:
+                    if error.errno not in _FAMILY_ABSENT:
+                        raise
+                    absent = error
+        except BaseException as error:
+            for listener in listeners:
+                listener.close()
+            # The port that the system chose for one family may be taken in the other: let it choose again.
+            chosen = port == 0 and bool(listeners)
+            if chosen and tries_left and isinstance(error, ListenError) and error.errno == errno.EADDRINUSE:
+                continue
+            raise
+        if listeners:
+            return listeners
+        assert absent is not None
+        raise absent
+    raise AssertionError("the last try returns or raises")
+
+
+def _open(host: str, port: int, backlog: int) -> socket.socket:
+    shown = format_address((host, port))
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        raise ListenError(shown, "the host is neither an IP address nor localhost") from None
+    listener: socket.socket | None = None
+    try:
+        # Numeric, so nothing is looked up; it resolves the scope of an address such as fe80::1%eth0.
+        flags = socket.AI_NUMERICHOST | socket.AI_PASSIVE
+        sockaddr = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=flags)[0][4]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(sockaddr)
+        listener.listen(backlog)
+    except socket.gaierror as error:
+        raise ListenError(shown, error.strerror or "the address is not usable") from error
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        number = error.errno or 0
+        raise ListenError(shown, os.strerror(number) if number else str(error), number) from error
+    return listener
+
+
+async def accept_loop(
+    listener: socket.socket,
+    handler_nursery: trio.Nursery,
+    handle: Handle,
+    *,
+    on_error: Callable[[OSError], object],
+) -> NoReturn:
+    """Accept for ever, and start `handle(client, peer)` in the nursery for each connection.
+
+    `client` is non-blocking, has TCP_NODELAY where it is TCP, and belongs to `handle`. Connections that failed before
+    they were accepted are passed over. When descriptors or memory run out, `on_error` gets the error
+    (it may come ten times a second), and accepting goes on after `CAPACITY_PAUSE`. The listener stays
+    the caller's, who closes it after cancelling this.
+
+    Raises:
+        OSError: another error of accept(2): the listener is of no use.
+    """
+    while True:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                client, peer = listener.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(listener)
+                break
+            except OSError as error:
+                if error.errno in _IGNORED_ERRNOS:
+                    continue
+                if error.errno not in _CAPACITY_ERRNOS:
+                    raise
+                on_error(error)
+                await trio.sleep(CAPACITY_PAUSE)
+                break
+            try:
+                client.setblocking(False)
+                if client.family != socket.AF_UNIX:
+                    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                handler_nursery.start_soon(handle, client, peer)
+            except BaseException:
+                client.close()
+                raise
+        else:
+            await trio.lowlevel.checkpoint()

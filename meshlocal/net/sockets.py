@@ -1,0 +1,40 @@
+"""What every user of the standard library's sockets under trio needs."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+
+import trio
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+def format_address(sockaddr: object) -> str:
+    """A socket's address as people write it: `127.0.0.1:80`, `[::1]:80`, `unix:/run/x.sock`."""
+    if isinstance(sockaddr, tuple) and len(sockaddr) >= 2:
+        host, port = sockaddr[0], sockaddr[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    if isinstance(sockaddr, bytes):
+        # An abstract name (unix(7)) starts with a zero byte, which ss(8) and others write as an at sign.
+        sockaddr = sockaddr.decode("utf-8", "backslashreplace").replace("\0", "@")
+    return f"unix:{sockaddr}"
+
+
+def close(sock: socket.socket) -> None:
+    """Close a socket, waking tasks that wait for it with trio.ClosedResourceError. Closing twice is harmless."""
+    if sock.fileno() != -1:
+        trio.lowlevel.notify_closing(sock)
+        sock.close()
+
+
+def abort(sock: socket.socket) -> None:
+    """Close a TCP connection with a reset instead of a clean end: what was not yet sent is dropped (RFC 9293, 3.10.5).
+
+    Wakes tasks that wait for it with trio.ClosedResourceError. Harmless on a closed socket.
+    """
+    if sock.fileno() != -1:
+        with suppress(OSError):  # not TCP, or dead already: closing is all that is left
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        close(sock)

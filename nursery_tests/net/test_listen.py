@@ -1,0 +1,346 @@
+"""net/listen: what is bound, what is refused, and an accept loop that nothing but a broken listener ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import trio
+import trio.testing
+
+from meshlocal.net.listen import ACCEPT_BATCH, ListenError, accept_loop, open_tcp_listeners
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6 loopback")
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as exits:
+        yield exits
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_ipv4_listener_is_non_blocking_and_reusable(stack: ExitStack) -> None:
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    assert listener.getsockname()[0] == "127.0.0.1"
+    assert listener.getsockname()[1] != 0
+    assert listener.gettimeout() == 0
+    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 1
+    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["localhost", ""])
+def test_both_families_share_one_port(stack: ExitStack, host: str) -> None:
+    first, second = map(stack.enter_context, open_tcp_listeners(host, 0))
+    assert (first.family, second.family) == (socket.AF_INET, socket.AF_INET6)
+    assert first.getsockname()[1] == second.getsockname()[1]
+
+
+@needs_ipv6
+def test_both_wildcards_can_be_bound_one_after_the_other(stack: ExitStack) -> None:
+    [six] = map(stack.enter_context, open_tcp_listeners("::", 0))
+    [four] = map(stack.enter_context, open_tcp_listeners("0.0.0.0", six.getsockname()[1]))
+    assert four.getsockname()[1] == six.getsockname()[1]
+
+
+@needs_ipv6
+def test_a_chosen_port_that_the_other_family_lacks_is_chosen_again(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[tuple[object, ...]] = []
+
+    class Contended(socket.socket):
+        def bind(self, address: tuple[object, ...]) -> None:  # type: ignore[override]  # narrower than the stub's
+            bound.append(address)
+            if len(bound) == 2:
+                raise OSError(errno.EADDRINUSE, "taken")
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Contended)
+    first, second = map(stack.enter_context, open_tcp_listeners("localhost", 0))
+    assert len(bound) == 4
+    assert bound[2][1] == 0
+    assert first.getsockname()[1] == second.getsockname()[1]
+
+
+@pytest.mark.parametrize("missing", [socket.AF_INET, socket.AF_INET6])
+def test_localhost_does_with_the_one_family_that_there_is(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    if missing == socket.AF_INET and not has_ipv6():
+        pytest.skip("this host has no IPv6 loopback")
+
+    class Single(socket.socket):
+        def __init__(self, family: int = -1, *rest: int) -> None:
+            if family == missing:
+                raise OSError(errno.EAFNOSUPPORT, "no such family")
+            super().__init__(family, *rest)
+
+    monkeypatch.setattr(socket, "socket", Single)
+    [listener] = map(stack.enter_context, open_tcp_listeners("localhost", 0))
+    assert listener.family != missing
+
+
+def test_a_host_without_any_family_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "no such family")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(ListenError, match=r"\[::1\]:0: Address family not supported"):
+        open_tcp_listeners("localhost", 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_in_use_is_named_and_nothing_stays_open(stack: ExitStack, host: str) -> None:
+    [taken] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    before = open_files()
+    with pytest.raises(ListenError) as caught:
+        open_tcp_listeners(host, port)
+    assert str(caught.value) == f"cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert caught.value.errno == errno.EADDRINUSE
+    assert open_files() == before
+
+
+@needs_ipv6
+def test_a_fixed_port_taken_in_the_second_family_closes_the_first(stack: ExitStack) -> None:
+    [six] = map(stack.enter_context, open_tcp_listeners("::1", 0))
+    port = six.getsockname()[1]
+    before = open_files()
+    with pytest.raises(ListenError, match=rf"\[::1\]:{port}: Address already in use"):
+        open_tcp_listeners("localhost", port)
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("example.org", 80, "cannot listen on example.org:80: the host is neither an IP address nor localhost"),
+        ("1.2.3", 80, "neither an IP address"),
+        ("127.0.0.1", 65536, "the port is not within 0 to 65535"),
+        ("127.0.0.1", -1, "the port is not within 0 to 65535"),
+        ("203.0.113.7", 0, "203.0.113.7:0: Cannot assign requested address"),
+        ("fe80::1%nowhere", 0, r"\[fe80::1%nowhere\]:0: "),
+    ],
+)
+def test_bad_addresses_say_which_and_why(host: str, port: int, message: str) -> None:
+    before = open_files()
+    with pytest.raises(ListenError, match=message):
+        open_tcp_listeners(host, port)
+    assert open_files() == before
+
+
+def no_error(error: OSError) -> None:
+    raise AssertionError(error)
+
+
+async def test_accepted_sockets_are_non_blocking_with_nodelay(stack: ExitStack) -> None:
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    seen: list[object] = []
+    done = trio.Event()
+
+    async def handle(client: socket.socket, peer: object) -> None:
+        with client:
+            nodelay = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            seen.extend([client.gettimeout(), bool(nodelay), peer])
+        done.set()
+
+    with socket.create_connection(listener.getsockname()) as dialled:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: accept_loop(listener, nursery, handle, on_error=no_error))
+            await done.wait()
+            nursery.cancel_scope.cancel()
+        assert seen == [0, True, dialled.getsockname()]
+    assert listener.fileno() != -1  # the caller's to close
+
+
+async def test_unix_listeners_are_served_too(stack: ExitStack) -> None:
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(b"")  # the kernel chooses an abstract name
+    listener.listen()
+    listener.setblocking(False)
+    done = trio.Event()
+
+    async def handle(client: socket.socket, _: object) -> None:
+        client.close()
+        done.set()
+
+    dialled = stack.enter_context(socket.socket(socket.AF_UNIX))
+    dialled.connect(listener.getsockname())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: accept_loop(listener, nursery, handle, on_error=no_error))
+        await done.wait()
+        nursery.cancel_scope.cancel()
+
+
+class Scripted:
+    """A listener whose accept() goes through a script; at its end it stops the test by cancelling."""
+
+    def __init__(self, *script: int | str) -> None:
+        self.script = list(script)
+        self.scope = trio.CancelScope()
+        self.opened: list[socket.socket] = []
+        self.others: list[socket.socket] = []
+        self._idle, self._far = socket.socketpair()
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if not self.script:
+            self.scope.cancel()
+            raise BlockingIOError
+        step = self.script.pop(0)
+        if isinstance(step, int):
+            raise OSError(step, os.strerror(step))
+        near, far = socket.socketpair()
+        self.opened.append(near)
+        self.others.append(far)
+        return near, step
+
+    def fileno(self) -> int:
+        return self._idle.fileno()
+
+    def close(self) -> None:
+        for each in (*self.opened, *self.others, self._idle, self._far):
+            each.close()
+
+
+async def run(scripted: Scripted) -> tuple[list[object], list[OSError]]:
+    peers: list[object] = []
+    errors: list[OSError] = []
+
+    async def handle(client: socket.socket, peer: object) -> None:
+        client.close()
+        peers.append(peer)
+
+    async with trio.open_nursery() as nursery:
+        with scripted.scope:
+            # What accept_loop uses of a socket is accept() and, for trio's waits, fileno().
+            await accept_loop(scripted, nursery, handle, on_error=errors.append)  # type: ignore[arg-type]
+    return peers, errors
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+async def test_exhaustion_is_reported_waited_out_and_never_fatal(
+    autojump_clock: trio.testing.MockClock, stack: ExitStack, number: int
+) -> None:
+    scripted = Scripted(number, number, "a", number, "b")
+    stack.callback(scripted.close)
+    start = trio.current_time()
+    peers, errors = await run(scripted)
+    assert sorted(map(str, peers)) == ["a", "b"]
+    assert [error.errno for error in errors] == [number] * 3
+    assert trio.current_time() - start == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ENONET,
+    ],
+)
+async def test_connections_that_failed_early_are_passed_over_at_once(
+    autojump_clock: trio.testing.MockClock, stack: ExitStack, number: int
+) -> None:
+    scripted = Scripted(number, "a", number)
+    stack.callback(scripted.close)
+    start = trio.current_time()
+    assert await run(scripted) == (["a"], [])
+    assert trio.current_time() == start
+
+
+async def test_only_early_failures_still_let_others_run(stack: ExitStack) -> None:
+    scripted = Scripted(*[errno.ECONNABORTED] * (ACCEPT_BATCH * 3))
+    stack.callback(scripted.close)
+    left: list[int] = []
+
+    async def watch() -> None:
+        while scripted.script:
+            left.append(len(scripted.script))
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await run(scripted)
+    assert set(left) & {ACCEPT_BATCH, ACCEPT_BATCH * 2}
+
+
+async def test_another_error_propagates(stack: ExitStack) -> None:
+    scripted = Scripted(errno.EINVAL)
+    stack.callback(scripted.close)
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="Invalid argument")):
+        await run(scripted)
+
+
+async def test_batches_are_bounded(stack: ExitStack) -> None:
+    scripted = Scripted(*["x"] * (ACCEPT_BATCH * 2 + 1))
+    stack.callback(scripted.close)
+    left: list[int] = []
+
+    async def watch() -> None:
+        while scripted.script:
+            left.append(len(scripted.script))
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        peers, _ = await run(scripted)
+    assert len(peers) == ACCEPT_BATCH * 2 + 1
+    # Another task ran between the batches, and never within one.
+    assert {ACCEPT_BATCH + 1, 1} & set(left)
+    assert set(left) <= {ACCEPT_BATCH * 2 + 1, ACCEPT_BATCH + 1, 1}
+
+
+async def test_a_socket_whose_handler_cannot_start_is_closed(stack: ExitStack) -> None:
+    scripted = Scripted("a")
+    stack.callback(scripted.close)
+    async with trio.open_nursery() as closed:
+        pass
+
+    async def never(client: socket.socket, peer: object) -> None:
+        raise AssertionError
+
+    with pytest.raises(RuntimeError, match="Nursery is closed"):
+        await accept_loop(scripted, closed, never, on_error=no_error)  # type: ignore[arg-type]  # see run()
+    assert scripted.opened[0].fileno() == -1
+
+
+async def test_cancelled_while_waiting_and_while_pausing(
+    autojump_clock: trio.testing.MockClock, stack: ExitStack
+) -> None:
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    paused = Scripted(*[errno.EMFILE] * 100)
+    stack.callback(paused.close)
+
+    async def never(client: socket.socket, peer: object) -> None:
+        raise AssertionError
+
+    async with trio.open_nursery() as nursery:
+        for each in (listener, paused):
+            with trio.move_on_after(0.25) as scope:
+                await accept_loop(each, nursery, never, on_error=lambda _: None)  # type: ignore[arg-type]  # see run()
+            assert scope.cancelled_caught
+    assert listener.fileno() != -1
+    assert len(paused.script) == 97
