@@ -1,0 +1,140 @@
+"""Connecting to one instance, and knowing which instances this host can connect to at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from pathlib import Path
+
+import trio
+
+from meshlocal.policy.families import Families
+
+_REASONS = {
+    errno.ECONNREFUSED: "refused",
+    errno.ENETUNREACH: "unreachable",
+    errno.EHOSTUNREACH: "unreachable",
+    errno.ENETDOWN: "unreachable",
+    errno.EHOSTDOWN: "unreachable",
+    errno.ENONET: "unreachable",
+    errno.ECONNRESET: "reset",
+    errno.ECONNABORTED: "reset",
+    errno.EPIPE: "reset",
+    errno.ETIMEDOUT: "timeout",
+    errno.EMFILE: "no_descriptors",
+    errno.ENFILE: "no_descriptors",
+    errno.EADDRNOTAVAIL: "no_ports",
+}
+
+_NON_BLOCKING_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+_SIOCGIFADDR = 0x8915  # netdevice(7)
+_LINK_SCOPE = 0x20  # IPV6_ADDR_LINKLOCAL in the kernel's net/ipv6.h, as /proc/net/if_inet6 shows it
+_DAD_FAILED = 0x08  # IFA_F_DADFAILED in linux/if_addr.h: another host has the address
+
+
+async def dial_tcp(address: str, port: int) -> socket.socket:
+    """Connect to an IP address, without a resolver. The caller's cancel scope is the deadline.
+
+    Returns:
+        A connected, non-blocking socket with TCP_NODELAY; the caller closes it.
+
+    Raises:
+        OSError: no connection; `classify_connect_error` says why in a word. The socket is closed then, as it is on
+            cancellation.
+    """
+    await trio.lowlevel.checkpoint_if_cancelled()
+    family, sockaddr = _sockaddr(address, port)
+    sock = socket.socket(family, _NON_BLOCKING_STREAM)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        number = sock.connect_ex(sockaddr)
+        if number == errno.EINPROGRESS:
+            # A peer on the same host has answered by now, a refusal included: asking again spares a trip
+            # through the event loop, which costs as much as the rest.
+            number = sock.connect_ex(sockaddr)
+            if number in (errno.EALREADY, errno.EINPROGRESS):
+                await trio.lowlevel.wait_writable(sock)
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number == 0 and sock.getsockname()[1] == port and sock.getsockname()[:2] == sock.getpeername()[:2]:
+            # The kernel happened to choose the port dialled as our own, and TCP connected the socket to itself
+            # (simultaneous open, RFC 9293, 3.5). Nobody listens there, and an open socket would keep the port from
+            # an instance that wants to come back.
+            number = errno.ECONNREFUSED
+        if number:
+            raise OSError(number, os.strerror(number))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def classify_connect_error(error: OSError) -> str:
+    """Why a connect failed: refused, unreachable, reset, timeout, no_descriptors, no_ports or other."""
+    return _REASONS.get(error.errno or 0, "other")
+
+
+def usable_families(proc: Path = Path("/proc")) -> Families:
+    """What this host can reach now, by its interfaces' addresses. Sends nothing; never fails.
+
+    A family is usable if an interface other than the loopback has an address of it that is not link-local. What
+    cannot be found out counts as usable: an attempt that fails costs less than an instance left out.
+    """
+    return Families(ipv4=_has_ipv4(), ipv6=_has_ipv6(proc))
+
+
+def _sockaddr(address: str, port: int) -> tuple[int, tuple[str, int] | tuple[str, int, int, int]]:
+    """Family and address for connect(2); anything but a numeric address would be looked up there, blocking all."""
+    try:
+        if ":" not in address:
+            socket.inet_pton(socket.AF_INET, address)
+            return socket.AF_INET, (address, port)
+        host, _, zone = address.partition("%")
+        socket.inet_pton(socket.AF_INET6, host)
+    except (OSError, ValueError):
+        raise OSError(errno.EINVAL, f"{address!r} is no IP address") from None
+    scope = (int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)) if zone else 0
+    return socket.AF_INET6, (host, port, 0, scope)
+
+
+def _has_ipv4() -> bool:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            return any(_is_routable(probe, name) for _, name in socket.if_nameindex())
+    except OSError as error:
+        return error.errno != errno.EAFNOSUPPORT
+
+
+def _is_routable(probe: socket.socket, interface: str) -> bool:
+    request = struct.pack("16s24x", interface.encode()[:15])
+    try:
+        answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+            return False
+        raise
+    address = ipaddress.IPv4Address(answer[20:24])
+    return not (address.is_loopback or address.is_link_local)
+
+
+def _has_ipv6(proc: Path) -> bool:
+    try:
+        table = (proc / "net/if_inet6").read_text()
+    except OSError:
+        # A kernel without IPv6 has no such file, but the others beside it.
+        return not (proc / "net/dev").exists()
+    return any(_is_routable_ipv6(line.split()) for line in table.splitlines())
+
+
+def _is_routable_ipv6(row: list[str]) -> bool:
+    """Whether a row of /proc/net/if_inet6 counts: address, interface index, prefix length, scope, flags, name."""
+    if len(row) != 6:
+        return False
+    try:
+        address, scope, flags = ipaddress.IPv6Address(bytes.fromhex(row[0])), int(row[3], 16), int(row[4], 16)
+    except ValueError:
+        return False
+    return row[5] != "lo" and not address.is_loopback and scope != _LINK_SCOPE and not flags & _DAD_FAILED
