@@ -253,14 +253,15 @@ def _origin(layers: Sequence[Layer], path: KeyPath) -> str:
     return next((layer.where(path) for layer in layers if _has(layer.data, path)), "")
 
 
-def _has(data: object, path: KeyPath) -> bool:
+def _has(data: Any, path: KeyPath) -> bool:
     for step in path:
-        if isinstance(data, Mapping) and step in data:
-            data = data[step]
-        elif isinstance(data, list | tuple) and isinstance(step, int) and step < len(data):
-            data = data[step]
+        if isinstance(data, Mapping):
+            found = step in data
         else:
+            found = isinstance(data, list | tuple) and isinstance(step, int) and step < len(data)
+        if not found:
             return False
+        data = data[step]
     return True
 
 
