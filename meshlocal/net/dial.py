@@ -36,6 +36,57 @@ _LINK_SCOPE = 0x20  # IPV6_ADDR_LINKLOCAL in the kernel's net/ipv6.h, as /proc/n
 _DAD_FAILED = 0x08  # IFA_F_DADFAILED in linux/if_addr.h: another host has the address
 
 
+class Connecting:
+    """A connect(2) that has begun. Its socket belongs to the caller, who closes it whatever comes of it.
+
+    Between `__init__` and `finish` a caller may wait for the socket to become writable as often as it likes, give up
+    and wait again: that is what lets a proxy look after its client only when an instance is slow to answer.
+
+    Raises:
+        OSError: the connect failed at once; the socket is closed.
+    """
+
+    __slots__ = ("_port", "pending", "socket")
+
+    def __init__(self, address: str, port: int) -> None:
+        family, sockaddr = _sockaddr(address, port)
+        self._port = port
+        self.socket = socket.socket(family, _NON_BLOCKING_STREAM)
+        self.pending = False
+        try:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            number = self.socket.connect_ex(sockaddr)
+            if number == errno.EINPROGRESS:
+                # A peer on the same host has answered by now, a refusal included: asking again spares a trip
+                # through the event loop, which costs as much as the rest.
+                number = self.socket.connect_ex(sockaddr)
+                if number in (errno.EALREADY, errno.EINPROGRESS):
+                    self.pending = True
+                    number = 0
+            if number:
+                raise OSError(number, os.strerror(number))
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def finish(self) -> None:
+        """Tell how it ended, once the socket is writable or was never `pending`.
+
+        Raises:
+            OSError: no connection; `classify_connect_error` says why in a word.
+        """
+        number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self.pending else 0
+        if number == 0:
+            own = self.socket.getsockname()
+            if own[1] == self._port and own[:2] == self.socket.getpeername()[:2]:
+                # The kernel happened to choose the port dialled as our own, and TCP connected the socket to itself
+                # (simultaneous open, RFC 9293, 3.5). Nobody listens there, and an open socket would keep the port
+                # from an instance that wants to come back.
+                number = errno.ECONNREFUSED
+        if number:
+            raise OSError(number, os.strerror(number))
+
+
 async def dial_tcp(address: str, port: int) -> socket.socket:
     """Connect to an IP address, without a resolver. The caller's cancel scope is the deadline.
 
@@ -47,29 +98,15 @@ async def dial_tcp(address: str, port: int) -> socket.socket:
             cancellation.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
-    family, sockaddr = _sockaddr(address, port)
-    sock = socket.socket(family, _NON_BLOCKING_STREAM)
+    connecting = Connecting(address, port)
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        number = sock.connect_ex(sockaddr)
-        if number == errno.EINPROGRESS:
-            # A peer on the same host has answered by now, a refusal included: asking again spares a trip
-            # through the event loop, which costs as much as the rest.
-            number = sock.connect_ex(sockaddr)
-            if number in (errno.EALREADY, errno.EINPROGRESS):
-                await trio.lowlevel.wait_writable(sock)
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number == 0 and sock.getsockname()[1] == port and sock.getsockname()[:2] == sock.getpeername()[:2]:
-            # The kernel happened to choose the port dialled as our own, and TCP connected the socket to itself
-            # (simultaneous open, RFC 9293, 3.5). Nobody listens there, and an open socket would keep the port from
-            # an instance that wants to come back.
-            number = errno.ECONNREFUSED
-        if number:
-            raise OSError(number, os.strerror(number))
+        if connecting.pending:
+            await trio.lowlevel.wait_writable(connecting.socket)
+        connecting.finish()
     except BaseException:
-        sock.close()
+        connecting.socket.close()
         raise
-    return sock
+    return connecting.socket
 
 
 def classify_connect_error(error: OSError) -> str:
