@@ -1,0 +1,293 @@
+"""One HTTP/2 connection that carries gRPC calls: a reader, a writer, and the streams between them and the calls.
+
+    peer → reader (run) → Http2Protocol → Stream → call's task
+    peer ← writer       ← Http2Protocol.outgoing ← call's task
+
+All state changes are synchronous, so a cancelled call leaves no frame half written and nothing locked. Bounds:
+
+- A stream holds at most one window of data that its call has not taken; the connection's window covers all streams.
+- Calls stop sending DATA at `SEND_MARK` bytes in the outgoing buffer. What the reader answers by itself (PING,
+  SETTINGS, refused streams) stops growing at `READ_MARK`, when the reader stops reading.
+- A peer that takes no bytes for `stall_timeout`, or answers no PING for `keepalive_timeout`, loses the connection.
+"""
+
+from __future__ import annotations
+
+import math
+
+import anyio
+import anyio.abc
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    Event,
+    PingAckReceived,
+    RemoteSettingsChanged,
+    RequestReceived,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+
+from meshlocal.net.grpc.options import GrpcOptions
+from meshlocal.net.grpc.stream import Stream
+from meshlocal.net.grpc.transport import ByteStream
+from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http2_error
+from meshlocal.wire.http2 import GoAway, Headers, Http2Error, Http2Protocol
+
+SEND_MARK = 65_536
+READ_MARK = 131_072
+CHUNK = 32_768
+FLUSH_TIME = 1.0
+"""Seconds that a connection that ends gives its peer to take the last bytes, and its transport to close."""
+_KEEPALIVE = b"mlalive."
+
+
+class Connection:
+    """One side of a connection. `run` does the I/O; the side's class says what requests, GOAWAY and ends mean."""
+
+    def __init__(self, transport: ByteStream, options: GrpcOptions, *, client: bool) -> None:
+        self.options = options
+        self.protocol = Http2Protocol(
+            client=client,
+            max_streams=options.max_concurrent_streams,
+            max_header_list_size=options.max_header_list_size,
+        )
+        self.streams: dict[int, Stream] = {}
+        self.closed_reason: str | None = None
+        self.settings_received = False
+        self._transport = transport
+        self._ending = False
+        self._read_scope = anyio.CancelScope()
+        self._write_wanted: anyio.Event | None = None
+        self._read_wanted: anyio.Event | None = None
+        self._senders: dict[int, anyio.Event] = {}
+        self.tasks: anyio.abc.TaskGroup | None = None
+        """For the side's own tasks; cancelled when the connection ends. Set while `run` runs."""
+        self.ended = anyio.Event()
+
+    # The side's part.
+
+    def on_request(self, stream_id: int, headers: Headers) -> None:
+        """A peer opened a stream (servers only)."""
+
+    def on_goaway(self, goaway: GoAway) -> None:
+        """The peer takes no more streams above `goaway.last_stream_id`."""
+
+    def on_ping_ack(self, payload: bytes) -> None:
+        """The peer answered a PING that was not the keepalive's."""
+
+    def on_settings(self) -> None:
+        """The peer's settings came or changed."""
+
+    def stream_closed(self) -> None:
+        """A stream was closed by its call."""
+
+    # Called by streams and calls.
+
+    def lost(self, reason: str) -> GrpcError:
+        """The error for a call that this connection can no longer carry."""
+        return GrpcError(StatusCode.UNAVAILABLE, f"connection: {self.closed_reason or reason}")
+
+    def kick(self) -> None:
+        """There may be something to write."""
+        if self._write_wanted is not None:
+            self._write_wanted.set()
+            self._write_wanted = None
+
+    def acknowledge(self, stream_id: int, size: int) -> None:
+        """Data was consumed: give the peer its windows back."""
+        self.protocol.acknowledge(stream_id, size)
+        self.kick()
+
+    def sendable(self, stream_id: int) -> int:
+        """Bytes of DATA that may be queued now."""
+        return 0 if len(self.protocol.outgoing) >= SEND_MARK else self.protocol.sendable(stream_id)
+
+    async def wait_sendable(self, stream: Stream) -> None:
+        """Wait until `sendable` may have changed, or the stream failed."""
+        event = self._senders[stream.id] = anyio.Event()
+        try:
+            await event.wait()
+        finally:
+            self._senders.pop(stream.id, None)
+
+    def end(self, reason: str, failure: GrpcError | None = None) -> None:
+        """End the connection: fail its streams, flush what is queued for at most FLUSH_TIME, close. Only once."""
+        if self.closed_reason is not None:
+            return
+        self.closed_reason = reason
+        self._ending = True
+        for stream in list(self.streams.values()):
+            stream.fail(failure or self.lost(reason))
+        self._wake_senders()
+        self.on_settings()
+        self.kick()
+        self._read_scope.cancel()
+
+    # The tasks.
+
+    async def run(self) -> None:
+        """Do the I/O until the connection ends, then close the transport."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                self.tasks = tasks
+                try:
+                    written = anyio.Event()
+                    tasks.start_soon(self._write, written)
+                    with self._read_scope:
+                        self.end(await self._read())
+                    with anyio.move_on_after(FLUSH_TIME):
+                        await written.wait()
+                finally:
+                    self.end("cancelled")
+                    with anyio.move_on_after(FLUSH_TIME, shield=True):
+                        await self._close_transport()
+                    tasks.cancel_scope.cancel()
+        finally:
+            self.ended.set()
+
+    async def _close_transport(self) -> None:
+        try:
+            await self._transport.aclose()
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return  # closed all the same
+
+    async def _read(self) -> str:
+        """Read until the connection ends, and return the reason."""
+        options = self.options
+        interval = math.inf if options.keepalive_interval is None else options.keepalive_interval
+        pinged = False
+        try:
+            while True:
+                while len(self.protocol.outgoing) >= READ_MARK:
+                    self._read_wanted = anyio.Event()
+                    await self._read_wanted.wait()
+                data = b""
+                with anyio.move_on_after(options.keepalive_timeout if pinged else interval):
+                    data = await self._transport.receive(CHUNK)
+                if data:
+                    pinged = False
+                    self._dispatch(data)
+                elif pinged:
+                    return f"keepalive: nothing came for {options.keepalive_timeout:g} s after a PING"
+                else:
+                    pinged = True
+                    self.protocol.ping(_KEEPALIVE)
+                self.kick()
+        except anyio.EndOfStream:
+            return "closed by the peer"
+        except Http2Error as error:
+            return f"HTTP/2 error: {error}"
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            return f"broken: {_describe(error)}"
+
+    async def _write(self, written: anyio.Event) -> None:
+        outgoing = self.protocol.outgoing
+        reason = ""
+        try:
+            while True:
+                while not outgoing:
+                    if self._ending:
+                        return
+                    self._write_wanted = anyio.Event()
+                    await self._write_wanted.wait()
+                chunk = bytes(memoryview(outgoing)[:CHUNK])
+                del outgoing[: len(chunk)]
+                with anyio.move_on_after(self.options.stall_timeout) as scope:
+                    await self._transport.send(chunk)
+                if scope.cancelled_caught:
+                    reason = f"stalled: the peer took nothing for {self.options.stall_timeout:g} s"
+                    return
+                if len(outgoing) < SEND_MARK:
+                    self._wake_senders()
+                    if self._read_wanted is not None:
+                        self._read_wanted.set()
+                        self._read_wanted = None
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            reason = f"broken: {_describe(error)}"
+        finally:
+            written.set()
+            if reason:
+                self.end(reason)
+
+    def _wake_senders(self) -> None:
+        for event in self._senders.values():
+            event.set()
+
+    # What came.
+
+    def _dispatch(self, data: bytes) -> None:
+        for event in self.protocol.receive(data):
+            if isinstance(event, GoAway):
+                self.on_goaway(event)
+            else:
+                self._on_event(event)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, DataReceived):
+            stream = self.streams.get(event.stream_id)
+            padding = event.flow_controlled_length - len(event.data)
+            if stream is None:
+                self.protocol.acknowledge(event.stream_id, event.flow_controlled_length)
+                return
+            self.protocol.acknowledge(event.stream_id, padding)
+            if event.data:
+                stream.put(event.data)
+        elif isinstance(event, WindowUpdated):
+            if event.stream_id == 0:
+                self._wake_senders()
+            elif (sender := self._senders.get(event.stream_id)) is not None:
+                sender.set()
+        elif isinstance(event, RequestReceived):
+            self.on_request(event.stream_id, event.headers)
+        elif isinstance(event, ResponseReceived | TrailersReceived):
+            self._on_headers(event)
+        elif isinstance(event, StreamEnded):
+            if (stream := self.streams.get(event.stream_id)) is not None:
+                stream.peer_ended = True
+                self.on_stream_ended(stream)
+                stream.wake()
+        elif isinstance(event, StreamReset):
+            self._on_reset(event)
+        elif isinstance(event, RemoteSettingsChanged):
+            self.settings_received = True
+            self._wake_senders()
+            self.on_settings()
+        elif isinstance(event, PingAckReceived) and event.ping_data != _KEEPALIVE:
+            self.on_ping_ack(event.ping_data)
+
+    def on_stream_ended(self, stream: Stream) -> None:
+        """The peer ended its side of a stream."""
+
+    def _on_headers(self, event: ResponseReceived | TrailersReceived) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is None:
+            return
+        if isinstance(event, TrailersReceived):
+            stream.trailers = event.headers
+        else:
+            stream.headers = event.headers
+        stream.wake()
+
+    def _on_reset(self, event: StreamReset) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is None or stream.peer_refuses:
+            return
+        code = int(event.error_code)
+        name = event.error_code.name if isinstance(event.error_code, ErrorCodes) else f"{code:#x}"
+        stream.fail(
+            GrpcError(
+                from_http2_error(code),
+                f"stream reset with {name}",
+                unprocessed=event.remote_reset and code == ErrorCodes.REFUSED_STREAM,
+            )
+        )
+        if (sender := self._senders.get(stream.id)) is not None:
+            sender.set()
+
+
+def _describe(error: Exception) -> str:
+    return str(error.__cause__ or error) or type(error).__name__

@@ -1,0 +1,246 @@
+"""The server: handlers by method, a connection per accepted stream, a task per call, a drain that lets calls end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import anyio
+import trio
+from h2.errors import ErrorCodes
+
+from meshlocal.net.grpc.connection import Connection
+from meshlocal.net.grpc.options import GrpcOptions
+from meshlocal.net.grpc.servercall import ServerCall
+from meshlocal.net.grpc.stream import Stream
+from meshlocal.net.grpc.transport import ByteStream, adapt
+from meshlocal.net.listen import Handle, accept_loop
+from meshlocal.net.sockets import close, format_address
+from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
+from meshlocal.wire.grpc.metadata import header
+from meshlocal.wire.grpc.method import Method, Req, Resp
+from meshlocal.wire.grpc.status import GrpcError, StatusCode
+from meshlocal.wire.http2 import MAX_STREAM_ID, GoAway, Headers, header_list_size
+
+logger = logging.getLogger(__name__)
+
+Handler: TypeAlias = Callable[[ServerCall[Any, Any]], Awaitable[None]]
+Routes: TypeAlias = Mapping[Method[Any, Any], Handler]
+
+_DRAIN = b"mldrain."
+
+
+def unary(
+    func: Callable[[Req, ServerCall[Req, Resp]], Awaitable[Resp]],
+) -> Callable[[ServerCall[Req, Resp]], Awaitable[None]]:
+    """A handler from a function that takes the one request and returns the one response."""
+
+    async def handler(call: ServerCall[Req, Resp]) -> None:
+        request = await call.receive()
+        if request is None:
+            raise GrpcError(StatusCode.INTERNAL, "the client sent no request")
+        if await call.receive() is not None:
+            raise GrpcError(StatusCode.INTERNAL, "the client sent more than one request")
+        await call.send_last(await func(request, call))
+
+    return handler
+
+
+class _ServerConnection(Connection):
+    def __init__(self, transport: ByteStream, server: GrpcServer, peer: str) -> None:
+        super().__init__(transport, server.options, client=False)
+        self._server = server
+        self._peer = peer
+        self._handlers = 0
+        self._last_stream_id = MAX_STREAM_ID
+        if server.draining.is_set():
+            self.drain()
+
+    def on_request(self, stream_id: int, headers: Headers) -> None:
+        # Handlers still cleaning up after a reset count: a peer cannot have more tasks here than streams.
+        if stream_id > self._last_stream_id or self._handlers >= self.options.max_concurrent_streams:
+            self.protocol.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            return
+        assert self.tasks is not None
+        stream = Stream(self, stream_id)
+        stream.headers = headers
+        self.streams[stream_id] = stream
+        self._handlers += 1
+        self.tasks.start_soon(self._handle, stream, headers)
+
+    async def _handle(self, stream: Stream, headers: Headers) -> None:
+        try:
+            if refusal := _refusal(headers):
+                stream.send_headers(refusal, end_stream=True)
+                return
+            call: ServerCall[Any, Any] = ServerCall(stream, headers, self._peer, self._server.draining)
+            path = (header(headers, b":path") or b"").decode("latin-1")
+            method, handler = self._server.route(path)
+            if header_list_size(headers) > self.options.max_header_list_size:
+                await call.fail(StatusCode.RESOURCE_EXHAUSTED, "metadata exceeds the limit")
+            elif method is None or handler is None:
+                await call.fail(StatusCode.UNIMPLEMENTED, f"no method {path[:256]}")
+            else:
+                await call.run(method, handler)
+        except GrpcError:
+            return  # the stream is gone: there is nobody to tell
+        finally:
+            stream.close(ErrorCodes.NO_ERROR if stream.local_ended else ErrorCodes.CANCEL)
+            self._handlers -= 1
+            self._end_drained()
+
+    def drain(self) -> None:
+        """Announce the end. The PING's answer shows that the peer saw it; then the last stream is fixed."""
+        self.protocol.send_goaway(MAX_STREAM_ID, debug_data=b"draining")
+        self.protocol.ping(_DRAIN)
+        self.kick()
+
+    def on_ping_ack(self, payload: bytes) -> None:
+        if payload == _DRAIN and self._server.draining.is_set():
+            self._last_stream_id = self.protocol.highest_inbound_stream_id
+            self.protocol.send_goaway(self._last_stream_id, debug_data=b"draining")
+            self._end_drained()
+
+    def _end_drained(self) -> None:
+        if self._last_stream_id != MAX_STREAM_ID and not self._handlers:
+            self.end("drained")
+
+    def on_goaway(self, goaway: GoAway) -> None:
+        if not self._handlers:
+            self.end("the peer sent GOAWAY")
+
+
+def _refusal(headers: Headers) -> list[tuple[bytes, bytes]] | None:
+    """The HTTP answer to what is no gRPC request at all."""
+    if header(headers, b":method") != b"POST":
+        return [(b":status", b"405"), (b"allow", b"POST")]
+    content_type = header(headers, b"content-type") or b""
+    kind = content_type.split(b";")[0].strip()
+    if kind != b"application/grpc" and not kind.startswith(b"application/grpc+"):
+        return [(b":status", b"415"), (b"accept", b"application/grpc"), (b"grpc-accept-encoding", ACCEPT_ENCODING)]
+    return None
+
+
+class GrpcServer:
+    """Serves `handlers`, one async function per method, on any number of connections.
+
+    A handler takes a `ServerCall`. It is cancelled when the client resets the call or disconnects, or the call's
+    deadline passes. GrpcError becomes the call's status; any other exception becomes UNKNOWN, without its text, and is
+    logged. Neither touches another call.
+    """
+
+    def __init__(self, handlers: Routes, options: GrpcOptions | None = None, *, max_connections: int = 4096) -> None:
+        self._max_connections = max_connections
+        self.options = options or GrpcOptions()
+        self.draining = anyio.Event()
+        """Set by `drain`. Long-lived calls watch it (`ServerCall.draining`)."""
+        self._routes = {method.path: (method, handler) for method, handler in handlers.items()}
+        self._connections: set[_ServerConnection] = set()
+        self._accepting: set[anyio.CancelScope] = set()
+        self._idle: anyio.Event | None = None
+
+    @property
+    def services(self) -> Sequence[str]:
+        """The names of the services that have handlers, sorted."""
+        return sorted({method.service for method, _ in self._routes.values()})
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def route(self, path: str) -> tuple[Method[Any, Any] | None, Handler | None]:
+        """The method and handler of a path."""
+        return self._routes.get(path, (None, None))
+
+    async def serve(
+        self,
+        listeners: Iterable[socket.socket],
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept on non-blocking listening sockets, which it closes, until cancelled or until `drain` has finished.
+
+        With a context, connections are TLS (its ALPN is set to h2). Runs on trio; `serve_stream` runs on any loop.
+
+        Raises:
+            OSError: a listener is of no use any more.
+        """
+        listeners = list(listeners)
+        if ssl_context is not None:
+            ssl_context.set_alpn_protocols(["h2"])
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in listeners:
+                    nursery.start_soon(self._accept, listener, nursery, partial(self._serve_socket, ssl_context))
+                task_status.started()
+        finally:
+            for listener in listeners:
+                close(listener)
+
+    async def _accept(self, listener: socket.socket, nursery: trio.Nursery, handle: Handle) -> None:
+        with anyio.CancelScope() as scope:
+            self._accepting.add(scope)
+            if self.draining.is_set():
+                scope.cancel()
+            try:
+                await accept_loop(listener, nursery, handle, on_error=_log_accept_error)
+            finally:
+                self._accepting.discard(scope)
+                close(listener)
+
+    async def _serve_socket(self, ssl_context: ssl.SSLContext | None, client: socket.socket, peer: object) -> None:
+        stream: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+        if ssl_context is not None:
+            stream = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
+        await self.serve_stream(stream, format_address(peer))
+
+    async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
+        """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""
+        if len(self._connections) >= self._max_connections:
+            logger.warning("gRPC connection from %s refused: %d are open", peer, len(self._connections))
+            await stream.aclose()
+            return
+        connection = _ServerConnection(adapt(stream), self, peer)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        except Exception:
+            # A fault in serving one connection must not end the others.
+            logger.exception("gRPC connection from %s failed", peer)
+        finally:
+            self._connections.discard(connection)
+            if not self._connections and self._idle is not None:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Stop accepting, tell every client (GOAWAY), and wait until the last call and connection ended.
+
+        The deadline is the caller's cancel scope: when that is cancelled, what is left is ended at once, and clients
+        see UNAVAILABLE.
+        """
+        self.draining.set()
+        for scope in self._accepting:
+            scope.cancel()
+        for connection in list(self._connections):
+            connection.drain()
+        try:
+            await self._wait_idle()
+        finally:
+            for connection in list(self._connections):
+                connection.end("drained")
+
+    async def _wait_idle(self) -> None:
+        while self._connections:
+            if self._idle is None or self._idle.is_set():
+                self._idle = anyio.Event()
+            await self._idle.wait()
+
+
+def _log_accept_error(error: OSError) -> None:
+    logger.warning("accepting a gRPC connection failed: %s", error)

@@ -1,0 +1,187 @@
+"""One call as its handler sees it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Generic
+
+import anyio
+import anyio.lowlevel
+from google.protobuf.message import DecodeError
+from h2.errors import ErrorCodes
+
+from meshlocal.net.grpc.stream import Stream
+from meshlocal.wire.grpc.framing import ACCEPT_ENCODING, MessageDecoder, check_encoding, encode_message
+from meshlocal.wire.grpc.metadata import decode_metadata, encode_grpc_message, encode_metadata, header, parse_timeout
+from meshlocal.wire.grpc.method import Method, Req, Resp
+from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode
+from meshlocal.wire.http2 import Headers, header_list_size
+
+logger = logging.getLogger(__name__)
+
+COMPRESS_FROM = 1024
+MAX_STATUS_MESSAGE = 1024
+
+
+class ServerCall(Generic[Req, Resp]):
+    """A call under way. Valid until its handler returns. One task may send while another receives."""
+
+    def __init__(self, stream: Stream, headers: Headers, peer: str, draining: anyio.Event) -> None:
+        self.peer = peer
+        """The client's address."""
+        self.metadata: Metadata = ()
+        """What the client sent along."""
+        self.deadline = math.inf
+        """When the client stops waiting, on anyio's (trio's) clock. The handler is cancelled then."""
+        self.draining = draining
+        """Set when the server drains: calls that would last should end."""
+        self.trailing_metadata: list[tuple[str, str | bytes]] = []
+        """Sent with the status."""
+        self._stream = stream
+        self._headers = headers
+        self._options = stream.connection.options
+        self._decoder = MessageDecoder(self._options.max_message_size)
+        self._request_type: type[Any] | None = None
+        self._headers_sent = False
+        accepted = header(headers, b"grpc-accept-encoding") or b""
+        self._gzip = self._options.gzip and b"gzip" in [name.strip() for name in accepted.split(b",")]
+
+    async def receive(self) -> Req | None:
+        """The next request; None when the client sent its last.
+
+        Raises:
+            GrpcError: the request is malformed or too large. Left alone, it becomes the call's status.
+        """
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        assert self._request_type is not None
+        stream = self._stream
+        while True:
+            payload = self._decoder.next_message()
+            if payload is not None:
+                break
+            if data := stream.take():
+                self._decoder.feed(data)
+            elif stream.peer_ended:
+                self._decoder.finish()
+                return None
+            elif stream.failure is not None:
+                raise stream.failure
+            else:
+                await stream.wait_changed()
+        await anyio.lowlevel.cancel_shielded_checkpoint()
+        try:
+            request: Req = self._request_type.FromString(payload)
+        except DecodeError as error:
+            name = self._request_type.DESCRIPTOR.full_name
+            raise GrpcError(StatusCode.INTERNAL, f"request is no {name}: {error}") from error
+        return request
+
+    def __aiter__(self) -> AsyncIterator[Req]:
+        return self
+
+    async def __anext__(self) -> Req:
+        request = await self.receive()
+        if request is None:
+            raise StopAsyncIteration
+        return request
+
+    def send_initial_metadata(self, metadata: Iterable[tuple[str, str | bytes]] = ()) -> None:
+        """Send the response's headers now, before the first response. Does not wait.
+
+        Raises:
+            RuntimeError: they were sent already.
+            ValueError: `metadata` may not be sent.
+        """
+        if self._headers_sent:
+            raise RuntimeError("the response's headers were sent already")
+        fields = [(b":status", b"200"), *_RESPONSE, *encode_metadata(metadata)]
+        if self._gzip:
+            fields.append((b"grpc-encoding", b"gzip"))
+        self._stream.send_headers(fields)
+        self._headers_sent = True
+
+    async def send(self, response: Resp) -> None:
+        """Send one response, waiting while the client's windows are full.
+
+        Raises:
+            GrpcError: the call is gone. The handler is being cancelled.
+        """
+        await self.send_encoded(response.SerializeToString())
+
+    async def send_encoded(self, payload: bytes) -> None:
+        """Send one response that was serialized before: a fan-out serializes once."""
+        await self._send(payload, checkpoint=True)
+
+    async def send_last(self, response: Resp) -> None:
+        """Send the last response: what follows is the status, which goes in the same write."""
+        await self._send(response.SerializeToString(), checkpoint=False)
+
+    async def _send(self, payload: bytes, *, checkpoint: bool) -> None:
+        if not self._headers_sent:
+            self.send_initial_metadata()
+        compress = self._gzip and len(payload) >= COMPRESS_FROM
+        await self._stream.send_data(encode_message(payload, compress=compress), checkpoint=checkpoint)
+
+    # What the server calls.
+
+    async def run(self, method: Method[Req, Resp], handler: Callable[[ServerCall[Req, Resp]], Awaitable[None]]) -> None:
+        """Run the handler under the call's deadline and end the call with a status."""
+        self._request_type = method.request_type
+        try:
+            timeout = header(self._headers, b"grpc-timeout")
+            if timeout is not None:
+                self.deadline = anyio.current_time() + parse_timeout(timeout)
+            self.metadata = decode_metadata(self._headers)
+            gzip = check_encoding(header(self._headers, b"grpc-encoding"))
+            self._decoder = MessageDecoder(self._options.max_message_size, gzip=gzip)
+            with anyio.CancelScope(deadline=self.deadline) as scope:
+                self._stream.on_failure = scope.cancel
+                if self._stream.failure is not None:
+                    return
+                await handler(self)
+            if not scope.cancelled_caught:
+                self.finish(StatusCode.OK)
+            elif self._stream.failure is None:
+                self.finish(StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
+        except GrpcError as error:
+            if self._stream.failure is None:
+                self.finish(error.code, error.message, error.trailing)
+        except Exception:
+            # Its text may hold what the client must not see: that goes to the log alone.
+            logger.exception("handler of %s failed", method.path)
+            self.finish(StatusCode.UNKNOWN, "the handler failed")
+
+    async def fail(self, code: StatusCode, message: str) -> None:
+        """End the call without a handler."""
+        await anyio.lowlevel.checkpoint()
+        self.finish(code, message)
+
+    def finish(self, code: StatusCode, message: str = "", trailing: Metadata = ()) -> None:
+        """Send the status. Where half a message was sent, a reset."""
+        stream = self._stream
+        if stream.failure is not None or stream.local_ended:
+            return
+        if stream.partial:
+            stream.close(ErrorCodes.CANCEL if code is StatusCode.DEADLINE_EXCEEDED else ErrorCodes.INTERNAL_ERROR)
+            return
+        fields: list[tuple[bytes, bytes]] = []
+        if not self._headers_sent:
+            fields += [(b":status", b"200"), *_RESPONSE]
+        fields.append((b"grpc-status", b"%d" % code))
+        if message:
+            fields.append((b"grpc-message", encode_grpc_message(message[:MAX_STATUS_MESSAGE])))
+        try:
+            custom = encode_metadata([*self.trailing_metadata, *trailing])
+        except ValueError:
+            logger.exception("trailing metadata of a call cannot be sent")
+            custom = []
+        limit = stream.connection.protocol.peer_max_header_list_size
+        if limit is not None and header_list_size([*fields, *custom]) > limit:
+            logger.warning("trailing metadata of a call exceeds the client's limit of %d bytes", limit)
+            custom = []
+        stream.send_headers([*fields, *custom], end_stream=True)
+
+
+_RESPONSE = ((b"content-type", b"application/grpc"), (b"grpc-accept-encoding", ACCEPT_ENCODING))

@@ -1,0 +1,167 @@
+"""One HTTP/2 stream: what a call's task reads and writes, while the connection's reader and writer move the bytes.
+
+The reader's task only ever puts things here and wakes the call's task. Received data is handed back to the peer's
+windows when the call takes it, not before; sent data waits for the peer's windows and for room in the connection's
+outgoing buffer. Nothing that a call does in sending is cut in half by its cancellation: frames are appended whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+from h2.errors import ErrorCodes
+
+from meshlocal.wire.grpc.status import GrpcError
+from meshlocal.wire.http2 import Headers, Http2Error
+
+if TYPE_CHECKING:
+    from meshlocal.net.grpc.connection import Connection
+
+
+class Stream:
+    """See the module. `failure` is set once, when the stream was reset or its connection ended."""
+
+    __slots__ = (
+        "_changed",
+        "_inbox",
+        "_sending",
+        "connection",
+        "failure",
+        "headers",
+        "id",
+        "local_ended",
+        "on_failure",
+        "partial",
+        "peer_ended",
+        "peer_refuses",
+        "trailers",
+    )
+
+    def __init__(self, connection: Connection, stream_id: int) -> None:
+        self.connection = connection
+        self.id = stream_id
+        self.headers: Headers | None = None
+        self.trailers: Headers | None = None
+        self.failure: GrpcError | None = None
+        self.on_failure: Callable[[], None] | None = None
+        self.peer_ended = False
+        self.peer_refuses = False
+        """The peer's answer is complete: it reads nothing more."""
+        self.local_ended = False
+        self.partial = False
+        """A cancelled send left a message half sent: nothing can follow it but a reset."""
+        self._sending = False
+        self._inbox = bytearray()
+        self._changed: anyio.Event | None = None
+
+    # What the connection's reader calls.
+
+    def put(self, data: bytes) -> None:
+        """Data came."""
+        self._inbox += data
+        self.wake()
+
+    def wake(self) -> None:
+        """Something came: data, headers or the end."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    def fail(self, failure: GrpcError) -> None:
+        """The stream was reset, or its connection ended."""
+        if self.failure is None:
+            self.failure = failure
+            self.wake()
+            if self.on_failure is not None:
+                self.on_failure()
+
+    # What the call's task calls.
+
+    async def wait_changed(self) -> None:
+        """Wait until something else comes. The caller looked at what is there, without a checkpoint since."""
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+    def take(self) -> bytes:
+        """All data that came, handed back to the peer's windows. May be empty."""
+        if not self._inbox:
+            return b""
+        data = bytes(self._inbox)
+        self._inbox.clear()
+        self.connection.acknowledge(self.id, len(data))
+        return data
+
+    def send_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
+        """Queue headers or trailers. Raises the stream's failure."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            self.connection.protocol.send_headers(self.id, headers, end_stream=end_stream)
+        except Http2Error as error:
+            raise self.connection.lost(str(error)) from error
+        self.local_ended = end_stream
+        self.connection.kick()
+
+    async def send_data(self, data: bytes, *, end_stream: bool = False, checkpoint: bool = True) -> None:
+        """Queue data, waiting for windows and room. Without `checkpoint`, only if it must wait.
+
+        Raises:
+            GrpcError: the stream's failure.
+            anyio.BrokenResourceError: the peer's answer is complete.
+            anyio.ClosedResourceError: this side ended the stream before.
+            anyio.BusyResourceError: another task is sending, or a send was cancelled within a message.
+        """
+        if self._sending or self.partial:
+            raise anyio.BusyResourceError("sending on")
+        self._sending = True
+        try:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            await self._send_data(data, end_stream)
+            if checkpoint:
+                await anyio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._sending = False
+
+    async def _send_data(self, data: bytes, end_stream: bool) -> None:
+        connection = self.connection
+        position = 0
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            if self.local_ended:
+                raise anyio.ClosedResourceError
+            if self.peer_refuses:
+                raise anyio.BrokenResourceError
+            left = len(data) - position
+            size = min(left, connection.sendable(self.id)) if left else 0
+            if left and not size:
+                await connection.wait_sendable(self)
+                continue
+            last = size == left
+            chunk = data if size == len(data) else memoryview(data)[position : position + size]
+            try:
+                connection.protocol.send_data(self.id, chunk, end_stream=end_stream and last)
+            except Http2Error as error:
+                raise connection.lost(str(error)) from error
+            connection.kick()
+            position += size
+            self.partial = not last
+            if last:
+                self.local_ended = end_stream
+                return
+
+    def close(self, error_code: int = ErrorCodes.CANCEL) -> None:
+        """Leave the stream: what was not taken is dropped, and RST_STREAM sent unless both sides had ended."""
+        connection = self.connection
+        if connection.streams.pop(self.id, None) is None:
+            return
+        if self.failure is None and not (self.local_ended and self.peer_ended):
+            connection.protocol.reset(self.id, error_code)
+        connection.acknowledge(self.id, len(self._inbox))
+        self._inbox.clear()
+        connection.kick()
+        connection.stream_closed()
