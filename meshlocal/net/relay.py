@@ -1,0 +1,196 @@
+"""Moving bytes both ways between two connected sockets.
+
+Theory of operation. Each direction reads from its *source* and writes to its *sink*, and ends in one of three ways:
+
+    the source's end (recv gives b"")   passed on as a half-close of the sink; the other direction goes on
+    recv fails                          the source is dead both ways, so the other direction has nobody to write to: cut
+    send fails                          the sink is dead, but what it sent before may still wait in the kernel, for
+                                        example an early error response: the other direction goes on until it has
+                                        read that, and then ends too, without passing on an end
+
+A relay that ended in one of the latter two is *failed*. Its caller resets the other connection (`sockets.abort`)
+instead of closing it, so that a truncated stream never looks like one that ended.
+
+Backpressure: a direction holds at most one chunk, and reads again only when all of it is written. Memory: nothing is
+held per direction while it waits for data; the chunk buffer is one per trio run, used only between two awaits.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+import trio
+from trio.lowlevel import RunVar, checkpoint, wait_readable, wait_writable
+
+CHUNK = 65536
+"""The most bytes that one direction holds."""
+
+TURN = 16
+"""Full chunks that one direction moves in a row before other tasks get their turn."""
+
+Side = Literal["client", "upstream"]
+
+_REASONS = {
+    errno.ECONNRESET: "reset",
+    errno.ECONNABORTED: "reset",
+    errno.EPIPE: "reset",
+    errno.ENOTCONN: "reset",
+    errno.ETIMEDOUT: "timeout",
+    errno.EHOSTUNREACH: "unreachable",
+    errno.ENETUNREACH: "unreachable",
+    errno.EBADF: "closed",
+}
+
+_scratch: RunVar[bytearray] = RunVar("meshlocal.relay.scratch")
+
+
+class RelayCounters:
+    """What a relay has moved so far, for others to read while it runs.
+
+    Attributes:
+        client_to_upstream: bytes that the upstream's socket took.
+        upstream_to_client: bytes that the client's socket took.
+        last_activity: when bytes last moved, by trio.current_time(); who cuts idle connections goes by it.
+    """
+
+    __slots__ = ("client_to_upstream", "last_activity", "upstream_to_client")
+
+    def __init__(self, now: float) -> None:
+        self.client_to_upstream = 0
+        self.upstream_to_client = 0
+        self.last_activity = now
+
+
+class RelayResult(NamedTuple):
+    """How a relay ended.
+
+    Attributes:
+        failed: whose connection failed; None if both sides ended their streams, and all bytes were delivered.
+        reason: `eof` if none failed, else reset, timeout, unreachable, closed (here, by another task) or other.
+        errno: the system's number for the failure; 0 if there was none.
+        first_end: who ended its stream first; None if nobody did before the failure.
+    """
+
+    failed: Side | None
+    reason: str
+    errno: int
+    first_end: Side | None
+
+
+class _State:
+    """What both directions share."""
+
+    __slots__ = ("counters", "failed", "first_end", "number", "scope")
+
+    def __init__(self, counters: RelayCounters, scope: trio.CancelScope) -> None:
+        self.counters = counters
+        self.scope = scope
+        self.failed: Side | None = None
+        self.number = 0
+        self.first_end: Side | None = None
+
+    def fail(self, side: Side, error: OSError | trio.ClosedResourceError) -> None:
+        """Note a failure; the first one counts, the others follow from it."""
+        if self.failed is None:
+            self.failed = side
+            self.number = errno.EBADF if isinstance(error, trio.ClosedResourceError) else error.errno or errno.EIO
+
+
+async def relay(client: socket.socket, upstream: socket.socket, counters: RelayCounters) -> RelayResult:
+    """Move bytes both ways until both streams ended or one connection failed.
+
+    The sockets are connected, non-blocking stream sockets. They stay the caller's, who closes both on a clean
+    end and aborts the other side, or both, on a failure or cancellation. A task that closes one of them meanwhile does
+    it through `sockets.close` or `abort`, and fails the relay with `closed`.
+    """
+    try:
+        scratch = _scratch.get()
+    except LookupError:
+        scratch = bytearray(CHUNK)
+        _scratch.set(scratch)
+    async with trio.open_nursery() as nursery:
+        state = _State(counters, nursery.cancel_scope)
+        nursery.start_soon(_pump, client, upstream, "client", state, scratch)
+        await _pump(upstream, client, "upstream", state, scratch)
+    reason = "eof" if state.failed is None else _REASONS.get(state.number, "other")
+    return RelayResult(state.failed, reason, state.number, state.first_end)
+
+
+async def _pump(source: socket.socket, sink: socket.socket, side: Side, state: _State, scratch: bytearray) -> None:
+    """One direction: from `side` to the other."""
+    other: Side = "upstream" if side == "client" else "client"
+    full_chunks = 0
+    try:
+        while True:
+            try:
+                size = source.recv_into(scratch)
+            except BlockingIOError:
+                await wait_readable(source)
+                continue
+            if not size:
+                break
+            if not await _write(sink, scratch, size, side, other, state):
+                return
+            if size < CHUNK:
+                # The source is most likely empty now: waiting at once spares a recv that would say so.
+                full_chunks = 0
+                await wait_readable(source)
+            elif (full_chunks := full_chunks + 1) >= TURN:
+                full_chunks = 0
+                await checkpoint()
+    except (OSError, trio.ClosedResourceError) as error:
+        state.fail(side, error)
+        state.scope.cancel()
+        return
+    if state.failed is not None:
+        # The source died while the other direction wrote to it: this is where its last bytes end, not its stream.
+        return
+    state.first_end = state.first_end or side
+    try:
+        sink.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        _fail_sink(sink, other, state, error)
+
+
+async def _write(sink: socket.socket, scratch: bytearray, size: int, side: Side, other: Side, state: _State) -> bool:
+    """Write the first `size` bytes of `scratch`; False if the sink is dead."""
+    try:
+        try:
+            sent = sink.send(memoryview(scratch)[:size])
+        except BlockingIOError:
+            sent = 0
+        # Only here is a chunk held across an await, in a copy of its own: `scratch` belongs to all relays.
+        rest = b"" if sent == size else bytes(memoryview(scratch)[sent:size])
+        _count(state.counters, side, sent)
+        while rest:
+            await wait_writable(sink)
+            try:
+                sent = sink.send(rest)
+            except BlockingIOError:
+                continue
+            rest = rest[sent:]
+            _count(state.counters, side, sent)
+    except (OSError, trio.ClosedResourceError) as error:
+        _fail_sink(sink, other, state, error)
+        return False
+    return True
+
+
+def _fail_sink(sink: socket.socket, side: Side, state: _State, error: OSError | trio.ClosedResourceError) -> None:
+    state.fail(side, error)
+    # A dead socket gives what it received and then its end. Should this one be alive after all (the system
+    # had no memory for it), it is made to do the same.
+    with suppress(OSError):
+        sink.shutdown(socket.SHUT_RD)
+
+
+def _count(counters: RelayCounters, side: Side, sent: int) -> None:
+    if sent:
+        if side == "client":
+            counters.client_to_upstream += sent
+        else:
+            counters.upstream_to_client += sent
+        counters.last_activity = trio.current_time()
