@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream, adapt
 from meshlocal.net.listen import Handle, accept_loop
+from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import header
@@ -26,7 +26,9 @@ from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.http2 import MAX_STREAM_ID, GoAway, Headers, header_list_size
 
-logger = logging.getLogger(__name__)
+__all__ = ["GrpcServer", "Handler", "Routes", "ServerCall", "unary"]
+
+log = get_log(__name__)
 
 Handler: TypeAlias = Callable[[ServerCall[Any, Any]], Awaitable[None]]
 Routes: TypeAlias = Mapping[Method[Any, Any], Handler]
@@ -203,7 +205,7 @@ class GrpcServer:
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""
         if len(self._connections) >= self._max_connections:
-            logger.warning("gRPC connection from %s refused: %d are open", peer, len(self._connections))
+            log.warning("grpc connection refused: too many are open", peer=peer, limit=self._max_connections)
             await stream.aclose()
             return
         connection = _ServerConnection(adapt(stream), self, peer)
@@ -212,7 +214,7 @@ class GrpcServer:
             await connection.run()
         except Exception:
             # A fault in serving one connection must not end the others.
-            logger.exception("gRPC connection from %s failed", peer)
+            log.exception("grpc connection failed", peer=peer)
         finally:
             self._connections.discard(connection)
             if not self._connections and self._idle is not None:
@@ -243,4 +245,4 @@ class GrpcServer:
 
 
 def _log_accept_error(error: OSError) -> None:
-    logger.warning("accepting a gRPC connection failed: %s", error)
+    log.warning("grpc accept failed", error=str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Generic
@@ -13,13 +12,14 @@ from google.protobuf.message import DecodeError
 from h2.errors import ErrorCodes
 
 from meshlocal.net.grpc.stream import Stream
+from meshlocal.net.log import get_log
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING, MessageDecoder, check_encoding, encode_message
 from meshlocal.wire.grpc.metadata import decode_metadata, encode_grpc_message, encode_metadata, header, parse_timeout
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode
 from meshlocal.wire.http2 import Headers, header_list_size
 
-logger = logging.getLogger(__name__)
+log = get_log(__name__)
 
 COMPRESS_FROM = 1024
 MAX_STATUS_MESSAGE = 1024
@@ -150,7 +150,7 @@ class ServerCall(Generic[Req, Resp]):
                 self.finish(error.code, error.message, error.trailing)
         except Exception:
             # Its text may hold what the client must not see: that goes to the log alone.
-            logger.exception("handler of %s failed", method.path)
+            log.exception("grpc handler failed", method=method.path, peer=self.peer)
             self.finish(StatusCode.UNKNOWN, "the handler failed")
 
     async def fail(self, code: StatusCode, message: str) -> None:
@@ -175,11 +175,11 @@ class ServerCall(Generic[Req, Resp]):
         try:
             custom = encode_metadata([*self.trailing_metadata, *trailing])
         except ValueError:
-            logger.exception("trailing metadata of a call cannot be sent")
+            log.exception("grpc trailing metadata cannot be sent", peer=self.peer)
             custom = []
         limit = stream.connection.protocol.peer_max_header_list_size
         if limit is not None and header_list_size([*fields, *custom]) > limit:
-            logger.warning("trailing metadata of a call exceeds the client's limit of %d bytes", limit)
+            log.warning("grpc trailing metadata exceeds the client's limit", peer=self.peer, limit=limit)
             custom = []
         stream.send_headers([*fields, *custom], end_stream=True)
 
