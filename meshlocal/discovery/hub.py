@@ -31,7 +31,7 @@ from meshlocal.policy import version
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
 
-_log = get_log("discovery")
+_log = get_log(__name__)
 
 HISTORY = 16
 """Past snapshots of a service that a watcher can resume from."""
@@ -114,6 +114,7 @@ class _InSync:
         self._backoff = backoff
 
     def started(self, value: None = None) -> None:
+        """The source is in sync: what it has published is served from now on."""
         self._state._started()
         self._state.report(None)
         self._backoff.reset()
@@ -179,7 +180,9 @@ class Hub:
     def snapshots(self) -> list[ServiceSnapshot]:
         """The latest state of every service that some registry knows, by name."""
         current = (state.snapshot for state in self._services.values())
-        return sorted((each for each in current if each is not None and not each.unknown), key=lambda each: each.service)
+        return sorted(
+            (each for each in current if each is not None and not each.unknown), key=lambda each: each.service
+        )
 
     @contextmanager
     def watch(self, subscriptions: Mapping[ServiceKey, str]) -> Iterator[Watcher]:
@@ -196,6 +199,12 @@ class Hub:
                 state = self._services[service]
                 del state.watchers[watcher]
                 self._forget_if_idle(service, state)
+
+    def wake_watchers(self) -> None:
+        """Let every watcher's wait return, whether or not there is something to take."""
+        for state in self._services.values():
+            for watcher in state.watchers:
+                watcher._wake.set()
 
     def _merge(self, services: Iterable[ServiceKey]) -> None:
         for service in services:
@@ -226,9 +235,7 @@ class Hub:
         gone = [held[key] for key in change.removed]
         gone += [held[instance.key] for instance in change.upserted if instance.key in held]
         state.total = version.changed(state.total, gone, change.upserted)
-        latest = ServiceSnapshot(
-            service, version.UNKNOWN if unknown else version.text(state.total), instances, unknown
-        )
+        latest = ServiceSnapshot(service, version.UNKNOWN if unknown else version.text(state.total), instances, unknown)
         state.snapshot = latest
         state.history[latest.version] = latest
         state.history.move_to_end(latest.version)

@@ -99,8 +99,12 @@ class _State:
             self.number = errno.EBADF if isinstance(error, trio.ClosedResourceError) else error.errno or errno.EIO
 
 
-async def relay(client: socket.socket, upstream: socket.socket, counters: RelayCounters) -> RelayResult:
+async def relay(
+    client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray = b""
+) -> RelayResult:
     """Move bytes both ways until both streams ended or one connection failed.
+
+    `early` was read from the client already, at most `CHUNK` bytes; it goes to the upstream first.
 
     The sockets are connected, non-blocking stream sockets. They stay the caller's, who closes both on a clean
     end and aborts the other side, or both, on a failure or cancellation. A task that closes one of them meanwhile does
@@ -113,16 +117,25 @@ async def relay(client: socket.socket, upstream: socket.socket, counters: RelayC
         _scratch.set(scratch)
     async with trio.open_nursery() as nursery:
         state = _State(counters, nursery.cancel_scope)
-        nursery.start_soon(_pump, client, upstream, "client", state, scratch)
-        await _pump(upstream, client, "upstream", state, scratch)
+        nursery.start_soon(_pump, client, upstream, "client", state, scratch, early)
+        await _pump(upstream, client, "upstream", state, scratch, b"")
     reason = "eof" if state.failed is None else _REASONS.get(state.number, "other")
     return RelayResult(state.failed, reason, state.number, state.first_end)
 
 
-async def _pump(source: socket.socket, sink: socket.socket, side: Side, state: _State, scratch: bytearray) -> None:
+async def _pump(
+    source: socket.socket,
+    sink: socket.socket,
+    side: Side,
+    state: _State,
+    scratch: bytearray,
+    early: bytes | bytearray,
+) -> None:
     """One direction: from `side` to the other."""
     other: Side = "upstream" if side == "client" else "client"
     full_chunks = 0
+    if early and not await _write(sink, early, len(early), side, other, state):
+        return
     try:
         while True:
             try:
@@ -155,7 +168,9 @@ async def _pump(source: socket.socket, sink: socket.socket, side: Side, state: _
         _fail_sink(sink, other, state, error)
 
 
-async def _write(sink: socket.socket, scratch: bytearray, size: int, side: Side, other: Side, state: _State) -> bool:
+async def _write(
+    sink: socket.socket, scratch: bytes | bytearray, size: int, side: Side, other: Side, state: _State
+) -> bool:
     """Write the first `size` bytes of `scratch`; False if the sink is dead."""
     try:
         try:

@@ -159,7 +159,12 @@ class ProxyConfig(_Section, frozen=True):
     services: Annotated[
         Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")
     ] = msgspec.field(default_factory=dict)
+    access_log: Annotated[bool, Meta(description="One log line for each connection, at its end.")] = False
     drain: Annotated[DrainConfig, Meta(description="How the proxy stops.")] = DrainConfig()
+
+    def service_key(self, name: ServiceKey) -> ServiceKey:
+        """The registry's name of a service: with `namespace` set, a name without a dot belongs to that namespace."""
+        return ServiceKey(f"{name}.{self.namespace}") if self.namespace and "." not in name else name
 
     def service(self, key: ServiceKey) -> ServiceConfig:
         """What holds for the service. With `namespace` set, `b` and `b.NAMESPACE` are one service."""

@@ -64,10 +64,11 @@ class Selector:
         protocol: only instances of this transport protocol.
     """
 
-    __slots__ = ("_families", "_own", "_port_name", "_protocol", "_within", "locality")
+    __slots__ = ("_families", "_own", "_port_name", "_protocol", "_within", "locality", "tiers")
 
     def __init__(self, locality: Locality, port_name: str | None = None, protocol: str = "tcp") -> None:
         self.locality = locality
+        self.tiers = locality.tiers
         self._own = tuple((key, locality.own(key)) for key in locality.prefer)
         self._within = None if locality.within is None else (locality.within, locality.own(locality.within))
         self._families = locality.families

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from ipaddress import ip_address
 
 from meshlocal.policy.model import (
     READY,
@@ -65,8 +66,12 @@ def endpoint_to_message(key: EndpointKey) -> pb.NetworkEndpoint:
 
 
 def endpoint_from_message(message: pb.NetworkEndpoint) -> EndpointKey:
-    """The key that an endpoint stands for. Not checked: it is only compared with keys that were."""
-    return EndpointKey(message.address, message.port, message.port_name, message.protocol or "tcp")
+    """The key that an endpoint stands for. Only its spelling is mended: it is compared with keys that were checked."""
+    try:
+        address = str(ip_address(message.address))
+    except ValueError:
+        address = message.address
+    return EndpointKey(address, message.port, message.port_name, message.protocol or "tcp")
 
 
 def snapshot_event(snapshot: ServiceSnapshot) -> pb.WatchInstancesResponse:
@@ -120,9 +125,7 @@ def change_from_message(message: pb.ServiceChange, on_bad: OnBadInstance) -> Ser
     )
 
 
-def _instances(
-    service: ServiceKey, messages: Iterable[pb.Instance], on_bad: OnBadInstance
-) -> Iterator[Instance]:
+def _instances(service: ServiceKey, messages: Iterable[pb.Instance], on_bad: OnBadInstance) -> Iterator[Instance]:
     for position, message in enumerate(messages):
         try:
             yield instance_from_message(message)

@@ -1,0 +1,45 @@
+"""What a consumer of instances sees, wherever they come from.
+
+The proxy reads snapshots from a sink's side and never knows whether a discovery
+server or a file in the same process feeds it; `app` joins the two.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from meshlocal.policy.model import ServiceSnapshot
+
+
+class SnapshotSink(Protocol):
+    """Where snapshots go. Calls never block."""
+
+    def publish(self, snapshot: ServiceSnapshot) -> None:
+        """A service's latest state."""
+        ...
+
+
+class FeedStatus(msgspec.Struct):
+    """How a feed is doing: read by metrics and the admin page, written by the feed alone.
+
+    Attributes:
+        source: the URL that the feed reads now, or read last.
+        connected: whether it is being read.
+        confirmed_at: when what is held was last known to be current, on the clock of `anyio.current_time`; None: never.
+        reconnects: how often a connection was lost or could not be made.
+        refused_instances: instances left out because a field of theirs made no sense.
+        problem: why it is not connected; None while it is.
+    """
+
+    source: str = ""
+    connected: bool = False
+    confirmed_at: float | None = None
+    reconnects: int = 0
+    refused_instances: int = 0
+    problem: str | None = None
+
+    def age(self, now: float) -> float | None:
+        """Seconds since what is held was known to be current (D1); None while nothing was ever held."""
+        return None if self.confirmed_at is None else max(0.0, now - self.confirmed_at)

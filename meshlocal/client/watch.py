@@ -1,0 +1,215 @@
+"""The watch on a discovery server that never ends (behaviour rules D1 and D4).
+
+One task owns the connection and all that is held. It watches its services on
+one stream, applies each event to what it holds and passes the result to a sink.
+Whatever ends the stream, it keeps what it holds, waits with exponential backoff
+and jitter, and watches again from the versions that it holds, at the next of
+its servers. A server that is frozen without closing is found by keepalive
+pings, one that answers pings but says nothing by its missing heartbeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+
+import anyio
+import msgspec
+
+from meshlocal.client.feed import FeedStatus, SnapshotSink
+from meshlocal.net.grpc.client import Channel, open_channel
+from meshlocal.net.grpc.options import GrpcOptions
+from meshlocal.net.log import get_log
+from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.backoff import Backoff, UniformSource
+from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceKey, ServiceSnapshot, apply
+from meshlocal.wire.discovery_codec import change_from_message, snapshot_from_message
+from meshlocal.wire.discovery_methods import WATCH_INSTANCES
+from meshlocal.wire.grpc.status import GrpcError
+from meshlocal.wire.pb import discovery_pb2 as pb
+
+_log = get_log(__name__)
+
+SILENCE_FACTOR = 3.0
+"""Heartbeat intervals without an event after which a watch is taken for dead."""
+
+FIRST_EVENT_LIMIT = 10.0
+"""Seconds to a watch's first event, before its server has said how often it sends heartbeats."""
+
+MAX_EVENT_SIZE = 64 * 2**20
+"""Bytes of one event at most: room for a snapshot of some 200,000 instances."""
+
+
+class WatchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of a watch, in seconds."""
+
+    connect_timeout: float = 3.0
+    keepalive_interval: float = 10.0
+    keepalive_timeout: float = 5.0
+    backoff_initial: float = 0.2
+    backoff_max: float = 15.0
+
+
+class DiscoveryWatch:
+    """Follows services at the first of several discovery servers that answers, for ever.
+
+    Args:
+        urls: discovery servers, tried in turn.
+        services: what to follow; `follow` changes it.
+        sink: gets every new snapshot.
+        rng: for the backoff's jitter.
+        options: times.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[DiscoveryUrl],
+        services: Iterable[ServiceKey],
+        sink: SnapshotSink,
+        rng: UniformSource,
+        options: WatchOptions | None = None,
+    ) -> None:
+        if not urls:
+            raise ValueError("a watch needs at least one discovery server")
+        self._urls = urls
+        self._services = list(dict.fromkeys(services))
+        self._sink = sink
+        self._options = options or WatchOptions()
+        self._backoff = Backoff(self._options.backoff_initial, self._options.backoff_max, rng)
+        self._held: dict[ServiceKey, ServiceSnapshot] = {}
+        self._stream_scope: anyio.CancelScope | None = None
+        self._followed = anyio.Event()
+        self._current = False
+        self._said: dict[str, str] = {}
+        self.status = FeedStatus()
+
+    def follow(self, services: Iterable[ServiceKey]) -> None:
+        """Follow these services from now on. What is held of those that stay is kept."""
+        wanted = list(dict.fromkeys(services))
+        if wanted == self._services:
+            return
+        self._services = wanted
+        for service in self._held.keys() - set(wanted):
+            del self._held[service]
+        self._followed.set()
+        if self._stream_scope is not None:
+            self._stream_scope.cancel()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        for url in cycle(self._urls):
+            self.status.source = str(url)
+            problem = "the watch ended"
+            try:
+                await self._watch_server(url)
+            except GrpcError as error:
+                problem = f"{error.code.name}: {error.message}"
+            except TimeoutError:
+                problem = "no answer in time"
+            except OSError as error:
+                problem = error.strerror or str(error)
+            except (BaseMismatchError, UnexpectedEventError) as error:
+                # What is held may not be what the server thinks: ask for the whole again (D1).
+                self._held.clear()
+                problem = str(error)
+            self._current = False
+            self._lost(str(url), problem)
+            await anyio.sleep(self._backoff.next())
+
+    def _lost(self, url: str, problem: str) -> None:
+        # Said once an outage and server, not once a try: an outage may last for days.
+        if self._said.get(url) != problem:
+            self._said[url] = problem
+            _log.warning("discovery is away; going on with what is known", url=url, problem=problem)
+        self.status.connected = False
+        self.status.problem = problem
+        self.status.reconnects += 1
+
+    async def _watch_server(self, url: DiscoveryUrl) -> None:
+        options = self._options
+        grpc_options = GrpcOptions(
+            keepalive_interval=options.keepalive_interval,
+            keepalive_timeout=options.keepalive_timeout,
+            max_message_size=MAX_EVENT_SIZE,
+        )
+        with anyio.CancelScope() as connecting:
+            connecting.deadline = anyio.current_time() + options.connect_timeout
+            async with open_channel(url.host, url.port, options=grpc_options) as channel:
+                connecting.deadline = float("inf")
+                while await self._watch_once(channel, url):
+                    pass
+        if connecting.cancelled_caught:
+            raise TimeoutError
+
+    async def _watch_once(self, channel: Channel, url: DiscoveryUrl) -> bool:
+        """One stream, until it ends; true if it ended because other services are to be followed."""
+        self._followed = anyio.Event()
+        if not self._services:
+            await self._followed.wait()
+            return True
+        with anyio.CancelScope() as scope:
+            self._stream_scope = scope
+            try:
+                await self._follow_stream(channel, url)
+            finally:
+                self._stream_scope = None
+        return scope.cancelled_caught
+
+    async def _follow_stream(self, channel: Channel, url: DiscoveryUrl) -> None:
+        request = pb.WatchInstancesRequest(
+            subscriptions=[
+                pb.Subscription(service=service, version=held.version if (held := self._held.get(service)) else "")
+                for service in self._services
+            ]
+        )
+        limit = FIRST_EVENT_LIMIT
+        async with channel.call(WATCH_INSTANCES) as call:
+            with anyio.fail_after(limit):
+                await call.send(request)
+                await call.end()
+            while True:
+                with anyio.fail_after(limit):
+                    event = await call.receive()
+                if event is None:
+                    return
+                limit = self._take(event, limit)
+                if not self.status.connected:
+                    self.status.connected = True
+                    self.status.problem = None
+                    self._said.clear()
+                    self._backoff.reset()
+                    _log.info("discovery is watched", url=str(url), services=len(self._services))
+
+    def _take(self, event: pb.WatchInstancesResponse, limit: float) -> float:
+        """Apply one event; returns the seconds that the next may take."""
+        kind = event.WhichOneof("event")
+        if kind == "heartbeat":
+            self._current = not event.heartbeat.pending
+        if self._current:
+            # Events come in order, so each one shows that what came before it is current still.
+            self.status.confirmed_at = anyio.current_time()
+        if kind == "heartbeat":
+            return max(event.heartbeat.interval_ms / 1000 * SILENCE_FACTOR, 1.0)
+        if kind == "snapshot":
+            snapshot = snapshot_from_message(event.snapshot, self._refuse)
+        elif kind == "change":
+            held = self._held.get(ServiceKey(event.change.service))
+            if held is None:
+                raise UnexpectedEventError(f"a change came of {event.change.service!r}, of which nothing is held")
+            snapshot = apply(held, change_from_message(event.change, self._refuse))
+        else:
+            # An event of a later version of the interface: it is there to be ignored by earlier ones.
+            return limit
+        if snapshot.service not in self._services:
+            raise UnexpectedEventError(f"an event came of {snapshot.service!r}, which is not watched")
+        self._held[snapshot.service] = snapshot
+        self._sink.publish(snapshot)
+        return limit
+
+    def _refuse(self, service: ServiceKey, error: ModelError) -> None:
+        self.status.refused_instances += 1
+        _log.warning("instance refused", service=service, where=error.where, problem=error.what, url=self.status.source)
+
+
+class UnexpectedEventError(Exception):
+    """A discovery server sent what does not fit what went before."""

@@ -1,0 +1,198 @@
+"""The Discovery service over gRPC: what the hub holds, listed and watched."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import trio
+
+from meshlocal.discovery.hub import Hub, Update
+from meshlocal.net.grpc.server import Routes, unary
+from meshlocal.net.grpc.servercall import ServerCall
+from meshlocal.policy.model import (
+    CLUSTER,
+    ZONE,
+    ModelError,
+    ServiceKey,
+    ServiceSnapshot,
+    diff,
+    known,
+    parse_service_key,
+)
+from meshlocal.wire.discovery_codec import change_event, heartbeat_event, instance_to_message, snapshot_event
+from meshlocal.wire.discovery_methods import (
+    LIST_CLUSTERS,
+    LIST_INSTANCES,
+    LIST_SERVICES,
+    LIST_ZONES,
+    WATCH_INSTANCES,
+)
+from meshlocal.wire.grpc.status import GrpcError, StatusCode
+from meshlocal.wire.pb import discovery_pb2 as pb
+
+MAX_SUBSCRIPTIONS = 1000
+"""Services that one watch may follow."""
+
+_ENCODED = 64
+_Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
+
+
+class EncodedEvents:
+    """Events in their encoded form, so that a change is encoded once however many watch the service."""
+
+    def __init__(self, capacity: int = _ENCODED) -> None:
+        self._capacity = capacity
+        self._events: OrderedDict[tuple[ServiceKey, str, str], bytes] = OrderedDict()
+
+    def encode(self, update: Update) -> bytes:
+        """The event that takes a watcher from the update's base to its latest snapshot."""
+        base, latest = update
+        key = (latest.service, base.version if base is not None else "", latest.version)
+        encoded = self._events.get(key)
+        if encoded is None:
+            encoded = self._events[key] = _event(base, latest).SerializeToString()
+            while len(self._events) > self._capacity:
+                self._events.popitem(last=False)
+        else:
+            self._events.move_to_end(key)
+        return encoded
+
+
+def _event(base: ServiceSnapshot | None, latest: ServiceSnapshot) -> pb.WatchInstancesResponse:
+    if base is None or base.unknown or latest.unknown:
+        return snapshot_event(latest)
+    change = diff(base, latest)
+    # Where most of it changed, the whole is no longer than the way there.
+    if len(change.upserted) + len(change.removed) > len(latest.instances):
+        return snapshot_event(latest)
+    return change_event(change)
+
+
+class DiscoveryService:
+    """The five methods over one hub.
+
+    Args:
+        hub: what is served.
+        heartbeat_interval: the longest silence on a watch, in seconds.
+    """
+
+    def __init__(self, hub: Hub, heartbeat_interval: float) -> None:
+        self._hub = hub
+        self._heartbeat_interval = heartbeat_interval
+        self._encoded = EncodedEvents()
+        self._draining = False
+        self.events_sent = 0
+
+    def handlers(self) -> Routes:
+        """For `GrpcServer`."""
+        return {
+            LIST_ZONES: unary(self._list_zones),
+            LIST_CLUSTERS: unary(self._list_clusters),
+            LIST_SERVICES: unary(self._list_services),
+            LIST_INSTANCES: unary(self._list_instances),
+            WATCH_INSTANCES: self._watch_instances,
+        }
+
+    def _require_sync(self) -> None:
+        if self._hub.in_sync:
+            return
+        waiting = ", ".join(state.source.name for state in self._hub.sources if not state.in_sync)
+        raise GrpcError(StatusCode.UNAVAILABLE, f"not in sync yet with {waiting}")
+
+    async def _list_zones(self, request: pb.ListZonesRequest, call: object) -> pb.ListZonesResponse:
+        self._require_sync()
+        names = {
+            known(instance.labels.get(ZONE)) for each in self._hub.snapshots() for instance in each.instances.values()
+        }
+        return pb.ListZonesResponse(zones=[pb.Zone(name=name) for name in sorted(names) if name])
+
+    async def _list_clusters(self, request: pb.ListClustersRequest, call: object) -> pb.ListClustersResponse:
+        self._require_sync()
+        pairs = {
+            (known(instance.labels.get(CLUSTER)), known(instance.labels.get(ZONE)))
+            for each in self._hub.snapshots()
+            for instance in each.instances.values()
+        }
+        return pb.ListClustersResponse(
+            clusters=[
+                pb.Cluster(name=name, zone=zone)
+                for name, zone in sorted(pairs)
+                if name and (not request.zone or zone == request.zone)
+            ]
+        )
+
+    async def _list_services(self, request: pb.ListServicesRequest, call: object) -> pb.ListServicesResponse:
+        self._require_sync()
+        wanted = {label: value for label, value in ((ZONE, request.zone), (CLUSTER, request.cluster)) if value}
+        services = []
+        for each in self._hub.snapshots():
+            count = sum(_carries(instance.labels, wanted) for instance in each.instances.values())
+            if count or not wanted:
+                services.append(pb.Service(name=each.service, instances=count))
+        return pb.ListServicesResponse(services=services)
+
+    async def _list_instances(self, request: pb.ListInstancesRequest, call: object) -> pb.ListInstancesResponse:
+        service = _service_key("service", request.service)
+        snapshot = self._hub.snapshot(service)
+        if snapshot is None:
+            self._require_sync()
+        if snapshot is None or snapshot.unknown:
+            raise GrpcError(StatusCode.NOT_FOUND, f"no registry knows a service {service!r}")
+        wanted = dict(request.selector)
+        instances = sorted(snapshot.instances.values(), key=lambda instance: instance.key)
+        return pb.ListInstancesResponse(
+            version=snapshot.version,
+            instances=[instance_to_message(each) for each in instances if _carries(each.labels, wanted)],
+        )
+
+    def drain(self) -> None:
+        """End every watch with UNAVAILABLE, so that watchers turn to another server; new ones end likewise."""
+        self._draining = True
+        self._hub.wake_watchers()
+
+    async def _watch_instances(self, call: _Call) -> None:
+        request = await call.receive()
+        if request is None:
+            raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
+        with self._hub.watch(_subscriptions(request)) as watcher:
+            resumed = True
+            while not self._draining:
+                updates = watcher.take()
+                for update in updates:
+                    await call.send_encoded(self._encoded.encode(update))
+                # The first round ends with a heartbeat too, which tells one that resumed that it is current.
+                if resumed or not updates:
+                    resumed = False
+                    await call.send(heartbeat_event(self._heartbeat_interval, watcher.pending))
+                self.events_sent += max(1, len(updates))
+                with trio.move_on_after(self._heartbeat_interval):
+                    await watcher.wait()
+        raise GrpcError(StatusCode.UNAVAILABLE, "this server is going away; watch another one")
+
+
+def _subscriptions(request: pb.WatchInstancesRequest) -> dict[ServiceKey, str]:
+    if not 1 <= len(request.subscriptions) <= MAX_SUBSCRIPTIONS:
+        count = len(request.subscriptions)
+        raise GrpcError(
+            StatusCode.INVALID_ARGUMENT, f"subscriptions: {count} of them; a watch takes 1 to {MAX_SUBSCRIPTIONS}"
+        )
+    subscriptions: dict[ServiceKey, str] = {}
+    for position, subscription in enumerate(request.subscriptions):
+        service = _service_key(f"subscriptions[{position}].service", subscription.service)
+        if service in subscriptions:
+            raise GrpcError(StatusCode.INVALID_ARGUMENT, f"subscriptions[{position}].service: {service!r} stands twice")
+        subscriptions[service] = subscription.version
+    return subscriptions
+
+
+def _service_key(where: str, text: str) -> ServiceKey:
+    try:
+        return parse_service_key(text)
+    except ModelError as error:
+        raise GrpcError(StatusCode.INVALID_ARGUMENT, f"{where}: {error.what}") from None
+
+
+def _carries(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    return all(labels.get(label) == value for label, value in wanted.items())

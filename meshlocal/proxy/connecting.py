@@ -1,0 +1,186 @@
+"""From a client to a connected instance: wait, pick, attempt, next (behaviour rules A1, A2, A5 to A8, O1).
+
+A tcp attempt is the connect. Nothing was sent to an instance whose connect
+failed, so any failure moves on to the next instance of the plan, until one
+connects, the plan ends, `max_attempts` are spent or the deadline comes.
+
+A client is watched only while it is kept waiting: for a first snapshot, or for
+an instance that is slow to answer. Its bytes are then read into a bounded
+buffer, for that is the only way to learn of a reset behind them. A client that
+ended its stream has not left: it may have sent all that it wanted to say, and
+from the outside a closed socket looks the same. It costs what is left of the
+deadline at most.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from meshlocal.net.dial import Connecting, classify_connect_error
+from meshlocal.policy.picker import Pick
+from meshlocal.proxy.services import ServiceState
+from meshlocal.proxy.statistics import AttemptOutcome, Outcome
+
+PATIENCE = 0.01
+"""Seconds that a connect may take before its client is watched."""
+
+EARLY_LIMIT = 65536
+"""Bytes read from a client that waits."""
+
+
+class Client:
+    """A client that waits for an instance.
+
+    Attributes:
+        socket: its connection.
+        early: what it sent while it was watched; it goes to the instance first.
+        left: it reset its connection (A8).
+    """
+
+    __slots__ = ("early", "left", "socket")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.early = bytearray()
+        self.left = False
+
+    async def watched(self, wait: Callable[[], Awaitable[object]]) -> None:
+        """Wait for something, but no longer than until the client has left.
+
+        `wait` raises nothing but Cancelled.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, nursery.cancel_scope)
+            await wait()
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, waiting: trio.CancelScope) -> None:
+        try:
+            while len(self.early) < EARLY_LIMIT:
+                await trio.lowlevel.wait_readable(self.socket)
+                try:
+                    received = self.socket.recv(EARLY_LIMIT - len(self.early))
+                except BlockingIOError:
+                    continue
+                if not received:
+                    return
+                self.early += received
+        except (OSError, trio.ClosedResourceError):
+            self.left = True
+            waiting.cancel()
+
+
+class Connected:
+    """How the search for an instance ended.
+
+    Attributes:
+        upstream: the connected socket, which is the holder's to close; None if there is none.
+        outcome: why there is none; None if there is one.
+        pick: the instance that connected, or was tried last; None if none was.
+        tier: its tier's name; empty if there is none.
+        attempts: how many were tried.
+        error: how the last attempt failed.
+    """
+
+    __slots__ = ("attempts", "error", "outcome", "pick", "tier", "upstream")
+
+    def __init__(self) -> None:
+        self.upstream: socket.socket | None = None
+        self.outcome: Outcome | None = None
+        self.pick: Pick | None = None
+        self.tier = ""
+        self.attempts = 0
+        self.error = ""
+
+
+async def connect(client: Client, service: ServiceState, result: Connected) -> None:
+    """Find an instance for a client, and connect to it. What came of it is in `result`, also after cancellation."""
+    policy = service.policy
+    with trio.move_on_after(policy.deadline) as deadline:
+        if service.picker is None:
+            with trio.move_on_after(policy.first_snapshot_wait):
+                await client.watched(service.first_snapshot.wait)
+        if not client.left:
+            await _attempt_in_turn(client, service, result)
+    if result.upstream is not None:
+        return
+    if client.left:
+        result.outcome = Outcome.CLIENT_LEFT
+    elif deadline.cancelled_caught:
+        result.outcome = Outcome.DEADLINE
+    else:
+        result.outcome = Outcome.FAILED if result.attempts else Outcome.NO_INSTANCE
+
+
+async def _attempt_in_turn(client: Client, service: ServiceState, result: Connected) -> None:
+    plan = service.plan()
+    if plan is None:
+        return
+    statistics = service.statistics
+    tiers = service.tiers
+    while service.policy.max_attempts is None or result.attempts < service.policy.max_attempts:
+        pick = plan.next()
+        if pick is None:
+            return
+        result.pick = pick
+        result.attempts += 1
+        result.tier = tier = tiers[pick.tier]
+        statistics.picks[tier, pick.reason or ""] += 1
+        try:
+            result.error = await _attempt(client, service, pick, result)
+        finally:
+            # One that was cancelled, by the deadline or because its client left, counts too.
+            failure = result.error or AttemptOutcome.ABANDONED
+            statistics.attempts[tier, AttemptOutcome.CONNECTED if result.upstream else failure] += 1
+        if result.upstream is not None or client.left:
+            return
+        # An instance that fails at once must not keep the others' tasks waiting, nor cancellation.
+        await trio.lowlevel.checkpoint()
+
+
+async def _attempt(client: Client, service: ServiceState, pick: Pick, result: Connected) -> str:
+    """Try one instance; the socket goes into `result`. Returns how it failed, in a word."""
+    policy = service.policy
+    limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
+    key = pick.instance.key
+    try:
+        connecting = Connecting(key.address, key.port)
+    except OSError as error:
+        return classify_connect_error(error)
+    try:
+        if connecting.pending:
+            await _wait_connected(client, connecting.socket, limit)
+            if client.left:
+                return ""
+        connecting.finish()
+        result.upstream = connecting.socket
+    except TimeoutError:
+        return AttemptOutcome.TIMEOUT
+    except OSError as error:
+        return classify_connect_error(error)
+    finally:
+        if result.upstream is None:
+            connecting.socket.close()
+    return ""
+
+
+async def _wait_connected(client: Client, upstream: socket.socket, limit: float) -> None:
+    """Wait until a connect has ended, well or badly, or the client has left.
+
+    Raises:
+        TimeoutError: neither came within `limit` seconds (A1).
+    """
+
+    async def wait() -> None:
+        await trio.lowlevel.wait_writable(upstream)
+
+    with trio.move_on_after(min(PATIENCE, limit)):
+        await wait()
+        return
+    with trio.move_on_after(limit - PATIENCE) as scope:
+        await client.watched(wait)
+    if scope.cancelled_caught:
+        raise TimeoutError

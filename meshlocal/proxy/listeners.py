@@ -1,0 +1,135 @@
+"""The proxy's listeners: opened together, changed without losing one that stays (behaviour rule S2)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import trio
+
+from meshlocal.net.listen import accept_loop, open_tcp_listeners
+from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.sockets import close, format_address
+from meshlocal.policy.addresses import ListenAddress
+from meshlocal.policy.model import ServiceKey
+from meshlocal.proxy.services import ServiceTable
+from meshlocal.proxy.tcp import TcpForwarder
+
+_log = get_log(__name__)
+_ERROR_INTERVAL = 5.0
+
+
+class Listener:
+    """One configured listener: one socket, or two for `localhost`.
+
+    Attributes:
+        configured: as the config has it.
+        service: the registry's name of its service.
+        accept_errors: how often the system could not give another connection.
+    """
+
+    def __init__(self, configured: ListenAddress, service: ServiceKey, sockets: Sequence[socket.socket]) -> None:
+        self.configured = configured
+        self.service = service
+        self.sockets = sockets
+        self.accept_errors = 0
+        self.accepting = trio.CancelScope()
+        self._report = RateLimited(_log, logging.ERROR, "cannot accept; trying again", interval=_ERROR_INTERVAL)
+
+    @property
+    def bound(self) -> list[str]:
+        """The addresses that it listens on, with the ports that the system chose."""
+        return [format_address(sock.getsockname()) for sock in self.sockets]
+
+    def on_accept_error(self, error: OSError) -> None:
+        """Count and report that descriptors or memory ran out."""
+        self.accept_errors += 1
+        self._report(
+            trio.current_time(), listener=self.bound[0], problem=os.strerror(error.errno or 0), service=self.service
+        )
+
+    def close(self) -> None:
+        """Close the sockets. Only once nothing accepts on them."""
+        for sock in self.sockets:
+            close(sock)
+
+
+class Listeners:
+    """All listeners, and their acceptors.
+
+    Args:
+        services: where a listener's service is looked up for each connection.
+        forwarder: serves the connections.
+        acceptors: the nursery of the accept loops.
+        connections: the nursery of the connections, which outlives them.
+    """
+
+    def __init__(
+        self, services: ServiceTable, forwarder: TcpForwarder, acceptors: trio.Nursery, connections: trio.Nursery
+    ) -> None:
+        self._services = services
+        self._forwarder = forwarder
+        self._acceptors = acceptors
+        self._connections = connections
+        self.current: list[Listener] = []
+
+    def prepare(self, wanted: Iterable[ListenAddress]) -> list[Listener]:
+        """Open what `wanted` has and the current listeners have not; `adopt` takes the result.
+
+        A listener whose address stays keeps its socket, whatever its service.
+
+        Raises:
+            ListenError: an address cannot be listened on. Nothing is left open, and the current listeners go on.
+        """
+        at = {(one.configured.host, one.configured.port): one for one in self.current}
+        prepared: list[Listener] = []
+        try:
+            for configured in wanted:
+                service = self._services.config.service_key(configured.service)
+                there = at.pop((configured.host, configured.port), None)
+                if there is None:
+                    prepared.append(Listener(configured, service, open_tcp_listeners(configured.host, configured.port)))
+                else:
+                    prepared.append(there)
+        except BaseException:
+            self.discard(prepared)
+            raise
+        return prepared
+
+    def discard(self, prepared: Iterable[Listener]) -> None:
+        """Close what `prepare` opened and nobody adopted."""
+        for listener in prepared:
+            if listener not in self.current:
+                listener.close()
+
+    def adopt(self, prepared: Sequence[Listener], wanted: Sequence[ListenAddress]) -> None:
+        """Make what `prepare` returned for `wanted` the current listeners: accept on the new, stop the rest.
+
+        Connections that were accepted go on.
+        """
+        for listener in self.current:
+            if listener not in prepared:
+                listener.accepting.cancel()
+        for listener, configured in zip(prepared, wanted, strict=True):
+            listener.configured = configured
+            listener.service = self._services.config.service_key(configured.service)
+            if listener not in self.current:
+                self._acceptors.start_soon(self._accept, listener)
+        self.current = list(prepared)
+
+    async def _accept(self, listener: Listener) -> None:
+        async def serve(client: socket.socket, peer: object) -> None:
+            await self._forwarder.serve(self._services[listener.service], client, peer)
+
+        try:
+            with listener.accepting:
+                async with trio.open_nursery() as nursery:
+                    for sock in listener.sockets:
+                        nursery.start_soon(
+                            partial(accept_loop, sock, self._connections, serve, on_error=listener.on_accept_error)
+                        )
+        finally:
+            listener.close()

@@ -1,0 +1,70 @@
+"""What the proxy counts, as plain numbers.
+
+Counting is on the path of every connection, reading is not: so these are bare
+integers in dictionaries, which a collector turns into metrics when it is asked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    SERVED = "served"
+    """An instance was connected, and both sides ended in good order."""
+    CUT = "cut"
+    """An instance was connected, and the connection was reset or timed out later."""
+    FAILED = "failed"
+    """Every instance was tried, none could be connected (A6)."""
+    NO_INSTANCE = "no_instance"
+    """No usable instance is known (A6)."""
+    DEADLINE = "deadline"
+    """The deadline came before an instance was connected (A1)."""
+    CLIENT_LEFT = "client_left"
+    """The client left before an instance was connected (A8)."""
+    DRAINED = "drained"
+    """The proxy stopped before the connection ended (S1)."""
+    ERROR = "error"
+    """A fault in the proxy itself."""
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended. Failures to connect are named by `meshlocal.net.dial.classify_connect_error`."""
+
+    CONNECTED = "connected"
+    TIMEOUT = "timeout"
+    ABANDONED = "abandoned"
+    """The request's deadline came first, or its client left, or the proxy stopped."""
+
+
+class RequestKey(NamedTuple):
+    """What requests are counted by: tier and reason of the last instance tried, both empty if there was none."""
+
+    tier: str
+    reason: str
+    outcome: str
+
+
+class ServiceStatistics:
+    """Counts of one service."""
+
+    __slots__ = ("attempts", "bytes_received", "bytes_sent", "connecting", "open", "picks", "requests")
+
+    def __init__(self) -> None:
+        self.requests: defaultdict[RequestKey, int] = defaultdict(int)
+        self.attempts: defaultdict[tuple[str, str], int] = defaultdict(int)
+        """By tier and outcome."""
+        self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)
+        """By tier and reason."""
+        self.open = 0
+        """Connections with an instance now."""
+        self.connecting = 0
+        """Clients waiting for an instance now."""
+        self.bytes_sent = 0
+        """To instances, on connections that ended."""
+        self.bytes_received = 0
+        """From instances, on connections that ended."""

@@ -1,0 +1,178 @@
+"""TCP connections from accept to end (behaviour rules A1 to A8, R1, S1).
+
+One task serves one connection: it connects an instance, relays until both sides
+have ended, and counts. Whatever ends it in another way, a failure on either
+side, an idle limit, a drain that ran out of time, resets the client's
+connection rather than closing it: a stream that was cut must not look complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+
+import trio
+
+from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.relay import RelayCounters, relay
+from meshlocal.net.sockets import abort, close, format_address
+from meshlocal.proxy.connecting import Client, Connected, connect
+from meshlocal.proxy.services import ServiceState, ServiceTable
+from meshlocal.proxy.statistics import Outcome, RequestKey
+
+_log = get_log(__name__)
+_access_log = get_log("meshlocal.access")
+
+_SWEEP_LONGEST = 30.0
+_WARNING_INTERVAL = 5.0
+
+
+class Connection:
+    """One client's connection while it lives.
+
+    Attributes:
+        service: what it is for.
+        peer: the client's address.
+        result: the instance that serves it, and how it was found.
+        counters: bytes moved; None until an instance is connected.
+        cut: why the proxy ended it, if it did.
+    """
+
+    __slots__ = ("counters", "cut", "peer", "result", "scope", "service", "started")
+
+    def __init__(self, service: ServiceState, peer: object, started: float) -> None:
+        self.service = service
+        self.peer = peer
+        self.started = started
+        self.scope = trio.CancelScope()
+        self.result = Connected()
+        self.counters: RelayCounters | None = None
+        self.cut = ""
+
+
+class TcpForwarder:
+    """Serves the connections of all TCP listeners.
+
+    Args:
+        services: the services that listeners name.
+        access_log: one log line for each connection, at its end.
+    """
+
+    def __init__(self, services: ServiceTable, *, access_log: bool = False) -> None:
+        self._services = services
+        self.access_log = access_log
+        self._connections: dict[Connection, None] = {}
+        self._failed = RateLimited(
+            _log, logging.WARNING, "request failed: no instance connected", interval=_WARNING_INTERVAL
+        )
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(self._connections)
+
+    async def serve(self, service: ServiceState, sock: socket.socket, peer: object) -> None:
+        """Serve one accepted connection to its end; the socket is closed or reset then."""
+        connection = Connection(service, peer, trio.current_time())
+        self._connections[connection] = None
+        outcome = Outcome.DRAINED
+        try:
+            with connection.scope:
+                outcome = await self._forward(connection, sock)
+            if connection.scope.cancelled_caught:
+                outcome = Outcome.CUT
+        except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
+            outcome = Outcome.ERROR
+            _log.exception("connection failed by a fault in the proxy", service=service.key)
+        finally:
+            del self._connections[connection]
+            upstream = connection.result.upstream
+            if outcome is Outcome.SERVED:
+                close(sock)
+            else:
+                abort(sock)
+            if upstream is not None:
+                if outcome is Outcome.SERVED:
+                    close(upstream)
+                else:
+                    abort(upstream)
+            self._account(connection, outcome)
+
+    async def _forward(self, connection: Connection, sock: socket.socket) -> Outcome:
+        service, result = connection.service, connection.result
+        client = Client(sock)
+        service.statistics.connecting += 1
+        try:
+            await connect(client, service, result)
+        finally:
+            service.statistics.connecting -= 1
+        if result.upstream is None:
+            assert result.outcome is not None
+            return result.outcome
+        connection.counters = RelayCounters(trio.current_time())
+        service.statistics.open += 1
+        try:
+            ended = await relay(sock, result.upstream, connection.counters, early=client.early)
+        finally:
+            service.statistics.open -= 1
+        if ended.failed is not None:
+            connection.cut = f"{ended.failed} {ended.reason}"
+            return Outcome.CUT
+        return Outcome.SERVED
+
+    def _account(self, connection: Connection, outcome: Outcome) -> None:
+        service, result = connection.service, connection.result
+        statistics = service.statistics
+        tier, reason = result.tier, (result.pick.reason or "") if result.pick is not None else ""
+        statistics.requests[RequestKey(tier, reason, outcome)] += 1
+        counters = connection.counters
+        if counters is not None:
+            statistics.bytes_sent += counters.client_to_upstream
+            statistics.bytes_received += counters.upstream_to_client
+        now = trio.current_time()
+        if outcome in (Outcome.FAILED, Outcome.NO_INSTANCE, Outcome.DEADLINE):
+            self._failed(
+                now, service=service.key, outcome=outcome, attempts=result.attempts, last_error=result.error or None
+            )
+        if self.access_log:
+            _access_log.info(
+                "request",
+                service=service.key,
+                client=format_address(connection.peer),
+                instance=str(result.pick.instance.key) if result.pick is not None else None,
+                node=(result.pick.instance.node or None) if result.pick is not None else None,
+                tier=tier or None,
+                reason=reason or None,
+                attempts=result.attempts,
+                outcome=outcome,
+                cut=connection.cut or None,
+                sent=counters.client_to_upstream if counters is not None else 0,
+                received=counters.upstream_to_client if counters is not None else 0,
+                seconds=round(now - connection.started, 6),
+            )
+
+    async def sweep_idle(self) -> None:
+        """Cut connections on which nothing moved for their service's `idle_timeout`, for ever (A1).
+
+        One task looks at all connections, so that a byte that moves costs a connection no timer.
+        """
+        while True:  # noqa: ASYNC110 - what it waits for is the passing of time itself
+            await trio.sleep(self._cut_idle(trio.current_time()))
+
+    def _cut_idle(self, now: float) -> float:
+        """Cut what is idle; returns the seconds until one more can be."""
+        limits = [limit for service in self._services if (limit := service.policy.idle_timeout) is not None]
+        wait = min(_SWEEP_LONGEST, *limits) if limits else _SWEEP_LONGEST
+        for connection in self._connections:
+            limit, counters = connection.service.policy.idle_timeout, connection.counters
+            if limit is None or counters is None:
+                continue
+            left = counters.last_activity + limit - now
+            if left <= 0:
+                connection.cut = "idle"
+                connection.scope.cancel()
+            else:
+                wait = min(wait, left)
+        return wait
