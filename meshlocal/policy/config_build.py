@@ -6,7 +6,6 @@ overrides it. The layers are then merged key by key, and what spans several keys
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
@@ -196,12 +195,13 @@ class _Reader:
             return self._refuse(path, f"expected {name}, got {describe(value)}")
         assert isinstance(value, int | float)
         least = kind.ge if kind.ge is not None else kind.gt
-        if (
-            not math.isfinite(value)
-            or (kind.ge is not None and value < kind.ge)
-            or (kind.gt is not None and value <= kind.gt)
-            or (kind.le is not None and value > kind.le)
-        ):
+        # Written so that not-a-number is out of every range.
+        within = (
+            (kind.ge is None or value >= kind.ge)
+            and (kind.gt is None or value > kind.gt)
+            and (kind.le is None or value <= kind.le)
+        )
+        if not within:
             low = f"{least:g}" if kind.ge is not None else f"more than {least:g}"
             return self._refuse(path, f"expected {name}, from {low} to {kind.le:.0f}; got {describe(value)}")
         return value if whole else float(value)

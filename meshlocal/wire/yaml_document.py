@@ -6,6 +6,8 @@ and `2024-01-01` are text, `0x1F` is 31, `1.20` is the number 1.2 and `010` is t
 
 The parser's events are put together here, without recursion, so that neither deep nesting nor aliases that multiply
 ("billion laughs") get anywhere: aliases and tags are refused, and so is every key that a mapping has twice.
+
+JSON is YAML too, but for keys of more than 1024 characters and for characters written as two escaped surrogates.
 """
 
 from __future__ import annotations

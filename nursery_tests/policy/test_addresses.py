@@ -1,0 +1,129 @@
+"""Addresses and URLs of the configuration."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+
+TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("127.0.0.1:15000", SocketAddress("127.0.0.1", 15000)),
+        ("LOCALHOST:0", SocketAddress("localhost", 0)),
+        ("[::1]:65535", SocketAddress("::1", 65535)),
+        ("[0:0:0:0:0:0:0:0]:1", SocketAddress("::", 1)),
+        ("tcp://127.0.0.1:15001=b", ListenAddress("tcp", "127.0.0.1", 15001, "b")),
+        ("TCP://[::1]:0=b.default", ListenAddress("tcp", "::1", 0, "b.default")),
+        ("tcp://localhost:1=b", ListenAddress("tcp", "localhost", 1, "b")),
+        ("grpc://127.0.0.1:7070", DiscoveryUrl("grpc", "127.0.0.1", 7070)),
+        ("GRPC://Discovery.Mesh:7070/", DiscoveryUrl("grpc", "discovery.mesh", 7070)),
+        ("grpc://[fd00::1]:7070", DiscoveryUrl("grpc", "fd00::1", 7070)),
+        ("grpc://some_host.:1", DiscoveryUrl("grpc", "some_host.", 1)),
+        ("file:instances.yaml", DiscoveryUrl("file", path="instances.yaml")),
+        ("file:/etc/i.yaml", DiscoveryUrl("file", path="/etc/i.yaml")),
+        ("file:///etc/i.yaml", DiscoveryUrl("file", path="/etc/i.yaml")),
+        ("file:instances.yaml", SourceUrl("file", "instances.yaml")),
+        ("FILE:///etc/a b.yaml", SourceUrl("file", "/etc/a b.yaml")),
+    ],
+)
+def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | SourceUrl) -> None:
+    kind = type(value)
+    assert kind.parse(text) == value
+    assert kind.parse(str(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (SocketAddress, "", "expected HOST:PORT, got ''"),
+        (SocketAddress, "15000", "expected HOST:PORT, got '15000'"),
+        (SocketAddress, ":15000", "expected HOST:PORT, got ':15000'"),
+        (SocketAddress, "127.0.0.1:", "expected HOST:PORT, got '127.0.0.1:'"),
+        (SocketAddress, "127.0.0.1:x", "port 'x' is not a number within 0 to 65535"),
+        (SocketAddress, "127.0.0.1:65536", "port '65536' is not a number within 0 to 65535"),
+        (SocketAddress, "127.0.0.1:-1", "port '-1' is not a number within 0 to 65535"),
+        (SocketAddress, "127.0.0.1:٣", "port '٣' is not a number within 0 to 65535"),
+        (SocketAddress, "::1:80", "expected HOST:PORT, an IPv6 address in brackets; got '::1:80'"),
+        (SocketAddress, "[::1]", "expected HOST:PORT, an IPv6 address in brackets; got '[::1]'"),
+        (SocketAddress, "[127.0.0.1]:80", "only an IPv6 address stands in brackets, not '127.0.0.1'"),
+        (SocketAddress, "example.com:80", "host 'example.com' is neither an IP address nor localhost"),
+        (SocketAddress, "*:80", "host '*' is neither an IP address nor localhost"),
+        (SocketAddress, " 127.0.0.1:80", "host ' 127.0.0.1' is neither an IP address nor localhost"),
+        (ListenAddress, "127.0.0.1:80=b", "expected tcp://HOST:PORT=SERVICE, got '127.0.0.1:80=b'"),
+        (
+            ListenAddress,
+            "http://127.0.0.1:80",
+            "http listeners are not served by this version; use tcp://HOST:PORT=SERVICE",
+        ),
+        (ListenAddress, "udp://127.0.0.1:80=b", "unknown scheme 'udp'; expected tcp://HOST:PORT=SERVICE"),
+        (
+            ListenAddress,
+            "tcp://127.0.0.1:80",
+            "names no service; expected tcp://HOST:PORT=SERVICE, got 'tcp://127.0.0.1:80'",
+        ),
+        (
+            ListenAddress,
+            "tcp://127.0.0.1:80=",
+            "names no service; expected tcp://HOST:PORT=SERVICE, got 'tcp://127.0.0.1:80='",
+        ),
+        (
+            ListenAddress,
+            "tcp://127.0.0.1:80=b c",
+            "service: 'b c' is no service name (letters, digits, '.', '-', '_'; at most 253)",
+        ),
+        (ListenAddress, "tcp://b.example:80=b", "host 'b.example' is neither an IP address nor localhost"),
+        (ListenAddress, "tcp://127.0.0.1=b", "expected tcp://HOST:PORT=SERVICE, got '127.0.0.1'"),
+        (DiscoveryUrl, "", "expected grpc://HOST:PORT or file:PATH, got ''"),
+        (DiscoveryUrl, "localhost:7070", "expected grpc://HOST:PORT or file:PATH, got 'localhost:7070'"),
+        (DiscoveryUrl, "grpc:7070", "expected grpc://HOST:PORT or file:PATH, got 'grpc:7070'"),
+        (DiscoveryUrl, "http://h:1", "expected grpc://HOST:PORT or file:PATH, got 'http://h:1'"),
+        (
+            DiscoveryUrl,
+            "grpcs://h:1",
+            "grpcs:// is not supported by this version; expected grpc://HOST:PORT or file:PATH",
+        ),
+        (DiscoveryUrl, "ws://h:1", "ws:// is not supported by this version; expected grpc://HOST:PORT or file:PATH"),
+        (DiscoveryUrl, "WSS://h:1", "wss:// is not supported by this version; expected grpc://HOST:PORT or file:PATH"),
+        (DiscoveryUrl, "grpc://host", "expected grpc://HOST:PORT, got 'host'"),
+        (DiscoveryUrl, "grpc://host:0", "port 0 is not within 1 to 65535"),
+        (DiscoveryUrl, "grpc://host:1/path", "port '1/path' is not a number within 0 to 65535"),
+        (DiscoveryUrl, "grpc://me@host:1", "host 'me@host' is neither an IP address nor a DNS name"),
+        (DiscoveryUrl, "grpc://127.0.0.256:1", "host '127.0.0.256' is neither an IP address nor a DNS name"),
+        (DiscoveryUrl, "grpc://-a:1", "host '-a' is neither an IP address nor a DNS name"),
+        (DiscoveryUrl, "grpc://a..b:1", "host 'a..b' is neither an IP address nor a DNS name"),
+        (DiscoveryUrl, "file:", "names no file; expected file:PATH"),
+        (DiscoveryUrl, "file://host/x", "a file URL names no host: write file:PATH or file:///PATH"),
+        (SourceUrl, "instances.yaml", "expected file:PATH, got 'instances.yaml'"),
+        (SourceUrl, "kubernetes:", "kubernetes: is not supported by this version; expected file:PATH"),
+        (SourceUrl, "consul:x", "expected file:PATH, got 'consul:x'"),
+        (SourceUrl, "file:", "names no file; expected file:PATH"),
+    ],
+)
+def test_refuses(kind: type[SocketAddress], text: str, message: str) -> None:
+    with pytest.raises(AddressError) as caught:
+        kind.parse(text)
+    assert str(caught.value) == message
+
+
+def test_a_listener_knows_its_socket() -> None:
+    assert ListenAddress.parse("tcp://[::1]:80=b").address == SocketAddress("::1", 80)
+
+
+parts = st.sampled_from(
+    ["tcp://", "grpc://", "file:", "[", "]", "::1", "127.0.0.1", "localhost", ":", "80", "=", "b", "/"]
+)
+texts = st.lists(parts | st.text(max_size=2), max_size=7).map("".join)
+
+
+@given(texts)
+def test_nothing_but_address_errors_and_what_is_read_can_be_written(text: str) -> None:
+    for kind in TYPES:
+        try:
+            value = kind.parse(text)
+        except AddressError:
+            continue
+        assert kind.parse(str(value)) == value

@@ -1,0 +1,500 @@
+"""Layers become a configuration, or a list of what is wrong with them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.config import (
+    AttemptOverrides,
+    AttemptPolicy,
+    Config,
+    DiscoveryClientConfig,
+    DiscoveryServerConfig,
+    DrainConfig,
+    LogConfig,
+    ProxyConfig,
+    ServiceConfig,
+)
+from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
+
+FULL: dict[str, Any] = {
+    "proxy": {
+        "node_name": "n1",
+        "namespace": "default",
+        "labels": {"zone": "z1"},
+        "prefer": ["node", "zone"],
+        "within": "zone",
+        "discovery": {
+            "urls": ["grpc://127.0.0.1:7070", "grpc://discovery:7070"],
+            "connect_timeout": 1,
+            "keepalive_interval": 2,
+            "keepalive_timeout": 3,
+            "backoff_initial": 0.5,
+            "backoff_max": 6,
+        },
+        "listen": ["tcp://127.0.0.1:15001=b", "tcp://[::1]:0=c", "tcp://[::1]:0=d"],
+        "admin": "localhost:15000",
+        "attempts": {
+            "connect_timeout_local": 0.1,
+            "connect_timeout": 2,
+            "deadline": 20,
+            "max_attempts": 3,
+            "first_snapshot_wait": 0,
+            "idle_timeout": None,
+        },
+        "services": {"b": {"port_name": "grpc", "attempts": {"deadline": 1, "max_attempts": None}}, "c": None},
+        "drain": {"delay": 1, "timeout": 2},
+    },
+    "discovery": {
+        "bind": ["127.0.0.1:7070", "[::1]:7070"],
+        "sources": ["file:instances.yaml"],
+        "zone": "z1",
+        "cluster": "c1",
+        "admin": "127.0.0.1:0",
+        "heartbeat_interval": 1,
+        "keepalive_interval": 2,
+        "keepalive_timeout": 3,
+        "drain": {"timeout": 0},
+    },
+    "log": {"level": "debug", "format": "json"},
+}
+
+
+def build(data: object, needs: Role | None = None) -> Config:
+    return build_config([Layer("config.yaml", data)], needs)
+
+
+def refused(*layers: Layer, needs: Role | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build_config(layers, needs)
+    error = caught.value
+    assert (error.path, error.message, error.origin) == error.problems[0]
+    return str(error).splitlines()
+
+
+def test_every_key() -> None:
+    assert build(FULL, "proxy") == build(FULL, "discovery")
+    assert build(FULL) == Config(
+        proxy=ProxyConfig(
+            node_name="n1",
+            namespace="default",
+            labels={"zone": "z1"},
+            prefer=("node", "zone"),
+            within="zone",
+            discovery=DiscoveryClientConfig(
+                urls=(DiscoveryUrl("grpc", "127.0.0.1", 7070), DiscoveryUrl("grpc", "discovery", 7070)),
+                connect_timeout=1.0,
+                keepalive_interval=2.0,
+                keepalive_timeout=3.0,
+                backoff_initial=0.5,
+                backoff_max=6.0,
+            ),
+            listen=(
+                ListenAddress("tcp", "127.0.0.1", 15001, "b"),
+                ListenAddress("tcp", "::1", 0, "c"),
+                ListenAddress("tcp", "::1", 0, "d"),
+            ),
+            admin=SocketAddress("localhost", 15000),
+            attempts=AttemptPolicy(
+                connect_timeout_local=0.1,
+                connect_timeout=2.0,
+                deadline=20.0,
+                max_attempts=3,
+                first_snapshot_wait=0.0,
+                idle_timeout=None,
+            ),
+            services={
+                "b": ServiceConfig(port_name="grpc", attempts=AttemptOverrides(deadline=1.0, max_attempts=None)),
+                "c": ServiceConfig(),
+            },
+            drain=DrainConfig(delay=1.0, timeout=2.0),
+        ),
+        discovery=DiscoveryServerConfig(
+            bind=(SocketAddress("127.0.0.1", 7070), SocketAddress("::1", 7070)),
+            sources=(SourceUrl("file", "instances.yaml"),),
+            zone="z1",
+            cluster="c1",
+            admin=SocketAddress("127.0.0.1", 0),
+            heartbeat_interval=1.0,
+            keepalive_interval=2.0,
+            keepalive_timeout=3.0,
+            drain=DrainConfig(timeout=0.0),
+        ),
+        log=LogConfig(level="debug", format="json"),
+    )
+
+
+@pytest.mark.parametrize("data", [None, {}, {"proxy": None}, {"proxy": {"listen": None, "drain": {"delay": None}}}])
+def test_a_key_without_value_is_as_good_as_none(data: object) -> None:
+    assert build(data) == Config()
+
+
+@pytest.mark.parametrize("value", ["none", "off", None])
+def test_admin_can_be_off(value: object) -> None:
+    assert build({"proxy": {"admin": value}}).proxy.admin is None
+
+
+def test_numbers_are_floats_where_they_are_times() -> None:
+    deadline = build({"proxy": {"attempts": {"deadline": 3}}}).proxy.attempts.deadline
+    assert (deadline, type(deadline)) == (3.0, float)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "expected a mapping, got a list"),
+        ("proxy", "expected a mapping, got the text 'proxy'"),
+        ({"proxi": {}}, "proxi: unknown key; did you mean 'proxy'?"),
+        ({"x": {}}, "x: unknown key; known here: proxy, discovery, log"),
+        ({1: {}}, "expected text as a key, got the number 1"),
+        ({"proxy": []}, "proxy: expected a mapping, got a list"),
+        ({"proxy": {"nod_name": "n"}}, "proxy.nod_name: unknown key; did you mean 'node_name'?"),
+        ({"proxy": {"node_name": 1}}, "proxy.node_name: expected text, got the number 1; put it between quotes"),
+        ({"proxy": {"node_name": ["n"]}}, "proxy.node_name: expected text, got a list"),
+        ({"proxy": {"labels": "zone=z1"}}, "proxy.labels: expected a mapping, got the text 'zone=z1'"),
+        ({"proxy": {"labels": {"zone": True}}}, "proxy.labels.zone: expected text, got true; put it between quotes"),
+        ({"proxy": {"labels": {"zone": None}}}, "proxy.labels.zone: expected text, got nothing (null)"),
+        ({"proxy": {"labels": {"node": "n1"}}}, "proxy.labels.node: is set by proxy.node_name"),
+        ({"proxy": {"labels": {"": "n1"}}}, "proxy.labels.: empty name, or longer than 1024 characters"),
+        ({"proxy": {"labels": {"a": "x" * 1024}}}, "proxy.labels.a: empty name, or longer than 1024 characters"),
+        ({"proxy": {"labels": {f"l{i}": "" for i in range(65)}}}, "proxy.labels: 65 of them; at most 64"),
+        ({"proxy": {"prefer": "node"}}, "proxy.prefer: expected a list, got the text 'node'"),
+        ({"proxy": {"prefer": []}}, "proxy.prefer: is empty; at least one label key, such as node"),
+        ({"proxy": {"prefer": ["node", " "]}}, "proxy.prefer[1]: is empty"),
+        ({"proxy": {"prefer": ["x" * 1025]}}, "proxy.prefer[0]: is longer than 1024 characters"),
+        ({"proxy": {"prefer": [None]}}, "proxy.prefer[0]: expected text, got nothing (null)"),
+        ({"proxy": {"prefer": ["node", "zone", "node"]}}, "proxy.prefer[2]: 'node' is already proxy.prefer[0]"),
+        ({"proxy": {"within": ""}}, "proxy.within: is empty"),
+        (
+            {"proxy": {"within": "zone", "labels": {"zone": " "}}},
+            "proxy.within: proxy.labels has no 'zone', so that no instance could ever be used",
+        ),
+        (
+            {"proxy": {"discovery": {"urls": ["file:a", "grpc://h:1"]}}},
+            "proxy.discovery.urls[0]: an instances file stands alone, with no other discovery URL",
+        ),
+        (
+            {"proxy": {"discovery": {"urls": ["grpc://h:1", "grpc://H:1/"]}}},
+            "proxy.discovery.urls[1]: 'grpc://h:1' is already proxy.discovery.urls[0]",
+        ),
+        (
+            {"proxy": {"discovery": {"urls": ["ws://h:1"]}}},
+            "proxy.discovery.urls[0]: ws:// is not supported by this version; expected grpc://HOST:PORT or file:PATH",
+        ),
+        (
+            {"proxy": {"discovery": {"backoff_initial": 20}}},
+            "proxy.discovery.backoff_initial: 20 is more than proxy.discovery.backoff_max, 15",
+        ),
+        (
+            {"proxy": {"listen": ["http://127.0.0.1:80"]}},
+            "proxy.listen[0]: http listeners are not served by this version; use tcp://HOST:PORT=SERVICE",
+        ),
+        ({"proxy": {"listen": [80]}}, "proxy.listen[0]: expected text, got the number 80; put it between quotes"),
+        (
+            {"proxy": {"listen": ["tcp://127.0.0.1:80=b", "tcp://localhost:80=c"]}},
+            "proxy.listen[1]: localhost:80 is already the address of proxy.listen[0]",
+        ),
+        (
+            {"proxy": {"listen": ["tcp://[::1]:80=b", "tcp://[0::1]:80=b"]}},
+            "proxy.listen[1]: [::1]:80 is already the address of proxy.listen[0]",
+        ),
+        (
+            {"proxy": {"listen": ["tcp://127.0.0.1:80=b"], "admin": "127.0.0.1:80"}},
+            "proxy.admin: 127.0.0.1:80 is already the address of proxy.listen[0]",
+        ),
+        ({"proxy": {"admin": "15000"}}, "proxy.admin: expected HOST:PORT, got '15000'"),
+        (
+            {"proxy": {"attempts": {"deadline": "5s"}}},
+            "proxy.attempts.deadline: expected a number of seconds, got the text '5s'",
+        ),
+        (
+            {"proxy": {"attempts": {"deadline": True}}},
+            "proxy.attempts.deadline: expected a number of seconds, got true",
+        ),
+        (
+            {"proxy": {"attempts": {"deadline": 0}}},
+            "proxy.attempts.deadline: expected a number of seconds, from more than 0 to 2592000; got the number 0",
+        ),
+        (
+            {"proxy": {"attempts": {"deadline": float("nan")}}},
+            "proxy.attempts.deadline: expected a number of seconds, from more than 0 to 2592000; got the number nan",
+        ),
+        (
+            {"proxy": {"attempts": {"first_snapshot_wait": float("inf")}}},
+            "proxy.attempts.first_snapshot_wait: expected a number of seconds, from 0 to 2592000; got the number inf",
+        ),
+        (
+            {"proxy": {"drain": {"delay": -1}}},
+            "proxy.drain.delay: expected a number of seconds, from 0 to 2592000; got the number -1",
+        ),
+        (
+            {"proxy": {"drain": {"delay": 10**400}}},
+            "proxy.drain.delay: expected a number of seconds, from 0 to 2592000; got a huge number",
+        ),
+        (
+            {"proxy": {"attempts": {"max_attempts": 0}}},
+            "proxy.attempts.max_attempts: expected a whole number, from 1 to 1000000; got the number 0",
+        ),
+        (
+            {"proxy": {"attempts": {"max_attempts": 1.5}}},
+            "proxy.attempts.max_attempts: expected a whole number, got the number 1.5",
+        ),
+        (
+            {"proxy": {"services": {"b": {"attempts": {"deadlin": 5}}}}},
+            "proxy.services.b.attempts.deadlin: unknown key; did you mean 'deadline'?",
+        ),
+        (
+            {"proxy": {"services": {"b": {"attempts": {"deadline": -5}}}}},
+            "proxy.services.b.attempts.deadline: expected a number of seconds, from more than 0 to 2592000;"
+            " got the number -5",
+        ),
+        ({"proxy": {"services": {"b": 5}}}, "proxy.services.b: expected a mapping, got the number 5"),
+        (
+            {"proxy": {"services": {"b c": {}}}},
+            "proxy.services.b c: 'b c' is no service name (letters, digits, '.', '-', '_'; at most 253)",
+        ),
+        (
+            {"proxy": {"namespace": "ns", "services": {"b": {}, "b.ns": {}}}},
+            "proxy.services.b: is the same service as proxy.services.b.ns",
+        ),
+        (
+            {"discovery": {"sources": ["kubernetes:"]}},
+            "discovery.sources[0]: kubernetes: is not supported by this version; expected file:PATH",
+        ),
+        (
+            {"discovery": {"sources": ["file:a", "file:a"]}},
+            "discovery.sources[1]: 'file:a' is already discovery.sources[0]",
+        ),
+        (
+            {"discovery": {"bind": ["127.0.0.1:1"], "admin": "127.0.0.1:1"}},
+            "discovery.admin: 127.0.0.1:1 is already the address of discovery.bind[0]",
+        ),
+        ({"discovery": {"zone": 1}}, "discovery.zone: expected text, got the number 1; put it between quotes"),
+        (
+            {"log": {"level": "warn"}},
+            "log.level: expected one of debug, error, info, warning, got the text 'warn'; did you mean 'warning'?",
+        ),
+        ({"log": {"format": 1}}, "log.format: expected one of auto, json, text, got the number 1"),
+    ],
+)
+def test_mistakes(data: object, message: str) -> None:
+    assert refused(Layer("config.yaml", data)) == [f"config.yaml: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("needs", "messages"),
+    [
+        (
+            "proxy",
+            [
+                "proxy.listen: no listener is given; such as tcp://127.0.0.1:15001=b",
+                "proxy.discovery.urls: no discovery URL is given; such as grpc://127.0.0.1:7070",
+            ],
+        ),
+        ("discovery", ["discovery.sources: no source is given; such as file:instances.yaml"]),
+    ],
+)
+def test_what_is_missing(needs: Role, messages: list[str]) -> None:
+    assert refused(needs=needs) == messages
+
+
+def test_an_empty_list_is_missing_where_it_was_given() -> None:
+    layer = Layer("config.yaml", {"discovery": {"bind": [], "sources": ["file:a"]}})
+    message = "config.yaml: discovery.bind: no address is given; such as 127.0.0.1:7070"
+    assert refused(layer, needs="discovery") == [message]
+
+
+def test_a_listener_on_the_default_admin_address() -> None:
+    """The mistake is in no layer."""
+    message = "proxy.admin: 127.0.0.1:15000 is already the address of proxy.listen[0]"
+    assert refused(Layer("flag", {"proxy": {"listen": ["tcp://127.0.0.1:15000=b"]}})) == [message]
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_origin() -> None:
+    flags = Layer("flag", {"log": {"level": "x"}})
+    file = Layer(
+        "config.yaml",
+        {"log": {"level": 3}, "proxy": {"listen": ["b", "tcp://127.0.0.1:1=b", "c"]}},
+        lambda path: f"config.yaml:{len(path)}",
+    )
+    assert refused(flags, file) == [
+        "flag: log.level: expected one of debug, error, info, warning, got the text 'x'",
+        "config.yaml:2: log.level: expected one of debug, error, info, warning, got the number 3",
+        "config.yaml:3: proxy.listen[0]: expected tcp://HOST:PORT=SERVICE, got 'b'",
+        "config.yaml:3: proxy.listen[2]: expected tcp://HOST:PORT=SERVICE, got 'c'",
+    ]
+
+
+def test_a_mistake_across_keys_is_told_where_the_value_in_force_was_given() -> None:
+    flags = Layer("flag", {"proxy": {"prefer": ["a", "a"]}})
+    file = Layer("config.yaml", {"proxy": {"prefer": ["node"], "within": "zone"}})
+    assert refused(flags, file) == [
+        "flag: proxy.prefer[1]: 'a' is already proxy.prefer[0]",
+        "config.yaml: proxy.within: proxy.labels has no 'zone', so that no instance could ever be used",
+    ]
+
+
+def test_the_first_layer_wins_key_by_key_and_lists_are_replaced_whole() -> None:
+    config = build_config(
+        [
+            Layer(
+                "flag", {"proxy": {"prefer": ["zone"], "labels": {"zone": "flag"}, "attempts": {"max_attempts": None}}}
+            ),
+            Layer("environment", {"proxy": {"labels": {"zone": "environment", "rack": "r1"}}}),
+            Layer(
+                "file",
+                {
+                    "proxy": {
+                        "prefer": ["node", "rack"],
+                        "labels": {"cluster": "file"},
+                        "attempts": {"max_attempts": 3, "deadline": 4},
+                        "drain": {"delay": 5},
+                    }
+                },
+            ),
+        ]
+    )
+    assert config.proxy.prefer == ("zone",)
+    assert config.proxy.labels == {"zone": "flag", "rack": "r1", "cluster": "file"}
+    assert config.proxy.attempts == AttemptPolicy(max_attempts=None, deadline=4.0)
+    assert config.proxy.drain == DrainConfig(delay=5.0)
+
+
+def leaves(data: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    for key, value in data.items():
+        found += leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+    return found
+
+
+OTHER: dict[tuple[str, ...], Any] = {
+    ("proxy", "node_name"): "other",
+    ("proxy", "labels", "zone"): "other",
+    ("proxy", "attempts", "deadline"): 99,
+    ("proxy", "attempts", "max_attempts"): 99,
+    ("proxy", "services", "b", "attempts", "deadline"): 99,
+    ("proxy", "listen"): ["tcp://127.0.0.1:9=other"],
+    ("discovery", "drain", "timeout"): 99,
+    ("log", "level"): "error",
+}
+VALUES = {path: [dict(leaves(FULL))[path], other] for path, other in OTHER.items()}
+
+
+def nest(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for path, value in flat.items():
+        at = data
+        for step in path[:-1]:
+            at = at.setdefault(step, {})
+        at[path[-1]] = value
+    return data
+
+
+flat_layers = st.lists(
+    st.fixed_dictionaries({}, optional={path: st.sampled_from(values) for path, values in VALUES.items()}), max_size=4
+)
+
+
+@given(flat_layers)
+def test_merging_takes_each_key_from_the_first_layer_that_has_it(flats: list[dict[tuple[str, ...], Any]]) -> None:
+    layers = [Layer(f"layer {number}", nest(flat)) for number, flat in enumerate(flats)]
+    before = copy.deepcopy(layers)
+    first: dict[tuple[str, ...], Any] = {}
+    for flat in reversed(flats):
+        first |= flat
+    assert build_config(layers) == build(nest(first))
+    assert layers == before, "layers are left as they were"
+
+
+keys = st.sampled_from(
+    [
+        "proxy",
+        "discovery",
+        "log",
+        "labels",
+        "prefer",
+        "listen",
+        "admin",
+        "urls",
+        "services",
+        "b",
+        "attempts",
+        "deadline",
+    ]
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["tcp://127.0.0.1:1=b", "grpc://a:1", "127.0.0.1:80", "none", "node", 10**400, b"x"])
+)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | scalars, inner, max_size=5),
+    max_leaves=25,
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> Any:
+    """The full configuration with one value replaced by anything."""
+    data = copy.deepcopy(FULL)
+    path, _ = draw(st.sampled_from(leaves(FULL)))
+    at = data
+    for step in path[: draw(st.integers(0, len(path) - 1))]:
+        at = at[step]
+        path = path[1:]
+    at[path[0]] = draw(anything)
+    return data
+
+
+@given(st.lists(anything | mutated(), max_size=3), st.sampled_from([None, "proxy", "discovery"]))
+def test_nothing_but_config_errors(data: list[object], needs: Role | None) -> None:
+    text: str | None = None
+    try:
+        config = build_config([Layer("file", one) for one in data], needs)
+    except ConfigError as error:
+        text = str(error)
+    else:
+        assert msgspec.json.encode(config)
+        assert config.proxy.attempts_for("b").deadline > 0
+    assert text != "", "an error always says what is wrong"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("proxy", "mapping"),
+        ("proxy.node_name", "text"),
+        ("proxy.labels", "mapping"),
+        ("proxy.labels.zone", "text"),
+        ("proxy.labels.zone.x", None),
+        ("proxy.listen", "list"),
+        ("proxy.admin", "text"),
+        ("proxy.admin.port", None),
+        ("proxy.attempts.max_attempts", "value"),
+        ("proxy.services.b", "mapping"),
+        ("proxy.services.b.attempts.deadline", "value"),
+        ("proxy.services.b.port", None),
+        ("log.level", "text"),
+        ("nothing", None),
+    ],
+)
+def test_kinds_of_keys(path: str, kind: str | None) -> None:
+    assert kind_of(path.split(".")) == kind
+
+
+def test_known_keys() -> None:
+    assert known_keys() == ("proxy", "discovery", "log")
+    assert known_keys(("proxy", "drain")) == ("delay", "timeout")
+    assert known_keys(("proxy", "labels")) == ()
+    assert known_keys(("proxy", "admin", "x")) == ()
