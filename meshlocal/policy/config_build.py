@@ -79,7 +79,7 @@ def build_config(layers: Sequence[Layer], needs: Role | None = None) -> Config:
 
 
 def kind_of(path: Sequence[str]) -> Kind | None:
-    """How the schema wants the value of a key: `value` is a number or null. None: there is no such key."""
+    """How the schema wants the value of a key: `value` is a number, a boolean or null. None: no such key."""
     kind: schema.Type = _SCHEMA
     for step in path:
         if _is_section(kind):
@@ -92,7 +92,7 @@ def kind_of(path: Sequence[str]) -> Kind | None:
         return "mapping"
     if isinstance(kind, schema.VarTupleType):
         return "list"
-    if isinstance(kind, schema.FloatType | schema.IntType):
+    if isinstance(kind, schema.FloatType | schema.IntType | schema.BoolType):
         return "value"
     return None if isinstance(kind, schema.AnyType) else "text"
 
@@ -153,6 +153,12 @@ class _Reader:
             return self._read_list(kind, value, path)
         if isinstance(kind, schema.FloatType | schema.IntType):
             return self._read_number(kind, value, path)
+        if isinstance(kind, schema.BoolType):
+            return (
+                value
+                if isinstance(value, bool)
+                else self._refuse(path, f"expected true or false, got {describe(value)}")
+            )
         return self._read_text(kind, optional, value, path)
 
     def _read_mapping(self, kind: schema.StructType | schema.DictType, value: object, path: KeyPath) -> Any:

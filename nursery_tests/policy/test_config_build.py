@@ -498,3 +498,10 @@ def test_known_keys() -> None:
     assert known_keys(("proxy", "drain")) == ("delay", "timeout")
     assert known_keys(("proxy", "labels")) == ()
     assert known_keys(("proxy", "admin", "x")) == ()
+
+
+def test_booleans() -> None:
+    """A switch takes true or false, and nothing that merely looks like it."""
+    assert build_config([Layer("file", {"proxy": {"access_log": True}})]).proxy.access_log
+    with pytest.raises(ConfigError, match=r"proxy\.access_log: expected true or false, got the text 'yes'"):
+        build_config([Layer("file", {"proxy": {"access_log": "yes"}})])
