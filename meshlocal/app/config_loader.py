@@ -4,7 +4,7 @@ Every key of the file has an environment variable: `MESHLOCAL_`, then the path o
 by two underscores. `proxy.attempts.deadline` is `MESHLOCAL_PROXY__ATTEMPTS__DEADLINE`. The value is written
 
 - for a text or an address: as it is (`MESHLOCAL_PROXY__ADMIN=127.0.0.1:15000`);
-- for a number: as in YAML (`5`, `0.25`, `null`);
+- for a number or a boolean: as in YAML (`5`, `0.25`, `true`, `null`);
 - for a list: its items, separated by spaces or commas, or a YAML list in brackets;
 - for a mapping: `zone=z1,cluster=c1`, or a YAML mapping in braces. A service's or label's name that is a step of the
   variable's name is taken in small letters, so that others need this form.

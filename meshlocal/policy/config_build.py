@@ -159,6 +159,12 @@ class _Reader:
                 if isinstance(value, bool)
                 else self._refuse(path, f"expected true or false, got {describe(value)}")
             )
+        if isinstance(kind, schema.BoolType):
+            return (
+                value
+                if isinstance(value, bool)
+                else self._refuse(path, f"expected true or false, got {describe(value)}")
+            )
         return self._read_text(kind, optional, value, path)
 
     def _read_mapping(self, kind: schema.StructType | schema.DictType, value: object, path: KeyPath) -> Any:

@@ -50,6 +50,7 @@ FULL: dict[str, Any] = {
             "idle_timeout": None,
         },
         "services": {"b": {"port_name": "grpc", "attempts": {"deadline": 1, "max_attempts": None}}, "c": None},
+        "access_log": True,
         "drain": {"delay": 1, "timeout": 2},
     },
     "discovery": {
@@ -114,6 +115,7 @@ def test_every_key() -> None:
                 "b": ServiceConfig(port_name="grpc", attempts=AttemptOverrides(deadline=1.0, max_attempts=None)),
                 "c": ServiceConfig(),
             },
+            access_log=True,
             drain=DrainConfig(delay=1.0, timeout=2.0),
         ),
         discovery=DiscoveryServerConfig(
@@ -129,6 +131,18 @@ def test_every_key() -> None:
         ),
         log=LogConfig(level="debug", format="json"),
     )
+
+
+def test_every_key_of_the_schema_can_be_read() -> None:
+    """A key that the schema gains is in `FULL`, and so read, too."""
+
+    def check(path: tuple[str, ...], data: dict[str, Any]) -> None:
+        assert set(known_keys(path)) <= set(data), path
+        for key in known_keys(path):
+            if known_keys((*path, key)) and (*path, key) != ("discovery", "drain"):
+                check((*path, key), data[key])
+
+    check((), FULL)
 
 
 @pytest.mark.parametrize("data", [None, {}, {"proxy": None}, {"proxy": {"listen": None, "drain": {"delay": None}}}])
@@ -276,6 +290,8 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             {"discovery": {"bind": ["127.0.0.1:1"], "admin": "127.0.0.1:1"}},
             "discovery.admin: 127.0.0.1:1 is already the address of discovery.bind[0]",
         ),
+        ({"proxy": {"access_log": "yes"}}, "proxy.access_log: expected true or false, got the text 'yes'"),
+        ({"proxy": {"access_log": 1}}, "proxy.access_log: expected true or false, got the number 1"),
         ({"discovery": {"zone": 1}}, "discovery.zone: expected text, got the number 1; put it between quotes"),
         (
             {"log": {"level": "warn"}},
@@ -485,6 +501,7 @@ def test_nothing_but_config_errors(data: list[object], needs: Role | None) -> No
         ("proxy.services.b", "mapping"),
         ("proxy.services.b.attempts.deadline", "value"),
         ("proxy.services.b.port", None),
+        ("proxy.access_log", "value"),
         ("log.level", "text"),
         ("nothing", None),
     ],
