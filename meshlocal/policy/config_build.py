@@ -154,17 +154,9 @@ class _Reader:
         if isinstance(kind, schema.FloatType | schema.IntType):
             return self._read_number(kind, value, path)
         if isinstance(kind, schema.BoolType):
-            return (
-                value
-                if isinstance(value, bool)
-                else self._refuse(path, f"expected true or false, got {describe(value)}")
-            )
-        if isinstance(kind, schema.BoolType):
-            return (
-                value
-                if isinstance(value, bool)
-                else self._refuse(path, f"expected true or false, got {describe(value)}")
-            )
+            if isinstance(value, bool):
+                return value
+            return self._refuse(path, f"expected true or false, got {describe(value)}")
         return self._read_text(kind, optional, value, path)
 
     def _read_mapping(self, kind: schema.StructType | schema.DictType, value: object, path: KeyPath) -> Any:
