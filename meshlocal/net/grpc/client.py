@@ -35,6 +35,7 @@ class _ClientConnection(Connection):
     def __init__(self, transport: ByteStream, options: GrpcOptions) -> None:
         super().__init__(transport, options, client=True)
         self.goaway: GrpcError | None = None
+        self.closing = anyio.Event()
         self._waiting: deque[anyio.Event] = deque()
 
     def _free_slots(self) -> int:
@@ -87,6 +88,10 @@ class _ClientConnection(Connection):
     def on_settings(self) -> None:
         self._wake_waiting()
 
+    def on_end(self) -> None:
+        self.closing.set()
+        self._wake_waiting()
+
     def stream_closed(self) -> None:
         if self.goaway is not None and not self.streams:
             self.end(self.goaway.message)
@@ -110,7 +115,9 @@ class _ClientConnection(Connection):
             stream.fail(failure)
             if (sender := self._senders.get(stream.id)) is not None:
                 sender.set()
+        self.closing.set()
         self.stream_closed()
+        self._wake_waiting()
 
 
 class ClientCall(Generic[Req, Resp]):
@@ -273,6 +280,11 @@ class Channel:
         """Why no call can start any more; None while one can."""
         refusal = self._connection.refusal()
         return None if refusal is None else self._connection.closed_reason or refusal.message
+
+    async def wait_closing(self) -> str:
+        """Wait until no call can start any more (GOAWAY came, or the connection ended), and say why."""
+        await self._connection.closing.wait()
+        return self.closed_reason or ""
 
     async def wait_closed(self) -> str:
         """Wait until the connection has ended, and say why."""

@@ -82,6 +82,9 @@ class Connection:
     def on_settings(self) -> None:
         """The peer's settings came or changed."""
 
+    def on_end(self) -> None:
+        """The connection is ending: `closed_reason` was set, and every stream failed."""
+
     def stream_closed(self) -> None:
         """A stream was closed by its call."""
 
@@ -123,7 +126,7 @@ class Connection:
         for stream in list(self.streams.values()):
             stream.fail(failure or self.lost(reason))
         self._wake_senders()
-        self.on_settings()
+        self.on_end()
         self.kick()
         self._read_scope.cancel()
 

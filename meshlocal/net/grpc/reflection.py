@@ -52,9 +52,7 @@ class Reflection:
             return pb.ServerReflectionResponse(list_services_response=pb.ListServiceResponse(service=services))
         answers: dict[str | None, Callable[[], pb.ServerReflectionResponse]] = {
             "file_by_filename": lambda: _files(self._pool.FindFileByName(request.file_by_filename)),
-            "file_containing_symbol": lambda: _files(
-                self._pool.FindFileContainingSymbol(request.file_containing_symbol)
-            ),
+            "file_containing_symbol": lambda: _files(self._declaring(request.file_containing_symbol)),
             "file_containing_extension": lambda: self._extension(request.file_containing_extension),
             "all_extension_numbers_of_type": lambda: self._extensions(request.all_extension_numbers_of_type),
         }
@@ -64,6 +62,14 @@ class Reflection:
             return answers[kind]()
         except KeyError:
             return _error(StatusCode.NOT_FOUND, f"{kind} {str(getattr(request, str(kind))).strip()!r} is not known")
+
+    def _declaring(self, symbol: str) -> FileDescriptor:
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            # The pool does not look methods up by their names.
+            service, _, method = symbol.rpartition(".")
+            return self._pool.FindServiceByName(service).methods_by_name[method].containing_service.file
 
     def _extension(self, request: pb.ExtensionRequest) -> pb.ServerReflectionResponse:
         message = self._pool.FindMessageTypeByName(request.containing_type)
