@@ -202,7 +202,7 @@ class Http2Protocol:
         self._flush()
 
     def sendable(self, stream_id: int) -> int:
-        """How many bytes of one DATA frame the windows and the frame size allow now. 0 for a stream that is gone."""
+        """How many bytes of one DATA frame the windows and the frame size allow now. 0 for a stream unknown."""
         try:
             window = self._h2.local_flow_control_window(stream_id)
         except ProtocolError:

@@ -148,7 +148,10 @@ class ServerCall(Generic[Req, Resp]):
         except GrpcError as error:
             if self._stream.failure is None:
                 self.finish(error.code, error.message, error.trailing)
-        except Exception:
+        except Exception as error:
+            if (status := _status_in(error)) is not None:
+                self.finish(status.code, status.message, status.trailing)
+                return
             # Its text may hold what the client must not see: that goes to the log alone.
             log.exception("grpc handler failed", method=method.path, peer=self.peer)
             self.finish(StatusCode.UNKNOWN, "the handler failed")
@@ -182,6 +185,16 @@ class ServerCall(Generic[Req, Resp]):
             log.warning("grpc trailing metadata exceeds the client's limit", peer=self.peer, limit=limit)
             custom = []
         stream.send_headers([*fields, *custom], end_stream=True)
+
+
+def _status_in(error: Exception) -> GrpcError | None:
+    """The first GrpcError of a group that holds nothing else: a handler's task group wraps what its tasks raise."""
+    if not isinstance(error, ExceptionGroup) or error.split(GrpcError)[1] is not None:
+        return None
+    first: Exception = error
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    return first if isinstance(first, GrpcError) else None
 
 
 _RESPONSE = ((b"content-type", b"application/grpc"), (b"grpc-accept-encoding", ACCEPT_ENCODING))
