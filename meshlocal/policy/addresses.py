@@ -10,6 +10,7 @@ import re
 
 import msgspec
 
+from meshlocal.policy.kubernetes_options import KubernetesOptions, KubernetesOptionsError
 from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
 from meshlocal.policy.problems import quote
 
@@ -17,7 +18,7 @@ _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _PORT = re.compile(r"[0-9]{1,5}")
 _LATER_DISCOVERY = ("grpcs", "ws", "wss")
-_LATER_SOURCES = ("kubernetes", "etcd", "dns")
+_LATER_SOURCES = ("etcd", "dns")
 
 
 class AddressError(ValueError):
@@ -136,28 +137,41 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
 
 
 class SourceUrl(msgspec.Struct, frozen=True):
-    """A registry that the discovery server reads: scheme `file`, and the path of an instances file as written."""
+    """A registry that the discovery server reads.
+
+    Attributes:
+        scheme: `file` or `kubernetes`.
+        path: the path of an instances file as written; empty for a cluster.
+        kubernetes: which cluster and what of it; None for a file.
+    """
 
     scheme: str
-    path: str
+    path: str = ""
+    kubernetes: KubernetesOptions | None = None
 
     def __str__(self) -> str:
-        return f"{self.scheme}:{self.path}"
+        return f"{self.scheme}:{self.path if self.kubernetes is None else self.kubernetes}"
 
     @classmethod
     def parse(cls, text: str) -> SourceUrl:
-        """Read `file:PATH`.
+        """Read `file:PATH`, `kubernetes:` or `kubernetes:?OPTION=VALUE&...` (`KubernetesOptions`).
 
         Raises:
             AddressError: it is written otherwise.
         """
+        forms = "file:PATH or kubernetes:"
         match = _SCHEME.fullmatch(text)
         scheme = match[1].lower() if match is not None else ""
         if match is not None and scheme == "file":
             return cls("file", _file_path(match[2]))
+        if match is not None and scheme == "kubernetes":
+            try:
+                return cls("kubernetes", kubernetes=KubernetesOptions.parse(match[2]))
+            except KubernetesOptionsError as error:
+                raise AddressError(str(error)) from None
         if scheme in _LATER_SOURCES:
-            raise AddressError(f"{scheme}: is not supported by this version; expected file:PATH")
-        raise AddressError(f"expected file:PATH, got {quote(text)}")
+            raise AddressError(f"{scheme}: is not supported by this version; expected {forms}")
+        raise AddressError(f"expected {forms}, got {quote(text)}")
 
 
 def format_host_port(host: str, port: int) -> str:

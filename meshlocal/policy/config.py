@@ -188,7 +188,10 @@ class DiscoveryServerConfig(_Section, frozen=True):
     ] = (SocketAddress("127.0.0.1", 7070),)
     sources: Annotated[
         tuple[SourceUrl, ...],
-        Meta(description="Registries: file:PATH (an instances file; a relative path from the working directory)."),
+        Meta(
+            description="Registries: file:PATH (an instances file; a relative path from the working directory), or"
+            " kubernetes: (a cluster; kubernetes:?namespace=a&selector=app%3Db and more)."
+        ),
     ] = ()
     zone: Annotated[str | None, Meta(description="The label zone of instances that come without one; null: none.")] = (
         None

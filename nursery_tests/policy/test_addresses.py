@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
 
@@ -28,6 +29,11 @@ TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
         ("file:///etc/i.yaml", DiscoveryUrl("file", path="/etc/i.yaml")),
         ("file:instances.yaml", SourceUrl("file", "instances.yaml")),
         ("FILE:///etc/a b.yaml", SourceUrl("file", "/etc/a b.yaml")),
+        ("kubernetes:", SourceUrl("kubernetes", kubernetes=KubernetesOptions())),
+        (
+            "Kubernetes:?namespace=shop&nodes=no",
+            SourceUrl("kubernetes", kubernetes=KubernetesOptions(namespaces=("shop",), nodes=False)),
+        ),
     ],
 )
 def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | SourceUrl) -> None:
@@ -97,9 +103,11 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
         (DiscoveryUrl, "grpc://a..b:1", "host 'a..b' is neither an IP address nor a DNS name"),
         (DiscoveryUrl, "file:", "names no file; expected file:PATH"),
         (DiscoveryUrl, "file://host/x", "a file URL names no host: write file:PATH or file:///PATH"),
-        (SourceUrl, "instances.yaml", "expected file:PATH, got 'instances.yaml'"),
-        (SourceUrl, "kubernetes:", "kubernetes: is not supported by this version; expected file:PATH"),
-        (SourceUrl, "consul:x", "expected file:PATH, got 'consul:x'"),
+        (SourceUrl, "instances.yaml", "expected file:PATH or kubernetes:, got 'instances.yaml'"),
+        (SourceUrl, "kubernetes", "expected file:PATH or kubernetes:, got 'kubernetes'"),
+        (SourceUrl, "etcd:x", "etcd: is not supported by this version; expected file:PATH or kubernetes:"),
+        (SourceUrl, "consul:x", "expected file:PATH or kubernetes:, got 'consul:x'"),
+        (SourceUrl, "kubernetes:?nodes=maybe", "nodes: expected yes or no, got 'maybe'"),
         (SourceUrl, "file:", "names no file; expected file:PATH"),
     ],
 )

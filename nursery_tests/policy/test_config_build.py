@@ -279,8 +279,8 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             "proxy.services.b: is the same service as proxy.services.b.ns",
         ),
         (
-            {"discovery": {"sources": ["kubernetes:"]}},
-            "discovery.sources[0]: kubernetes: is not supported by this version; expected file:PATH",
+            {"discovery": {"sources": ["kubernetes:?nodes=1"]}},
+            "discovery.sources[0]: nodes: expected yes or no, got '1'",
         ),
         (
             {"discovery": {"sources": ["file:a", "file:a"]}},
