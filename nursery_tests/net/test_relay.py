@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import random
 import socket
@@ -218,6 +219,79 @@ async def test_what_a_server_sent_before_its_reset_is_delivered() -> None:
                 made.app.recv(1)  # no clean end was passed on
 
 
+async def fill(made: Setup) -> int:
+    """Let the server send until nobody takes more; the number of bytes it got rid of."""
+    pushed = 0
+    while True:
+        try:
+            pushed += made.server.send(bytes(CHUNK))
+        except BlockingIOError:
+            before = unread(made.upstream)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            if unread(made.upstream) == before:
+                return pushed
+
+
+async def test_what_a_reset_server_sent_is_delivered_to_a_slow_reader_too() -> None:
+    with setup(tcp_pair) as made:
+        results: list[RelayResult] = []
+
+        async def run() -> None:
+            results.append(await made.relay())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await fill(made)
+            moved, waiting = made.counters.upstream_to_client, unread(made.upstream)
+            abort(made.server)
+            made.app.send(b"to nobody")  # fails, while the other direction holds a chunk that the app does not take
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not results
+            with stream(made.app) as app:
+                received = 0
+                while not results:
+                    with trio.move_on_after(0.01):
+                        received += len(await app.receive_some(CHUNK))
+                close(made.client)  # with what the kernel still holds for the app
+                while data := await app.receive_some(CHUNK):
+                    received += len(data)
+            assert received > moved + waiting  # that and the chunk that was held
+        assert (results[0].failed, results[0].reason) == ("upstream", "reset")
+
+
+async def test_a_sink_that_fails_alive_ends_both_directions() -> None:
+    class Failing(socket.socket):
+        def send(self, *_: object) -> int:
+            raise OSError(errno.ENOMEM, "no memory")
+
+    with setup() as made, Failing(fileno=made.upstream.dup().detach()) as upstream:
+        made.app.send(b"x")
+        result = await relay(made.client, upstream, made.counters)
+        assert result == RelayResult("upstream", "other", errno.ENOMEM, None)
+        with pytest.raises(BlockingIOError):
+            made.app.recv(1)  # no clean end was passed on
+
+
+async def test_a_sink_that_takes_little_at_a_time_gets_all() -> None:
+    class Sipping(socket.socket):
+        turns = 0
+
+        def send(self, data: bytes | memoryview, *_: int) -> int:  # type: ignore[override]  # narrower
+            self.turns += 1
+            if self.turns % 3 == 0:
+                raise BlockingIOError
+            return super().send(data[:7])
+
+    data = random.Random(3).randbytes(200)
+    with setup() as made, Sipping(fileno=made.upstream.dup().detach()) as upstream:
+        made.app.send(data)
+        made.app.shutdown(socket.SHUT_WR)
+        made.server.shutdown(socket.SHUT_WR)
+        assert (await relay(made.client, upstream, made.counters)).reason == "eof"
+        assert made.server.recv(2000) == data
+        assert made.counters.client_to_upstream == len(data)
+
+
 async def test_a_side_that_is_reset_after_its_end_still_fails() -> None:
     with setup(tcp_pair) as made:
         results: list[RelayResult] = []
@@ -258,17 +332,9 @@ def unread(sock: socket.socket) -> int:
 
 async def test_a_stalled_reader_holds_one_chunk_and_no_more() -> None:
     with setup() as made:
-        pushed = 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.relay)
-            while True:
-                try:
-                    pushed += made.server.send(bytes(CHUNK))
-                except BlockingIOError:
-                    before = unread(made.upstream)
-                    await trio.testing.wait_all_tasks_blocked(0.01)
-                    if unread(made.upstream) == before:
-                        break
+            pushed = await fill(made)
             held = pushed - unread(made.upstream) - made.counters.upstream_to_client
             assert 0 < held <= CHUNK
             assert unread(made.app) == made.counters.upstream_to_client
