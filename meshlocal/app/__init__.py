@@ -1,1 +1,1 @@
-"""."""
+"""Composition roots: what runs in which nursery, and how the parts are joined."""

@@ -103,7 +103,7 @@ class DiscoveryWatch:
             try:
                 await self._watch_server(url)
             except GrpcError as error:
-                problem = f"{error.code.name}: {error.message}"
+                problem = str(error)
             except TimeoutError:
                 problem = "no answer in time"
             except OSError as error:

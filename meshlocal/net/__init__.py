@@ -1,1 +1,1 @@
-"""."""
+"""Trio primitives: listen, dial, relay, gRPC connections, logging."""

@@ -1,1 +1,1 @@
-"""."""
+"""The sidecar's data path: listeners, services, connections."""

@@ -12,8 +12,9 @@ import trio
 
 from meshlocal.net.listen import accept_loop, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.sockets import close, format_address
+from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.addresses import ListenAddress
+from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.services import ServiceTable
 from meshlocal.proxy.tcp import TcpForwarder
@@ -63,23 +64,18 @@ class Listeners:
     Args:
         services: where a listener's service is looked up for each connection.
         forwarder: serves the connections.
-        acceptors: the nursery of the accept loops.
-        connections: the nursery of the connections, which outlives them.
     """
 
-    def __init__(
-        self, services: ServiceTable, forwarder: TcpForwarder, acceptors: trio.Nursery, connections: trio.Nursery
-    ) -> None:
+    def __init__(self, services: ServiceTable, forwarder: TcpForwarder) -> None:
         self._services = services
         self._forwarder = forwarder
-        self._acceptors = acceptors
-        self._connections = connections
+        self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
         self.current: list[Listener] = []
 
-    def prepare(self, wanted: Iterable[ListenAddress]) -> list[Listener]:
-        """Open what `wanted` has and the current listeners have not; `adopt` takes the result.
+    def prepare(self, config: ProxyConfig) -> list[Listener]:
+        """Open what `config` has and the current listeners have not; `adopt` takes the result.
 
-        A listener whose address stays keeps its socket, whatever its service.
+        A listener whose address stays keeps its sockets, whatever its service.
 
         Raises:
             ListenError: an address cannot be listened on. Nothing is left open, and the current listeners go on.
@@ -87,13 +83,12 @@ class Listeners:
         at = {(one.configured.host, one.configured.port): one for one in self.current}
         prepared: list[Listener] = []
         try:
-            for configured in wanted:
-                service = self._services.config.service_key(configured.service)
+            for configured in config.listen:
                 there = at.pop((configured.host, configured.port), None)
                 if there is None:
-                    prepared.append(Listener(configured, service, open_tcp_listeners(configured.host, configured.port)))
-                else:
-                    prepared.append(there)
+                    sockets = open_tcp_listeners(configured.host, configured.port)
+                    there = Listener(configured, config.service_key(configured.service), sockets)
+                prepared.append(there)
         except BaseException:
             self.discard(prepared)
             raise
@@ -105,31 +100,51 @@ class Listeners:
             if listener not in self.current:
                 listener.close()
 
-    def adopt(self, prepared: Sequence[Listener], wanted: Sequence[ListenAddress]) -> None:
-        """Make what `prepare` returned for `wanted` the current listeners: accept on the new, stop the rest.
+    def adopt(self, prepared: Sequence[Listener], config: ProxyConfig) -> None:
+        """Make what `prepare` returned for `config` the current listeners: accept on the new, stop the rest.
 
         Connections that were accepted go on.
         """
-        for listener in self.current:
+        before, self.current = self.current, list(prepared)
+        for listener in before:
             if listener not in prepared:
                 listener.accepting.cancel()
-        for listener, configured in zip(prepared, wanted, strict=True):
+        for listener, configured in zip(prepared, config.listen, strict=True):
             listener.configured = configured
-            listener.service = self._services.config.service_key(configured.service)
-            if listener not in self.current:
-                self._acceptors.start_soon(self._accept, listener)
-        self.current = list(prepared)
+            listener.service = config.service_key(configured.service)
+            if listener not in before:
+                self._start(listener)
 
-    async def _accept(self, listener: Listener) -> None:
+    def start(self, acceptors: trio.Nursery, connections: trio.Nursery) -> None:
+        """Accept on the current listeners, and on each that is adopted later.
+
+        Args:
+            acceptors: the nursery of the accept loops; its cancellation closes the listeners.
+            connections: the nursery of the connections, which outlives them.
+        """
+        self._nurseries = acceptors, connections
+        for listener in self.current:
+            self._start(listener)
+
+    def _start(self, listener: Listener) -> None:
+        if self._nurseries is not None:
+            self._nurseries[0].start_soon(self._accept, listener, self._nurseries[1])
+
+    async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
         async def serve(client: socket.socket, peer: object) -> None:
-            await self._forwarder.serve(self._services[listener.service], client, peer)
+            service = self._services.get(listener.service)
+            if service is None:
+                # Between its accept and this task's first step the config lost the service.
+                abort(client)
+                return
+            await self._forwarder.serve(service, client, peer)
 
         try:
             with listener.accepting:
                 async with trio.open_nursery() as nursery:
                     for sock in listener.sockets:
                         nursery.start_soon(
-                            partial(accept_loop, sock, self._connections, serve, on_error=listener.on_accept_error)
+                            partial(accept_loop, sock, connections, serve, on_error=listener.on_accept_error)
                         )
         finally:
             listener.close()

@@ -57,11 +57,15 @@ class TcpForwarder:
     Args:
         services: the services that listeners name.
         access_log: one log line for each connection, at its end.
+
+    Attributes:
+        drained: connections that a drain cut (S1).
     """
 
     def __init__(self, services: ServiceTable, *, access_log: bool = False) -> None:
         self._services = services
         self.access_log = access_log
+        self.drained = 0
         self._connections: dict[Connection, None] = {}
         self._failed = RateLimited(
             _log, logging.WARNING, "request failed: no instance connected", interval=_WARNING_INTERVAL
@@ -127,6 +131,7 @@ class TcpForwarder:
         statistics = service.statistics
         tier, reason = result.tier, (result.pick.reason or "") if result.pick is not None else ""
         statistics.requests[RequestKey(tier, reason, outcome)] += 1
+        self.drained += outcome is Outcome.DRAINED
         counters = connection.counters
         if counters is not None:
             statistics.bytes_sent += counters.client_to_upstream

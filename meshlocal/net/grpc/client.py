@@ -254,7 +254,16 @@ async def open_channel(
                 tls_hostname=authority.rsplit(":", 1)[0] if authority else host,
             )
     except OSError as error:
-        raise GrpcError(StatusCode.UNAVAILABLE, f"connect to {name}: {error}", unprocessed=True) from error
+        raise GrpcError(StatusCode.UNAVAILABLE, f"connect to {name}: {_why(error)}", unprocessed=True) from error
     scheme = "http" if ssl_context is None else "https"
     async with channel_over(stream, options=options, authority=name, scheme=scheme) as channel:
         yield channel
+
+
+def _why(error: BaseException) -> str:
+    """Why a connect failed, in the system's words. anyio wraps one error for each address that it tried."""
+    if error.__cause__ is not None:
+        return _why(error.__cause__)
+    if isinstance(error, BaseExceptionGroup):
+        return ", ".join(dict.fromkeys(map(_why, error.exceptions)))
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,0 +1,62 @@
+# Everything runs in .venv, which these targets make with python3 (3.11 or newer) alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test check format bench bench-scale bench-policy protos lock clean
+
+demo: $(VENV)/run.stamp
+	@$(BIN)/meshlocal demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/generate_protos.py --check
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Latency direct and through the proxy, on the same node and away from it.
+bench: $(VENV)/run.stamp
+	$(BIN)/python bench/latency.py
+
+# Watchers of one discovery server, and what one change costs.
+bench-scale: $(VENV)/run.stamp
+	$(BIN)/python bench/watchers.py
+
+# What a pick and a change cost.
+bench-policy: $(VENV)/run.stamp
+	$(BIN)/python bench/policy.py
+
+protos: $(VENV)/dev.stamp
+	$(BIN)/python tools/generate_protos.py
+
+lock: $(VENV)/dev.stamp
+	$(PIP) install uv
+	$(BIN)/python tools/lock.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("meshlocal needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: requirements/run.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing what meshlocal runs with into $(VENV) ..."
+	@$(PIP) install -r requirements/run.lock
+	@$(PIP) install --no-deps -e .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing what the tests need into $(VENV) ..."
+	@$(PIP) install -r requirements/dev.lock
+	@$(PIP) install --no-deps -e .
+	@touch $@ $(VENV)/run.stamp

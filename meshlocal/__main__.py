@@ -1,0 +1,5 @@
+"""`python -m meshlocal`."""
+
+from meshlocal.cli.main import main
+
+main()

@@ -1,0 +1,161 @@
+"""The discovery server's composition root (behaviour rules D3, D4, S1, S2).
+
+    lifetime nursery      hub (one task per source) · admin server · health · signals
+      server                one task per listening socket, one per connection, one per call
+
+A stop ends every watch with UNAVAILABLE, so that proxies turn to another server,
+lets calls end within the drain's time, then cancels the lifetime nursery.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from random import Random
+
+import trio
+from prometheus_client import CollectorRegistry
+
+from meshlocal.admin.server import AdminServer
+from meshlocal.app.discovery_pages import DiscoveryCollector, discovery_routes
+from meshlocal.app.readiness import Readiness, announce, notify_service_manager
+from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
+from meshlocal.app.sources import make_sources
+from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.service import DiscoveryService
+from meshlocal.net.grpc.health import HealthStatus
+from meshlocal.net.grpc.options import GrpcOptions
+from meshlocal.net.grpc.reflection import Reflection
+from meshlocal.net.grpc.server import GrpcServer
+from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.net.log import configure_logging, get_log
+from meshlocal.net.sockets import close, format_address
+from meshlocal.policy.config import Config
+from meshlocal.policy.config_build import ConfigError
+from meshlocal.wire.discovery_methods import SERVICE_NAME
+from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
+
+_log = get_log(__name__)
+
+
+class DiscoveryProcess:
+    """One running discovery server.
+
+    Args:
+        load: reads the configuration: once now, and again on SIGHUP.
+        rng: for backoff.
+        environment: for the service manager's socket.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+
+    def __init__(self, load: Callable[[], Config], rng: Random, environment: Mapping[str, str]) -> None:
+        self._load = load
+        self._environment = environment
+        self.config = load()
+        configure_logging(self.config.log.level, self.config.log.format)
+        config = self.config.discovery
+        self.hub = Hub(make_sources(config), rng)
+        self.service = DiscoveryService(self.hub, config.heartbeat_interval)
+        self.health = HealthStatus()
+        self._set_health(serving=False)
+        handlers = {**self.service.handlers(), **self.health.handlers()}
+        names = sorted({method.service for method in handlers})
+        self.server = GrpcServer(
+            {**handlers, **Reflection(names).handlers()},
+            GrpcOptions(
+                keepalive_interval=config.keepalive_interval,
+                keepalive_timeout=config.keepalive_timeout,
+                stall_timeout=config.keepalive_interval,
+            ),
+        )
+        self.readiness = Readiness("waiting for the sources")
+        self.stop = Stop()
+
+    async def run(self) -> int:
+        """Serve until told to stop; returns the exit status.
+
+        Raises:
+            ListenError: an address cannot be listened on.
+        """
+        config = self.config.discovery
+        with ExitStack() as opened:
+            admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
+            for sock in admin_sockets:
+                opened.callback(close, sock)
+            sockets = []
+            for address in config.bind:
+                for sock in open_tcp_listeners(address.host, address.port):
+                    opened.callback(close, sock)
+                    sockets.append(sock)
+            bound = [f"grpc://{format_address(sock.getsockname())}" for sock in sockets]
+            bound += [f"admin=http://{format_address(sock.getsockname())}" for sock in admin_sockets]
+            registry = CollectorRegistry()
+            registry.register(DiscoveryCollector(self.hub, self.service, self.server, self.readiness))
+            admin = AdminServer(discovery_routes(self, registry))
+            async with trio.open_nursery() as lifetime:
+                await lifetime.start(handle_signals, self.stop, self.reload)
+                await lifetime.start(self.hub.run)
+                if admin_sockets:
+                    await lifetime.start(admin.serve, admin_sockets)
+                await lifetime.start(self.server.serve, sockets)
+                lifetime.start_soon(self._become_ready)
+                announce(f"meshlocal discovery ready: {' '.join(bound)}")
+                notify_service_manager(self._environment, "READY=1")
+                await self.stop.requested.wait()
+                await self._drain()
+                lifetime.cancel_scope.cancel()
+        return 0
+
+    async def _become_ready(self) -> None:
+        await self.hub.wait_in_sync()
+        self.readiness.set_ready()
+        if self.readiness.ready:
+            self._set_health(serving=True)
+
+    async def _drain(self) -> None:
+        drain = self.config.discovery.drain
+        self.readiness.drain()
+        self._set_health(serving=False)
+        notify_service_manager(self._environment, "STOPPING=1")
+        with trio.move_on_after(drain.delay):
+            await self.stop.now.wait()
+        self.service.drain()
+        with trio.move_on_after(drain.timeout):
+            async with trio.open_nursery() as draining:
+                draining.start_soon(cancel_when_set, self.stop.now, draining.cancel_scope)
+                await self.server.drain()
+                draining.cancel_scope.cancel()
+
+    def _set_health(self, *, serving: bool) -> None:
+        status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            self.health.set(name, status)
+
+    def reload(self) -> None:
+        """Read the configuration again (S2). While the server runs only logging can change; sources watch themselves."""
+        try:
+            config = self._load()
+        except ConfigError as error:
+            for problem in error.problems:
+                _log.error("config not applied", problem=str(problem))
+            return
+        if config.discovery != self.config.discovery:
+            _log.error("config not applied", problem="discovery: takes a restart to change")
+            return
+        self.config = config
+        configure_logging(config.log.level, config.log.format)
+        _log.info("config applied")
+
+
+def run_discovery(load: Callable[[], Config]) -> int:
+    """Run a discovery server in this process; returns its exit status.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        ListenError: an address cannot be listened on.
+    """
+    process = DiscoveryProcess(load, Random(), os.environ)
+    return trio.run(process.run)

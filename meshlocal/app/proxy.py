@@ -1,0 +1,228 @@
+"""The proxy's composition root: the nursery tree, from start to drain (behaviour rules L5, S1, S2).
+
+    lifetime nursery      feed (discovery watch, or hub and file source) · admin server · idle sweep · signals
+      connections nursery   one task per client connection
+        acceptors nursery     one task per listening socket
+
+A stop cancels the acceptors, puts a deadline on the connections nursery, then
+cancels the lifetime nursery.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+import trio
+from prometheus_client import CollectorRegistry
+
+from meshlocal.admin.server import AdminServer
+from meshlocal.app.embedded import EmbeddedFeed
+from meshlocal.app.proxy_metrics import ProxyCollector
+from meshlocal.app.proxy_pages import proxy_routes
+from meshlocal.app.readiness import Readiness, announce, notify_service_manager
+from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
+from meshlocal.client.feed import FeedStatus
+from meshlocal.net.dial import usable_families
+from meshlocal.net.listen import ListenError, open_tcp_listeners
+from meshlocal.net.log import configure_logging, get_log
+from meshlocal.net.sockets import close, format_address
+from meshlocal.policy.config import Config, ProxyConfig
+from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.locality import Locality
+from meshlocal.policy.model import NODE, ServiceKey
+from meshlocal.proxy.listeners import Listeners
+from meshlocal.proxy.services import ServiceTable
+from meshlocal.proxy.tcp import TcpForwarder
+
+_log = get_log(__name__)
+
+LoadConfig = Callable[[], Config]
+"""Reads the whole configuration; raises ConfigError."""
+
+_FIXED = ("discovery", "admin")
+"""Sections of `proxy` that only a restart changes."""
+
+
+class Feed(Protocol):
+    """A task that keeps the services' snapshots coming."""
+
+    @property
+    def status(self) -> FeedStatus:
+        """How it is doing."""
+        ...
+
+    def follow(self, services: list[ServiceKey]) -> None:
+        """Follow these services from now on."""
+        ...
+
+    async def run(self) -> None:
+        """Publish snapshots until cancelled."""
+        ...
+
+
+def locality_of(config: ProxyConfig) -> Locality:
+    """Where the config says that the proxy stands, on this host as it is now."""
+    labels = dict(config.labels)
+    if config.node_name:
+        labels[NODE] = config.node_name
+    return Locality(labels, config.prefer, config.within, usable_families())
+
+
+def make_feed(config: ProxyConfig, services: ServiceTable, rng: Random) -> Feed:
+    """The feed that the config's discovery URLs ask for."""
+    urls = config.discovery.urls
+    if urls[0].scheme == "file":
+        # Imported here: a proxy that has a discovery server needs no hub in its memory, nor a YAML reader.
+        from meshlocal.discovery.file_source import FileSource
+        from meshlocal.discovery.hub import Hub
+
+        source = FileSource(Path(urls[0].path), zone="", cluster="")
+        return EmbeddedFeed(Hub([source], rng), str(urls[0]), services.keys, services)
+    # Likewise: a proxy that reads a file needs no gRPC.
+    from meshlocal.client.watch import DiscoveryWatch, WatchOptions
+
+    discovery = config.discovery
+    options = WatchOptions(
+        connect_timeout=discovery.connect_timeout,
+        keepalive_interval=discovery.keepalive_interval,
+        keepalive_timeout=discovery.keepalive_timeout,
+        backoff_initial=discovery.backoff_initial,
+        backoff_max=discovery.backoff_max,
+    )
+    return DiscoveryWatch(urls, services.keys, services, rng, options)
+
+
+class ProxyProcess:
+    """One running proxy.
+
+    Args:
+        load: reads the configuration: once now, and again on SIGHUP.
+        rng: for cursors and backoff.
+        environment: for the service manager's socket.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+
+    def __init__(self, load: LoadConfig, rng: Random, environment: Mapping[str, str]) -> None:
+        self._load = load
+        self._environment = environment
+        self.config = load()
+        configure_logging(self.config.log.level, self.config.log.format)
+        proxy = self.config.proxy
+        self.services = ServiceTable(proxy, locality_of(proxy), rng)
+        self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
+        self.listeners = Listeners(self.services, self.forwarder)
+        self.feed = make_feed(proxy, self.services, rng)
+        self.readiness = Readiness("waiting for the first snapshot of every service")
+        self.stop = Stop()
+
+    async def run(self) -> int:
+        """Serve until told to stop; returns the exit status, 0 if no connection was cut.
+
+        Raises:
+            ListenError: an address cannot be listened on.
+        """
+        with ExitStack() as opened:
+            config = self.config.proxy
+            admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
+            for sock in admin_sockets:
+                opened.callback(close, sock)
+            self.listeners.adopt(self.listeners.prepare(config), config)
+            for listener in self.listeners.current:
+                opened.callback(listener.close)
+            if self.services.node_unknown:
+                _log.warning("the node is unknown: no instance counts as local; set NODE_NAME, or proxy.node_name")
+            registry = CollectorRegistry()
+            registry.register(
+                ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness)
+            )
+            admin = AdminServer(proxy_routes(self, registry))
+            async with trio.open_nursery() as lifetime:
+                await lifetime.start(handle_signals, self.stop, self.reload)
+                lifetime.start_soon(self.feed.run)
+                lifetime.start_soon(self.forwarder.sweep_idle)
+                if admin_sockets:
+                    await lifetime.start(admin.serve, admin_sockets)
+                lifetime.start_soon(self._become_ready, [format_address(sock.getsockname()) for sock in admin_sockets])
+                cut = await self._serve_connections(lifetime)
+                lifetime.cancel_scope.cancel()
+        return 1 if cut else 0
+
+    async def _serve_connections(self, lifetime: trio.Nursery) -> int:
+        """Serve until the drain is over; returns how many connections it cut."""
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as acceptors:
+                self.listeners.start(acceptors, connections)
+                await self.stop.requested.wait()
+                drain = self.config.proxy.drain
+                self.readiness.drain()
+                notify_service_manager(self._environment, "STOPPING=1")
+                with trio.move_on_after(drain.delay):
+                    await self.stop.now.wait()
+                acceptors.cancel_scope.cancel()
+            connections.cancel_scope.deadline = trio.current_time() + drain.timeout
+            lifetime.start_soon(cancel_when_set, self.stop.now, connections.cancel_scope)
+        if self.forwarder.drained:
+            _log.warning("connections cut at the end of the drain", count=self.forwarder.drained)
+        return self.forwarder.drained
+
+    async def _become_ready(self, admin: list[str]) -> None:
+        start = trio.current_time()
+        for service in list(self.services):
+            with trio.move_on_at(start + service.policy.first_snapshot_wait):
+                await service.first_snapshot.wait()
+        self.readiness.set_ready()
+        node = self.services.locality.node or "unknown"
+        parts = [f"meshlocal proxy ready: node={node}"]
+        for listener in self.listeners.current:
+            scheme = listener.configured.scheme
+            parts += [f"{scheme}://{bound}={listener.service}" for bound in listener.bound]
+        parts += [f"admin=http://{bound}" for bound in admin]
+        if waiting := self.services.waiting():
+            parts.append(f"(nothing heard yet of: {', '.join(waiting)})")
+        announce(" ".join(parts))
+        notify_service_manager(self._environment, "READY=1")
+
+    def reload(self) -> None:
+        """Read the configuration again and apply it, whole or not at all (S2)."""
+        try:
+            config = self._load()
+            proxy = config.proxy
+            changed = [key for key in _FIXED if getattr(proxy, key) != getattr(self.config.proxy, key)]
+            if changed:
+                names = ", ".join(f"proxy.{key}" for key in changed)
+                _log.error("config not applied", problem=f"{names}: takes a restart to change")
+                return
+            prepared = self.listeners.prepare(proxy)
+        except ConfigError as error:
+            for problem in error.problems:
+                _log.error("config not applied", problem=str(problem))
+            return
+        except ListenError as error:
+            _log.error("config not applied", problem=f"proxy.listen: {error}")
+            return
+        self.config = config
+        configure_logging(config.log.level, config.log.format)
+        self.services.reconfigure(proxy, locality_of(proxy))
+        self.listeners.adopt(prepared, proxy)
+        self.forwarder.access_log = proxy.access_log
+        self.feed.follow(self.services.keys)
+        bound = [address for listener in self.listeners.current for address in listener.bound]
+        _log.info("config applied", listeners=",".join(bound), services=",".join(self.services.keys))
+
+
+def run_proxy(load: LoadConfig) -> int:
+    """Run a proxy in this process; returns its exit status.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        ListenError: an address cannot be listened on.
+    """
+    process = ProxyProcess(load, Random(), os.environ)
+    return trio.run(process.run)

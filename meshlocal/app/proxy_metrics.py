@@ -1,0 +1,152 @@
+"""The proxy's metrics, made from its plain counts when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import meshlocal
+from meshlocal.app.readiness import Readiness
+from meshlocal.client.feed import FeedStatus
+from meshlocal.proxy.listeners import Listeners
+from meshlocal.proxy.services import ServiceTable
+from meshlocal.proxy.tcp import TcpForwarder
+
+
+class ProxyCollector(Collector):
+    """Everything that a running proxy counts.
+
+    Args:
+        services: picks, attempts, requests and instances.
+        forwarder: connections that are open.
+        listeners: errors of accepting.
+        feed: how discovery is doing.
+        readiness: whether the proxy may be sent work.
+    """
+
+    def __init__(
+        self,
+        services: ServiceTable,
+        forwarder: TcpForwarder,
+        listeners: Listeners,
+        feed: FeedStatus,
+        readiness: Readiness,
+    ) -> None:
+        self._services = services
+        self._forwarder = forwarder
+        self._listeners = listeners
+        self._feed = feed
+        self._readiness = readiness
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they stand now."""
+        yield gauge("meshlocal_build_info", "The version, as a label.", 1, version=meshlocal.__version__)
+        yield gauge("meshlocal_ready", "1 while the proxy may be sent work.", self._readiness.ready)
+        yield gauge("meshlocal_node_unknown", "1 if the proxy does not know its node.", self._services.node_unknown)
+        yield gauge(
+            "meshlocal_node_unmatched",
+            "1 if the proxy knows its node, and no instance of any watched service is on it.",
+            self._services.node_unmatched,
+        )
+        yield from self._requests()
+        yield from self._instances()
+        yield from self._connections()
+        yield from self._discovery()
+        errors = CounterMetricFamily(
+            "meshlocal_accept_errors", "Connections that the system could not give.", labels=["listener"]
+        )
+        for listener in self._listeners.current:
+            errors.add_metric([str(listener.configured)], listener.accept_errors)
+        yield errors
+
+    def _requests(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "meshlocal_requests",
+            "Requests that ended, by the tier that they went to, why they left the first, and how they ended.",
+            labels=["service", "tier", "reason", "outcome"],
+        )
+        picks = CounterMetricFamily(
+            "meshlocal_picks",
+            "Instances picked for an attempt, by tier and why the request left the first.",
+            labels=["service", "tier", "reason"],
+        )
+        attempts = CounterMetricFamily(
+            "meshlocal_attempts", "Attempts, by tier and how they ended.", labels=["service", "tier", "outcome"]
+        )
+        for service in self._services:
+            statistics = service.statistics
+            for key, count in statistics.requests.items():
+                requests.add_metric([service.key, *key], count)
+            for (tier, reason), count in statistics.picks.items():
+                picks.add_metric([service.key, tier, reason], count)
+            for (tier, outcome), count in statistics.attempts.items():
+                attempts.add_metric([service.key, tier, outcome], count)
+        yield from (requests, picks, attempts)
+
+    def _instances(self) -> Iterable[Metric]:
+        instances = GaugeMetricFamily("meshlocal_instances", "Usable instances, by tier.", labels=["service", "tier"])
+        left_out = GaugeMetricFamily(
+            "meshlocal_instances_left_out", "Instances known but not used.", labels=["service"]
+        )
+        for service in self._services:
+            if service.picker is not None:
+                for tier, size in service.picker.tier_sizes().items():
+                    instances.add_metric([service.key, tier], size)
+                unused = len(service.picker.snapshot.instances) - len(service.picker)
+                left_out.add_metric([service.key], unused)
+        yield from (instances, left_out)
+
+    def _connections(self) -> Iterable[Metric]:
+        moving: dict[str, tuple[int, int]] = {}
+        for connection in self._forwarder:
+            if (counters := connection.counters) is not None:
+                sent, received = moving.get(connection.service.key, (0, 0))
+                moving[connection.service.key] = (
+                    sent + counters.client_to_upstream,
+                    received + counters.upstream_to_client,
+                )
+        connections = GaugeMetricFamily(
+            "meshlocal_connections_open", "Connections with an instance.", labels=["service"]
+        )
+        connecting = GaugeMetricFamily(
+            "meshlocal_requests_waiting", "Clients waiting for an instance.", labels=["service"]
+        )
+        moved = CounterMetricFamily(
+            "meshlocal_bytes",
+            "Bytes moved, to instances (sent) and from them (received).",
+            labels=["service", "direction"],
+        )
+        for service in self._services:
+            statistics = service.statistics
+            connections.add_metric([service.key], statistics.open)
+            connecting.add_metric([service.key], statistics.connecting)
+            sent, received = moving.get(service.key, (0, 0))
+            moved.add_metric([service.key, "sent"], statistics.bytes_sent + sent)
+            moved.add_metric([service.key, "received"], statistics.bytes_received + received)
+        yield from (connections, connecting, moved)
+
+    def _discovery(self) -> Iterable[Metric]:
+        feed = self._feed
+        yield gauge("meshlocal_discovery_connected", "1 while discovery is read.", feed.connected)
+        age = feed.age(trio.current_time())
+        if age is not None:
+            yield gauge(
+                "meshlocal_snapshot_age_seconds", "Seconds since what is known was last known to be current.", age
+            )
+        for name, text, count in (
+            ("meshlocal_discovery_reconnects", "Connections to discovery lost, or not made.", feed.reconnects),
+            ("meshlocal_discovery_refused_instances", "Instances refused as malformed.", feed.refused_instances),
+        ):
+            counter = CounterMetricFamily(name, text)
+            counter.add_metric([], count)
+            yield counter
+
+
+def gauge(name: str, text: str, value: float, **labels: str) -> Metric:
+    """A gauge of one value."""
+    gauge = GaugeMetricFamily(name, text, labels=list(labels))
+    gauge.add_metric(list(labels.values()), value)
+    return gauge

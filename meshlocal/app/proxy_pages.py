@@ -1,0 +1,192 @@
+"""The proxy's admin pages."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import msgspec
+import trio
+from prometheus_client import CollectorRegistry
+
+import meshlocal
+from meshlocal.admin.metrics_page import metrics_route
+from meshlocal.admin.server import Request, Response, Route
+from meshlocal.app import html
+from meshlocal.app.views import explain_view, instance_view
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.model import ServiceKey
+from meshlocal.proxy.services import ServiceState
+
+if TYPE_CHECKING:
+    from meshlocal.app.proxy import ProxyProcess
+    from meshlocal.app.readiness import Readiness
+
+_SHOWN = 200
+"""Instances of a service that the overview page lists; /services has all."""
+
+
+def proxy_routes(process: ProxyProcess, registry: CollectorRegistry) -> Mapping[str, Route]:
+    """Every page of a proxy, by path."""
+    pages = _ProxyPages(process)
+    return {
+        "/": pages.overview,
+        "/livez": livez,
+        "/readyz": lambda request: readyz(process.readiness),
+        "/metrics": metrics_route(registry),
+        "/config": lambda request: json_response(config_view(process.config)),
+        "/services": pages.services,
+        "/explain": pages.explain,
+    }
+
+
+def livez(request: Request) -> Response:
+    """The process runs: the event loop answers."""
+    return plain(200, "alive")
+
+
+def readyz(readiness: Readiness) -> Response:
+    """Whether the process may be sent work, and if not, why."""
+    return plain(200, "ready") if readiness.ready else plain(503, f"not ready: {readiness.reason}")
+
+
+def plain(status: int, line: str) -> Response:
+    """One line of text."""
+    return Response(status, "text/plain; charset=utf-8", f"{line}\n".encode())
+
+
+def json_response(value: object) -> Response:
+    """A value as indented JSON."""
+    body = json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n"
+    return Response(200, "application/json", body)
+
+
+def config_view(config: msgspec.Struct) -> Any:
+    """The configuration in force, as the file would have it."""
+    return _as_data(config)
+
+
+def _as_data(value: object) -> Any:
+    if isinstance(value, SocketAddress | ListenAddress | DiscoveryUrl | SourceUrl):
+        return str(value)
+    if isinstance(value, msgspec.Struct):
+        pairs = ((name, getattr(value, name)) for name in value.__struct_fields__)
+        return {name: _as_data(item) for name, item in pairs if item is not msgspec.UNSET}
+    if isinstance(value, Mapping):
+        return {str(key): _as_data(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_as_data(item) for item in value]
+    return value
+
+
+class _ProxyPages:
+    def __init__(self, process: ProxyProcess) -> None:
+        self._process = process
+
+    def services(self, request: Request) -> Response:
+        """What the picker sees, whole."""
+        return json_response([self._service_view(service) for service in self._process.services])
+
+    def explain(self, request: Request) -> Response:
+        """The plan of the next request (R2)."""
+        name = (request.query.get("service") or [""])[0]
+        service = self._process.services.get(ServiceKey(name))
+        if service is None:
+            known = ", ".join(self._process.services.keys)
+            return plain(404, f"no listener names a service {name!r}; there are: {known}")
+        if service.picker is None:
+            return plain(503, f"nothing was heard of {name} yet: discovery has not answered")
+        return json_response(explain_view(service.picker, service.cursors))
+
+    def _service_view(self, service: ServiceState) -> dict[str, Any]:
+        view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tiers": {}, "instances": []}
+        picker = service.picker
+        if picker is None:
+            return view
+        left_out = {instance.key: why for instance, why in picker.left_out()}
+        names = picker.selector.tiers
+        view.update(known=not picker.snapshot.unknown, version=picker.snapshot.version, tiers=picker.tier_sizes())
+        for key in sorted(picker.snapshot.instances):
+            instance = picker.snapshot.instances[key]
+            why = left_out.get(key)
+            tier = names[picker.selector.tier(instance)] if why is None else None
+            view["instances"].append({**instance_view(instance), "tier": tier, "left_out": why})
+        return view
+
+    def overview(self, request: Request) -> Response:
+        """A page for people."""
+        process = self._process
+        links = ["/services", "/metrics", "/config", "/readyz", "/livez"]
+        parts = [*self._state(), *self._listeners()]
+        for service in process.services:
+            parts += self._service(service)
+        title = f"meshlocal proxy {meshlocal.__version__}"
+        return Response(200, "text/html; charset=utf-8", html.page(title, links, parts))
+
+    def _state(self) -> Iterator[html.Html]:
+        process, services, feed = self._process, self._process.services, self._process.feed.status
+        if services.node_unknown:
+            node = html.bad("unknown: no instance counts as local. Set NODE_NAME, or proxy.node_name.")
+        elif services.node_unmatched:
+            node = html.Html(
+                html.code(services.locality.node) + " " + html.bad("no instance of any watched service is on it")
+            )
+        else:
+            node = html.code(services.locality.node)
+        yield html.paragraph("Node: ", node)
+        reason = process.readiness.reason
+        yield html.paragraph("State: ", html.bad(f"not ready: {reason}") if reason else html.good("ready"))
+        age = feed.age(trio.current_time())
+        told = "nothing heard yet" if age is None else f"what is known was current {age:.1f} s ago"
+        state = html.good("connected") if feed.connected else html.bad(feed.problem or "not connected yet")
+        yield html.paragraph("Discovery: ", html.code(feed.source), " ", state, f", {told}")
+
+    def _listeners(self) -> Iterator[html.Html]:
+        yield html.heading("Listeners")
+        rows = (
+            (html.code(bound), listener.service, listener.accept_errors)
+            for listener in self._process.listeners.current
+            for bound in listener.bound
+        )
+        yield html.table(("Address", "Service", "Accept errors"), rows)
+
+    def _service(self, service: ServiceState) -> Iterator[html.Html]:
+        yield html.heading(f"Service {service.key}")
+        picker = service.picker
+        if picker is None:
+            yield html.paragraph(html.bad("nothing heard of it yet"))
+            return
+        if picker.snapshot.unknown:
+            yield html.paragraph(html.bad("no registry knows it: requests are refused"))
+        statistics = service.statistics
+        yield html.paragraph(
+            f"Open connections: {statistics.open}. Waiting: {statistics.connecting}. ",
+            html.link(f"/explain?service={quote(service.key)}", "the next request's plan"),
+        )
+        yield html.table(("Requests to tier", "Why not the first", "Outcome", "Count"), _request_rows(service))
+        left_out = {instance.key: why for instance, why in picker.left_out()}
+        instances = sorted(picker.snapshot.instances.values(), key=lambda each: (picker.selector.tier(each), each.key))
+        yield html.paragraph(
+            f"Instances: {len(instances)}" + (f", the first {_SHOWN} of them" * (len(instances) > _SHOWN))
+        )
+        names = picker.selector.tiers
+        yield html.table(
+            ("Instance", "Node", "Tier", "Left out"),
+            (
+                (
+                    html.code(each.key),
+                    each.node or None,
+                    names[picker.selector.tier(each)],
+                    html.bad(why) if (why := left_out.get(each.key)) else None,
+                )
+                for each in instances[:_SHOWN]
+            ),
+        )
+
+
+def _request_rows(service: ServiceState) -> Iterable[tuple[object, ...]]:
+    counts: Counter[tuple[str, str, str]] = Counter(service.statistics.requests)
+    return ((tier or None, reason or None, outcome, count) for (tier, reason, outcome), count in sorted(counts.items()))

@@ -1,0 +1,49 @@
+"""Whether the process may be sent work, and the one line that it prints when it first may."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+
+
+class Readiness:
+    """Why the process is not ready; empty while it is. Starts as not ready."""
+
+    def __init__(self, waiting_for: str) -> None:
+        self.reason = waiting_for
+        self.draining = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the process may be sent work."""
+        return not self.reason
+
+    def set_ready(self) -> None:
+        """Ready from now on, unless it drains already."""
+        if not self.draining:
+            self.reason = ""
+
+    def drain(self) -> None:
+        """Never ready again (S1)."""
+        self.draining = True
+        self.reason = "draining"
+
+
+def announce(line: str) -> None:
+    """Print the line, and flush it: who started the process may wait for it through a pipe."""
+    with suppress(BrokenPipeError):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def notify_service_manager(environment: Mapping[str, str], state: str) -> None:
+    """Tell systemd (sd_notify(3)) a state such as `READY=1`. Nothing happens where no service manager listens."""
+    address = environment.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.sendto(state.encode(), address)

@@ -1,0 +1,155 @@
+"""`get` and `explain`: answers as tables or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPException
+from random import Random
+from typing import Any
+from urllib.parse import quote
+
+from meshlocal.app.proxy import locality_of
+from meshlocal.app.query import QueryError, fetch_instances, list_clusters, list_services, list_zones
+from meshlocal.app.views import explain_view, instance_view
+from meshlocal.cli.tables import table
+from meshlocal.policy.addresses import AddressError, SocketAddress
+from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.locality import Selector
+from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
+from meshlocal.policy.picker import Cursors, Picker
+
+_ADMIN_TIMEOUT = 5.0
+_LISTS = {"services": list_services, "zones": list_zones, "clusters": list_clusters}
+
+
+def get(what: str, service: str | None, config: ProxyConfig, *, as_json: bool) -> str:
+    """What discovery knows.
+
+    Raises:
+        QueryError: nobody could answer.
+    """
+    urls = config.discovery.urls
+    if what in _LISTS:
+        rows = _LISTS[what](urls)
+        if as_json:
+            return _json(rows)
+        header = {"services": ("NAME", "INSTANCES"), "zones": ("NAME",), "clusters": ("NAME", "ZONE")}[what]
+        return table(header, (list(row.values()) for row in rows))
+    snapshot = fetch_instances(urls, _service_key(service or "", config))
+    instances = [instance_view(snapshot.instances[key]) for key in sorted(snapshot.instances)]
+    if as_json:
+        return _json({"service": snapshot.service, "version": snapshot.version or None, "instances": instances})
+    shown = ("node", "service", "registry")
+    return table(
+        ("ADDRESS", "PORT", "PORT NAME", "NODE", "STATE", "LABELS"),
+        (
+            (
+                each["address"],
+                each["port"],
+                each["port_name"],
+                each["node"],
+                _state(each),
+                ",".join(f"{key}={value}" for key, value in each["labels"].items() if key not in shown),
+            )
+            for each in instances
+        ),
+    )
+
+
+def explain(service: str, config: ProxyConfig, *, as_json: bool) -> str:
+    """The plan of the next request of a proxy that stands where the config says (R2).
+
+    Raises:
+        QueryError: nobody could answer.
+    """
+    key = _service_key(service, config)
+    snapshot = fetch_instances(config.discovery.urls, key)
+    picker = Picker.build(Selector(locality_of(config), config.service(key).port_name), snapshot)
+    view = explain_view(picker, Cursors(Random()))
+    if as_json:
+        return _json(view)
+    note = "Each tier's rotation starts anywhere (O4): ask a running proxy with --proxy for its own next plan."
+    return f"{_explanation(view)}\n\n{note}"
+
+
+def explain_running(service: str, admin: str, *, as_json: bool) -> str:
+    """The plan of a running proxy's very next request.
+
+    Raises:
+        QueryError: the proxy could not be asked, or does not know the service.
+    """
+    try:
+        address = SocketAddress.parse(admin)
+    except AddressError as error:
+        raise QueryError(f"--proxy: {error}") from None
+    connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)
+    try:
+        connection.request("GET", f"/explain?service={quote(service)}")
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, HTTPException) as error:
+        raise QueryError(f"{admin}: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise QueryError(f"{admin}: {body.decode(errors='replace').strip()}")
+    try:
+        view = json.loads(body)
+    except ValueError:
+        raise QueryError(f"{admin}: the answer is no JSON; is it a proxy's admin address?") from None
+    return _json(view) if as_json else _explanation(view)
+
+
+def _explanation(view: Mapping[str, Any]) -> str:
+    node = view["node"] or "unknown"
+    sizes = ", ".join(f"{name} {size}" for name, size in view["tiers"].items())
+    lines = [f"service {view['service']}, seen from node {node}; usable instances by tier: {sizes}"]
+    if not view["known"]:
+        lines.append("no registry knows this service")
+    if view["plan"]:
+        rows = (
+            (
+                step["step"],
+                step["instance"],
+                step["node"],
+                step["tier"],
+                _why(step, view),
+            )
+            for step in view["plan"]
+        )
+        lines += ["", table(("STEP", "INSTANCE", "NODE", "TIER", "WHY"), rows)]
+    else:
+        lines.append("no usable instance: a request is refused")
+    if view["left_out"]:
+        rows_out = ((each["instance"], each["node"], each["why"]) for each in view["left_out"])
+        lines += ["", "never tried:", table(("INSTANCE", "NODE", "WHY"), rows_out)]
+    return "\n".join(lines)
+
+
+def _why(step: Mapping[str, Any], view: Mapping[str, Any]) -> str:
+    nearest = view["prefer"][0]
+    why = {
+        None: f"same {nearest}",
+        "node_unknown": f"node_unknown: the proxy does not know its {nearest}",
+        "no_local": f"no_local: no usable instance has the same {nearest}",
+        "local_failed": f"local_failed: only after every instance of the same {nearest} failed",
+    }.get(step["reason"], str(step["reason"]))
+    return f"{why}; last resort: it is terminating" if step["last_resort"] else why
+
+
+def _state(view: Mapping[str, Any]) -> str:
+    if view["terminating"]:
+        return "terminating" if view["serving"] else "terminating, not serving"
+    return "ready" if view["ready"] else "not ready"
+
+
+def _service_key(text: str, config: ProxyConfig) -> ServiceKey:
+    try:
+        return config.service_key(parse_service_key(text))
+    except ModelError as error:
+        raise QueryError(str(error)) from None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

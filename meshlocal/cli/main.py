@@ -1,0 +1,251 @@
+"""The command line: arguments → config → run. Exit status 2: the input is at fault; 1: something else is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import meshlocal
+from meshlocal.policy.config_build import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEFAULT_DISCOVERY = "grpc://127.0.0.1:7070"
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_config_option = click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; flags and environment win over it."
+)
+_log_options = _options(
+    click.option("--log-level", help="debug, info, warning or error."),
+    click.option("--log-format", help="auto (text on a terminal, else JSON), text or json."),
+)
+_place_options = _options(
+    click.option("--node-name", help="The node that the proxy runs on. Default: the environment's NODE_NAME."),
+    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of the proxy's own."),
+    click.option("--prefer", metavar="KEY,…", help="Label keys, nearest tier first. Default: node."),
+    click.option("--within", metavar="KEY", help="Use only instances that share this label's value."),
+    click.option("--namespace", help="The namespace that a service name without a dot belongs to."),
+)
+_discovery_option = click.option(
+    "--discovery", "urls", multiple=True, metavar="URL", help="grpc://HOST:PORT (several: tried in turn) or file:PATH."
+)
+_output_option = click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="For people, or for machines."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(meshlocal.__version__, message="meshlocal %(version)s")
+def cli() -> None:
+    """Keep traffic on its node: a discovery server and a sidecar proxy.
+
+    Every key of the config file has an environment variable too: proxy.attempts.deadline is
+    MESHLOCAL_PROXY__ATTEMPTS__DEADLINE.
+    """
+
+
+@cli.command()
+@_discovery_option
+@click.option("--listen", multiple=True, metavar="URL", help="tcp://HOST:PORT=SERVICE; port 0: any free one.")
+@_place_options
+@click.option("--admin", metavar="HOST:PORT", help="Health, metrics and views; none: nowhere. [127.0.0.1:15000]")
+@click.option("--access-log/--no-access-log", default=None, help="One log line for each connection.")
+@_config_option
+@_log_options
+def proxy(
+    urls: tuple[str, ...],
+    listen: tuple[str, ...],
+    admin: str | None,
+    access_log: bool | None,
+    config_file: Path | None,
+    log_level: str | None,
+    log_format: str | None,
+    **place: Any,
+) -> int:
+    """Run the sidecar: forward connections to an instance on this node, else to another."""
+    # Imported here, as in the other commands: none pays for what only another needs.
+    from meshlocal.app.config_loader import load_config
+    from meshlocal.app.proxy import run_proxy
+
+    flags = {
+        "proxy.discovery.urls": urls,
+        "proxy.listen": listen,
+        "proxy.admin": admin,
+        "proxy.access_log": access_log,
+        "log.level": log_level,
+        "log.format": log_format,
+        **_place_flags(**place),
+    }
+    return run_proxy(partial(load_config, config_file, flags, os.environ, "proxy"))
+
+
+@cli.command()
+@click.option("--bind", multiple=True, metavar="HOST:PORT", help="Where to listen. [127.0.0.1:7070]")
+@click.option("--source", "sources", multiple=True, metavar="URL", help="A registry: file:PATH.")
+@click.option("--zone", help="The label zone of instances that come without one.")
+@click.option("--cluster", help="The label cluster of instances that come without one.")
+@click.option("--admin", metavar="HOST:PORT", help="Health, metrics and views; none: nowhere. [none]")
+@_config_option
+@_log_options
+def discovery(
+    bind: tuple[str, ...],
+    sources: tuple[str, ...],
+    zone: str | None,
+    cluster: str | None,
+    admin: str | None,
+    config_file: Path | None,
+    log_level: str | None,
+    log_format: str | None,
+) -> int:
+    """Run the discovery server: registries behind one gRPC interface."""
+    from meshlocal.app.config_loader import load_config
+    from meshlocal.app.discovery import run_discovery
+
+    flags = {
+        "discovery.bind": bind,
+        "discovery.sources": sources,
+        "discovery.zone": zone,
+        "discovery.cluster": cluster,
+        "discovery.admin": admin,
+        "log.level": log_level,
+        "log.format": log_format,
+    }
+    return run_discovery(partial(load_config, config_file, flags, os.environ, "discovery"))
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(["services", "instances", "zones", "clusters"]))
+@click.argument("service", required=False)
+@_discovery_option
+@_config_option
+@_output_option
+def get(what: str, service: str | None, urls: tuple[str, ...], config_file: Path | None, output: str) -> int:
+    """Ask discovery what it knows: services, zones, clusters, or the instances of a SERVICE."""
+    from meshlocal.cli import lookup
+
+    if (what == "instances") != (service is not None):
+        raise click.UsageError("instances needs a SERVICE, and nothing else takes one")
+    config = _load(config_file, {"proxy.discovery.urls": urls})
+    click.echo(lookup.get(what, service, config, as_json=output == "json"))
+    return 0
+
+
+@cli.command()
+@click.argument("service")
+@_discovery_option
+@_place_options
+@click.option("--port-name", help="Use only instances whose port has this name.")
+@click.option("--proxy", "proxy_admin", metavar="HOST:PORT", help="Ask a running proxy at its admin address instead.")
+@_config_option
+@_output_option
+def explain(
+    service: str,
+    urls: tuple[str, ...],
+    port_name: str | None,
+    proxy_admin: str | None,
+    config_file: Path | None,
+    output: str,
+    **place: Any,
+) -> int:
+    """Show the order in which the next request tries SERVICE's instances, tier by tier, and why."""
+    from meshlocal.cli import lookup
+
+    if proxy_admin is not None:
+        click.echo(lookup.explain_running(service, proxy_admin, as_json=output == "json"))
+        return 0
+    flags: dict[str, object] = {"proxy.discovery.urls": urls, **_place_flags(**place)}
+    if port_name is not None:
+        flags["proxy.services"] = {service: {"port_name": port_name}}
+    config = _load(config_file, flags)
+    click.echo(lookup.explain(service, config, as_json=output == "json"))
+    return 0
+
+
+@cli.command()
+@click.option("--seconds", type=click.FloatRange(0.2, 60), default=1.0, help="How long each act lasts.")
+def demo(seconds: float) -> int:
+    """Show local-first, failover and return, with everything in this terminal."""
+    from meshlocal.app.demo import run_demo
+
+    return run_demo(seconds)
+
+
+def _place_flags(
+    node_name: str | None, labels: Sequence[str], prefer: str | None, within: str | None, namespace: str | None
+) -> dict[str, object]:
+    pairs: dict[str, str] = {}
+    for label in labels:
+        key, separator, value = label.partition("=")
+        if not separator or not key:
+            raise click.BadParameter(f"expected KEY=VALUE, got {label!r}", param_hint="--label")
+        pairs[key] = value
+    return {
+        "proxy.node_name": node_name,
+        "proxy.labels": pairs or None,
+        "proxy.prefer": tuple(key.strip() for key in prefer.split(",")) if prefer is not None else None,
+        "proxy.within": within,
+        "proxy.namespace": namespace,
+    }
+
+
+def _load(config_file: Path | None, flags: dict[str, object]) -> Any:
+    """The proxy's section of the config, with a discovery URL in any case."""
+    from meshlocal.app.config_loader import load_config
+
+    config = load_config(config_file, flags, os.environ).proxy
+    if not config.discovery.urls:
+        flags = {**flags, "proxy.discovery.urls": (_DEFAULT_DISCOVERY,)}
+        config = load_config(config_file, flags, os.environ).proxy
+    return config
+
+
+def main() -> None:
+    """Run the command line; what a user can put right ends with a line on stderr, not with a traceback."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        status = 130
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except ConfigError as error:
+        status = _fail(error, 2)
+    except BrokenPipeError:
+        # Who read the output has gone; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        expected = _expected_errors()
+        if not isinstance(error, expected):
+            raise
+        status = _fail(error, 1)
+    sys.exit(status)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from meshlocal.app.query import QueryError
+    from meshlocal.net.listen import ListenError
+
+    return ListenError, QueryError
+
+
+def _fail(error: Exception, status: int) -> int:
+    for line in str(error).splitlines():
+        click.echo(f"meshlocal: {line}", err=True)
+    return status

@@ -1,0 +1,302 @@
+"""The hub: merging, versions, watchers (D1, D3, D4)."""
+
+from __future__ import annotations
+
+import random
+
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from meshlocal.discovery.hub import HISTORY, Hub, Update, Watcher
+from meshlocal.discovery.source import Instances, Publisher
+from meshlocal.policy import model
+from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, apply, diff, make_instance
+
+B, C = ServiceKey("b"), ServiceKey("c")
+
+
+class ScriptedSource:
+    """A source that does what its test tells it to, step by step."""
+
+    def __init__(self, name: str = "scripted") -> None:
+        self.name = name
+        self.runs = 0
+        self._publisher: Publisher | None = None
+        self._task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self._failure: Exception | None = None
+        self._fail = trio.Event()
+
+    @property
+    def publisher(self) -> Publisher:
+        assert self._publisher is not None
+        return self._publisher
+
+    def started(self) -> None:
+        self._task_status.started()
+
+    def fail(self, failure: Exception) -> None:
+        self._failure = failure
+        self._fail.set()
+
+    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
+        self.runs += 1
+        self._publisher, self._task_status, self._fail = publisher, task_status, trio.Event()
+        await self._fail.wait()
+        assert self._failure is not None
+        raise self._failure
+
+
+def at(last: int, **labels: str) -> Instance:
+    return make_instance(f"10.0.0.{last}", 9000, labels=labels)
+
+
+def listed(*instances: Instance) -> Instances:
+    return model.index(instances)
+
+
+def addresses(snapshot: ServiceSnapshot | None) -> list[str]:
+    assert snapshot is not None
+    return sorted(each.key.address for each in snapshot.instances.values())
+
+
+async def start(nursery: trio.Nursery, *sources: ScriptedSource) -> Hub:
+    hub = Hub(sources, random.Random(0))
+    await nursery.start(hub.run)
+    await wait_all_tasks_blocked()
+    return hub
+
+
+async def test_a_source_out_of_sync_publishes_nothing(nursery: trio.Nursery) -> None:
+    """D3: what a source says before it is in sync is not served, and no service is said to be unknown."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    with hub.watch({B: "", C: ""}) as watcher:
+        source.publisher.replace({B: listed(at(1))})
+        assert not hub.in_sync
+        assert hub.snapshot(B) is None
+        assert watcher.take() == []
+        assert watcher.pending == {B, C}
+        source.started()
+        assert hub.in_sync
+        told = {update.latest.service: update.latest for update in watcher.take()}
+        assert addresses(told[B]) == ["10.0.0.1"]
+        assert told[C].unknown
+        assert watcher.pending == set()
+    nursery.cancel_scope.cancel()
+
+
+async def test_one_source_out_of_sync_holds_up_only_what_nobody_else_knows(nursery: trio.Nursery) -> None:
+    """D3: while one of two sources is not in sync, the other's services are served, and absence is not claimed."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    first.publisher.replace({B: listed(at(1))})
+    first.started()
+    with hub.watch({B: "", C: ""}) as watcher:
+        (update,) = watcher.take()
+        assert update.latest.service == B
+        assert watcher.pending == {C}
+        second.publisher.replace({C: listed(at(2))})
+        second.started()
+        (update,) = watcher.take()
+        assert update.latest.service == C
+        assert not update.latest.unknown
+    nursery.cancel_scope.cancel()
+
+
+async def test_sources_merge_the_first_winning(nursery: trio.Nursery) -> None:
+    """Two sources of one service: the union, and of one endpoint the first source's word."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    second.publisher.replace({B: listed(at(1, node="wrong"), at(2))})
+    second.started()
+    first.publisher.replace({B: listed(at(1, node="n1"))})
+    first.started()
+    snapshot = hub.snapshot(B)
+    assert addresses(snapshot) == ["10.0.0.1", "10.0.0.2"]
+    assert snapshot is not None
+    assert snapshot.instances[at(1).key].node == "n1"
+    first.publisher.update(B, None)
+    snapshot = hub.snapshot(B)
+    assert snapshot is not None
+    assert snapshot.instances[at(1).key].node == "wrong"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_failed_source_keeps_its_last_state_and_is_started_again(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """D3: a source that raises loses nothing; what it says next counts once it is in sync again."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1))})
+    source.started()
+    source.fail(RuntimeError("registry on fire"))
+    await wait_all_tasks_blocked()
+    assert hub.sources[0].problem == "RuntimeError: registry on fire"
+    assert addresses(hub.snapshot(B)) == ["10.0.0.1"]
+    await trio.sleep(60)
+    assert source.runs == 2
+    source.publisher.replace({})
+    assert addresses(hub.snapshot(B)) == ["10.0.0.1"]
+    source.publisher.replace({B: listed(at(2))})
+    source.started()
+    assert addresses(hub.snapshot(B)) == ["10.0.0.2"]
+    assert hub.sources[0].problem is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_slow_watcher_gets_the_latest_state_in_one_step(nursery: trio.Nursery) -> None:
+    """D4: a thousand changes that a watcher did not look at are one update, from what it holds to the latest."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1))})
+    source.started()
+    with hub.watch({B: ""}) as watcher:
+        (first,) = watcher.take()
+        for i in range(1000):
+            source.publisher.update(B, listed(at(1), at(2 + i % 200)))
+        (update,) = watcher.take()
+        assert update.base is first.latest
+        assert addresses(update.latest) == ["10.0.0.1", "10.0.0.201"]
+        assert watcher.take() == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_resuming(nursery: trio.Nursery) -> None:
+    """D1: a watcher that holds the current version is sent nothing, an older known one a change, another the whole."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1))})
+    source.started()
+    old = hub.snapshot(B)
+    source.publisher.update(B, listed(at(1), at(2)))
+    new = hub.snapshot(B)
+    assert old is not None
+    assert new is not None
+
+    def resume(version: str) -> list[Update]:
+        with hub.watch({B: version}) as watcher:
+            return watcher.take()
+
+    assert resume(new.version) == []
+    assert resume(old.version) == [Update(old, new)]
+    assert resume("some other server's") == [Update(None, new)]
+    assert resume("") == [Update(None, new)]
+    nursery.cancel_scope.cancel()
+
+
+async def test_versions_are_the_same_on_every_server(nursery: trio.Nursery) -> None:
+    """D1: two servers that got to equal instances by different ways agree on the version."""
+    sources = [ScriptedSource(), ScriptedSource()]
+    hubs = [await start(nursery, source) for source in sources]
+    sources[0].publisher.replace({B: listed(at(1), at(2, node="n2"))})
+    sources[0].started()
+    sources[1].publisher.replace({B: listed(at(3), at(2))})
+    sources[1].started()
+    sources[1].publisher.update(B, listed(at(2, node="n2"), at(3)))
+    sources[1].publisher.update(B, listed(at(2, node="n2"), at(1)))
+    one, other = hubs[0].snapshot(B), hubs[1].snapshot(B)
+    assert one is not None
+    assert one == other
+    nursery.cancel_scope.cancel()
+
+
+async def test_nothing_changed_is_no_change(nursery: trio.Nursery) -> None:
+    """A source that publishes again what it said wakes no watcher."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1, node="n1"))})
+    source.started()
+    with hub.watch({B: ""}) as watcher:
+        watcher.take()
+        before = hub.changes
+        source.publisher.replace({B: listed(at(1, node="n1"))})
+        assert hub.changes == before
+        assert watcher.take() == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_service_comes_empties_and_goes(nursery: trio.Nursery) -> None:
+    """A service without instances is another thing than one that no registry knows."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.started()
+    with hub.watch({B: ""}) as watcher:
+        seen = []
+        for instances in (None, listed(), listed(at(1)), listed(), None):
+            source.publisher.update(B, instances)
+            seen += [(update.latest.unknown, len(update.latest.instances)) for update in watcher.take()]
+        assert seen == [(True, 0), (False, 0), (False, 1), (False, 0), (True, 0)]
+    nursery.cancel_scope.cancel()
+
+
+async def test_unknown_names_and_history_are_bounded(nursery: trio.Nursery) -> None:
+    """Names that nobody knows leave nothing behind, and a service keeps only so many past snapshots."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.started()
+    for i in range(100):
+        with hub.watch({ServiceKey(f"no-{i}"): ""}) as watcher:
+            watcher.take()
+    assert not hub._services
+    for i in range(1, 100):
+        source.publisher.update(B, listed(at(i)))
+    assert len(hub._services[B].history) == HISTORY
+    source.publisher.update(B, None)
+    assert not hub._services
+    assert hub.watcher_count == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_wait_that_is_cancelled_loses_nothing(nursery: trio.Nursery) -> None:
+    """A change that comes while a watcher's wait is cancelled is there at the next look."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1))})
+    source.started()
+    with hub.watch({B: ""}) as watcher:
+        watcher.take()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await watcher.wait()
+        source.publisher.update(B, listed(at(2)))
+        await watcher.wait()
+        assert len(watcher.take()) == 1
+    nursery.cancel_scope.cancel()
+
+
+@given(st.lists(st.tuples(st.sampled_from([B, C]), st.none() | st.sets(st.integers(1, 4))), max_size=30), st.data())
+def test_any_watcher_ends_up_with_what_the_hub_holds(
+    steps: list[tuple[ServiceKey, set[int] | None]], data: st.DataObject
+) -> None:
+    """D1, D4: whatever changed between its looks, a watcher that applies its updates holds the hub's state."""
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            source = ScriptedSource()
+            hub = await start(nursery, source)
+            source.started()
+            with hub.watch({B: "", C: ""}) as watcher:
+                held: dict[ServiceKey, ServiceSnapshot] = {}
+                for service, numbers in steps:
+                    instances = None if numbers is None else listed(*(at(i) for i in numbers))
+                    source.publisher.update(service, instances)
+                    if data.draw(st.booleans()):
+                        _follow(watcher, held)
+                _follow(watcher, held)
+                for service in (B, C):
+                    assert held[service] == hub.snapshot(service)
+            nursery.cancel_scope.cancel()
+
+    trio.run(run)
+
+
+def _follow(watcher: Watcher, held: dict[ServiceKey, ServiceSnapshot]) -> None:
+    for base, latest in watcher.take():
+        if base is None:
+            held[latest.service] = latest
+        else:
+            assert held[latest.service] == base
+            held[latest.service] = apply(base, diff(base, latest))

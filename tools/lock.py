@@ -1,0 +1,25 @@
+"""Write requirements/*.lock from the ranges in pyproject.toml: `name==version` lines for every platform, no hosts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"]}
+
+
+def main() -> None:
+    for name, extras in EXTRAS.items():
+        output = ROOT / "requirements" / f"{name}.lock"
+        command = [sys.executable, "-m", "uv", "pip", "compile", "-q", "--universal", "--python-version", "3.11"]
+        command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+        for extra in extras:
+            command += ["--extra", extra]
+        subprocess.run([*command, "pyproject.toml", "-o", str(output)], cwd=ROOT, check=True)
+        print(f"wrote {output.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
