@@ -1,0 +1,113 @@
+"""Heads for the next hop, and answers of the proxy's own.
+
+A head that needs no change goes on as the bytes that came. Otherwise lines are cut out of it and others appended,
+and one join makes the new head.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from meshlocal.wire.http1.fields import end_to_end, without
+from meshlocal.wire.http1.request import RequestHead
+from meshlocal.wire.http1.response import Framing, ResponseHead
+
+_FORWARDED = (b"x-forwarded-for", b"x-forwarded-proto")
+_CHUNKED = b"transfer-encoding: chunked\r\n"
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_DEBUG_DATA = b"HTTP/2 is not served here; use HTTP/1.1"
+HTTP2_REFUSAL = (
+    # An empty SETTINGS frame, which has to come first, then GOAWAY: no stream, HTTP_1_1_REQUIRED (RFC 9113, 6.8).
+    b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    + (8 + len(_DEBUG_DATA)).to_bytes(3, "big")
+    + b"\x07\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x0d"
+    + _DEBUG_DATA
+)
+"""The answer to an HTTP/2 preface: come back with HTTP/1.1."""
+
+
+def upstream_head(head: RequestHead, extra: bytes = b"", *, host: bytes = b"", strip_forwarded: bool = False) -> bytes:
+    """The request's head for an instance, always HTTP/1.1.
+
+    Args:
+        head: as the client sent it.
+        extra: whole field lines to append.
+        host: for the Host field of a request that has none.
+        strip_forwarded: leave X-Forwarded-For and -Proto out.
+    """
+    strip = strip_forwarded and head.forwarded
+    if head.as_sent and head.minor == 1 and not head.hop_fields and not strip:
+        return head.raw[:-2] + extra + b"\r\n" if extra else head.raw
+    block = end_to_end(head.block, head.options) if head.hop_fields else head.block
+    if strip:
+        block = without(block, _FORWARDED)
+    parts = [head.method, b" ", head.target, b" HTTP/1.1\r\n"]
+    if not head.as_sent:
+        block = without(block, (b"host",))
+        parts += (b"Host: ", head.authority, b"\r\n")
+    elif not head.has_host:
+        parts += (b"Host: ", host, b"\r\n")
+    parts += (block, extra)
+    if head.chunked:
+        parts.append(_CHUNKED)
+    if head.upgrade:
+        parts += (b"connection: upgrade\r\nupgrade: ", head.upgrade, b"\r\n")
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def client_head(
+    head: ResponseHead, framing: Framing, *, extra: bytes = b"", close: bool = False, announce_keep_alive: bool = False
+) -> bytes:
+    """The response's head for the client, always HTTP/1.1.
+
+    Args:
+        head: as the instance sent it.
+        framing: how the body is framed on its way to the client.
+        extra: whole field lines to append.
+        close: the connection ends after this response.
+        announce_keep_alive: the client speaks HTTP/1.0, which wants to be told that the connection stays.
+    """
+    as_is = head.minor == 1 and not head.hop_fields and head.status >= 200 and head.status != 204
+    if as_is and framing is not Framing.CHUNKED and not (extra or close or announce_keep_alive):
+        return head.raw
+    block = end_to_end(head.block, head.options) if head.hop_fields else head.block
+    if head.content_length is not None and (head.status < 200 or head.status == 204):
+        block = without(block, (b"content-length",))
+    parts = [b"HTTP/1.1 %d" % head.status, head.reason or b" ", b"\r\n", block, extra]
+    if framing is Framing.CHUNKED:
+        parts.append(_CHUNKED)
+    if head.upgrade and head.status in (101, 426):
+        parts += (b"connection: upgrade\r\nupgrade: ", head.upgrade, b"\r\n")
+    elif close:
+        parts.append(b"connection: close\r\n")
+    elif announce_keep_alive:
+        parts.append(b"connection: keep-alive\r\n")
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def generated_answer(
+    status: int,
+    reason: str,
+    text: str,
+    *,
+    extra: bytes = b"",
+    close: bool = False,
+    announce_keep_alive: bool = False,
+    without_body: bool = False,
+) -> bytes:
+    """An answer of the proxy's own: one line of text, and `x-meshlocal-error: <reason>`."""
+    body = f"meshlocal: {text}\n".encode()
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    connection = "connection: close\r\n" if close else "connection: keep-alive\r\n" if announce_keep_alive else ""
+    head = (
+        f"HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: {len(body)}\r\n"
+        f"x-meshlocal-error: {reason}\r\n{connection}"
+    ).encode()
+    return b"".join((head, extra, b"\r\n", b"" if without_body else body))
