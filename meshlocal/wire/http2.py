@@ -37,6 +37,10 @@ _EXTRA_STREAMS = 1000
 class Http2Error(Exception):
     """The peer broke HTTP/2: this connection is over. What is left to send, a GOAWAY with the reason, is queued."""
 
+    def __init__(self, reason: str, error_code: int = ErrorCodes.PROTOCOL_ERROR) -> None:
+        super().__init__(reason)
+        self.error_code = error_code
+
 
 class GoAway(NamedTuple):
     """A received GOAWAY: no stream above `last_stream_id` was or will be processed."""
@@ -47,7 +51,10 @@ class GoAway(NamedTuple):
 
 
 class GoAwaySplitter:
-    """Cuts GOAWAY frames out of a byte stream that is fed in pieces of any size."""
+    """Cuts GOAWAY frames out of a byte stream that is fed in pieces of any size.
+
+    Refuses too large frames by their headers, too: h2 would do so only once it holds all of one.
+    """
 
     __slots__ = ("_goaway", "_header", "_left", "_preface")
 
@@ -61,10 +68,12 @@ class GoAwaySplitter:
         """What `data` holds, in order: bytes that are no GOAWAY frames, and whole GOAWAY frames.
 
         Raises:
-            Http2Error: a GOAWAY of impossible size or stream.
+            Http2Error: no preface, a frame that is too large, or a GOAWAY of impossible size or stream.
         """
         parts: list[bytes | GoAway] = []
-        start = position = min(self._preface, len(data))
+        position = min(self._preface, len(data))
+        if data[:position] != PREFACE[len(PREFACE) - self._preface :][:position]:
+            raise Http2Error("no HTTP/2 preface")
         self._preface -= position
         start = 0
         end = len(data)
@@ -91,8 +100,10 @@ class GoAwaySplitter:
                 end = position
                 break
             self._left = int.from_bytes(data[position : position + 3], "big")
+            if self._left > MAX_FRAME_SIZE:
+                raise Http2Error(f"frame of {self._left} bytes, limit {MAX_FRAME_SIZE}", ErrorCodes.FRAME_SIZE_ERROR)
             if data[position + 3] == _GOAWAY:
-                if not _GOAWAY_BODY.size <= self._left <= MAX_FRAME_SIZE or any(data[position + 5 : position + 9]):
+                if self._left < _GOAWAY_BODY.size or any(data[position + 5 : position + 9]):
                     raise Http2Error(f"malformed GOAWAY of {self._left} bytes")
                 if position > start:
                     parts.append(data[start:position])
@@ -157,7 +168,11 @@ class Http2Protocol:
                     events.append(part)
                 else:
                     events.extend(self._h2.receive_data(part))
-        except (H2Error, HyperframeError, Http2Error) as error:
+        except Http2Error as error:
+            self._flush()
+            self.send_goaway(self.highest_inbound_stream_id, error.error_code)
+            raise
+        except (H2Error, HyperframeError) as error:
             self._flush()
             raise Http2Error(str(error) or type(error).__name__) from error
         self._flush()
