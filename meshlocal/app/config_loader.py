@@ -27,7 +27,6 @@ import msgspec
 from meshlocal.policy.config import Config, resolve_node_name
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of
 from meshlocal.policy.problems import Problem, describe, format_path
-from meshlocal.wire.yaml_document import MAX_TEXT, YamlError, parse_yaml
 
 PREFIX = "MESHLOCAL_"
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
@@ -91,6 +90,9 @@ def _flag_layer(key: str, value: object) -> Layer:
 
 
 def _file_layer(file: Path) -> Layer:
+    # Imported here: a proxy without a config file has no use for a YAML reader in its memory.
+    from meshlocal.wire.yaml_document import MAX_TEXT, YamlError, parse_yaml
+
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_TEXT + 1)
@@ -136,6 +138,8 @@ def _read_text(path: tuple[str, ...], text: str) -> object:
     """A variable's text as the data that the file would have."""
     kind = kind_of(path)
     if kind == "value" or (kind == "list" and text.startswith("[")) or (kind == "mapping" and text.startswith("{")):
+        from meshlocal.wire.yaml_document import YamlError, parse_yaml
+
         try:
             return parse_yaml(text, "").data
         except YamlError as error:

@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector
 
 import meshlocal
 from meshlocal.admin.metrics_page import metrics_route
-from meshlocal.admin.server import Request, Response, Route
+from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.server import Route
 from meshlocal.app import html
 from meshlocal.app.proxy_metrics import gauge
 from meshlocal.app.proxy_pages import config_view, json_response, livez, readyz

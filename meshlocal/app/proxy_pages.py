@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 import meshlocal
 from meshlocal.admin.metrics_page import metrics_route
-from meshlocal.admin.server import Request, Response, Route
+from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.server import Route
 from meshlocal.app import html
 from meshlocal.app.views import explain_view, instance_view
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
@@ -92,7 +93,7 @@ class _ProxyPages:
 
     def explain(self, request: Request) -> Response:
         """The plan of the next request (R2)."""
-        name = (request.query.get("service") or [""])[0]
+        name = next(iter(request.values("service")), "")
         service = self._process.services.get(ServiceKey(name))
         if service is None:
             known = ", ".join(self._process.services.keys)

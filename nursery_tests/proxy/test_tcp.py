@@ -1,0 +1,307 @@
+"""TCP connections through the proxy's data path (A1 to A8, L5, O1, O2, R1)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from meshlocal.policy.config import AttemptPolicy
+from meshlocal.policy.model import Instance, make_instance
+from meshlocal.proxy.statistics import Outcome, RequestKey
+
+LIMIT = 20
+
+
+@pytest.fixture(autouse=True)
+def _descriptors_stay_level() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@contextmanager
+def silent() -> Iterator[Instance]:
+    """An instance whose accept queue is full: a connect to it gets no answer."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        fillers = []
+        try:
+            for _ in range(4):
+                filler = socket.socket()
+                filler.setblocking(False)
+                filler.connect_ex(listener.getsockname())
+                fillers.append(filler)
+            yield make_instance("127.0.0.1", listener.getsockname()[1], labels={"node": "n1"})
+        finally:
+            for filler in fillers:
+                filler.close()
+
+
+def refusing(node: str | None = "n1", address: str = "127.0.0.1") -> Instance:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        return make_instance(address, reserved.getsockname()[1], labels={"node": node} if node else {})
+
+
+async def finish(proxy: Any) -> None:
+    """Wait until every connection has ended and was counted."""
+    await until(lambda: not len(proxy.forwarder))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with trio.fail_after(LIMIT):
+        while not holds():  # noqa: ASYNC110 - the counts are plain numbers, with no event to wait for
+            await trio.sleep(0.001)
+
+
+async def test_connections_stay_on_the_node(proxy: Any, upstream: Any) -> None:
+    """L3, O1: while an instance on this node answers, every connection goes to it."""
+    local, remote = await upstream("local", "n1"), await upstream("remote", "n2")
+    proxy.publish([remote, local])
+    assert {await proxy.ask() for _ in range(20)} == {"local"}
+    assert remote.accepted == 0
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("node", "", Outcome.SERVED): 20}
+
+
+async def test_a_refused_local_instance_is_retried_within_the_connection(proxy: Any, upstream: Any) -> None:
+    """A2, O1, O2, R1: the rest of the node, then the others evenly; the client sees nothing of it."""
+    local = await upstream("local", "n1")
+    n2, n3 = await upstream("n2", "n2"), await upstream("n3", "n3")
+    dead = refusing("n1")
+    proxy.publish([dead, local, n2, n3])
+    assert {await proxy.ask() for _ in range(10)} == {"local"}
+    local.stop()
+    await wait_all_tasks_blocked()
+    served = Counter([await proxy.ask() for _ in range(20)])
+    assert served == {"n2": 10, "n3": 10}
+    await finish(proxy)
+    assert proxy.requests[RequestKey("other", "local_failed", Outcome.SERVED)] == 20
+    assert proxy.table["b"].statistics.attempts[("node", "refused")] >= 40
+
+
+async def test_every_instance_failed_resets_the_client(proxy: Any) -> None:
+    """A6: a client whose request failed everywhere is reset, and never sees a clean end."""
+    proxy.publish([refusing("n1"), refusing("n2")])
+    stream = await proxy.connect()
+    with pytest.raises(trio.BrokenResourceError) as reset:
+        await stream.receive_some(1)
+    assert isinstance(reset.value.__cause__, OSError)
+    assert reset.value.__cause__.errno == errno.ECONNRESET
+    await stream.aclose()
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("other", "local_failed", Outcome.FAILED): 1}
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+async def test_no_instance_resets_the_client_at_once(proxy: Any, unknown: bool) -> None:
+    """A6: no usable instance, or a service that no registry knows: reset at once, and counted as that."""
+    proxy.publish([], unknown=unknown)
+    assert await proxy.ask() == ""
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("", "", Outcome.NO_INSTANCE): 1}
+
+
+async def test_a_silent_local_instance_costs_its_connect_timeout(proxy: Any, upstream: Any) -> None:
+    """A1: an instance that does not answer is given up after its tier's connect timeout, and the next one tried."""
+    remote = await upstream("remote", "n2")
+    proxy.configure(AttemptPolicy(connect_timeout_local=0.05, connect_timeout=LIMIT, deadline=LIMIT))
+    with silent() as instance:
+        proxy.publish([instance, remote])
+        assert await proxy.ask() == "remote"
+    await finish(proxy)
+    assert proxy.table["b"].statistics.attempts[("node", "timeout")] == 1
+    assert proxy.requests == {RequestKey("other", "local_failed", Outcome.SERVED): 1}
+
+
+async def test_the_deadline_ends_all_attempts(proxy: Any) -> None:
+    """A1: the request's deadline is over all of its attempts."""
+    proxy.configure(AttemptPolicy(connect_timeout_local=LIMIT, deadline=0.05))
+    with silent() as instance:
+        proxy.publish([instance, refusing("n2")])
+        assert await proxy.ask() == ""
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("node", "", Outcome.DEADLINE): 1}
+    assert proxy.table["b"].statistics.attempts == {("node", "abandoned"): 1}
+
+
+async def test_max_attempts(proxy: Any, upstream: Any) -> None:
+    """O5: no more instances are tried than `max_attempts`."""
+    proxy.configure(AttemptPolicy(max_attempts=2))
+    third = await upstream("third", "n3")
+    proxy.publish([refusing("n1"), refusing("n1"), third])
+    assert await proxy.ask() == ""
+    await finish(proxy)
+    assert third.accepted == 0
+    assert proxy.requests == {RequestKey("node", "", Outcome.FAILED): 1}
+
+
+async def test_a_request_waits_for_the_first_snapshot(proxy: Any, upstream: Any) -> None:
+    """A7: a client that comes before discovery has spoken is served once it has; what it sent is not lost."""
+    local = await upstream("local", "n1")
+    async with await proxy.connect() as stream:
+        await stream.send_all(b"early ")
+        await stream.send_eof()
+        await until(lambda: len(proxy.forwarder) == 1)
+        proxy.publish([local])
+        received = b"".join([data async for data in stream])
+    assert received == b"local\nearly "
+    await finish(proxy)
+
+
+async def test_the_wait_for_the_first_snapshot_ends(proxy: Any) -> None:
+    """A7: discovery that says nothing costs a request `first_snapshot_wait`, not for ever."""
+    proxy.configure(AttemptPolicy(first_snapshot_wait=0.02))
+    assert await proxy.ask() == ""
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("", "", Outcome.NO_INSTANCE): 1}
+
+
+def reset(stream: trio.SocketStream) -> None:
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.socket.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"hello"])
+async def test_a_client_that_leaves_while_waiting_is_forgotten_at_once(proxy: Any, sent: bytes) -> None:
+    """A8: a reset while waiting for the first snapshot, or for a slow instance, ends the request there and then."""
+    proxy.configure(AttemptPolicy(connect_timeout_local=LIMIT, deadline=LIMIT, first_snapshot_wait=LIMIT))
+    with silent() as instance, trio.fail_after(LIMIT / 2):
+        for publish in (False, True):
+            if publish:
+                proxy.publish([instance])
+            stream = await proxy.connect()
+            if sent:
+                await stream.send_all(sent)
+            await until(lambda: len(proxy.forwarder) == 1)
+            reset(stream)
+            await finish(proxy)
+    counts = Counter({key.outcome: count for key, count in proxy.requests.items()})
+    assert set(counts) == {Outcome.CLIENT_LEFT}
+    await finish(proxy)
+
+
+async def test_half_close_in_both_orders(proxy: Any, upstream: Any) -> None:
+    """A client that ended its stream still gets all of the answer, and the end after it."""
+    proxy.publish([await upstream("local", "n1")])
+    async with await proxy.connect() as stream:
+        await stream.send_all(b"x" * 100_000)
+        await stream.send_eof()
+        received = b"".join([data async for data in stream])
+    assert received == b"local\n" + b"x" * 100_000
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("node", "", Outcome.SERVED): 1}
+    statistics = proxy.table["b"].statistics
+    assert (statistics.bytes_sent, statistics.bytes_received) == (100_000, 100_006)
+
+
+async def test_an_upstream_reset_reaches_the_client_as_a_reset(proxy: Any, nursery: trio.Nursery) -> None:
+    """A5: once connected, a request stays with its instance; if that resets, so does the proxy: no false end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy.publish([make_instance("127.0.0.1", listener.getsockname()[1], labels={"node": "n1"}), refusing("n2")])
+        stream = await proxy.connect()
+        accepted, _ = await trio.to_thread.run_sync(listener.accept)
+        accepted.send(b"half of an ans")
+        assert await stream.receive_some(64) == b"half of an ans"
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted.close()
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some(64)
+        await stream.aclose()
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("node", "", Outcome.CUT): 1}
+
+
+async def test_idle_connections_are_cut(proxy: Any, upstream: Any, nursery: trio.Nursery) -> None:
+    """A1: a connection on which nothing moves for `idle_timeout` is reset; one that moves is not."""
+    proxy.configure(AttemptPolicy(idle_timeout=0.2))
+    proxy.publish([await upstream("local", "n1")])
+    nursery.start_soon(proxy.forwarder.sweep_idle)
+    idle, busy = await proxy.connect(), await proxy.connect()
+    assert await idle.receive_some(64) == b"local\n"
+    assert await busy.receive_some(64) == b"local\n"
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as talking:
+
+            async def talk() -> None:
+                while True:
+                    await busy.send_all(b"x")
+                    assert await busy.receive_some(1) == b"x"
+                    await trio.sleep(0.02)
+
+            talking.start_soon(talk)
+            with pytest.raises(trio.BrokenResourceError):
+                await idle.receive_some(1)
+            talking.cancel_scope.cancel()
+    await busy.send_eof()
+    assert b"".join([data async for data in busy]).strip(b"x") == b""
+    await busy.aclose()
+    await idle.aclose()
+    await finish(proxy)
+    assert proxy.requests[RequestKey("node", "", Outcome.CUT)] == 1
+    assert proxy.requests[RequestKey("node", "", Outcome.SERVED)] == 1
+
+
+async def test_a_drain_that_runs_out_of_time_resets(proxy: Any, upstream: Any) -> None:
+    """S1: what is left at the end of a drain is reset, on both sides, and counted."""
+    proxy.publish([await upstream("local", "n1")])
+    stream = await proxy.connect()
+    assert await stream.receive_some(64) == b"local\n"
+    proxy.connections.cancel_scope.cancel()
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.receive_some(64)
+    await stream.aclose()
+    assert proxy.forwarder.drained == 1
+    await finish(proxy)
+
+
+async def test_stopping_the_acceptors_leaves_connections_alone(proxy: Any, upstream: Any) -> None:
+    """S1: no new connection after the acceptors stop, and the ones that are open go on."""
+    proxy.publish([await upstream("local", "n1")])
+    stream = await proxy.connect()
+    assert await stream.receive_some(64) == b"local\n"
+    port = proxy.port
+    proxy.acceptors.cancel_scope.cancel()
+    await wait_all_tasks_blocked()
+    with pytest.raises(OSError, match="connect"):
+        await trio.open_tcp_stream("127.0.0.1", port)
+    await stream.send_all(b"still here")
+    assert await stream.receive_some(64) == b"still here"
+    await stream.send_eof()
+    assert await stream.receive_some(64) == b""
+    await stream.aclose()
+    await finish(proxy)
+
+
+async def test_an_instance_without_a_node_is_never_local(proxy: Any, upstream: Any) -> None:
+    """L2: the others are tried with reason no_local, not as local ones."""
+    proxy.publish([await upstream("anywhere", None)])
+    assert await proxy.ask() == "anywhere"
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("other", "no_local", Outcome.SERVED): 1}
+
+
+async def test_removed_instances_keep_their_connections(proxy: Any, upstream: Any) -> None:
+    """H2: an instance that discovery removes gets no new request; the connections that it has go on."""
+    first, second = await upstream("first", "n1"), await upstream("second", "n1")
+    proxy.publish([first])
+    stream = await proxy.connect()
+    assert await stream.receive_some(64) == b"first\n"
+    proxy.publish([second])
+    assert {await proxy.ask() for _ in range(4)} == {"second"}
+    await stream.send_all(b"still")
+    assert await stream.receive_some(64) == b"still"
+    await stream.send_eof()
+    assert await stream.receive_some(64) == b""
+    await stream.aclose()
+    await finish(proxy)
