@@ -1,0 +1,160 @@
+"""The admin server: a few read-only pages over HTTP/1.1, for people, probes and Prometheus.
+
+It is small and strict, and never in the way of traffic: routes are synchronous functions that read state, connections
+are few, and every wait for a client has a deadline.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import trio
+from trio.abc import HalfCloseableStream
+
+from meshlocal.admin.messages import Head, Request, RequestReader, Response, encode
+from meshlocal.net.listen import accept_loop
+from meshlocal.net.log import RateLimited, get_log
+
+MAX_CONNECTIONS = 64
+HEAD_TIMEOUT = 10.0
+"""Seconds that a request's head may take."""
+IDLE_TIMEOUT = 75.0
+"""Seconds that a connection may stay open between requests."""
+SEND_TIMEOUT = 30.0
+"""Seconds that a client may take to read a response."""
+LINGER_TIMEOUT = 1.0
+"""Seconds, after a last response, for the client to read it and close."""
+
+_READ_SIZE = 4096
+_LINGER_BYTES = 1 << 20
+
+Route = Callable[[Request], Response]
+"""Answers one path's GET and HEAD requests at once; it reads state and does not block."""
+
+log = get_log(__name__)
+
+
+class AdminServer:
+    """Serves routes by their exact paths."""
+
+    def __init__(self, routes: Mapping[str, Route], *, max_connections: int = MAX_CONNECTIONS) -> None:
+        self._routes = dict(routes)
+        self._limit = max_connections
+        self._open = 0
+        self._refusing = 0
+        self._accept_failed = RateLimited(log, logging.WARNING, "admin server cannot accept", interval=10)
+
+    async def serve(
+        self, listeners: Sequence[socket.socket], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve until cancelled. The listeners stay the caller's."""
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                accept = partial(accept_loop, on_error=self._report)
+                nursery.start_soon(accept, listener, nursery, self._handle)
+            task_status.started()
+
+    async def serve_stream(self, stream: HalfCloseableStream) -> None:
+        """Serve one connection to its end, whatever its client does. The caller closes the stream."""
+        try:
+            if self._open < self._limit:
+                self._open += 1
+                try:
+                    await self._converse(stream)
+                finally:
+                    self._open -= 1
+            elif self._refusing < self._limit:
+                self._refusing += 1
+                try:
+                    await _refuse(stream, Response.text("too many connections", 503))
+                finally:
+                    self._refusing -= 1
+            # Beyond both, the connection is closed without a word.
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client left
+        except Exception:  # a fault of ours in one connection ends that connection only
+            log.exception("admin connection failed")
+
+    async def _handle(self, client: socket.socket, _: object) -> None:
+        with trio.socket.from_stdlib_socket(client) as sock:
+            await self.serve_stream(trio.SocketStream(sock))
+
+    async def _converse(self, stream: HalfCloseableStream) -> None:
+        reader = RequestReader()
+        deadline = trio.current_time() + HEAD_TIMEOUT
+        idle = False
+        while True:
+            data = b""
+            with trio.CancelScope(deadline=deadline) as scope:
+                data = bytes(await stream.receive_some(_READ_SIZE))
+            if scope.cancelled_caught:
+                if reader.in_head:
+                    await _refuse(stream, Response.text("the request's head took too long", 408))
+                return
+            if not data:
+                return
+            heads = reader.feed(data)
+            for head in heads:
+                if not await _send(stream, self._answer(head)):
+                    return
+                if not head.keep_alive:
+                    await _linger(stream)
+                    return
+            if reader.refusal is not None:
+                await _refuse(stream, reader.refusal)
+                return
+            if heads:
+                idle = not reader.in_head
+                deadline = trio.current_time() + (IDLE_TIMEOUT if idle else HEAD_TIMEOUT)
+            elif idle:
+                idle = False
+                deadline = trio.current_time() + HEAD_TIMEOUT
+
+    def _answer(self, head: Head) -> bytes:
+        try:
+            return encode(self._respond(head), to=head)
+        except Exception:  # a route's fault is its own; the server and its other routes go on
+            log.exception("admin route failed", path=head.request.path)
+            return encode(Response.text("this page failed; see the log", 500), to=head)
+
+    def _respond(self, head: Head) -> Response:
+        request = head.request
+        if request.method not in ("GET", "HEAD"):
+            refusal = Response.text(f"{request.method} is not allowed here", 405)
+            return refusal._replace(headers=(("Allow", "GET, HEAD"),))
+        if head.has_body:
+            return Response.text("a request with a body is not served here", 413)
+        route = self._routes.get(request.path)
+        if route is None:
+            return Response.text("\n".join(["no such page; there are:", *sorted(self._routes)]), 404)
+        return route(request)
+
+    def _report(self, error: OSError) -> None:
+        self._accept_failed(trio.current_time(), errno=errno.errorcode.get(error.errno or 0, ""), error=error)
+
+
+async def _send(stream: HalfCloseableStream, data: bytes) -> bool:
+    with trio.move_on_after(SEND_TIMEOUT) as scope:
+        await stream.send_all(data)
+    return not scope.cancelled_caught
+
+
+async def _refuse(stream: HalfCloseableStream, response: Response) -> None:
+    if await _send(stream, encode(response)):
+        await _linger(stream)
+
+
+async def _linger(stream: HalfCloseableStream) -> None:
+    """End our side, and read on for a moment.
+
+    To close with bytes unread would reset the connection, and the client might lose the response (RFC 9112, 9.6).
+    """
+    with trio.move_on_after(LINGER_TIMEOUT):
+        await stream.send_eof()
+        read = 0
+        while read < _LINGER_BYTES and (data := await stream.receive_some(_READ_SIZE)):
+            read += len(data)
