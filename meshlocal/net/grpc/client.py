@@ -245,14 +245,7 @@ async def open_channel(
         if ssl_context is None:
             stream: ByteStream = await anyio.connect_tcp(host, port)
         else:
-            ssl_context.set_alpn_protocols(["h2"])
-            stream = await anyio.connect_tcp(
-                host,
-                port,
-                ssl_context=ssl_context,
-                tls_standard_compatible=False,
-                tls_hostname=authority.rsplit(":", 1)[0] if authority else host,
-            )
+            stream = await _connect_tls(host, port, ssl_context, _host_of(authority) if authority else host)
     except OSError as error:
         raise GrpcError(StatusCode.UNAVAILABLE, f"connect to {name}: {_why(error)}", unprocessed=True) from error
     scheme = "http" if ssl_context is None else "https"
@@ -267,3 +260,22 @@ def _why(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return ", ".join(dict.fromkeys(map(_why, error.exceptions)))
     return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+async def _connect_tls(host: str, port: int, context: ssl.SSLContext, hostname: str) -> ByteStream:
+    from anyio.streams.tls import TLSAttribute  # here, as few channels use TLS
+
+    context.set_alpn_protocols(["h2"])
+    # HTTP/2 frames its messages, so a connection cut short is noticed without TLS's own closing handshake.
+    stream = await anyio.connect_tcp(
+        host, port, ssl_context=context, tls_standard_compatible=False, tls_hostname=hostname
+    )
+    if stream.extra(TLSAttribute.alpn_protocol, None) != "h2":
+        await stream.aclose()
+        raise ConnectionError("the server does not offer HTTP/2 (ALPN h2)")
+    return stream
+
+
+def _host_of(authority: str) -> str:
+    host, colon, port = authority.rpartition(":")
+    return host.strip("[]") if colon and port.isdecimal() else authority

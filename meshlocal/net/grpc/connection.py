@@ -60,6 +60,7 @@ class Connection:
         self.settings_received = False
         self._transport = transport
         self._ending = False
+        self._peer_reads = True
         self._read_scope = anyio.CancelScope()
         self._write_wanted: anyio.Event | None = None
         self._read_wanted: anyio.Event | None = None
@@ -142,8 +143,9 @@ class Connection:
                     tasks.start_soon(self._write, written)
                     with self._read_scope:
                         self.end(await self._read())
-                    with anyio.move_on_after(FLUSH_TIME):
-                        await written.wait()
+                    if self._peer_reads:
+                        with anyio.move_on_after(FLUSH_TIME):
+                            await written.wait()
                 finally:
                     self.end("cancelled")
                     with anyio.move_on_after(FLUSH_TIME, shield=True):
@@ -181,10 +183,12 @@ class Connection:
                     self.protocol.ping(_KEEPALIVE)
                 self.kick()
         except anyio.EndOfStream:
+            self._peer_reads = False
             return "closed by the peer"
         except Http2Error as error:
             return f"HTTP/2 error: {error}"
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            self._peer_reads = False
             return f"broken: {_describe(error)}"
 
     async def _write(self, written: anyio.Event) -> None:
