@@ -1,0 +1,372 @@
+"""List, watch, resume, and list again: one resource of an API server, followed for ever.
+
+Theory of operation (Kubernetes API concepts, "Efficient detection of changes"). A list, in pages, gives every object
+and a resource version. A watch from that version gives what happens after it; each event, and each bookmark, carries
+the version to resume from.
+
+    what happens                          what follows
+    the server ends the watch             watch again from the last version, at once
+    the stream is cut, or falls silent    likewise, with backoff; half a line is thrown away: it will come again
+    429                                   likewise, not before Retry-After
+    the server is away, or answers 5xx    likewise
+    410: the version is too old           list again
+    any refusal a second time in a row    list again: the version may be one that this server never had
+    a line that cannot be read            list again: nobody knows what it was
+    a page's continue token is too old    list again from the first page; the second time, all in one page
+
+A list never shows as an outage: its objects are put beside those that are held, and what it did not name is removed
+at its end, in one step. The version is opaque and never compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+
+from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError, DataError, StreamError, describe_failure
+from meshlocal.discovery.kubernetes.http import Response
+from meshlocal.discovery.kubernetes.objects import ListMeta, decode_bookmark, decode_event, decode_list, decode_status
+from meshlocal.net.log import get_log
+from meshlocal.policy.backoff import Backoff, UniformSource
+
+_log = get_log(__name__)
+
+Change = Literal["ADDED", "MODIFIED", "DELETED"]
+_CHANGES: dict[str, Change] = {"ADDED": "ADDED", "MODIFIED": "MODIFIED", "DELETED": "DELETED"}
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers of a list-and-watch. Times in seconds, sizes in bytes.
+
+    Attributes:
+        page: objects in a page.
+        page_timeout: for a page's body, after its head.
+        max_page: the longest page; a page of all objects may be as long too.
+        watch_shortest: the least time after which the server is asked to end a watch; drawn up to twice that, so that
+            a fleet's watches do not all end at once.
+        silence: the longest time without a byte of a watch. Servers send a bookmark about once a minute.
+        max_line: the longest event. Kubernetes keeps no object of more than 3 MiB by default.
+        steady: a watch that lasted this long, or brought an event, ends the backoff.
+        backoff_initial: before the first retry, before jitter.
+        backoff_max: between retries at most, before jitter.
+    """
+
+    page: int = 500
+    page_timeout: float = 60.0
+    max_page: int = 256 * 1024 * 1024
+    watch_shortest: float = 240.0
+    silence: float = 150.0
+    max_line: int = 16 * 1024 * 1024
+    steady: float = 5.0
+    backoff_initial: float = 0.5
+    backoff_max: float = 30.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Resource(msgspec.Struct, frozen=True):
+    """What is listed and watched.
+
+    Attributes:
+        path: of the collection.
+        selector: a label selector; empty: everything.
+        kind: what messages call it, such as `endpointslices in shop`.
+        metadata_only: only the objects' metadata is asked for.
+    """
+
+    path: str
+    kind: str
+    selector: str = ""
+    metadata_only: bool = False
+
+    def accept(self, what: Literal["PartialObjectMetadataList", "PartialObjectMetadata"]) -> str:
+        """The Accept header for its list or watch."""
+        # A server that cannot leave the rest out sends it all, which is skipped.
+        if not self.metadata_only:
+            return "application/json"
+        return f"application/json;as={what};g=meta.k8s.io;v=v1,application/json"
+
+
+class Store(Protocol):
+    """Where the objects go. Nothing of it blocks."""
+
+    def begin(self) -> None:
+        """A list begins. Another may have begun, and not come to its end."""
+        ...
+
+    def listed(self, item: msgspec.Raw) -> None:
+        """An object of the list."""
+        ...
+
+    def commit(self) -> None:
+        """The list is complete: what it did not name is gone. Publish what changed."""
+        ...
+
+    def changed(self, change: Change, item: msgspec.Raw) -> str:
+        """An event of the watch. Returns the object's resource version.
+
+        Raises:
+            DataError: the object says neither what it is nor its version.
+        """
+        ...
+
+    def flush(self) -> None:
+        """The events that have come so far were all handed over: publish what changed."""
+        ...
+
+
+class ListWatch:
+    """Follows one resource.
+
+    Args:
+        api: the server.
+        resource: what of it.
+        store: where the objects go.
+        rng: for the backoff's jitter, and the length of watches.
+        report: told what is wrong, and None when nothing is any longer.
+        limits: its numbers.
+
+    Attributes:
+        lists: complete lists so far.
+        events: events so far, bookmarks not among them.
+        failures: failures so far, of any kind.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        resource: Resource,
+        store: Store,
+        rng: UniformSource,
+        report: Callable[[str | None], None],
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self._api = api
+        self._resource = resource
+        self._store = store
+        self._rng = rng
+        self._report = report
+        self._limits = limits
+        self._version: str | None = None
+        self._retry = Retry(resource.kind, rng, report, limits)
+        self._refusals = 0
+        self._listed = -math.inf
+        self.lists = 0
+        self.events = 0
+
+    @property
+    def failures(self) -> int:
+        """Failures so far, of any kind."""
+        return self._retry.failures
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Follow for ever. Started when the first list is complete."""
+        while True:
+            try:
+                if self._version is None:
+                    self._version = await self._list()
+                    self._listed = trio.current_time()
+                    self.lists += 1
+                    if self.lists == 1:
+                        task_status.started()
+                await self._watch()
+            except FAILURES as error:
+                await self._failed(error)
+
+    async def _failed(self, error: Exception) -> None:
+        expired = isinstance(error, ApiError) and error.status == 410
+        if isinstance(error, ApiError) and error.status not in (401, 403, 429):
+            self._refusals += 1
+        if expired or isinstance(error, DataError) or self._refusals > 1:
+            self._version = None
+        if expired and self._retry.calm and trio.current_time() - self._listed >= self._limits.steady:
+            # The ordinary fate of a watch that was away for long: no failure of anybody's.
+            _log.info("listing again", resource=self._resource.kind, reason=str(error))
+            self._retry.alarm()
+            return
+        await self._retry.wait(error)
+
+    def _progress(self) -> None:
+        """The watch works."""
+        self._refusals = 0
+        self._retry.reset()
+
+    # List
+
+    async def _list(self) -> str:
+        """List everything; returns the version to watch from."""
+        for pages in (True, True, False):
+            self._store.begin()
+            version = await self._list_once(self._limits.page if pages else 0)
+            if version is not None:
+                self._store.commit()
+                self._report(None)
+                return version
+        raise DataError("a list in one page was refused as too old")
+
+    async def _list_once(self, page: int) -> str | None:
+        """List everything in pages of this many objects (0: in one); None if the server forgot where it was."""
+        query = {"labelSelector": self._resource.selector} if self._resource.selector else {}
+        if page:
+            query["limit"] = str(page)
+        token = ""
+        while True:
+            try:
+                meta = await self._take_page(query | ({"continue": token} if token else {}))
+            except ApiError as error:
+                if error.status == 410 and token:
+                    _log.info("a list expired half-way", resource=self._resource.kind, reason=str(error))
+                    return None
+                raise
+            token = meta.continue_token
+            if not token:
+                return meta.resource_version
+
+    async def _take_page(self, query: Mapping[str, str]) -> ListMeta:
+        accept = self._resource.accept("PartialObjectMetadataList")
+        async with self._api.get(self._resource.path, query, accept) as response:
+            with trio.fail_after(self._limits.page_timeout):
+                body = await response.receive_all(self._limits.max_page)
+        try:
+            found = decode_list(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"a list that cannot be read: {error}") from None
+        if not found.metadata.resource_version:
+            raise DataError("a list without a resourceVersion")
+        for item in found.items or ():
+            self._store.listed(item)
+            # Thousands of objects in a page must not keep everybody else waiting.
+            await trio.lowlevel.checkpoint()
+        return found.metadata
+
+    # Watch
+
+    async def _watch(self) -> None:
+        """Watch from the version that is held, until the server ends it.
+
+        Raises:
+            StreamError: it ended as soon as it had begun, or fell silent.
+            DataError: a line of it cannot be read.
+        """
+        limits = self._limits
+        assert self._version is not None
+        seconds = self._rng.uniform(limits.watch_shortest, 2 * limits.watch_shortest)
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(math.ceil(seconds)),
+            "resourceVersion": self._version,
+        }
+        if self._resource.selector:
+            query["labelSelector"] = self._resource.selector
+        start = trio.current_time()
+        accept = self._resource.accept("PartialObjectMetadata")
+        async with self._api.get(self._resource.path, query, accept) as response:
+            self._report(None)
+            try:
+                progressed = await self._read_events(response)
+            finally:
+                if trio.current_time() - start >= limits.steady:
+                    self._progress()
+        if not progressed and trio.current_time() - start < limits.steady:
+            raise StreamError(f"the watch ended after less than {limits.steady:g} s")
+
+    async def _read_events(self, response: Response) -> bool:
+        """Handle events until the stream ends; tells whether there was any."""
+        pending = bytearray()
+        progressed = False
+        while True:
+            with trio.move_on_after(self._limits.silence) as silence:
+                piece = await response.receive()
+            if silence.cancelled_caught:
+                raise StreamError(f"the watch was silent for {self._limits.silence:g} s")
+            if not piece:
+                # What has no line end yet is no event. It comes again, whole.
+                return progressed
+            end = piece.rfind(b"\n")
+            if end < 0:
+                pending += piece
+            else:
+                lines = (bytes(pending) + piece[:end]).split(b"\n")
+                pending = bytearray(piece[end + 1 :])
+                try:
+                    for line in lines:
+                        if line:
+                            self._handle(line)
+                            progressed = True
+                finally:
+                    self._store.flush()
+            if len(pending) > self._limits.max_line:
+                raise DataError(f"an event of more than {self._limits.max_line} bytes")
+
+    def _handle(self, line: bytes) -> None:
+        try:
+            event = decode_event(line)
+            if event.type == "ERROR":
+                raise ApiError.from_status(decode_status(event.object))
+            if event.type == "BOOKMARK":
+                version = decode_bookmark(event.object).metadata.resource_version
+            elif (change := _CHANGES.get(event.type)) is not None:
+                version = self._store.changed(change, event.object)
+                self.events += 1
+            else:
+                raise DataError(f"an event of the unknown type {event.type[:50]!r}")
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"an event that cannot be read: {error}") from None
+        if version:
+            self._version = version
+        self._progress()
+
+
+class Retry:
+    """Waits between tries, and says why.
+
+    Attributes:
+        failures: how often it was waited.
+    """
+
+    def __init__(
+        self, kind: str, rng: UniformSource, report: Callable[[str | None], None], limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._kind = kind
+        self._report = report
+        self._backoff = Backoff(limits.backoff_initial, limits.backoff_max, rng)
+        self._calm = True
+        self.failures = 0
+
+    @property
+    def calm(self) -> bool:
+        """Nothing went wrong since the last reset."""
+        return self._calm
+
+    def alarm(self) -> None:
+        """Something went wrong, though there is nothing to wait for."""
+        self._calm = False
+
+    def reset(self) -> None:
+        """It works."""
+        if not self._calm:
+            self._calm = True
+            self._backoff.reset()
+
+    async def wait(self, error: Exception) -> None:
+        """Report a failure, and wait before the next try."""
+        self._calm = False
+        self.failures += 1
+        delay = self._backoff.next()
+        if isinstance(error, ApiError):
+            delay = max(delay, error.retry_after)
+        problem = f"{self._kind}: {describe_failure(error)}"
+        self._report(problem)
+        _log.warning("kubernetes cannot be followed", problem=problem, retry_in=round(delay, 3))
+        await trio.sleep(delay)
+
+
+def collection(prefix: str, resource: str, namespace: str = "") -> str:
+    """The path of a collection: `/api/v1` and `nodes`, or `/apis/GROUP/VERSION` and the rest."""
+    return f"{prefix}/namespaces/{namespace}/{resource}" if namespace else f"{prefix}/{resource}"

@@ -1,0 +1,267 @@
+"""A cluster's services, from its API server, as a source of the discovery server.
+
+    run
+      choose          EndpointSlices, or v1 Endpoints where the API has no slices
+      nodes           list and watch of the nodes' labels, if they may be read
+      one a namespace list and watch of slices (one for all namespaces together)
+
+The source is in sync when every list was complete once. Until then nothing is published (D3). From then on each
+change of an object publishes its service, and nothing but a change does: not an outage, and not a list made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from meshlocal.discovery.kubernetes.access import find_access
+from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError
+from meshlocal.discovery.kubernetes.listwatch import (
+    DEFAULT_LIMITS,
+    Limits,
+    ListWatch,
+    Resource,
+    Retry,
+    collection,
+)
+from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOut, ObjectKey
+from meshlocal.discovery.kubernetes.stores import endpoints_store, name_of, node_store, slice_store
+from meshlocal.discovery.kubernetes.table import EndpointTable
+from meshlocal.discovery.source import Publisher
+from meshlocal.net.log import get_log
+from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.kubernetes_options import KubernetesOptions
+
+_log = get_log(__name__)
+
+NODES_WAIT = 5.0
+"""Seconds that the first publication waits for the nodes' labels."""
+_SLICES = ("/apis/discovery.k8s.io/v1", "endpointslices")
+_ENDPOINTS = ("/api/v1", "endpoints")
+_NODES = ("/api/v1", "nodes")
+Kind = Literal["endpointslices", "endpoints"]
+
+
+class KubernetesSource:
+    """A `Source` over one cluster.
+
+    Args:
+        api: its API server.
+        options: what of it.
+        rng: for jitter.
+        zone: the `zone` label of instances for which the cluster gives none.
+        cluster: the labels `cluster` and `cluster_id`, unless the options name others.
+        limits: numbers of each list and watch.
+
+    Attributes:
+        kind: what is read: `endpointslices` or `endpoints`; None before that is known.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        options: KubernetesOptions,
+        rng: UniformSource,
+        *,
+        zone: str = "",
+        cluster: str = "",
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self._api = api
+        self._options = options
+        self._rng = rng
+        self._defaults = Defaults(zone, options.cluster or cluster)
+        self._limits = limits
+        self._run: _Run | None = None
+        self.kind: Kind | None = None
+
+    @property
+    def name(self) -> str:
+        """`kubernetes:` and its options."""
+        return f"kubernetes:{self._options}"
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What the cluster has that no instance was made of, counted."""
+        return self._run.table.left_out if self._run is not None else LeftOut()
+
+    @property
+    def watches(self) -> list[ListWatch]:
+        """Its lists and watches, with their counters."""
+        return list(self._run.watches) if self._run is not None else []
+
+    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
+        """Publish the cluster's services, for ever. In sync once every list was complete."""
+        problems = _Problems(publisher)
+        self.kind = await self._choose(problems)
+        run = self._run = _Run(publisher, self._defaults, problems)
+        async with trio.open_nursery() as nursery:
+            nodes_known = trio.Event()
+            if self._options.nodes:
+                nursery.start_soon(self._follow_nodes, run, nodes_known)
+            else:
+                nodes_known.set()
+            async with trio.open_nursery() as starting:
+                for namespace in self._options.namespaces or ("",):
+                    starting.start_soon(nursery.start, self._watch_of(run, self.kind, namespace).run)
+            with trio.move_on_after(NODES_WAIT):
+                await nodes_known.wait()
+            run.publish_all()
+            task_status.started()
+            problems.tell()
+            counts = {name: count for name, count in run.table.left_out._asdict().items() if count}
+            _log.info("kubernetes followed", kind=self.kind, objects=run.table.objects, left_out=counts)
+
+    async def _choose(self, problems: _Problems) -> Kind:
+        """Which resource the API server has. It is asked until it answers one way or the other."""
+        part = "the API server"
+        report = problems.of(part)
+        retry = Retry(part, self._rng, report, self._limits)
+        while True:
+            try:
+                kind = await self._ask_for_slices()
+            except FAILURES as error:
+                await retry.wait(error)
+            else:
+                report(None)
+                return kind
+
+    async def _ask_for_slices(self) -> Kind:
+        namespace = (self._options.namespaces or ("",))[0]
+        if await self._has(*_SLICES, namespace):
+            return "endpointslices"
+        if not await self._has(*_ENDPOINTS, namespace):
+            raise ApiError(404, "neither EndpointSlices nor Endpoints are there")
+        _log.warning("the API server has no EndpointSlices; v1 Endpoints are read instead")
+        return "endpoints"
+
+    async def _has(self, prefix: str, resource: str, namespace: str) -> bool:
+        try:
+            async with self._api.get(collection(prefix, resource, namespace), {"limit": "1"}, "application/json"):
+                return True
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+
+    def _watch_of(self, run: _Run, kind: Kind, namespace: str) -> ListWatch:
+        prefix, resource = _SLICES if kind == "endpointslices" else _ENDPOINTS
+        name = f"{kind} in {namespace}" if namespace else kind
+        path = collection(prefix, resource, namespace)
+        make = slice_store if kind == "endpointslices" else endpoints_store
+        store = make(run.table, run.publish, run.warn_once)
+        return run.add(
+            ListWatch(
+                self._api,
+                Resource(path, name, self._options.selector),
+                store,
+                self._rng,
+                run.problems.of(name),
+                self._limits,
+            )
+        )
+
+    async def _follow_nodes(self, run: _Run, known: trio.Event) -> None:
+        """Follow the nodes' labels; without the right to, do without."""
+        path = collection(*_NODES)
+        retry = Retry("nodes", self._rng, run.problems.of("nodes"), self._limits)
+        while True:
+            try:
+                async with self._api.get(path, {"limit": "1"}, "application/json"):
+                    break
+            except ApiError as error:
+                if error.status in (403, 404):
+                    _log.info(
+                        "nodes are not read: zone comes from the slices alone, region is unknown", reason=str(error)
+                    )
+                    known.set()
+                    return
+                await retry.wait(error)
+            except FAILURES as error:
+                await retry.wait(error)
+        run.problems.of("nodes")(None)
+        resource = Resource(path, "nodes", metadata_only=True)
+        store = node_store(run.table, run.publish)
+        watch = run.add(ListWatch(self._api, resource, store, self._rng, run.problems.of("nodes"), self._limits))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(watch.run)
+            known.set()
+
+
+def open_kubernetes_source(
+    options: KubernetesOptions, rng: UniformSource, environment: Mapping[str, str], *, zone: str = "", cluster: str = ""
+) -> KubernetesSource:
+    """The source that a `kubernetes:` URL names. Nothing is read before it runs.
+
+    Args:
+        options: the URL's.
+        rng: for jitter.
+        environment: as `os.environ`: KUBECONFIG, HOME, and what Kubernetes gives a pod.
+        zone: the `zone` label of instances for which the cluster gives none.
+        cluster: the labels `cluster` and `cluster_id`, unless the options name others.
+    """
+    home = Path(environment.get("HOME") or "/")
+    api = Api(lambda: find_access(options, environment, home), lambda: datetime.now(UTC))
+    return KubernetesSource(api, options, rng, zone=zone, cluster=cluster)
+
+
+class _Problems:
+    """What is wrong in each part of a source, told as one text."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._problems: dict[str, str] = {}
+
+    def of(self, part: str) -> Callable[[str | None], None]:
+        """How one part reports its problem."""
+
+        def report(problem: str | None) -> None:
+            if problem == self._problems.get(part):
+                return
+            if problem is None:
+                del self._problems[part]
+                _log.info("kubernetes followed again", part=part)
+            else:
+                self._problems[part] = problem
+            self.tell()
+
+        return report
+
+    def tell(self) -> None:
+        """Tell what is wrong now."""
+        self._publisher.report("; ".join(self._problems.values()) or None)
+
+
+class _Run:
+    """The state of one run: the table, and whether it is published."""
+
+    def __init__(self, publisher: Publisher, defaults: Defaults, problems: _Problems) -> None:
+        self.table = EndpointTable(defaults)
+        self.problems = problems
+        self.watches: list[ListWatch] = []
+        self._publisher = publisher
+        self._published = False
+        self._warned: set[str] = set()
+
+    def add(self, watch: ListWatch) -> ListWatch:
+        self.watches.append(watch)
+        return watch
+
+    def publish_all(self) -> None:
+        self._published = True
+        self._publisher.replace(self.table.take_all())
+
+    def publish(self) -> None:
+        """Publish the services that changed, once the whole was."""
+        if self._published:
+            for service, instances in self.table.take().items():
+                self._publisher.update(service, instances)
+
+    def warn_once(self, what: str, key: ObjectKey) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            _log.warning(what, first=name_of(key))
