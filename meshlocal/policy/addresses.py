@@ -46,15 +46,21 @@ class SocketAddress(msgspec.Struct, frozen=True):
 
 
 class ListenAddress(msgspec.Struct, frozen=True):
-    """A listener of the proxy: where it listens (`SocketAddress`), and whose instances its connections go to."""
+    """A listener of the proxy: where it listens (`SocketAddress`), and whose instances its traffic goes to.
+
+    Attributes:
+        scheme: `tcp` or `http`.
+        service: None for an http listener that finds the service of each request in the request.
+    """
 
     scheme: str
     host: str
     port: int
-    service: ServiceKey
+    service: ServiceKey | None
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{format_host_port(self.host, self.port)}={self.service}"
+        where = f"{self.scheme}://{format_host_port(self.host, self.port)}"
+        return f"{where}={self.service}" if self.service is not None else where
 
     @property
     def address(self) -> SocketAddress:
@@ -63,26 +69,24 @@ class ListenAddress(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> ListenAddress:
-        """Read `tcp://HOST:PORT=SERVICE`.
+        """Read `tcp://HOST:PORT=SERVICE`, `http://HOST:PORT=SERVICE` or `http://HOST:PORT`.
 
         Raises:
             AddressError: it is written otherwise.
         """
-        form = "tcp://HOST:PORT=SERVICE"
+        form = "tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE]"
         scheme, separator, rest = text.partition("://")
         if not separator:
             raise AddressError(f"expected {form}, got {quote(text)}")
         scheme = scheme.lower()
-        if scheme == "http":
-            raise AddressError("http listeners are not served by this version; use tcp://HOST:PORT=SERVICE")
-        if scheme != "tcp":
+        if scheme not in ("tcp", "http"):
             raise AddressError(f"unknown scheme {quote(scheme)}; expected {form}")
         where, separator, service = rest.partition("=")
-        if not separator or not service:
+        if not service and (separator or scheme == "tcp"):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
-        host, port = _split_host_port(where, form)
+        host, port = _split_host_port(where.removesuffix("/") if not separator else where, form)
         try:
-            key = parse_service_key(service)
+            key = parse_service_key(service) if service else None
         except ModelError as error:
             raise AddressError(str(error)) from None
         return cls(scheme, _bindable(host), port, key)

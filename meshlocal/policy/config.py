@@ -8,28 +8,18 @@ data and says what is wrong with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.config_http import HttpConfig
+from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status
 from meshlocal.policy.model import NODE, ServiceKey
 
-MAX_SECONDS = 2_592_000.0
-"""The longest time that may be configured: 30 days."""
 
-Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
-SecondsOrZero: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
-Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
-Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
-
-
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping of the configuration."""
-
-
-class AttemptPolicy(_Section, frozen=True):
+class AttemptPolicy(Section, frozen=True):
     """How long and how often a request is tried (A1, A7, O5)."""
 
     connect_timeout_local: Annotated[
@@ -50,9 +40,23 @@ class AttemptPolicy(_Section, frozen=True):
         Seconds | None,
         Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
     ] = 3600.0
+    attempt_timeout: Annotated[
+        Seconds | None,
+        Meta(description="HTTP: seconds that one instance has until its response's head; null: response_deadline's."),
+    ] = None
+    response_deadline: Annotated[
+        Seconds, Meta(description="HTTP: seconds for all attempts of one request together, until a response's head.")
+    ] = 15.0
+    retry_on: Annotated[
+        tuple[Status, ...],
+        Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
+    ] = (503,)
+    replay_buffer: Annotated[
+        Bytes, Meta(description="HTTP: bytes of a request's body that are held for a retry; a longer body has none.")
+    ] = 65536
 
 
-class AttemptOverrides(_Section, frozen=True):
+class AttemptOverrides(Section, frozen=True):
     """What one service does otherwise than `proxy.attempts`: the same keys, each optional."""
 
     connect_timeout_local: Annotated[
@@ -74,6 +78,20 @@ class AttemptOverrides(_Section, frozen=True):
         Seconds | UnsetType | None,
         Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
     ] = UNSET
+    attempt_timeout: Annotated[
+        Seconds | UnsetType | None,
+        Meta(description="HTTP: seconds that one instance has until its response's head; null: response_deadline's."),
+    ] = UNSET
+    response_deadline: Annotated[
+        Seconds | UnsetType, Meta(description="HTTP: seconds for all attempts of one request, until a response's head.")
+    ] = UNSET
+    retry_on: Annotated[
+        tuple[Status, ...] | UnsetType,
+        Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
+    ] = UNSET
+    replay_buffer: Annotated[
+        Bytes | UnsetType, Meta(description="HTTP: bytes of a request's body that are held for a retry.")
+    ] = UNSET
 
     def over(self, base: AttemptPolicy) -> AttemptPolicy:
         """The policy with these overrides in it."""
@@ -81,7 +99,7 @@ class AttemptOverrides(_Section, frozen=True):
         return msgspec.structs.replace(base, **own) if own else base
 
 
-class ServiceConfig(_Section, frozen=True):
+class ServiceConfig(Section, frozen=True):
     """What holds for one service only."""
 
     port_name: Annotated[
@@ -92,7 +110,7 @@ class ServiceConfig(_Section, frozen=True):
     )
 
 
-class DiscoveryClientConfig(_Section, frozen=True):
+class DiscoveryClientConfig(Section, frozen=True):
     """Where the proxy's instances come from, and how it stays connected to there (D1)."""
 
     urls: Annotated[
@@ -113,7 +131,7 @@ class DiscoveryClientConfig(_Section, frozen=True):
     backoff_max: Annotated[Seconds, Meta(description="Seconds between reconnects at most, before jitter.")] = 15.0
 
 
-class DrainConfig(_Section, frozen=True):
+class DrainConfig(Section, frozen=True):
     """What happens between SIGTERM and the end (S1)."""
 
     delay: Annotated[
@@ -124,7 +142,7 @@ class DrainConfig(_Section, frozen=True):
     ] = 30.0
 
 
-class ProxyConfig(_Section, frozen=True):
+class ProxyConfig(Section, frozen=True):
     """The sidecar proxy."""
 
     node_name: Annotated[
@@ -150,7 +168,10 @@ class ProxyConfig(_Section, frozen=True):
     )
     listen: Annotated[
         tuple[ListenAddress, ...],
-        Meta(description="Listeners: tcp://HOST:PORT=SERVICE. Port 0: any free one. An IPv6 address in brackets."),
+        Meta(
+            description="Listeners: tcp://HOST:PORT=SERVICE, http://HOST:PORT=SERVICE, or http://HOST:PORT, which"
+            " routes by host. Port 0: any free one. An IPv6 address in brackets."
+        ),
     ] = ()
     admin: Annotated[
         SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
@@ -159,7 +180,10 @@ class ProxyConfig(_Section, frozen=True):
     services: Annotated[
         Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")
     ] = msgspec.field(default_factory=dict)
-    access_log: Annotated[bool, Meta(description="One log line for each connection, at its end.")] = False
+    http: Annotated[HttpConfig, Meta(description="What holds for http listeners.")] = HttpConfig()
+    access_log: Annotated[
+        bool, Meta(description="One log line for each connection (tcp) or request (http), at its end.")
+    ] = False
     drain: Annotated[DrainConfig, Meta(description="How the proxy stops.")] = DrainConfig()
 
     def service_key(self, name: ServiceKey) -> ServiceKey:
@@ -180,7 +204,7 @@ class ProxyConfig(_Section, frozen=True):
         return self.service(service).attempts.over(self.attempts)
 
 
-class DiscoveryServerConfig(_Section, frozen=True):
+class DiscoveryServerConfig(Section, frozen=True):
     """The discovery server."""
 
     bind: Annotated[
@@ -214,7 +238,7 @@ class DiscoveryServerConfig(_Section, frozen=True):
     drain: Annotated[DrainConfig, Meta(description="How the server stops.")] = DrainConfig()
 
 
-class LogConfig(_Section, frozen=True):
+class LogConfig(Section, frozen=True):
     """What is logged, to standard error."""
 
     level: Annotated[
@@ -225,7 +249,7 @@ class LogConfig(_Section, frozen=True):
     ] = "auto"
 
 
-class Config(_Section, frozen=True):
+class Config(Section, frozen=True):
     """Everything that can be configured."""
 
     proxy: Annotated[ProxyConfig, Meta(description="The sidecar proxy.")] = ProxyConfig()

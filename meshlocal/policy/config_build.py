@@ -13,6 +13,7 @@ import msgspec.inspect as schema
 
 from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
+from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
 from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote, unknown_key
 
@@ -184,6 +185,10 @@ class _Reader:
                 read = self.read(known[key], item, here)
             if read is not _NOTHING:
                 found[key] = read
+        if _is_section(kind):
+            for field in kind.fields:
+                if field.required and value.get(field.name) is None:
+                    self._refuse(path, f"has no {quote(field.name)}")
         return found
 
     def _read_list(self, kind: schema.VarTupleType, value: object, path: KeyPath) -> Any:
@@ -249,6 +254,8 @@ def _construct(kind: schema.Type, value: Any) -> Any:
         return kind.cls(**{name: _construct(kinds[name], item) for name, item in value.items()})
     if isinstance(kind, schema.DictType):
         return {key: _construct(kind.value_type, item) for key, item in value.items()}
+    if isinstance(kind, schema.VarTupleType):
+        return tuple(_construct(kind.item_type, item) for item in value)
     return value
 
 
@@ -321,6 +328,7 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[_Finding]:
     if proxy.admin is not None:
         sockets.append(((at, "admin"), proxy.admin))
     yield from _check_sockets(sockets)
+    yield from _check_routes(proxy.http)
     for key in proxy.services:
         try:
             parse_service_key(key)
@@ -329,6 +337,18 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[_Finding]:
         if proxy.namespace and f"{key}.{proxy.namespace}" in proxy.services:
             other = format_path((at, "services", f"{key}.{proxy.namespace}"))
             yield (at, "services", key), f"is the same service as {other}"
+
+
+def _check_routes(http: HttpConfig) -> Iterator[_Finding]:
+    at = ("proxy", "http", "routes")
+    for position, route in enumerate(http.routes):
+        try:
+            parse_service_key(route.service)
+        except ModelError as error:
+            yield (*at, position, "service"), error.what
+        if not route.prefix.startswith("/") or not route.prefix.isascii() or any(c in route.prefix for c in " ?#"):
+            yield (*at, position, "prefix"), f"expected a path such as /api, got {quote(route.prefix)}"
+    yield from _check_repeated(at, [f"{route.host or ''}{route.prefix}" for route in http.routes])
 
 
 def _check_server(server: DiscoveryServerConfig) -> Iterator[_Finding]:

@@ -64,8 +64,8 @@ class Router:
         except KeyError:
             if len(self._found) >= 1024:
                 self._found.clear()
-            service = self._found[host] = self.by_host(host.decode("ascii", "replace"))
-            return service
+            found = self._found[host] = self.by_host(host.decode("ascii", "replace"))
+            return found
 
     def by_host(self, host: str) -> ServiceKey | None:
         """The service that a host names; None if it can be none, an IP address for example."""

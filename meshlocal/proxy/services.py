@@ -8,7 +8,7 @@ began with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import trio
 
@@ -32,9 +32,26 @@ class ServiceState:
         cursors: where its rotations stand; they outlive pickers (O3).
         first_snapshot: set once a snapshot has come.
         statistics: its counts.
+        changed: called with each snapshot, once the picker knows it: for who keeps connections to instances.
+        on_demand: it is followed because a request named it.
+        last_used: when a request last came for it, if it is on demand.
+        in_use: requests under way, if it is on demand.
     """
 
-    __slots__ = ("_warned_ports", "cursors", "first_snapshot", "key", "picker", "policy", "selector", "statistics")
+    __slots__ = (
+        "_warned_ports",
+        "changed",
+        "cursors",
+        "first_snapshot",
+        "in_use",
+        "key",
+        "last_used",
+        "on_demand",
+        "picker",
+        "policy",
+        "selector",
+        "statistics",
+    )
 
     def __init__(self, key: ServiceKey, selector: Selector, policy: AttemptPolicy, rng: RandomSource) -> None:
         self.key = key
@@ -44,6 +61,10 @@ class ServiceState:
         self.cursors = Cursors(rng)
         self.first_snapshot = trio.Event()
         self.statistics = ServiceStatistics()
+        self.changed: Callable[[ServiceSnapshot], None] | None = None
+        self.on_demand = False
+        self.last_used = 0.0
+        self.in_use = 0
         self._warned_ports: frozenset[str] = frozenset()
 
     @property
@@ -63,6 +84,8 @@ class ServiceState:
             self.first_snapshot.set()
         else:
             self.picker = before.updated(snapshot, diff(before.snapshot, snapshot))
+        if self.changed is not None:
+            self.changed(snapshot)
         if snapshot.unknown and (before is None or not before.snapshot.unknown):
             _log.warning("no registry knows the service", service=self.key)
         ports = self.picker.port_names()
@@ -84,12 +107,16 @@ class ServiceState:
 
 
 class ServiceTable:
-    """All services that listeners name. A `SnapshotSink`.
+    """All services that listeners name, and those that requests asked for. A `SnapshotSink`.
 
     Args:
         config: the proxy's section.
         locality: where the proxy stands.
         rng: for the cursors (O4).
+
+    Attributes:
+        on_followed: called with `keys` whenever a request, or the lack of requests, changed them. `reconfigure` does
+            not call it.
     """
 
     def __init__(self, config: ProxyConfig, locality: Locality, rng: RandomSource) -> None:
@@ -97,6 +124,7 @@ class ServiceTable:
         self.config = config
         self._states: dict[ServiceKey, ServiceState] = {}
         self._said_unmatched = False
+        self.on_followed: Callable[[list[ServiceKey]], None] | None = None
         self.locality = locality
         self.reconfigure(config, locality)
 
@@ -107,8 +135,54 @@ class ServiceTable:
         return self._states[key]
 
     def get(self, key: ServiceKey) -> ServiceState | None:
-        """The service's state, if a listener names it."""
+        """The service's state, if it is followed."""
         return self._states.get(key)
+
+    def demand(self, key: ServiceKey, now: float) -> ServiceState | None:
+        """The state of a service that a request names, which is followed from now on.
+
+        Returns:
+            None if it was not followed, and there are `max_services` of its kind already, all of them with requests
+            under way.
+        """
+        state = self._states.get(key)
+        if state is None:
+            on_demand = [each for each in self._states.values() if each.on_demand]
+            if len(on_demand) >= self.config.http.max_services:
+                unused = [each for each in on_demand if not each.in_use]
+                if not unused:
+                    return None
+                # What nobody knows goes first, then what was not asked for the longest time.
+                oldest = min(unused, key=lambda each: (not _is_unknown(each), each.last_used))
+                del self._states[oldest.key]
+            state = self._states[key] = self._make(key)
+            state.on_demand = True
+            state.last_used = now
+            self._tell_followed()
+        state.last_used = now
+        return state
+
+    def drop_unused(self, now: float) -> float:
+        """Follow no longer what no request asked for in `service_idle_timeout`; returns the seconds until the next."""
+        limit = self.config.http.service_idle_timeout
+        wait = limit
+        dropped = False
+        for state in list(self._states.values()):
+            if state.on_demand and not state.in_use:
+                left = state.last_used + limit - now
+                if left <= 0:
+                    del self._states[state.key]
+                    dropped = True
+                else:
+                    wait = min(wait, left)
+        if dropped:
+            self._tell_followed()
+            self._check_node()
+        return wait
+
+    def _tell_followed(self) -> None:
+        if self.on_followed is not None:
+            self.on_followed(self.keys)
 
     @property
     def keys(self) -> list[ServiceKey]:
@@ -116,27 +190,37 @@ class ServiceTable:
         return list(self._states)
 
     def reconfigure(self, config: ProxyConfig, locality: Locality) -> None:
-        """Apply another config (S2). Services that it no longer names are forgotten; counts of the others go on."""
+        """Apply another config (S2).
+
+        Services that it no longer names are forgotten, except those that requests asked for; counts of the others go
+        on.
+        """
         moved = locality != self.locality
         self.config = config
         self.locality = locality
-        wanted = dict.fromkeys(config.service_key(listen.service) for listen in config.listen)
-        for key in self._states.keys() - wanted.keys():
-            del self._states[key]
+        wanted = dict.fromkeys(
+            config.service_key(listen.service) for listen in config.listen if listen.service is not None
+        )
+        for key, state in list(self._states.items()):
+            if key in wanted:
+                state.on_demand = False
+            elif not state.on_demand:
+                del self._states[key]
+                continue
+            state.reselect(Selector(locality, config.service(key).port_name), config.attempts_for(key))
         for key in wanted:
-            selector = Selector(locality, config.service(key).port_name)
-            policy = config.attempts_for(key)
-            state = self._states.get(key)
-            if state is None:
-                self._states[key] = ServiceState(key, selector, policy, self._rng)
-            else:
-                state.reselect(selector, policy)
+            if key not in self._states:
+                self._states[key] = self._make(key)
         if moved:
             self._said_unmatched = False
         self._check_node()
 
+    def _make(self, key: ServiceKey) -> ServiceState:
+        selector = Selector(self.locality, self.config.service(key).port_name)
+        return ServiceState(key, selector, self.config.attempts_for(key), self._rng)
+
     def publish(self, snapshot: ServiceSnapshot) -> None:
-        """See `SnapshotSink.publish`. A service that no listener names is passed over."""
+        """See `SnapshotSink.publish`. A service that is not followed is passed over."""
         state = self._states.get(snapshot.service)
         if state is not None:
             state.publish(snapshot)
@@ -169,3 +253,7 @@ class ServiceTable:
                 "no instance of any watched service is on this node; every request leaves it",
                 node=self.locality.node,
             )
+
+
+def _is_unknown(state: ServiceState) -> bool:
+    return state.picker is not None and state.picker.snapshot.unknown

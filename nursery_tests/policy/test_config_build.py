@@ -23,6 +23,7 @@ from meshlocal.policy.config import (
     ServiceConfig,
 )
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
+from meshlocal.policy.config_http import HttpConfig, RouteConfig
 
 FULL: dict[str, Any] = {
     "proxy": {
@@ -48,6 +49,30 @@ FULL: dict[str, Any] = {
             "max_attempts": 3,
             "first_snapshot_wait": 0,
             "idle_timeout": None,
+            "attempt_timeout": 2,
+            "response_deadline": 5,
+            "retry_on": [502, 503],
+            "replay_buffer": 0,
+        },
+        "http": {
+            "routes": [{"prefix": "/api", "service": "b"}, {"prefix": "/", "service": "c", "host": "shop"}],
+            "cluster_domain": "corp.example",
+            "max_services": 2,
+            "service_idle_timeout": 3,
+            "max_head": 4,
+            "max_headers": 5,
+            "max_target": 6,
+            "max_body": 7,
+            "header_timeout": 8,
+            "body_timeout": 9,
+            "keep_alive_timeout": 10,
+            "pool_size": 11,
+            "pool_idle_timeout": 12,
+            "retry_percent": 13,
+            "retry_floor": 14,
+            "x_forwarded": "append",
+            "via": "mesh",
+            "response_headers": True,
         },
         "services": {"b": {"port_name": "grpc", "attempts": {"deadline": 1, "max_attempts": None}}, "c": None},
         "access_log": True,
@@ -110,6 +135,30 @@ def test_every_key() -> None:
                 max_attempts=3,
                 first_snapshot_wait=0.0,
                 idle_timeout=None,
+                attempt_timeout=2.0,
+                response_deadline=5.0,
+                retry_on=(502, 503),
+                replay_buffer=0,
+            ),
+            http=HttpConfig(
+                routes=(RouteConfig(prefix="/api", service="b"), RouteConfig(prefix="/", service="c", host="shop")),
+                cluster_domain="corp.example",
+                max_services=2,
+                service_idle_timeout=3.0,
+                max_head=4,
+                max_headers=5,
+                max_target=6,
+                max_body=7,
+                header_timeout=8.0,
+                body_timeout=9.0,
+                keep_alive_timeout=10.0,
+                pool_size=11,
+                pool_idle_timeout=12.0,
+                retry_percent=13,
+                retry_floor=14,
+                x_forwarded="append",
+                via="mesh",
+                response_headers=True,
             ),
             services={
                 "b": ServiceConfig(port_name="grpc", attempts=AttemptOverrides(deadline=1.0, max_attempts=None)),
@@ -207,8 +256,17 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             "proxy.discovery.backoff_initial: 20 is more than proxy.discovery.backoff_max, 15",
         ),
         (
-            {"proxy": {"listen": ["http://127.0.0.1:80"]}},
-            "proxy.listen[0]: http listeners are not served by this version; use tcp://HOST:PORT=SERVICE",
+            {"proxy": {"http": {"routes": [{"prefix": "api", "service": "b"}]}}},
+            "proxy.http.routes[0].prefix: expected a path such as /api, got 'api'",
+        ),
+        (
+            {"proxy": {"http": {"routes": [{"prefix": "/a", "service": "b"}, {"prefix": "/b", "service": "/"}]}}},
+            "proxy.http.routes[1].service: '/' is no service name (letters, digits, '.', '-', '_'; at most 253)",
+        ),
+        ({"proxy": {"http": {"routes": [{"service": "b"}]}}}, "proxy.http.routes[0]: has no 'prefix'"),
+        (
+            {"proxy": {"attempts": {"retry_on": [503, 200]}}},
+            "proxy.attempts.retry_on[1]: expected a whole number, from 400 to 599; got the number 200",
         ),
         ({"proxy": {"listen": [80]}}, "proxy.listen[0]: expected text, got the number 80; put it between quotes"),
         (
@@ -343,8 +401,8 @@ def test_all_mistakes_are_told_at_once_each_with_its_origin() -> None:
     assert refused(flags, file) == [
         "flag: log.level: expected one of debug, error, info, warning, got the text 'x'",
         "config.yaml:2: log.level: expected one of debug, error, info, warning, got the number 3",
-        "config.yaml:3: proxy.listen[0]: expected tcp://HOST:PORT=SERVICE, got 'b'",
-        "config.yaml:3: proxy.listen[2]: expected tcp://HOST:PORT=SERVICE, got 'c'",
+        "config.yaml:3: proxy.listen[0]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'b'",
+        "config.yaml:3: proxy.listen[2]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'c'",
     ]
 
 

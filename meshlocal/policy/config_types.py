@@ -1,0 +1,23 @@
+"""What the sections of the configuration are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+MAX_SECONDS = 2_592_000.0
+"""The longest time that may be configured: 30 days."""
+
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
+SecondsOrZero: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**50)]
+Percent: TypeAlias = Annotated[int, Meta(ge=0, le=100)]
+Status: TypeAlias = Annotated[int, Meta(ge=400, le=599)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the configuration."""
