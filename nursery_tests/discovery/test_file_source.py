@@ -1,0 +1,150 @@
+"""The file source: hot reload, and files that cannot be used (D3)."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshlocal.discovery.file_source import FileSource
+from meshlocal.discovery.hub import Hub
+from meshlocal.policy.model import ServiceKey
+
+B = ServiceKey("b")
+LIMIT = 20
+
+
+def content(*ports: int) -> str:
+    rows = "".join(f"    - {{address: 127.0.0.1, port: {port}, labels: {{node: n1}}}}\n" for port in ports)
+    return f"services:\n  b:\n{rows}" if rows else "services:\n  b: []\n"
+
+
+def ports(hub: Hub) -> list[int] | None:
+    snapshot = hub.snapshot(B)
+    return None if snapshot is None else sorted(key.port for key in snapshot.instances)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with trio.fail_after(LIMIT):
+        while not holds():  # noqa: ASYNC110 - the source polls the file, so does its test
+            await trio.sleep(0.005)
+
+
+async def start(nursery: trio.Nursery, path: Path) -> Hub:
+    hub = Hub([FileSource(path, zone="z1", cluster="c1", poll_interval=0.005)], random.Random(0))
+    await nursery.start(hub.run)
+    return hub
+
+
+def replace(path: Path, text: str) -> None:
+    """As editors and config management do it: write beside, then rename over."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("change", [replace, write])
+async def test_changes_are_published(
+    tmp_path: Path, nursery: trio.Nursery, change: Callable[[Path, str], None]
+) -> None:
+    """A file that is replaced by rename or written in place is read again, each time."""
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await hub.wait_in_sync()
+    assert ports(hub) == [1]
+    for listed in ([1, 2], [2], [], [3]):
+        change(path, content(*listed))
+        await until(lambda listed=listed: ports(hub) == listed)  # type: ignore[misc] - binds this round's list
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_swapped_link_is_seen(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """A ConfigMap volume changes by a symbolic link to another folder: that is a change of the file."""
+    for name, listed in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "instances.yaml", content(listed))
+    (tmp_path / "data").symlink_to("one")
+    hub = await start(nursery, tmp_path / "data" / "instances.yaml")
+    await until(lambda: ports(hub) == [1])
+    (tmp_path / "fresh").symlink_to("two")
+    os.replace(tmp_path / "fresh", tmp_path / "data")
+    await until(lambda: ports(hub) == [2])
+    nursery.cancel_scope.cancel()
+
+
+async def test_labels_of_the_file_and_its_place(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """Instances get the zone and cluster that the source was given, and the labels service and registry."""
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await hub.wait_in_sync()
+    (snapshot,) = hub.snapshots()
+    (instance,) = snapshot.instances.values()
+    assert instance.labels == {"node": "n1", "zone": "z1", "cluster": "c1", "service": "b", "registry": "file"}
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_broken_file_changes_nothing_and_is_reported(
+    tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D3: a broken file is reported with line and key, and what was served before stays; so with one that is gone."""
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await hub.wait_in_sync()
+    (state,) = hub.sources
+    before = hub.snapshot(B)
+    problems = []
+    for broken in (content(70000), "services: {b: [", "services:\n"):
+        write(path, broken)
+        await until(lambda: state.problem is not None and state.problem not in problems)
+        problems.append(state.problem)
+        assert hub.snapshot(B) is before
+    path.unlink()
+    await until(lambda: "No such file" in (state.problem or ""))
+    assert hub.snapshot(B) is before
+    assert problems[0] == f"{path}:3: services.b[0].port: 70000 is not within 1 to 65535"
+    assert all(problem.startswith(f"{path}:") for problem in problems if problem)
+    write(path, content(2))
+    await until(lambda: ports(hub) == [2])
+    assert state.problem is None
+    reported = [record for record in caplog.records if record.getMessage() == "instances file refused"]
+    assert len(reported) == 4, "each problem is said once, not at every look"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """D3: without its file a source is not in sync, and nothing is said of any service; it is, once the file comes."""
+    path = tmp_path / "instances.yaml"
+    hub = await start(nursery, path)
+    (state,) = hub.sources
+    await until(lambda: state.problem is not None)
+    assert ports(hub) is None
+    replace(path, content(1))
+    await until(lambda: ports(hub) == [1])
+    nursery.cancel_scope.cancel()
+
+
+async def test_cancellation_while_reading(tmp_path: Path) -> None:
+    """The task ends at once when it is cancelled, also while a thread reads a file that never ends."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)
+    try:
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                await start(nursery, path)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+    finally:
+        os.write(writer, b"done")
+        os.close(writer)

@@ -1,0 +1,312 @@
+"""The Discovery service over gRPC: lists, watches, refusals (D1, D3, D4)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+import trio
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+
+from meshlocal.discovery.hub import Hub, Update
+from meshlocal.discovery.service import MAX_SUBSCRIPTIONS, DiscoveryService, EncodedEvents
+from meshlocal.discovery.source import Instances, Publisher
+from meshlocal.net.grpc.client import Channel, channel_over
+from meshlocal.net.grpc.server import GrpcServer
+from meshlocal.policy import model
+from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.wire.discovery_methods import (
+    LIST_CLUSTERS,
+    LIST_INSTANCES,
+    LIST_SERVICES,
+    LIST_ZONES,
+    METHODS,
+    SERVICE_NAME,
+    WATCH_INSTANCES,
+)
+from meshlocal.wire.grpc.status import GrpcError, StatusCode
+from meshlocal.wire.pb import discovery_pb2 as pb
+
+B = ServiceKey("b")
+
+
+class HeldSource:
+    """A source that its test publishes through."""
+
+    name = "held"
+
+    def __init__(self) -> None:
+        self.publisher: Publisher | None = None
+        self.sync = trio.Event()
+
+    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
+        self.publisher = publisher
+        await self.sync.wait()
+        task_status.started()
+        await trio.sleep_forever()
+
+    def update(self, service: str, *instances: Instance) -> None:
+        assert self.publisher is not None
+        self.publisher.update(ServiceKey(service), model.index(instances))
+
+
+class Served:
+    def __init__(self, source: HeldSource, hub: Hub, service: DiscoveryService, channel: Channel) -> None:
+        self.source = source
+        self.hub = hub
+        self.service = service
+        self.channel = channel
+
+    async def in_sync(self) -> None:
+        self.source.sync.set()
+        await self.hub.wait_in_sync()
+
+
+@asynccontextmanager
+async def serving(heartbeat: float = 1000.0) -> AsyncIterator[Served]:
+    source = HeldSource()
+    hub = Hub([source], random.Random(0))
+    service = DiscoveryService(hub, heartbeat)
+    near, far = memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hub.run)
+        nursery.start_soon(GrpcServer(service.handlers()).serve_stream, far)
+        async with channel_over(near) as channel:
+            await wait_all_tasks_blocked()
+            yield Served(source, hub, service, channel)
+        nursery.cancel_scope.cancel()
+
+
+def at(last: int, **labels: str) -> Instance:
+    return make_instance(f"10.0.0.{last}", 9000, "grpc", labels)
+
+
+def subscribe(*services: str, version: str = "") -> pb.WatchInstancesRequest:
+    subscriptions = [pb.Subscription(service=service, version=version) for service in services]
+    return pb.WatchInstancesRequest(subscriptions=subscriptions)
+
+
+def addresses(instances: Iterable[pb.Instance]) -> list[str]:
+    return sorted(each.endpoint.address for each in instances)
+
+
+def test_methods_are_those_of_the_interface() -> None:
+    """The typed methods agree with the generated service's descriptor."""
+    described = pb.DESCRIPTOR.services_by_name["Discovery"]
+    assert described.full_name == SERVICE_NAME
+    assert {
+        (method.path, method.request_type.DESCRIPTOR, method.response_type.DESCRIPTOR, method.server_streaming)
+        for method in METHODS
+    } == {
+        (f"/{SERVICE_NAME}/{each.name}", each.input_type, each.output_type, each.server_streaming)
+        for each in described.methods
+    }
+
+
+async def test_lists() -> None:
+    """Zones, clusters, services and instances, whole and filtered."""
+    async with serving() as served:
+        served.source.update("b", at(1, zone="z1", cluster="c1", node="n1"), at(2, zone="z2", cluster="c2"))
+        served.source.update("a", at(3, zone="z1", cluster="c3"), at(4))
+        served.source.update("none")
+        await served.in_sync()
+        ask = served.channel.unary
+        assert [zone.name for zone in (await ask(LIST_ZONES, pb.ListZonesRequest())).zones] == ["z1", "z2"]
+        clusters = await ask(LIST_CLUSTERS, pb.ListClustersRequest(zone="z1"))
+        assert [(each.name, each.zone) for each in clusters.clusters] == [("c1", "z1"), ("c3", "z1")]
+        assert len((await ask(LIST_CLUSTERS, pb.ListClustersRequest())).clusters) == 3
+        services = await ask(LIST_SERVICES, pb.ListServicesRequest())
+        assert [(each.name, each.instances) for each in services.services] == [("a", 2), ("b", 2), ("none", 0)]
+        services = await ask(LIST_SERVICES, pb.ListServicesRequest(zone="z1", cluster="c1"))
+        assert [(each.name, each.instances) for each in services.services] == [("b", 1)]
+        answer = await ask(LIST_INSTANCES, pb.ListInstancesRequest(service="b"))
+        assert addresses(answer.instances) == ["10.0.0.1", "10.0.0.2"]
+        snapshot = served.hub.snapshot(B)
+        assert snapshot is not None
+        assert answer.version == snapshot.version
+        answer = await ask(LIST_INSTANCES, pb.ListInstancesRequest(service="b", selector={"node": "n1"}))
+        assert addresses(answer.instances) == ["10.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("service", "code", "message"),
+    [
+        ("nobody", StatusCode.NOT_FOUND, "no registry knows a service 'nobody'"),
+        ("", StatusCode.INVALID_ARGUMENT, "service: is empty"),
+        ("a b", StatusCode.INVALID_ARGUMENT, "service: 'a b' is no service name"),
+    ],
+)
+async def test_services_that_cannot_be_listed(service: str, code: StatusCode, message: str) -> None:
+    """A service that nobody knows, or that nobody could: a status that names it."""
+    async with serving() as served:
+        await served.in_sync()
+        with pytest.raises(GrpcError, match=message) as refused:
+            await served.channel.unary(LIST_INSTANCES, pb.ListInstancesRequest(service=service))
+        assert refused.value.code is code
+
+
+async def test_lists_before_the_sources_are_in_sync() -> None:
+    """D3: nothing is listed, least of all as empty, while a source is not in sync; its name is told."""
+    async with serving() as served:
+        for method, request in (
+            (LIST_ZONES, pb.ListZonesRequest()),
+            (LIST_CLUSTERS, pb.ListClustersRequest()),
+            (LIST_SERVICES, pb.ListServicesRequest()),
+            (LIST_INSTANCES, pb.ListInstancesRequest(service="b")),
+        ):
+            with pytest.raises(GrpcError, match="not in sync yet with held") as refused:
+                await served.channel.unary(method, request)  # type: ignore[arg-type] - pairs of unlike types
+            assert refused.value.code is StatusCode.UNAVAILABLE
+
+
+async def test_watch_from_nothing_to_changes() -> None:
+    """A watch of two services: pending, then snapshots, then changes, each from the version before."""
+    async with serving() as served:
+        async with served.channel.call(WATCH_INSTANCES) as call:
+            await call.send(subscribe("b", "c"), end=True)
+            first = await call.receive()
+            assert first is not None
+            assert list(first.heartbeat.pending) == ["b", "c"]
+            assert first.heartbeat.interval_ms == 1_000_000
+            served.source.update("b", at(1), at(2), at(4), at(5))
+            await served.in_sync()
+            events = [await call.receive(), await call.receive()]
+            snapshots = {each.snapshot.service: each.snapshot for each in events if each is not None}
+            assert addresses(snapshots["b"].instances) == ["10.0.0.1", "10.0.0.2", "10.0.0.4", "10.0.0.5"]
+            assert snapshots["c"].unknown
+            served.source.update("b", at(1, node="n1"), at(3), at(4), at(5))
+            event = await call.receive()
+            assert event is not None
+            assert event.change.base_version == snapshots["b"].version
+            assert addresses(event.change.upserted) == ["10.0.0.1", "10.0.0.3"]
+            assert [each.address for each in event.change.removed] == ["10.0.0.2"]
+        await wait_all_tasks_blocked()
+        assert served.hub.watcher_count == 0
+
+
+async def test_a_watch_that_resumes_is_told_that_it_is_current() -> None:
+    """D1: from the current version nothing is sent but a heartbeat."""
+    async with serving() as served:
+        served.source.update("b", at(1))
+        await served.in_sync()
+        snapshot = served.hub.snapshot(B)
+        assert snapshot is not None
+        async with served.channel.call(WATCH_INSTANCES) as call:
+            await call.send(subscribe("b", version=snapshot.version), end=True)
+            event = await call.receive()
+            assert event is not None
+            assert event.WhichOneof("event") == "heartbeat"
+            assert not event.heartbeat.pending
+
+
+async def test_heartbeats_fill_the_silence(autojump_clock: MockClock) -> None:
+    """A watch on which nothing changes hears from its server once an interval."""
+    async with serving(heartbeat=5.0) as served:
+        await served.in_sync()
+        async with served.channel.call(WATCH_INSTANCES) as call:
+            await call.send(subscribe("b"), end=True)
+            event = await call.receive()
+            assert event is not None
+            assert event.snapshot.unknown
+            times = []
+            for _ in range(4):
+                event = await call.receive()
+                assert event is not None
+                assert event.HasField("heartbeat")
+                times.append(trio.current_time())
+            assert [round(after - before, 3) for before, after in pairwise(times)] == [5.0] * 3
+
+
+async def test_a_watcher_that_reads_late_gets_the_latest(autojump_clock: MockClock) -> None:
+    """D4: a watcher that did not read for many changes of a large service gets few, large steps, not all of them."""
+    crowd = [make_instance(f"10.{i // 250}.{i % 250}.1", 9000, labels={"filler": "x" * 200}) for i in range(1000)]
+    async with serving() as served:
+        served.source.update("b", *crowd)
+        await served.in_sync()
+        async with served.channel.call(WATCH_INSTANCES) as call:
+            await call.send(subscribe("b"), end=True)
+            await wait_all_tasks_blocked()
+            for i in range(200):
+                changed = [make_instance(each.key.address, 9000, labels={"round": str(i)}) for each in crowd]
+                served.source.update("b", *changed)
+                await wait_all_tasks_blocked()
+            events = 0
+            version = ""
+            latest = served.hub.snapshot(B)
+            assert latest is not None
+            while version != latest.version:
+                event = await call.receive()
+                assert event is not None
+                events += 1
+                version = event.snapshot.version or event.change.version or version
+            assert events <= 4
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (pb.WatchInstancesRequest(), "subscriptions: 0 of them"),
+        (subscribe(*(f"s{i}" for i in range(MAX_SUBSCRIPTIONS + 1))), "subscriptions: 1001 of them"),
+        (subscribe("b", "c", "b"), r"subscriptions\[2\]\.service: 'b' stands twice"),
+        (subscribe("b", "no good"), r"subscriptions\[1\]\.service: 'no good' is no service name"),
+    ],
+)
+async def test_watches_that_are_refused(request_: pb.WatchInstancesRequest, message: str) -> None:
+    """A request that makes no sense gets INVALID_ARGUMENT, and says which of its parts it was."""
+    async with serving() as served:
+        async with served.channel.call(WATCH_INSTANCES) as call:
+            await call.send(request_, end=True)
+            with pytest.raises(GrpcError, match=message) as refused:
+                await call.receive()
+        assert refused.value.code is StatusCode.INVALID_ARGUMENT
+        assert served.hub.watcher_count == 0
+
+
+async def test_a_drain_ends_watches() -> None:
+    """S1: a server that goes away ends its watches with UNAVAILABLE, so that watchers turn to another."""
+    async with serving() as served:
+        await served.in_sync()
+        async with served.channel.call(WATCH_INSTANCES) as call:
+            await call.send(subscribe("b"), end=True)
+            assert await call.receive() is not None
+            assert await call.receive() is not None
+            served.service.drain()
+            with pytest.raises(GrpcError, match="going away") as ended:
+                await call.receive()
+        assert ended.value.code is StatusCode.UNAVAILABLE
+        assert served.hub.watcher_count == 0
+
+
+def snapshot_of(version: str, instances: Instances, *, unknown: bool = False) -> ServiceSnapshot:
+    return ServiceSnapshot(B, version, instances, unknown)
+
+
+def test_an_event_is_encoded_once_however_many_watch() -> None:
+    """The fan-out's cost: one encoding a change; and it stays bounded."""
+    encoded = EncodedEvents(capacity=2)
+    one, two = snapshot_of("1", model.index([at(1), at(2)])), snapshot_of("2", model.index([at(1), at(2), at(3)]))
+    assert encoded.encode(Update(one, two)) is encoded.encode(Update(one, two))
+    event = pb.WatchInstancesResponse.FromString(encoded.encode(Update(one, two)))
+    assert addresses(event.change.upserted) == ["10.0.0.3"]
+    for i in range(9):
+        encoded.encode(Update(None, snapshot_of(str(i), {})))
+    assert len(encoded._events) == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "latest"),
+    [
+        (None, snapshot_of("2", model.index([at(1)]))),
+        (snapshot_of("unknown", {}, unknown=True), snapshot_of("2", model.index([at(1)]))),
+        (snapshot_of("1", model.index([at(1)])), snapshot_of("unknown", {}, unknown=True)),
+        (snapshot_of("1", model.index([at(1), at(2)])), snapshot_of("2", model.index([at(3)]))),
+    ],
+)
+def test_the_whole_is_sent_where_a_change_would_not_do(base: ServiceSnapshot | None, latest: ServiceSnapshot) -> None:
+    """From nothing, to or from an unknown service, and where most of it changed, a snapshot is sent."""
+    event = pb.WatchInstancesResponse.FromString(EncodedEvents().encode(Update(base, latest)))
+    assert event.snapshot.version == latest.version
+    assert event.snapshot.unknown == latest.unknown
