@@ -135,7 +135,7 @@ class DiscoveryProcess:
             self.health.set(name, status)
 
     def reload(self) -> None:
-        """Read the configuration again (S2). While the server runs only logging can change; sources watch themselves."""
+        """Read the configuration again (S2). Only logging can change; sources watch themselves."""
         try:
             config = self._load()
         except ConfigError as error:

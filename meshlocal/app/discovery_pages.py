@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import meshlocal
-from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import Route
 from meshlocal.app import html
 from meshlocal.app.proxy_metrics import gauge

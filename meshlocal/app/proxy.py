@@ -27,6 +27,7 @@ from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.client.feed import FeedStatus
+from meshlocal.client.services import ServiceTable
 from meshlocal.net.dial import usable_families
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
@@ -36,7 +37,6 @@ from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import NODE, ServiceKey
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.services import ServiceTable
 from meshlocal.proxy.tcp import TcpForwarder
 
 _log = get_log(__name__)

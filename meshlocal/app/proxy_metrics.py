@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 import meshlocal
 from meshlocal.app.readiness import Readiness
 from meshlocal.client.feed import FeedStatus
+from meshlocal.client.services import ServiceTable
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.services import ServiceTable
 from meshlocal.proxy.tcp import TcpForwarder
 
 

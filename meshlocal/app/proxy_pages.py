@@ -13,14 +13,14 @@ import trio
 from prometheus_client import CollectorRegistry
 
 import meshlocal
-from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import Route
 from meshlocal.app import html
 from meshlocal.app.views import explain_view, instance_view
+from meshlocal.client.services import ServiceState
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.services import ServiceState
 
 if TYPE_CHECKING:
     from meshlocal.app.proxy import ProxyProcess

@@ -1,1 +1,1 @@
-"""The discovery client: a watch that never ends. Runs in any anyio app."""
+"""What callers of services share: the discovery client, what is known of each service, and the attempts."""

@@ -10,13 +10,13 @@ from functools import partial
 
 import trio
 
+from meshlocal.client.services import ServiceTable
 from meshlocal.net.listen import accept_loop, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.services import ServiceTable
 from meshlocal.proxy.tcp import TcpForwarder
 
 _log = get_log(__name__)

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 
 import trio
 
+from meshlocal.client.connecting import Client, Connected, connect
+from meshlocal.client.services import ServiceState, ServiceTable
+from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.relay import RelayCounters, relay
 from meshlocal.net.sockets import abort, close, format_address
-from meshlocal.proxy.connecting import Client, Connected, connect
-from meshlocal.proxy.services import ServiceState, ServiceTable
-from meshlocal.proxy.statistics import Outcome, RequestKey
 
 _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")

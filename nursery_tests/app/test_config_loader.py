@@ -144,7 +144,11 @@ def test_variables_that_are_no_keys_can_be_named() -> None:
         ("PROXI__LISTEN", "x", "proxi: unknown key; did you mean 'proxy'?"),
         ("PROXY__", "x", f"proxy.: unknown key; known here: {', '.join(known_keys(('proxy',)))}"),
         ("PROXY__LISTEN__X", "x", "proxy.listen: expected a list, got a mapping"),
-        ("PROXY__LISTEN", "x", "proxy.listen[0]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'x'"),
+        (
+            "PROXY__LISTEN",
+            "x",
+            "proxy.listen[0]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'x'",
+        ),
         ("PROXY__LISTEN", "[", "proxy.listen: while parsing a flow node, did not find expected node content"),
         ("PROXY__DRAIN__DELAY", "5s", "proxy.drain.delay: expected a number of seconds, got the text '5s'"),
         ("PROXY__DRAIN", "delay=x", "proxy.drain.delay: expected a number of seconds, got the text 'x'"),

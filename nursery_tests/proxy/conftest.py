@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import pytest
 import trio
 
+from meshlocal.client.services import ServiceTable
+from meshlocal.client.statistics import RequestKey
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.policy import model
 from meshlocal.policy.addresses import ListenAddress
@@ -16,8 +18,6 @@ from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.services import ServiceTable
-from meshlocal.proxy.statistics import RequestKey
 from meshlocal.proxy.tcp import TcpForwarder
 
 B = ServiceKey("b")

@@ -15,9 +15,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, make_instance
-from meshlocal.proxy.statistics import Outcome, RequestKey
 
 LIMIT = 20
 

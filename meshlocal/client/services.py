@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import trio
 
+from meshlocal.client.statistics import ServiceStatistics
 from meshlocal.net.log import get_log
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
 from meshlocal.policy.picker import Cursors, Picker, Plan, RandomSource
-from meshlocal.proxy.statistics import ServiceStatistics
 
 _log = get_log(__name__)
 

@@ -19,10 +19,10 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from meshlocal.client.services import ServiceState
+from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error
 from meshlocal.policy.picker import Pick
-from meshlocal.proxy.services import ServiceState
-from meshlocal.proxy.statistics import AttemptOutcome, Outcome
 
 PATIENCE = 0.01
 """Seconds that a connect may take before its client is watched."""
