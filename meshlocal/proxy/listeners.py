@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Protocol
 
 import trio
 
@@ -23,16 +24,24 @@ _log = get_log(__name__)
 _ERROR_INTERVAL = 5.0
 
 
+class HttpServer(Protocol):
+    """What serves the connections of http listeners: an interface, so that a proxy without any loads no HTTP code."""
+
+    async def serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
+        """Serve one connection to its end. `service` is None if each request says its own."""
+        ...
+
+
 class Listener:
     """One configured listener: one socket, or two for `localhost`.
 
     Attributes:
         configured: as the config has it.
-        service: the registry's name of its service.
+        service: the registry's name of its service; None if it routes each request.
         accept_errors: how often the system could not give another connection.
     """
 
-    def __init__(self, configured: ListenAddress, service: ServiceKey, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, configured: ListenAddress, service: ServiceKey | None, sockets: Sequence[socket.socket]) -> None:
         self.configured = configured
         self.service = service
         self.sockets = sockets
@@ -63,12 +72,14 @@ class Listeners:
 
     Args:
         services: where a listener's service is looked up for each connection.
-        forwarder: serves the connections.
+        forwarder: serves the connections of tcp listeners.
+        http: serves those of http listeners.
     """
 
-    def __init__(self, services: ServiceTable, forwarder: TcpForwarder) -> None:
+    def __init__(self, services: ServiceTable, forwarder: TcpForwarder, http: HttpServer | None = None) -> None:
         self._services = services
         self._forwarder = forwarder
+        self._http = http
         self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
         self.current: list[Listener] = []
 
@@ -87,7 +98,7 @@ class Listeners:
                 there = at.pop((configured.host, configured.port), None)
                 if there is None:
                     sockets = open_tcp_listeners(configured.host, configured.port)
-                    there = Listener(configured, config.service_key(configured.service), sockets)
+                    there = Listener(configured, _service_key(config, configured), sockets)
                 prepared.append(there)
         except BaseException:
             self.discard(prepared)
@@ -111,7 +122,7 @@ class Listeners:
                 listener.accepting.cancel()
         for listener, configured in zip(prepared, config.listen, strict=True):
             listener.configured = configured
-            listener.service = config.service_key(configured.service)
+            listener.service = _service_key(config, configured)
             if listener not in before:
                 self._start(listener)
 
@@ -132,12 +143,14 @@ class Listeners:
 
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
         async def serve(client: socket.socket, peer: object) -> None:
-            service = self._services.get(listener.service)
-            if service is None:
+            service = self._services.get(listener.service) if listener.service is not None else None
+            if listener.configured.scheme == "http" and self._http is not None:
+                await self._http.serve(listener.service, client, peer)
+            elif service is None:
                 # Between its accept and this task's first step the config lost the service.
                 abort(client)
-                return
-            await self._forwarder.serve(service, client, peer)
+            else:
+                await self._forwarder.serve(service, client, peer)
 
         try:
             with listener.accepting:
@@ -148,3 +161,7 @@ class Listeners:
                         )
         finally:
             listener.close()
+
+
+def _service_key(config: ProxyConfig, configured: ListenAddress) -> ServiceKey | None:
+    return config.service_key(configured.service) if configured.service is not None else None
