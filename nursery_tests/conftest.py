@@ -1,0 +1,54 @@
+"""What all tests share.
+
+A test that needs a program or root skips with a reason where there is none. With MESHLOCAL_TESTS_NO_SKIP set, as in CI,
+a skip is a failure: there everything is there, and a test that quietly stopped running would prove nothing.
+"""
+
+import os
+import shutil
+
+import pytest
+
+_NO_SKIP = bool(os.environ.get("MESHLOCAL_TESTS_NO_SKIP"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if _NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
+        _fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if _NO_SKIP and report.skipped:
+        _fail(report)
+    return report
+
+
+def _fail(report):
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid}: skipped where nothing may be skipped: {reason}"
+
+
+@pytest.fixture(scope="session")
+def program():
+    """Find a program, or skip: `program("curl")` is its path."""
+
+    def find(name):
+        path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if path is None:
+            pytest.skip(f"needs the program {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def root():
+    """Skip unless root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
