@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check format bench bench-scale bench-policy protos lock clean
+.PHONY: demo test check format bench bench-scale bench-policy protos reference lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -18,6 +18,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_protos.py --check
+	$(BIN)/python tools/generate_reference.py --check
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
@@ -37,6 +38,10 @@ bench-policy: $(VENV)/run.stamp
 
 protos: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_protos.py
+
+# Pages of docs/ that are made from the code.
+reference: $(VENV)/dev.stamp
+	$(BIN)/python tools/generate_reference.py
 
 lock: $(VENV)/dev.stamp
 	$(PIP) install uv

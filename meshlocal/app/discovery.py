@@ -16,6 +16,7 @@ from random import Random
 
 import trio
 from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
 
 from meshlocal.admin.server import AdminServer
 from meshlocal.app.discovery_pages import DiscoveryCollector, discovery_routes
@@ -74,6 +75,10 @@ class DiscoveryProcess:
         self.readiness = Readiness("waiting for the sources")
         self.stop = Stop()
 
+    def collectors(self) -> list[Collector]:
+        """What the metrics are made of."""
+        return [DiscoveryCollector(self.hub, self.service, self.server, self.readiness)]
+
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status.
 
@@ -93,7 +98,8 @@ class DiscoveryProcess:
             bound = [f"grpc://{format_address(sock.getsockname())}" for sock in sockets]
             bound += [f"admin=http://{format_address(sock.getsockname())}" for sock in admin_sockets]
             registry = CollectorRegistry()
-            registry.register(DiscoveryCollector(self.hub, self.service, self.server, self.readiness))
+            for collector in self.collectors():
+                registry.register(collector)
             admin = AdminServer(discovery_routes(self, registry))
             async with trio.open_nursery() as lifetime:
                 await lifetime.start(handle_signals, self.stop, self.reload)

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import trio
 from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
 
 from meshlocal.admin.server import AdminServer
 from meshlocal.app.embedded import EmbeddedFeed
@@ -122,6 +123,10 @@ class ProxyProcess:
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.stop = Stop()
 
+    def collectors(self) -> list[Collector]:
+        """What the metrics are made of."""
+        return [ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness)]
+
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status, 0 if no connection was cut.
 
@@ -139,9 +144,8 @@ class ProxyProcess:
             if self.services.node_unknown:
                 _log.warning("the node is unknown: no instance counts as local; set NODE_NAME, or proxy.node_name")
             registry = CollectorRegistry()
-            registry.register(
-                ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness)
-            )
+            for collector in self.collectors():
+                registry.register(collector)
             admin = AdminServer(proxy_routes(self, registry))
             async with trio.open_nursery() as lifetime:
                 await lifetime.start(handle_signals, self.stop, self.reload)
