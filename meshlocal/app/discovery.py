@@ -13,13 +13,12 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from random import Random
+from typing import TYPE_CHECKING
 
 import trio
-from prometheus_client import CollectorRegistry
-from prometheus_client.registry import Collector
 
 from meshlocal.admin.server import AdminServer
-from meshlocal.app.discovery_pages import DiscoveryCollector, discovery_routes
+from meshlocal.app.discovery_pages import discovery_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
@@ -36,6 +35,9 @@ from meshlocal.policy.config import Config
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.wire.discovery_methods import SERVICE_NAME
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
 
 _log = get_log(__name__)
 
@@ -77,6 +79,9 @@ class DiscoveryProcess:
 
     def collectors(self) -> list[Collector]:
         """What the metrics are made of."""
+        # Imported here, as prometheus_client is large: see meshlocal.admin.metrics_page.
+        from meshlocal.app.discovery_metrics import DiscoveryCollector
+
         return [DiscoveryCollector(self.hub, self.service, self.server, self.readiness)]
 
     async def run(self) -> int:
@@ -97,10 +102,7 @@ class DiscoveryProcess:
                     sockets.append(sock)
             bound = [f"grpc://{format_address(sock.getsockname())}" for sock in sockets]
             bound += [f"admin=http://{format_address(sock.getsockname())}" for sock in admin_sockets]
-            registry = CollectorRegistry()
-            for collector in self.collectors():
-                registry.register(collector)
-            admin = AdminServer(discovery_routes(self, registry))
+            admin = AdminServer(discovery_routes(self))
             async with trio.open_nursery() as lifetime:
                 await lifetime.start(handle_signals, self.stop, self.reload)
                 await lifetime.start(self.hub.run)

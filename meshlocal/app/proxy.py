@@ -15,15 +15,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
-from prometheus_client import CollectorRegistry
-from prometheus_client.registry import Collector
 
 from meshlocal.admin.server import AdminServer
 from meshlocal.app.embedded import EmbeddedFeed
-from meshlocal.app.proxy_metrics import ProxyCollector
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
@@ -39,6 +36,9 @@ from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import NODE, ServiceKey
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp import TcpForwarder
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
 
 _log = get_log(__name__)
 
@@ -125,6 +125,9 @@ class ProxyProcess:
 
     def collectors(self) -> list[Collector]:
         """What the metrics are made of."""
+        # Imported here, as prometheus_client is large: see meshlocal.admin.metrics_page.
+        from meshlocal.app.proxy_metrics import ProxyCollector
+
         return [ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness)]
 
     async def run(self) -> int:
@@ -143,10 +146,7 @@ class ProxyProcess:
                 opened.callback(listener.close)
             if self.services.node_unknown:
                 _log.warning("the node is unknown: no instance counts as local; set NODE_NAME, or proxy.node_name")
-            registry = CollectorRegistry()
-            for collector in self.collectors():
-                registry.register(collector)
-            admin = AdminServer(proxy_routes(self, registry))
+            admin = AdminServer(proxy_routes(self))
             async with trio.open_nursery() as lifetime:
                 await lifetime.start(handle_signals, self.stop, self.reload)
                 lifetime.start_soon(self.feed.run)

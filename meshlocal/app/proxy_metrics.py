@@ -132,10 +132,12 @@ class ProxyCollector(Collector):
         feed = self._feed
         yield gauge("meshlocal_discovery_connected", "1 while discovery is read.", feed.connected)
         age = feed.age(trio.current_time())
+        known = GaugeMetricFamily(
+            "meshlocal_snapshot_age_seconds", "Seconds since what is known was last known to be current."
+        )
         if age is not None:
-            yield gauge(
-                "meshlocal_snapshot_age_seconds", "Seconds since what is known was last known to be current.", age
-            )
+            known.add_metric([], age)
+        yield known
         for name, text, count in (
             ("meshlocal_discovery_reconnects", "Connections to discovery lost, or not made.", feed.reconnects),
             ("meshlocal_discovery_refused_instances", "Instances refused as malformed.", feed.refused_instances),

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import msgspec
 import trio
-from prometheus_client import CollectorRegistry
 
 import meshlocal
 from meshlocal.admin.messages import Request, Response
@@ -30,14 +29,14 @@ _SHOWN = 200
 """Instances of a service that the overview page lists; /services has all."""
 
 
-def proxy_routes(process: ProxyProcess, registry: CollectorRegistry) -> Mapping[str, Route]:
+def proxy_routes(process: ProxyProcess) -> Mapping[str, Route]:
     """Every page of a proxy, by path."""
     pages = _ProxyPages(process)
     return {
         "/": pages.overview,
         "/livez": livez,
         "/readyz": lambda request: readyz(process.readiness),
-        "/metrics": metrics_route(registry),
+        "/metrics": metrics_route(process.collectors),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": pages.services,
         "/explain": pages.explain,

@@ -19,7 +19,7 @@ def registry() -> CollectorRegistry:
 
 def page(registry: CollectorRegistry, query: str = "", accept: str | None = None) -> Response:
     headers = {} if accept is None else {"accept": accept}
-    return metrics_route(registry)(Request("GET", "/metrics", query, headers))
+    return metrics_route(lambda: [registry])(Request("GET", "/metrics", query, headers))
 
 
 def test_prometheus_text_unless_asked_otherwise(registry: CollectorRegistry) -> None:

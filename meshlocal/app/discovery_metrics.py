@@ -1,0 +1,50 @@
+"""The discovery server's metrics, made from its plain counts when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import meshlocal
+from meshlocal.app.proxy_metrics import gauge
+from meshlocal.app.readiness import Readiness
+from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.service import DiscoveryService
+from meshlocal.net.grpc.server import GrpcServer
+
+
+class DiscoveryCollector(Collector):
+    """Everything that a running discovery server counts."""
+
+    def __init__(self, hub: Hub, service: DiscoveryService, server: GrpcServer, readiness: Readiness) -> None:
+        self._hub = hub
+        self._service = service
+        self._server = server
+        self._readiness = readiness
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they stand now."""
+        yield gauge("meshlocal_build_info", "The version, as a label.", 1, version=meshlocal.__version__)
+        yield gauge("meshlocal_ready", "1 while the process may be sent work.", self._readiness.ready)
+        yield gauge("meshlocal_grpc_connections_open", "gRPC connections.", self._server.connections)
+        yield gauge("meshlocal_watchers", "Watches under way.", self._hub.watcher_count)
+        yield _counter("meshlocal_changes", "Changes of a service's instances.", self._hub.changes)
+        yield _counter("meshlocal_events_sent", "Events sent to watchers.", self._service.events_sent)
+        instances = GaugeMetricFamily("meshlocal_service_instances", "Instances known.", labels=["service"])
+        for snapshot in self._hub.snapshots():
+            instances.add_metric([snapshot.service], len(snapshot.instances))
+        yield instances
+        in_sync = GaugeMetricFamily("meshlocal_source_in_sync", "1 once the source was in sync.", labels=["source"])
+        healthy = GaugeMetricFamily("meshlocal_source_healthy", "1 while the source has no problem.", labels=["source"])
+        for state in self._hub.sources:
+            in_sync.add_metric([state.source.name], state.in_sync)
+            healthy.add_metric([state.source.name], state.problem is None)
+        yield from (in_sync, healthy)
+
+
+def _counter(name: str, text: str, count: int) -> Metric:
+    counter = CounterMetricFamily(name, text)
+    counter.add_metric([], count)
+    return counter
