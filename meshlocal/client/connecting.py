@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -29,6 +30,17 @@ PATIENCE = 0.01
 
 EARLY_LIMIT = 65536
 """Bytes read from a client that waits."""
+
+
+class Waiting(Protocol):
+    """Who an instance is sought for."""
+
+    left: bool
+    """It wants none any more."""
+
+    async def watched(self, wait: Callable[[], Awaitable[object]], /) -> None:
+        """Wait for something, but no longer than until it has left. `wait` raises nothing but Cancelled."""
+        ...
 
 
 class Client:
@@ -73,6 +85,20 @@ class Client:
             waiting.cancel()
 
 
+class FailedAttempt(NamedTuple):
+    """One attempt that came to nothing.
+
+    Attributes:
+        pick: what was tried.
+        error: how it failed, in a word.
+        errno: the system's number for it; 0 where the system gave none.
+    """
+
+    pick: Pick
+    error: str
+    errno: int
+
+
 class Connected:
     """How the search for an instance ended.
 
@@ -83,9 +109,11 @@ class Connected:
         tier: its tier's name; empty if there is none.
         attempts: how many were tried.
         error: how the last attempt failed.
+        errno: the system's number for it; 0 where the system gave none.
+        failures: the attempts that failed, in order.
     """
 
-    __slots__ = ("attempts", "error", "outcome", "pick", "tier", "upstream")
+    __slots__ = ("attempts", "errno", "error", "failures", "outcome", "pick", "tier", "upstream")
 
     def __init__(self) -> None:
         self.upstream: socket.socket | None = None
@@ -94,9 +122,11 @@ class Connected:
         self.tier = ""
         self.attempts = 0
         self.error = ""
+        self.errno = 0
+        self.failures: list[FailedAttempt] = []
 
 
-async def connect(client: Client, service: ServiceState, result: Connected) -> None:
+async def connect(client: Waiting, service: ServiceState, result: Connected) -> None:
     """Find an instance for a client, and connect to it. What came of it is in `result`, also after cancellation."""
     policy = service.policy
     with trio.move_on_after(policy.deadline) as deadline:
@@ -115,7 +145,7 @@ async def connect(client: Client, service: ServiceState, result: Connected) -> N
         result.outcome = Outcome.FAILED if result.attempts else Outcome.NO_INSTANCE
 
 
-async def _attempt_in_turn(client: Client, service: ServiceState, result: Connected) -> None:
+async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Connected) -> None:
     plan = service.plan()
     if plan is None:
         return
@@ -137,18 +167,21 @@ async def _attempt_in_turn(client: Client, service: ServiceState, result: Connec
             statistics.attempts[tier, AttemptOutcome.CONNECTED if result.upstream else failure] += 1
         if result.upstream is not None or client.left:
             return
+        result.failures.append(FailedAttempt(pick, result.error, result.errno))
         # An instance that fails at once must not keep the others' tasks waiting, nor cancellation.
         await trio.lowlevel.checkpoint()
 
 
-async def _attempt(client: Client, service: ServiceState, pick: Pick, result: Connected) -> str:
+async def _attempt(client: Waiting, service: ServiceState, pick: Pick, result: Connected) -> str:
     """Try one instance; the socket goes into `result`. Returns how it failed, in a word."""
     policy = service.policy
     limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
     key = pick.instance.key
+    result.errno = 0
     try:
         connecting = Connecting(key.address, key.port)
     except OSError as error:
+        result.errno = error.errno or 0
         return classify_connect_error(error)
     try:
         if connecting.pending:
@@ -160,6 +193,7 @@ async def _attempt(client: Client, service: ServiceState, pick: Pick, result: Co
     except TimeoutError:
         return AttemptOutcome.TIMEOUT
     except OSError as error:
+        result.errno = error.errno or 0
         return classify_connect_error(error)
     finally:
         if result.upstream is None:
@@ -167,7 +201,7 @@ async def _attempt(client: Client, service: ServiceState, pick: Pick, result: Co
     return ""
 
 
-async def _wait_connected(client: Client, upstream: socket.socket, limit: float) -> None:
+async def _wait_connected(client: Waiting, upstream: socket.socket, limit: float) -> None:
     """Wait until a connect has ended, well or badly, or the client has left.
 
     Raises:

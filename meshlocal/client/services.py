@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import trio
+import anyio
 
 from meshlocal.client.statistics import ServiceStatistics
 from meshlocal.net.log import get_log
@@ -59,7 +59,7 @@ class ServiceState:
         self.selector = selector
         self.picker: Picker | None = None
         self.cursors = Cursors(rng)
-        self.first_snapshot = trio.Event()
+        self.first_snapshot = anyio.Event()
         self.statistics = ServiceStatistics()
         self.changed: Callable[[ServiceSnapshot], None] | None = None
         self.on_demand = False
