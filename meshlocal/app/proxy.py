@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from meshlocal.admin.server import AdminServer
-from meshlocal.app.embedded import EmbeddedFeed
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
@@ -79,6 +78,7 @@ def make_feed(config: ProxyConfig, services: ServiceTable, rng: Random) -> Feed:
     urls = config.discovery.urls
     if urls[0].scheme == "file":
         # Imported here: a proxy that has a discovery server needs no hub in its memory, nor a YAML reader.
+        from meshlocal.discovery.embedded import EmbeddedFeed
         from meshlocal.discovery.file_source import FileSource
         from meshlocal.discovery.hub import Hub
 

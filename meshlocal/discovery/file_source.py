@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import trio
+import anyio
+import anyio.to_thread
 
 from meshlocal.discovery.source import Publisher
 from meshlocal.net.log import get_log
 from meshlocal.policy.model import index
 from meshlocal.policy.problems import Problem
 from meshlocal.wire.instances_file import InstancesFile, InstancesFileError, parse_instances_file
+
+if TYPE_CHECKING:
+    import trio
 
 _log = get_log(__name__)
 
@@ -81,12 +86,12 @@ class FileSource:
                 if await self._publish(publisher, in_sync=in_sync) and not in_sync:
                     in_sync = True
                     task_status.started()
-            await trio.sleep(self._poll_interval)
+            await anyio.sleep(self._poll_interval)
 
     async def _publish(self, publisher: Publisher, *, in_sync: bool) -> bool:
         """Read the file and publish what it says; false if it cannot be used."""
         try:
-            content = await trio.to_thread.run_sync(self.load, abandon_on_cancel=True)
+            content = await anyio.to_thread.run_sync(self.load, abandon_on_cancel=True)
         except InstancesFileError as error:
             publisher.report(str(error))
             served = "what it said before" if in_sync else "nothing yet"

@@ -21,15 +21,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import trio
+import anyio
 
 from meshlocal.discovery.source import Instances, Source
 from meshlocal.net.log import get_log
 from meshlocal.policy import version
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
+
+if TYPE_CHECKING:
+    import trio
 
 _log = get_log(__name__)
 
@@ -133,7 +136,7 @@ class Hub:
         self.sources = [SourceState(self, source) for source in sources]
         self._rng = rng
         self._services: dict[ServiceKey, _Service] = {}
-        self._synced = trio.Event()
+        self._synced = anyio.Event()
         self.changes = 0
         self.watcher_count = 0
 
@@ -146,15 +149,15 @@ class Hub:
         """Wait until every source has been in sync once."""
         await self._synced.wait()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run every source, for ever. Started at once: watchers may come before the sources are in sync."""
-        async with trio.open_nursery() as nursery:
+        async with anyio.create_task_group() as tasks:
             for state in self.sources:
-                nursery.start_soon(self._supervise, state)
+                tasks.start_soon(self._supervise, state)
             task_status.started()
             if not self.sources:
                 self._synced.set()
-                await trio.sleep_forever()
+                await anyio.sleep_forever()
 
     async def _supervise(self, state: SourceState) -> None:
         backoff = Backoff(_RESTART_INITIAL, _RESTART_MAXIMUM, self._rng)
@@ -168,7 +171,7 @@ class Hub:
             state.report(problem)
             delay = backoff.next()
             _log.error("source failed", source=state.source.name, problem=problem, retry_in=round(delay, 3))
-            await trio.sleep(delay)
+            await anyio.sleep(delay)
 
     def snapshot(self, service: ServiceKey) -> ServiceSnapshot | None:
         """The latest state of a service; None while nobody in sync can speak of it (D3)."""
@@ -278,7 +281,7 @@ class Watcher:
         self._resume = dict(subscriptions)
         self._held: dict[ServiceKey, ServiceSnapshot] = {}
         self._marked = dict.fromkeys(subscriptions)
-        self._wake = trio.Event()
+        self._wake = anyio.Event()
         self.pending = set(subscriptions)
 
     def _mark(self, service: ServiceKey) -> None:
@@ -294,7 +297,7 @@ class Watcher:
 
         What is returned counts as held from now on.
         """
-        self._wake = trio.Event()
+        self._wake = anyio.Event()
         marked, self._marked = self._marked, {}
         updates: list[Update] = []
         for service in marked:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import trio
 
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+
+if TYPE_CHECKING:
+    import trio
 
 Instances = Mapping[EndpointKey, Instance]
 """A service's instances by key; not changed after it is published."""
@@ -45,4 +48,45 @@ class Source(Protocol):
 
     async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
         """Publish for ever."""
+        ...
+
+
+class FollowedResource(NamedTuple):
+    """One stream of changes that a source reads.
+
+    Attributes:
+        name: what operators call it, for example `endpointslices in shop`.
+        in_sync: whether all of it was read once.
+        lists: how often all of it was read.
+        events: changes that came since the start.
+        failures: how often it could not be followed.
+        silence: seconds since the registry last said anything of it; None: it never did.
+    """
+
+    name: str
+    in_sync: bool
+    lists: int
+    events: int
+    failures: int
+    silence: float | None
+
+
+class SourceDetails(NamedTuple):
+    """What a source can tell operators of itself.
+
+    Attributes:
+        resources: what it follows.
+        left_out: how much of the registry has no instance now, by cause.
+    """
+
+    resources: Sequence[FollowedResource]
+    left_out: Mapping[str, int]
+
+
+@runtime_checkable
+class DetailedSource(Protocol):
+    """A source that can tell more of itself than whether it is in sync."""
+
+    def details(self) -> SourceDetails:
+        """How it is doing now."""
         ...

@@ -1,10 +1,10 @@
-"""Instances without a discovery server: the hub and its sources inside the proxy's own process."""
+"""Instances without a discovery server: the hub and its sources inside the process that uses them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import trio
+import anyio
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
 from meshlocal.discovery.hub import Hub
@@ -28,7 +28,7 @@ class EmbeddedFeed:
         self._hub = hub
         self._services = list(services)
         self._sink = sink
-        self._followed = trio.Event()
+        self._followed = anyio.Event()
         self.status = FeedStatus(source=url)
 
     def follow(self, services: Iterable[ServiceKey]) -> None:
@@ -38,11 +38,11 @@ class EmbeddedFeed:
 
     async def run(self) -> None:
         """Run the hub and pass on what it holds, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._hub.run)
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(self._hub.run)
             while True:
-                self._followed = trio.Event()
-                async with trio.open_nursery() as following:
+                self._followed = anyio.Event()
+                async with anyio.create_task_group() as following:
                     following.start_soon(self._follow_hub)
                     await self._followed.wait()
                     following.cancel_scope.cancel()
@@ -53,7 +53,7 @@ class EmbeddedFeed:
                 for update in watcher.take():
                     self._sink.publish(update.latest)
                 self._note_state()
-                with trio.move_on_after(_LOOK):
+                with anyio.move_on_after(_LOOK):
                     await watcher.wait()
 
     def _note_state(self) -> None:
@@ -61,4 +61,4 @@ class EmbeddedFeed:
         self.status.problem = "; ".join(problems) or None
         self.status.connected = self._hub.in_sync and not problems
         if self.status.connected:
-            self.status.confirmed_at = trio.current_time()
+            self.status.confirmed_at = anyio.current_time()
