@@ -9,9 +9,6 @@ import trio
 
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
 
-if TYPE_CHECKING:
-    import trio
-
 Instances = Mapping[EndpointKey, Instance]
 """A service's instances by key; not changed after it is published."""
 
