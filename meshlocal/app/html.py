@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+
+# The standard library's html.escape comes with every named entity of HTML: half a megabyte in every sidecar.
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bad: #c2410c; --good: #15803d; }
@@ -31,7 +33,7 @@ def text(value: object) -> Html:
         return Html("&ndash;")
     if isinstance(value, bool):
         return Html("yes" if value else "no")
-    return Html(escape(str(value)))
+    return Html(str(value).translate(_ESCAPES))
 
 
 def good(value: object) -> Html:
@@ -51,7 +53,7 @@ def code(value: object) -> Html:
 
 def link(target: str, label: object) -> Html:
     """A link on this server."""
-    return Html(f'<a href="{escape(target, quote=True)}">{text(label)}</a>')
+    return Html(f'<a href="{target.translate(_ESCAPES)}">{text(label)}</a>')
 
 
 def heading(value: object) -> Html:
