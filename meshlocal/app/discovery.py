@@ -60,7 +60,7 @@ class DiscoveryProcess:
         self.config = load()
         configure_logging(self.config.log.level, self.config.log.format)
         config = self.config.discovery
-        self.hub = Hub(make_sources(config), rng)
+        self.hub = Hub(make_sources(config, rng, environment), rng)
         self.service = DiscoveryService(self.hub, config.heartbeat_interval)
         self.health = HealthStatus()
         self._set_health(serving=False)

@@ -12,6 +12,7 @@ from meshlocal.app.proxy_metrics import gauge
 from meshlocal.app.readiness import Readiness
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.service import DiscoveryService
+from meshlocal.discovery.source import source_details
 from meshlocal.net.grpc.server import GrpcServer
 
 
@@ -42,6 +43,33 @@ class DiscoveryCollector(Collector):
             in_sync.add_metric([state.source.name], state.in_sync)
             healthy.add_metric([state.source.name], state.problem is None)
         yield from (in_sync, healthy)
+        yield from _source_details(self._hub)
+
+
+def _source_details(hub: Hub) -> Iterable[Metric]:
+    both = ["source", "resource"]
+    silence = GaugeMetricFamily(
+        "meshlocal_source_silence_seconds", "Seconds since the registry last said anything of it.", labels=both
+    )
+    lists = CounterMetricFamily("meshlocal_source_lists", "How often all of it was read.", labels=both)
+    events = CounterMetricFamily("meshlocal_source_events", "Changes that the registry told.", labels=both)
+    failures = CounterMetricFamily("meshlocal_source_failures", "Times that it could not be followed.", labels=both)
+    left_out = GaugeMetricFamily(
+        "meshlocal_source_left_out",
+        "What the registry has and no instance was made of, by cause.",
+        labels=["source", "cause"],
+    )
+    for name, details in source_details(state.source for state in hub.sources):
+        for resource in details.resources:
+            labels = [name, resource.name]
+            if resource.silence is not None:
+                silence.add_metric(labels, resource.silence)
+            lists.add_metric(labels, resource.lists)
+            events.add_metric(labels, resource.events)
+            failures.add_metric(labels, resource.failures)
+        for cause, count in details.left_out.items():
+            left_out.add_metric([name, cause], count)
+    return silence, lists, events, failures, left_out
 
 
 def _counter(name: str, text: str, count: int) -> Metric:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import meshlocal
@@ -10,9 +10,10 @@ from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import Route
 from meshlocal.app import html
-from meshlocal.app.proxy_pages import config_view, json_response, livez, readyz
+from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
 from meshlocal.app.views import instance_view
 from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.source import source_details
 
 if TYPE_CHECKING:
     from meshlocal.app.discovery import DiscoveryProcess
@@ -23,11 +24,20 @@ def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route]:
     return {
         "/": lambda request: _overview(process),
         "/livez": livez,
-        "/readyz": lambda request: readyz(process.readiness),
+        "/readyz": lambda request: _readyz(process),
         "/metrics": metrics_route(process.collectors),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": lambda request: _services(process.hub, request),
     }
+
+
+def _readyz(process: DiscoveryProcess) -> Response:
+    if process.readiness.ready or process.hub.in_sync:
+        return readyz(process.readiness)
+    waiting = (
+        f"{each.source.name}: {each.problem or 'no answer yet'}" for each in process.hub.sources if not each.in_sync
+    )
+    return plain(503, f"not ready: {process.readiness.reason}: {'; '.join(waiting)}")
 
 
 def _services(hub: Hub, request: Request) -> Response:
@@ -62,9 +72,29 @@ def _overview(process: DiscoveryProcess) -> Response:
         html.paragraph(f"Watches: {hub.watcher_count}. gRPC connections: {process.server.connections}."),
         html.heading("Sources"),
         html.table(("Source", "State", "Problem"), sources),
+        *_source_tables(hub),
         html.heading("Services"),
         html.table(("Service", "Instances", "Version"), services),
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
     links = ["/services", "/metrics", "/config", "/readyz", "/livez"]
     return Response(200, "text/html; charset=utf-8", html.page(title, links, parts))
+
+
+def _source_tables(hub: Hub) -> Iterable[html.Html]:
+    for name, details in source_details(state.source for state in hub.sources):
+        resources = (
+            (
+                html.code(each.name),
+                html.good("in sync") if each.in_sync else html.bad("not in sync yet"),
+                "never" if each.silence is None else f"{each.silence:.0f} s ago",
+                each.lists,
+                each.events,
+                each.failures,
+            )
+            for each in details.resources
+        )
+        yield html.heading(f"What {name} follows")
+        yield html.table(("Resource", "State", "Last heard of", "Lists", "Events", "Failures"), resources)
+        if left_out := ", ".join(f"{cause} {count}" for cause, count in details.left_out.items() if count):
+            yield html.paragraph(f"Left out: {left_out}.")

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 
 from meshlocal.discovery.file_source import FileSource
 from meshlocal.discovery.source import Source
+from meshlocal.policy.addresses import SourceUrl
 from meshlocal.policy.config import DiscoveryServerConfig
+from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.problems import Problem
 
 
-def make_sources(config: DiscoveryServerConfig) -> list[Source]:
-    """The sources that the config names, in its order."""
-    return [FileSource(Path(url.path), zone=config.zone or "", cluster=config.cluster or "") for url in config.sources]
+def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]) -> list[Source]:
+    """The sources that the config names, in its order.
+
+    It blocks while it reads what a `kubernetes:` URL needs to find its cluster.
+
+    Args:
+        config: names them, and what holds for instances that say nothing else.
+        rng: for jitter.
+        environment: as `os.environ`.
+
+    Raises:
+        ConfigError: a cluster is not found, or its kubeconfig cannot be used; the text names the URL.
+    """
+    problems: list[Problem] = []
+    sources = []
+    for position, url in enumerate(config.sources):
+        try:
+            sources.append(_make_source(url, config, rng, environment))
+        except _SourceError as error:
+            problems.append(Problem(f"discovery.sources[{position}]", f"{url}: {error}"))
+    if problems:
+        raise ConfigError(problems)
+    return sources
+
+
+class _SourceError(Exception):
+    """What a URL names cannot be a source."""
+
+
+def _make_source(url: SourceUrl, config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]) -> Source:
+    zone, cluster = config.zone or "", config.cluster or ""
+    if url.kubernetes is None:
+        return FileSource(Path(url.path), zone=zone, cluster=cluster)
+    return _kubernetes_source(url.kubernetes, rng, environment, zone, cluster)
+
+
+def _kubernetes_source(
+    options: KubernetesOptions, rng: Random, environment: Mapping[str, str], zone: str, cluster: str
+) -> Source:
+    # Imported here: who serves a file pays for no TLS, HTTP or kubeconfigs.
+    from meshlocal.discovery.kubernetes.kubeconfig import KubeconfigError
+    from meshlocal.discovery.kubernetes.source import open_kubernetes_source
+
+    try:
+        return open_kubernetes_source(options, rng, environment, zone=zone, cluster=cluster)
+    except KubeconfigError as error:
+        raise _SourceError(str(error)) from None

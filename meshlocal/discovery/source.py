@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import trio
@@ -87,3 +87,10 @@ class DetailedSource(Protocol):
     def details(self) -> SourceDetails:
         """How it is doing now."""
         ...
+
+
+def source_details(sources: Iterable[Source]) -> Iterable[tuple[str, SourceDetails]]:
+    """The names of those that can tell more of themselves, and what they tell."""
+    for source in sources:
+        if isinstance(source, DetailedSource):
+            yield source.name, source.details()

@@ -13,4 +13,17 @@
     source       the whole, as a `Source`
 
 Nothing outside this package imports it but the discovery server that has a `kubernetes:` source.
+
+Why the way to the API server is this package's own, and not a client library's. Of the kept clients kr8s runs on trio.
+Measured with kr8s 0.20 on CPython 3.11: importing it takes 21 MB of resident memory over trio and ssl, this whole
+package 3 MB. And this package would use little of it, since lists and watches are followed here in any case:
+
+- it reads a token file again only after a refusal, and knows no expiry of what a plugin printed; here files are read
+  for every request, and a plugin runs again before its answer expires;
+- it writes keys and certificates given as data to files that stay; here they never reach a disk;
+- a kubeconfig at fault is a KeyError there; here the message names the file, the line and the key;
+- its HTTP client leaves async generators unfinished where a stream is left early under trio, has no bound on a line,
+  and does not tell a stream that was cut from one that ended.
+
+All of it that the API server sees is tested against a server that enforces the protocol, over real TLS.
 """

@@ -14,7 +14,7 @@ from meshlocal.discovery.kubernetes import http
 from meshlocal.discovery.kubernetes.credentials import Credentials, CredentialsError, Secrets, UtcNow, make_tls
 from meshlocal.discovery.kubernetes.http import HttpError, Origin, Response
 from meshlocal.discovery.kubernetes.kubeconfig import Access, KubeconfigError
-from meshlocal.discovery.kubernetes.objects import Status, decode_status
+from meshlocal.discovery.kubernetes.objects import UNREADABLE, Status, decode_status
 
 HEAD_TIMEOUT = 30.0
 """Seconds to connect and to get an answer's head."""
@@ -116,8 +116,8 @@ class Api:
         self._utc_now = utc_now
         self._user_agent = user_agent
         self._head_timeout = head_timeout
-        self._access: Access | None = None
-        self._credentials: Credentials | None = None
+        self._lock = trio.Lock()
+        self._known: tuple[Access, Credentials] | None = None
         self._tls: tuple[Secrets, Access, ssl.SSLContext] | None = None
 
     @asynccontextmanager
@@ -135,7 +135,8 @@ class Api:
             error: ApiError | None = None
             async with AsyncExitStack() as stack:
                 with trio.fail_after(self._head_timeout):
-                    origin, headers, prefix = await self._prepare(accept)
+                    known = await self._find_once()
+                    origin, headers, prefix = await self._prepare(*known, accept)
                     target = f"{prefix}{path}?{urlencode(query)}" if query else prefix + path
                     response = await stack.enter_async_context(http.get(origin, target, headers))
                     if response.status != 200:
@@ -145,15 +146,22 @@ class Api:
                     return
             if error.status != 401 or last_try:
                 raise error
-            self._access = None
+            if self._known is known:
+                # Unless somebody else, refused likewise, has found new ones by now.
+                self._known = None
 
-    async def _prepare(self, accept: str) -> tuple[Origin, dict[str, str], str]:
+    async def _find_once(self) -> tuple[Access, Credentials]:
+        # Several watches start at once, and are refused at once; a plugin runs for the first of them only.
+        async with self._lock:
+            if self._known is None:
+                access = await trio.to_thread.run_sync(self._find, abandon_on_cancel=True)
+                self._known = access, Credentials(access, self._utc_now)
+            return self._known
+
+    async def _prepare(
+        self, access: Access, credentials: Credentials, accept: str
+    ) -> tuple[Origin, dict[str, str], str]:
         """Where the next request goes, its headers, and what stands before its path."""
-        access, credentials = self._access, self._credentials
-        if access is None or credentials is None:
-            access = await trio.to_thread.run_sync(self._find, abandon_on_cancel=True)
-            credentials = Credentials(access, self._utc_now)
-            self._access, self._credentials = access, credentials
         secrets = await credentials.get()
         headers = {"Accept": accept, "User-Agent": self._user_agent}
         if secrets.token:
@@ -182,7 +190,7 @@ async def _read_error(response: Response) -> ApiError:
         body = b""
     try:
         status = decode_status(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         # A proxy's error page, or the API server's own "404 page not found".
         status = Status(message=body[:200].decode("utf-8", "replace").strip())
     return ApiError.from_status(status, response.status, retry_after)

@@ -29,7 +29,14 @@ import trio
 
 from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError, DataError, StreamError, describe_failure
 from meshlocal.discovery.kubernetes.http import Response
-from meshlocal.discovery.kubernetes.objects import ListMeta, decode_bookmark, decode_event, decode_list, decode_status
+from meshlocal.discovery.kubernetes.objects import (
+    UNREADABLE,
+    ListMeta,
+    decode_bookmark,
+    decode_event,
+    decode_list,
+    decode_status,
+)
 from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import Backoff, UniformSource
 
@@ -50,7 +57,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             a fleet's watches do not all end at once.
         silence: the longest time without a byte of a watch. Servers send a bookmark about once a minute.
         max_line: the longest event. Kubernetes keeps no object of more than 3 MiB by default.
-        steady: a watch that lasted this long, or brought an event, ends the backoff.
+        steady: a watch that lasted this long, or got further than its version, ends the backoff.
         backoff_initial: before the first retry, before jitter.
         backoff_max: between retries at most, before jitter.
     """
@@ -135,6 +142,7 @@ class ListWatch:
         lists: complete lists so far.
         events: events so far, bookmarks not among them.
         failures: failures so far, of any kind.
+        heard: when a page or line last came, in trio's time; None: never.
     """
 
     def __init__(
@@ -158,6 +166,12 @@ class ListWatch:
         self._listed = -math.inf
         self.lists = 0
         self.events = 0
+        self.heard: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call what it follows."""
+        return self._resource.kind
 
     @property
     def failures(self) -> int:
@@ -234,10 +248,11 @@ class ListWatch:
                 body = await response.receive_all(self._limits.max_page)
         try:
             found = decode_list(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise DataError(f"a list that cannot be read: {error}") from None
         if not found.metadata.resource_version:
             raise DataError("a list without a resourceVersion")
+        self.heard = trio.current_time()
         for item in found.items or ():
             self._store.listed(item)
             # Thousands of objects in a page must not keep everybody else waiting.
@@ -277,9 +292,9 @@ class ListWatch:
             raise StreamError(f"the watch ended after less than {limits.steady:g} s")
 
     async def _read_events(self, response: Response) -> bool:
-        """Handle events until the stream ends; tells whether there was any."""
+        """Handle events until the stream ends; tells whether they led to another version."""
         pending = bytearray()
-        progressed = False
+        start = self._version
         while True:
             with trio.move_on_after(self._limits.silence) as silence:
                 piece = await response.receive()
@@ -287,7 +302,7 @@ class ListWatch:
                 raise StreamError(f"the watch was silent for {self._limits.silence:g} s")
             if not piece:
                 # What has no line end yet is no event. It comes again, whole.
-                return progressed
+                return self._version != start
             end = piece.rfind(b"\n")
             if end < 0:
                 pending += piece
@@ -298,7 +313,6 @@ class ListWatch:
                     for line in lines:
                         if line:
                             self._handle(line)
-                            progressed = True
                 finally:
                     self._store.flush()
             if len(pending) > self._limits.max_line:
@@ -316,11 +330,13 @@ class ListWatch:
                 self.events += 1
             else:
                 raise DataError(f"an event of the unknown type {event.type[:50]!r}")
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise DataError(f"an event that cannot be read: {error}") from None
-        if version:
+        self.heard = trio.current_time()
+        if version and version != self._version:
+            # A server that only repeats a version, and ends the watch, is not to be asked without end.
             self._version = version
-        self._progress()
+            self._progress()
 
 
 class Retry:

@@ -194,16 +194,17 @@ def map_part(
 def fitter(one: Instance, other: Instance) -> bool:
     """Whether the first of two accounts of one endpoint is the one to believe.
 
-    An endpoint that moves between slices is in both for a while, or in a stale one. As kube-proxy does, one of them
-    is taken, and one whose node is known goes before one without; before that, here, the ready one goes first, then
-    the serving one, then the one that is not terminating.
+    An endpoint that moves between slices is in both for a while; and a pod network may give the address of a
+    terminating pod to the next one, which is in a slice of its own. As kube-proxy does, one of them is taken, and one
+    that is not terminating goes first. What kube-proxy leaves to chance goes on here: first the ready one, then the
+    serving one, then one whose node is known.
     """
     return _fitness(one) > _fitness(other)
 
 
 def _fitness(instance: Instance) -> tuple[bool, bool, bool, bool]:
     conditions = instance.conditions
-    return conditions.ready, conditions.serving, not conditions.terminating, NODE in instance.labels
+    return not conditions.terminating, conditions.ready, conditions.serving, NODE in instance.labels
 
 
 def merge(parts: Sequence[MappedPart]) -> Mapping[EndpointKey, Instance]:

@@ -171,6 +171,9 @@ class Node(_Object, frozen=True):
     metadata: NodeMeta
 
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What the decoders raise: at what is no JSON, other JSON than expected, no UTF-8, or nested without measure."""
+
 decode_list = msgspec.json.Decoder(ObjectList).decode
 decode_event = msgspec.json.Decoder(WatchEvent).decode
 decode_status = msgspec.json.Decoder(Status).decode

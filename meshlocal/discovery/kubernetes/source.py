@@ -28,10 +28,10 @@ from meshlocal.discovery.kubernetes.listwatch import (
     Retry,
     collection,
 )
-from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOut, ObjectKey
-from meshlocal.discovery.kubernetes.stores import endpoints_store, name_of, node_store, slice_store
+from meshlocal.discovery.kubernetes.mapping import Defaults, ObjectKey
+from meshlocal.discovery.kubernetes.stores import AnyStore, endpoints_store, name_of, node_store, slice_store
 from meshlocal.discovery.kubernetes.table import EndpointTable
-from meshlocal.discovery.source import Publisher
+from meshlocal.discovery.source import FollowedResource, Publisher, SourceDetails
 from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.kubernetes_options import KubernetesOptions
@@ -84,15 +84,24 @@ class KubernetesSource:
         """`kubernetes:` and its options."""
         return f"kubernetes:{self._options}"
 
-    @property
-    def left_out(self) -> LeftOut:
-        """What the cluster has that no instance was made of, counted."""
-        return self._run.table.left_out if self._run is not None else LeftOut()
-
-    @property
-    def watches(self) -> list[ListWatch]:
-        """Its lists and watches, with their counters."""
-        return list(self._run.watches) if self._run is not None else []
+    def details(self) -> SourceDetails:
+        """See `DetailedSource.details`."""
+        if self._run is None:
+            return SourceDetails((), {})
+        now = trio.current_time()
+        resources = [
+            FollowedResource(
+                watch.name,
+                watch.lists > 0,
+                watch.lists,
+                watch.events,
+                watch.failures,
+                None if watch.heard is None else now - watch.heard,
+            )
+            for watch, _ in self._run.watches
+        ]
+        unreadable = sum(store.unreadable for _, store in self._run.watches)
+        return SourceDetails(resources, self._run.table.left_out._asdict() | {"unreadable": unreadable})
 
     async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
         """Publish the cluster's services, for ever. In sync once every list was complete."""
@@ -152,18 +161,15 @@ class KubernetesSource:
         prefix, resource = _SLICES if kind == "endpointslices" else _ENDPOINTS
         name = f"{kind} in {namespace}" if namespace else kind
         path = collection(prefix, resource, namespace)
-        make = slice_store if kind == "endpointslices" else endpoints_store
+        make: Callable[..., AnyStore] = slice_store if kind == "endpointslices" else endpoints_store
         store = make(run.table, run.publish, run.warn_once)
-        return run.add(
-            ListWatch(
-                self._api,
-                Resource(path, name, self._options.selector),
-                store,
-                self._rng,
-                run.problems.of(name),
-                self._limits,
-            )
-        )
+        return self._add(run, Resource(path, name, self._options.selector), store)
+
+    def _add(self, run: _Run, resource: Resource, store: AnyStore) -> ListWatch:
+        report = run.problems.of(resource.kind)
+        watch = ListWatch(self._api, resource, store, self._rng, report, self._limits)
+        run.watches.append((watch, store))
+        return watch
 
     async def _follow_nodes(self, run: _Run, known: trio.Event) -> None:
         """Follow the nodes' labels; without the right to, do without."""
@@ -185,8 +191,7 @@ class KubernetesSource:
                 await retry.wait(error)
         run.problems.of("nodes")(None)
         resource = Resource(path, "nodes", metadata_only=True)
-        store = node_store(run.table, run.publish)
-        watch = run.add(ListWatch(self._api, resource, store, self._rng, run.problems.of("nodes"), self._limits))
+        watch = self._add(run, resource, node_store(run.table, run.publish))
         async with trio.open_nursery() as nursery:
             await nursery.start(watch.run)
             known.set()
@@ -195,7 +200,9 @@ class KubernetesSource:
 def open_kubernetes_source(
     options: KubernetesOptions, rng: UniformSource, environment: Mapping[str, str], *, zone: str = "", cluster: str = ""
 ) -> KubernetesSource:
-    """The source that a `kubernetes:` URL names. Nothing is read before it runs.
+    """The source that a `kubernetes:` URL names. The cluster is found at once, so that a mistake shows at once.
+
+    It blocks while it reads a kubeconfig. It is read again whenever the API server refuses the credentials.
 
     Args:
         options: the URL's.
@@ -203,8 +210,12 @@ def open_kubernetes_source(
         environment: as `os.environ`: KUBECONFIG, HOME, and what Kubernetes gives a pod.
         zone: the `zone` label of instances for which the cluster gives none.
         cluster: the labels `cluster` and `cluster_id`, unless the options name others.
+
+    Raises:
+        KubeconfigError: no cluster is found, or the kubeconfig cannot be used.
     """
     home = Path(environment.get("HOME") or "/")
+    find_access(options, environment, home)
     api = Api(lambda: find_access(options, environment, home), lambda: datetime.now(UTC))
     return KubernetesSource(api, options, rng, zone=zone, cluster=cluster)
 
@@ -242,14 +253,10 @@ class _Run:
     def __init__(self, publisher: Publisher, defaults: Defaults, problems: _Problems) -> None:
         self.table = EndpointTable(defaults)
         self.problems = problems
-        self.watches: list[ListWatch] = []
+        self.watches: list[tuple[ListWatch, AnyStore]] = []
         self._publisher = publisher
         self._published = False
         self._warned: set[str] = set()
-
-    def add(self, watch: ListWatch) -> ListWatch:
-        self.watches.append(watch)
-        return watch
 
     def publish_all(self) -> None:
         self._published = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -11,6 +11,7 @@ from meshlocal.discovery.kubernetes.api import DataError
 from meshlocal.discovery.kubernetes.listwatch import Change
 from meshlocal.discovery.kubernetes.mapping import ObjectKey, Part, part_of_endpoints, part_of_slice
 from meshlocal.discovery.kubernetes.objects import (
+    UNREADABLE,
     Endpoints,
     EndpointSlice,
     Identity,
@@ -122,7 +123,7 @@ class ObjectStore(Generic[_T]):
             meta = found.metadata
             key = ObjectKey(meta.namespace, meta.name)
             self._put(found)
-        except (msgspec.DecodeError, UnicodeDecodeError, ModelError) as error:
+        except (*UNREADABLE, ModelError) as error:
             meta = self._identify(item)
             key = ObjectKey(meta.namespace, meta.name)
             self._refuse(key, str(error))
@@ -134,7 +135,7 @@ class ObjectStore(Generic[_T]):
     def _identify(self, item: msgspec.Raw) -> Identity:
         try:
             return decode_any(item).metadata
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise DataError(f"an object that does not say what it is: {error}") from None
 
     def _refuse(self, key: ObjectKey, problem: str) -> None:
@@ -144,6 +145,9 @@ class ObjectStore(Generic[_T]):
             self._unreadable[key] = problem
         served = "what it said before" if key in self._held else "nothing of it"
         _log.error("kubernetes object refused", kind=self._kind, object=name_of(key), problem=problem, served=served)
+
+
+AnyStore: TypeAlias = "ObjectStore[EndpointSlice] | ObjectStore[Endpoints] | ObjectStore[Node]"
 
 
 def name_of(key: ObjectKey) -> str:

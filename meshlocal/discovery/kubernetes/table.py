@@ -1,7 +1,8 @@
 """Every object that is held, by service; and the services that changed since they were last taken.
 
 A change of an object costs work for its service only: the object is mapped, its service is marked, and the marked
-services are merged when they are taken.
+services are merged when they are taken. A change of a node costs work for the objects that name it, once however many
+nodes changed since.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class EndpointTable:
         self._services: dict[ServiceKey, dict[ObjectKey, MappedPart]] = {}
         self._nodes: dict[str, Topology] = {}
         self._on_node: dict[str, set[ObjectKey]] = {}
+        self._stale: dict[ObjectKey, None] = {}
         self._marked: dict[ServiceKey, None] = {}
         self._left_out = LeftOut()
 
@@ -53,7 +55,9 @@ class EndpointTable:
     def put(self, part: Part) -> tuple[str, ...]:
         """Hold what an object says now. Returns its problems if they are others than before."""
         before = self._objects.get(part.key)
-        mapped = map_part(part, self._nodes, self._defaults, before)
+        reused = before if part.key not in self._stale else None
+        self._stale.pop(part.key, None)
+        mapped = map_part(part, self._nodes, self._defaults, reused)
         self._set(part.key, before, mapped)
         if before is not None and before.problems == mapped.problems:
             return ()
@@ -62,10 +66,11 @@ class EndpointTable:
     def remove(self, key: ObjectKey) -> None:
         """Forget an object, if it is held."""
         if (before := self._objects.get(key)) is not None:
+            self._stale.pop(key, None)
             self._set(key, before, None)
 
     def set_node(self, name: str, topology: Topology | None) -> None:
-        """Take a node's topology; None: it is gone. Maps every object with an endpoint on it anew."""
+        """Take a node's topology; None: it is gone. Every object with an endpoint on it is mapped anew when taken."""
         topology = topology or _NOWHERE
         if self._nodes.get(name, _NOWHERE) == topology:
             return
@@ -73,19 +78,26 @@ class EndpointTable:
             del self._nodes[name]
         else:
             self._nodes[name] = topology
-        for key in sorted(self._on_node.get(name, ())):
-            before = self._objects[key]
-            self._set(key, before, map_part(before.part, self._nodes, self._defaults))
+        self._stale.update(dict.fromkeys(self._on_node.get(name, ())))
 
     def take(self) -> dict[ServiceKey, Instances | None]:
         """The services that changed since this was last called, with all of their instances; None: no longer known."""
+        self._refresh()
         marked, self._marked = self._marked, {}
         return {service: self._merged(service) for service in marked}
 
     def take_all(self) -> dict[ServiceKey, Instances]:
         """Every service with its instances; nothing counts as changed afterwards."""
+        self._refresh()
         self._marked = {}
         return {service: merge(_in_order(parts)) for service, parts in self._services.items()}
+
+    def _refresh(self) -> None:
+        """Map what stands on a node that changed."""
+        stale, self._stale = self._stale, {}
+        for key in stale:
+            before = self._objects[key]
+            self._set(key, before, map_part(before.part, self._nodes, self._defaults))
 
     def _merged(self, service: ServiceKey) -> Instances | None:
         parts = self._services.get(service)
