@@ -160,7 +160,7 @@ async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Conne
         result.tier = tier = tiers[pick.tier]
         statistics.picks[tier, pick.reason or ""] += 1
         try:
-            result.error = await _attempt(client, service, pick, result)
+            result.error = await try_instance(client, service, pick, result)
         finally:
             # One that was cancelled, by the deadline or because its client left, counts too.
             failure = result.error or AttemptOutcome.ABANDONED
@@ -172,7 +172,7 @@ async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Conne
         await trio.lowlevel.checkpoint()
 
 
-async def _attempt(client: Waiting, service: ServiceState, pick: Pick, result: Connected) -> str:
+async def try_instance(client: Waiting, service: ServiceState, pick: Pick, result: Connected) -> str:
     """Try one instance; the socket goes into `result`. Returns how it failed, in a word."""
     policy = service.policy
     limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
