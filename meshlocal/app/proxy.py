@@ -13,9 +13,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -23,16 +22,14 @@ from meshlocal.admin.server import AdminServer
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
-from meshlocal.client.feed import FeedStatus
+from meshlocal.client.place import locality_of
 from meshlocal.client.services import ServiceTable
-from meshlocal.net.dial import usable_families
+from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
-from meshlocal.policy.config import Config, ProxyConfig
+from meshlocal.policy.config import Config
 from meshlocal.policy.config_build import ConfigError
-from meshlocal.policy.locality import Locality
-from meshlocal.policy.model import NODE, ServiceKey
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp import TcpForwarder
 
@@ -46,56 +43,6 @@ LoadConfig = Callable[[], Config]
 
 _FIXED = ("discovery", "admin")
 """Sections of `proxy` that only a restart changes."""
-
-
-class Feed(Protocol):
-    """A task that keeps the services' snapshots coming."""
-
-    @property
-    def status(self) -> FeedStatus:
-        """How it is doing."""
-        ...
-
-    def follow(self, services: list[ServiceKey]) -> None:
-        """Follow these services from now on."""
-        ...
-
-    async def run(self) -> None:
-        """Publish snapshots until cancelled."""
-        ...
-
-
-def locality_of(config: ProxyConfig) -> Locality:
-    """Where the config says that the proxy stands, on this host as it is now."""
-    labels = dict(config.labels)
-    if config.node_name:
-        labels[NODE] = config.node_name
-    return Locality(labels, config.prefer, config.within, usable_families())
-
-
-def make_feed(config: ProxyConfig, services: ServiceTable, rng: Random) -> Feed:
-    """The feed that the config's discovery URLs ask for."""
-    urls = config.discovery.urls
-    if urls[0].scheme == "file":
-        # Imported here: a proxy that has a discovery server needs no hub in its memory, nor a YAML reader.
-        from meshlocal.discovery.embedded import EmbeddedFeed
-        from meshlocal.discovery.file_source import FileSource
-        from meshlocal.discovery.hub import Hub
-
-        source = FileSource(Path(urls[0].path), zone="", cluster="")
-        return EmbeddedFeed(Hub([source], rng), str(urls[0]), services.keys, services)
-    # Likewise: a proxy that reads a file needs no gRPC.
-    from meshlocal.client.watch import DiscoveryWatch, WatchOptions
-
-    discovery = config.discovery
-    options = WatchOptions(
-        connect_timeout=discovery.connect_timeout,
-        keepalive_interval=discovery.keepalive_interval,
-        keepalive_timeout=discovery.keepalive_timeout,
-        backoff_initial=discovery.backoff_initial,
-        backoff_max=discovery.backoff_max,
-    )
-    return DiscoveryWatch(urls, services.keys, services, rng, options)
 
 
 class ProxyProcess:
@@ -119,7 +66,7 @@ class ProxyProcess:
         self.services = ServiceTable(proxy, locality_of(proxy), rng)
         self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
         self.listeners = Listeners(self.services, self.forwarder)
-        self.feed = make_feed(proxy, self.services, rng)
+        self.feed = make_feed(proxy.discovery, self.services.keys, self.services, rng)
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.stop = Stop()
 

@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 from urllib.parse import quote
 
-from meshlocal.app.proxy import locality_of
 from meshlocal.app.query import QueryError, fetch_instances, list_clusters, list_services, list_zones
 from meshlocal.app.views import explain_view, instance_view
 from meshlocal.cli.tables import table
+from meshlocal.client.place import locality_of
 from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.locality import Selector

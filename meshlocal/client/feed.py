@@ -6,11 +6,12 @@ server or a file in the same process feeds it; `app` joins the two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
-from meshlocal.policy.model import ServiceSnapshot
+from meshlocal.policy.model import ServiceKey, ServiceSnapshot
 
 
 class SnapshotSink(Protocol):
@@ -43,3 +44,20 @@ class FeedStatus(msgspec.Struct):
     def age(self, now: float) -> float | None:
         """Seconds since what is held was known to be current (D1); None while nothing was ever held."""
         return None if self.confirmed_at is None else max(0.0, now - self.confirmed_at)
+
+
+class Feed(Protocol):
+    """A task that keeps the services' snapshots coming, into a sink."""
+
+    @property
+    def status(self) -> FeedStatus:
+        """How it is doing."""
+        ...
+
+    def follow(self, services: Sequence[ServiceKey]) -> None:
+        """Follow these services from now on."""
+        ...
+
+    async def run(self) -> None:
+        """Publish snapshots until cancelled."""
+        ...

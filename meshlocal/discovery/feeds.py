@@ -1,0 +1,43 @@
+"""From discovery URLs to what follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from meshlocal.client.feed import Feed, SnapshotSink
+from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.config import DiscoveryClientConfig
+from meshlocal.policy.model import ServiceKey
+
+
+def make_feed(
+    config: DiscoveryClientConfig, services: Sequence[ServiceKey], sink: SnapshotSink, rng: UniformSource
+) -> Feed:
+    """The feed that a config's discovery URLs ask for.
+
+    Args:
+        config: with at least one URL.
+        services: what to follow at first.
+        sink: gets every new snapshot.
+        rng: for the jitter of reconnects.
+    """
+    urls = config.urls
+    if urls[0].scheme == "file":
+        # Imported here: who has a discovery server needs no hub in its memory, nor a YAML reader.
+        from meshlocal.discovery.embedded import EmbeddedFeed
+        from meshlocal.discovery.file_source import FileSource
+        from meshlocal.discovery.hub import Hub
+
+        return EmbeddedFeed(Hub([FileSource(Path(urls[0].path))], rng), str(urls[0]), services, sink)
+    # Likewise: who reads a file needs no gRPC.
+    from meshlocal.client.watch import DiscoveryWatch, WatchOptions
+
+    options = WatchOptions(
+        connect_timeout=config.connect_timeout,
+        keepalive_interval=config.keepalive_interval,
+        keepalive_timeout=config.keepalive_timeout,
+        backoff_initial=config.backoff_initial,
+        backoff_max=config.backoff_max,
+    )
+    return DiscoveryWatch(urls, services, sink, rng, options)
