@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"]}
 
 
+def compile_lock(name: str, source: str, extras: list[str], given: str | None = None) -> None:
+    output = ROOT / "requirements" / f"{name}.lock"
+    command = [sys.executable, "-m", "uv", "pip", "compile", "-q", "--universal", "--python-version", "3.11"]
+    command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+    for extra in extras:
+        command += ["--extra", extra]
+    subprocess.run([*command, source, "-o", str(output)], cwd=ROOT, check=True, input=given, text=True)
+    print(f"wrote {output.relative_to(ROOT)}")
+
+
 def main() -> None:
     for name, extras in EXTRAS.items():
-        output = ROOT / "requirements" / f"{name}.lock"
-        command = [sys.executable, "-m", "uv", "pip", "compile", "-q", "--universal", "--python-version", "3.11"]
-        command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
-        for extra in extras:
-            command += ["--extra", extra]
-        subprocess.run([*command, "pyproject.toml", "-o", str(output)], cwd=ROOT, check=True)
-        print(f"wrote {output.relative_to(ROOT)}")
+        compile_lock(name, "pyproject.toml", extras)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    compile_lock("build", "-", [], "\n".join(project["build-system"]["requires"]))
 
 
 if __name__ == "__main__":
