@@ -1,4 +1,4 @@
-"""The order in which one request tries instances (behaviour rules L1 to O4, R1).
+"""The order in which one request tries instances (behaviour rules L1 to O5, F3, R1).
 
 Theory of operation. A `Picker` belongs to one snapshot of one service and never
 changes. It holds the usable instances in groups, each sorted by endpoint: a
@@ -19,6 +19,12 @@ that it has not tried yet, and sets the cursor one past it (O2). Walks share the
 cursors, so requests under way at the same time that fail on one dead instance
 go on to different ones. Plans are lazy: one that succeeds at once costs one
 cursor step, however many instances there are.
+
+While some instances are ejected, or some tier may be full, plans get a `Gate`
+that says of each instance whether it is to be passed over. A walk then goes
+round the tiers up to three times: past those that the gate passes over; then
+through those that were only full; last through the ejected ones (O5). No walk
+leaves out anything.
 """
 
 from __future__ import annotations
@@ -39,6 +45,27 @@ class Reason(StrEnum):
     NODE_UNKNOWN = "node_unknown"
     NO_LOCAL = "no_local"
     LOCAL_FAILED = "local_failed"
+    LOCAL_EJECTED = "local_ejected"
+    SPILL = "spill"
+
+
+class PassedOver(StrEnum):
+    """Why a gate passes an instance over while others are left."""
+
+    FULL = "full"
+    EJECTED = "ejected"
+
+
+class Gate(Protocol):
+    """What a plan asks about each instance that it comes to, while not all of them are fit to be tried first."""
+
+    def passed_over(self, place: tuple[str, int], tier: int) -> PassedOver | None:
+        """Why the instance is to be tried later; None if now. The plan that is told None tries it."""
+        ...
+
+    def would_pass_over(self, place: tuple[str, int], tier: int) -> PassedOver | None:
+        """The same for a plan that is only looked at: changes nothing."""
+        ...
 
 
 class RandomSource(Protocol):
@@ -57,12 +84,14 @@ class Pick(NamedTuple):
         tier: its tier's index; 0 is the nearest.
         reason: why the request left the first tier; None while it has not.
         last_resort: the instance is terminating (L4).
+        passed_over: it had been passed over before, and comes now because nothing else is left.
     """
 
     instance: Instance
     tier: int
     reason: Reason | None
     last_resort: bool = False
+    passed_over: PassedOver | None = None
 
 
 class Group:
@@ -121,6 +150,18 @@ class Cursors:
         """Set the cursor one past the instance just tried."""
         following = tried + 1
         self._stands[number] = (group, following if following < len(group.keys) else 0)
+
+
+class Rotation(Protocol):
+    """What a plan needs of `Cursors`."""
+
+    def position(self, number: int, group: Group) -> int:
+        """See `Cursors.position`."""
+        ...
+
+    def advance(self, number: int, group: Group, tried: int) -> None:
+        """See `Cursors.advance`."""
+        ...
 
 
 class Picker:
@@ -198,22 +239,14 @@ class Picker:
             groups[number] = groups[number].changed(removed.get(number, ()), added.get(number, ()))
         return Picker(self.selector, snapshot, groups, matching)
 
-    def plan(self, cursors: Cursors) -> Plan:
+    def plan(self, cursors: Cursors, gate: Gate | None = None) -> Plan:
         """One request's walk over every usable instance (O1)."""
-        return Plan(self, cursors)
+        return Plan(self, cursors, gate)
 
-    def preview(self, cursors: Cursors) -> Iterator[Pick]:
+    def preview(self, cursors: Cursors, gate: Gate | None = None) -> Iterator[Pick]:
         """The picks of the next request's plan if every attempt fails (R2). Moves no cursor that stood already."""
-        tried: set[tuple[str, int]] = set()
-        for number, group in enumerate(self._groups):
-            if not group.keys:
-                continue
-            start = cursors.position(number, group)
-            for instance in chain(group.instances[start:], group.instances[:start]):
-                place = instance.key[:2]
-                if place not in tried:
-                    tried.add(place)
-                    yield self._pick(number, instance)
+        plan = Plan(self, _Shadow(cursors), _Looking(gate) if gate is not None else None)
+        yield from iter(plan.next, None)
 
     def left_out(self) -> Iterator[tuple[Instance, LeftOut]]:
         """The instances that no plan contains, with the reason of each."""
@@ -246,11 +279,12 @@ class Plan:
     A walk belongs to the picker that it began with: a snapshot that comes meanwhile does not change it.
     """
 
-    __slots__ = ("_cursors", "_number", "_picker", "_taken", "_tried")
+    __slots__ = ("_cursors", "_gate", "_number", "_picker", "_taken", "_tried")
 
-    def __init__(self, picker: Picker, cursors: Cursors) -> None:
+    def __init__(self, picker: Picker, cursors: Rotation, gate: Gate | None = None) -> None:
         self._picker = picker
         self._cursors = cursors
+        self._gate = None if gate is None else _Gated(gate, picker)
         self._number = 0
         self._taken = 0
         self._tried: set[tuple[str, int]] = set()
@@ -258,6 +292,7 @@ class Plan:
     def next(self) -> Pick | None:
         """Take the next instance and step the cursor past it (O2)."""
         groups = self._picker._groups
+        gate = self._gate
         while self._number < len(groups):
             group = groups[self._number]
             size = len(group.keys)
@@ -266,15 +301,90 @@ class Plan:
                 for _ in range(size):
                     # One address and port can stand under several port names; it is one instance to a request.
                     place = group.keys[at][:2]
-                    if place not in self._tried:
+                    if place not in self._tried and (gate is None or gate.lets_pass(place, self._number)):
                         self._tried.add(place)
                         self._taken += 1
                         self._cursors.advance(self._number, group, at)
-                        return self._picker._pick(self._number, group.instances[at])
+                        pick = self._picker._pick(self._number, group.instances[at])
+                        return pick if gate is None else gate.explained(pick)
                     at = at + 1 if at + 1 < size else 0
             self._number += 1
             self._taken = 0
+            if gate is not None and self._number == len(groups) and gate.goes_round():
+                self._number = 0
         return None
+
+
+class _Gated:
+    """What a plan with a gate remembers: which round it is, and why it left the first tier (R1)."""
+
+    __slots__ = ("_gate", "_local_full", "_local_tried", "_round", "_seen", "_tiers")
+
+    def __init__(self, gate: Gate, picker: Picker) -> None:
+        self._gate = gate
+        self._tiers = picker._tiers
+        self._round: PassedOver | None = None
+        self._seen: set[PassedOver] = set()
+        self._local_tried = False
+        self._local_full = False
+
+    def lets_pass(self, place: tuple[str, int], number: int) -> bool:
+        """Whether the instance is to be tried in this round."""
+        if self._round is PassedOver.EJECTED:
+            return True
+        tier = number % self._tiers
+        why = self._gate.passed_over(place, tier)
+        if why is None or why is self._round:
+            return True
+        self._seen.add(why)
+        self._local_full = self._local_full or (why is PassedOver.FULL and not tier)
+        return False
+
+    def explained(self, pick: Pick) -> Pick:
+        """The pick with its true reason."""
+        reason = pick.reason
+        if not pick.tier:
+            self._local_tried = True
+        elif reason is Reason.LOCAL_FAILED and not self._local_tried:
+            reason = Reason.SPILL if self._local_full else Reason.LOCAL_EJECTED
+        elif self._round is None:
+            return pick
+        return Pick(pick.instance, pick.tier, reason, pick.last_resort, self._round)
+
+    def goes_round(self) -> bool:
+        """After the last tier: whether there is another round, which then begins."""
+        if not self._seen:
+            return False
+        self._round = PassedOver.FULL if PassedOver.FULL in self._seen else PassedOver.EJECTED
+        self._seen.discard(self._round)
+        return True
+
+
+class _Shadow:
+    """Cursors that move only for the one who looks at them."""
+
+    def __init__(self, cursors: Cursors) -> None:
+        self._cursors = cursors
+        self._moved: dict[int, int] = {}
+
+    def position(self, number: int, group: Group) -> int:
+        at = self._moved.get(number)
+        return self._cursors.position(number, group) if at is None else at
+
+    def advance(self, number: int, group: Group, tried: int) -> None:
+        self._moved[number] = tried + 1 if tried + 1 < len(group.keys) else 0
+
+
+class _Looking:
+    """A gate that changes nothing."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def passed_over(self, place: tuple[str, int], tier: int) -> PassedOver | None:
+        return self._gate.would_pass_over(place, tier)
+
+    would_pass_over = passed_over
 
 
 def _key(instance: Instance) -> EndpointKey:
