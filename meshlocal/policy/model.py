@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import NamedTuple, NewType
 
 import msgspec
@@ -181,10 +182,9 @@ def diff(old: ServiceSnapshot | None, new: ServiceSnapshot) -> ServiceChange:
     upserted = tuple(
         instance for key, instance in after.items() if (was := get(key)) is not instance and was != instance
     )
-    removed: tuple[EndpointKey, ...] = ()
-    # As many keys after as before, none of them new: then none can be missing.
-    if len(before) != len(after) or any(instance.key not in before for instance in upserted):
-        removed = tuple(key for key in before if key not in after)
+    # How many are missing follows from the sizes: the pass over them ends with the last, and is mostly spared.
+    missing = len(before) + sum(instance.key not in before for instance in upserted) - len(after)
+    removed = tuple(islice((key for key in before if key not in after), missing))
     return ServiceChange(
         new.service, old.version if old is not None else "", new.version, upserted, removed, new.unknown
     )
