@@ -26,15 +26,15 @@ format: $(VENV)/dev.stamp
 
 # Latency direct and through the proxy, on the same node and away from it.
 bench: $(VENV)/run.stamp
-	$(BIN)/python bench/latency.py
+	$(BIN)/python -m bench.latency
 
 # Watchers of one discovery server, and what one change costs.
 bench-scale: $(VENV)/run.stamp
-	$(BIN)/python bench/watchers.py
+	$(BIN)/python -m bench.watchers
 
 # What a pick and a change cost.
 bench-policy: $(VENV)/run.stamp
-	$(BIN)/python bench/policy.py
+	$(BIN)/python -m bench.policy
 
 protos: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_protos.py

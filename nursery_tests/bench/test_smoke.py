@@ -1,0 +1,69 @@
+"""Every benchmark runs, with sizes that measure nothing, and writes the figures that it names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(name: str, output: Path, *arguments: str) -> tuple[str, dict]:
+    """What a benchmark printed, and the JSON that it wrote."""
+    command = [sys.executable, "-m", f"bench.{name}", *arguments, "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout, json.loads((output / f"{name}.json").read_text())
+
+
+def test_latency(tmp_path):
+    printed, figures = run("latency", tmp_path, "--rounds", "2", "--exchanges", "5", "--connects", "3")
+    assert set(figures["established"]) == {"direct", "same", "other", "failover", "far-direct", "far"}
+    for kind in ("established", "connect"):
+        rows = figures[kind]
+        assert all(0 < row["p50"] <= row["p90"] <= row["p99"] for row in rows.values())
+        # The far node's round trip is in every figure that crosses to it.
+        assert min(rows["far"]["p50"], rows["far-direct"]["p50"]) >= 2 * figures["far_one_way_asked"]
+    assert "| proxy, same node " in printed
+
+
+def test_watchers(tmp_path):
+    sizes = ("--watchers", "6", "--processes", "2", "--instances", "3", "--changes", "2", "--idle", "0.1")
+    _, figures = run("watchers", tmp_path, *sizes)
+    assert len(figures["each_change"]) == 2
+    assert all(0 < each["first"] <= each["p50"] <= each["last"] for each in figures["each_change"])
+    assert figures["connect_cpu_per_watcher"] > 0
+
+
+def test_policy(tmp_path):
+    printed, figures = run("policy", tmp_path, "--instances", "20", "--large", "50", "--repeat", "3")
+    assert set(figures["change"]) == {"label changed", "instance added", "instance removed"}
+    assert [goal["holds"] for goal in figures["goals"]] == [goal["value"] <= goal["limit"] for goal in figures["goals"]]
+    assert printed.count("goal ≤") == len(figures["goals"]) == 3
+
+
+@pytest.mark.parametrize("adds", [0.0, 0.004])
+def test_a_relay_that_does_not_delay_as_asked_is_refused(adds):
+    """Figures through it would mean nothing."""
+    from bench.delay import DelayError, delaying, verify
+    from bench.processes import module
+
+    with (
+        module("bench.echo", "127.0.0.1") as (_, (echo,)),
+        delaying(echo, adds) as relay,
+        pytest.raises(DelayError, match=r"asked for 4\.00 ms a round trip"),
+    ):
+        verify(("127.0.0.1", echo), ("127.0.0.1", relay), 0.002, exchanges=5)
+
+
+def test_percentiles_are_the_values_that_enough_others_do_not_exceed():
+    from bench.report import percentile
+
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert [percentile(values, share) for share in (0, 20, 21, 50, 99, 100)] == [1.0, 1.0, 2.0, 3.0, 5.0, 5.0]
+    assert percentile([7.0], 50) == 7.0
