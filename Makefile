@@ -19,6 +19,8 @@ check: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_protos.py --check
 	$(BIN)/python tools/generate_reference.py --check
+	$(BIN)/python tools/check_manifests.py
+	$(BIN)/hadolint deploy/container/Containerfile
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
