@@ -65,11 +65,12 @@ class Client:
         `wait` raises nothing but Cancelled.
         """
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, nursery.cancel_scope)
+            nursery.start_soon(self.watch, nursery.cancel_scope)
             await wait()
             nursery.cancel_scope.cancel()
 
-    async def _watch(self, waiting: trio.CancelScope) -> None:
+    async def watch(self, waiting: trio.CancelScope) -> None:
+        """Read what it sends into `early`, and cancel `waiting` if it leaves."""
         try:
             while len(self.early) < EARLY_LIMIT:
                 await trio.lowlevel.wait_readable(self.socket)
