@@ -22,8 +22,6 @@ package 3 MB. And this package would use little of it, since lists and watches a
   for every request, and a plugin runs again before its answer expires;
 - it writes keys and certificates given as data to files that stay; here they never reach a disk;
 - a kubeconfig at fault is a KeyError there; here the message names the file, the line and the key;
-- its HTTP client leaves async generators unfinished where a stream is left early under trio, has no bound on a line,
-  and does not tell a stream that was cut from one that ended.
-
-All of it that the API server sees is tested against a server that enforces the protocol, over real TLS.
+- its HTTP client leaves async generators unfinished where a stream is left early under trio, and bounds neither a line
+  nor an answer.
 """

@@ -5,18 +5,29 @@ with other parameters than its list's) is answered as the API answers it, and no
 fixture asserts to be empty.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import ssl
 from collections import deque
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import trio
 import trustme
+
+from meshlocal.discovery.kubernetes.api import Api
+from meshlocal.discovery.kubernetes.kubeconfig import Access, Content
+from meshlocal.discovery.kubernetes.listwatch import Limits
+from meshlocal.discovery.kubernetes.source import KubernetesSource
+from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 DATA = Path(__file__).parent / "data"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
@@ -27,6 +38,20 @@ _KINDS = {
     ENDPOINTS: ("EndpointsList", "v1"),
     NODES: ("NodeList", "v1"),
 }
+
+
+FAST = Limits(backoff_initial=0.01, backoff_max=0.05, steady=0.02)
+"""For tests over sockets: what matters there is the order of things, not how long they take."""
+
+
+async def until(holds):
+    """Wait for something that cannot be waited for otherwise."""
+    with trio.fail_after(20):
+        while not holds():  # noqa: ASYNC110 - counters have no event
+            await trio.sleep(0.002)
+
+
+_SELECTS = ("kind", "collection", "namespace")
 
 
 class Request(SimpleNamespace):
@@ -41,8 +66,9 @@ class Collection:
         self.oldest = version
         self.items = {}
         self.events = []  # (version, namespace, line)
-        self.bookmarks = []  # (number, line)
+        self.bookmarks = []
         self.snapshots = {}
+        self.issued = {str(version)}
 
     def put(self, change, item, line=None):
         """Apply an event, with the server's own bytes if there are any."""
@@ -58,11 +84,18 @@ class Collection:
             self.items.pop(key, None)
         else:
             self.items[key] = item
-        self.events.append((self.version, key[0], line))
+        self.issued.add(meta["resourceVersion"])
+        self.events.append((self.version, item, line))
+
+    def mark(self, line):
+        """Take a bookmark."""
+        self.issued.add(json.loads(line)["object"]["metadata"]["resourceVersion"])
+        self.bookmarks.append(line)
 
     def compact(self):
         """Forget every event so far."""
         self.events = []
+        self.version += 1
         self.oldest = self.version
 
 
@@ -78,8 +111,9 @@ class ApiServer:
         tokens: bearer tokens that it takes; None: any request.
         absent: collections that it does not know.
         forbidden: collections that may not be read.
-        split: bytes in a chunk of a watch; None: an event in each.
-        faults: what happens to the next requests instead of an answer (`status`, `drop`, `cut`), first come first.
+        split: bytes in a chunk of a watch; None: an event in each; "whole": all there is in one.
+        faults: what happens to the next requests instead of an answer (`status`, `drop`, `cut`, `error`), first come
+            first; those with `kind`, `collection` or `namespace` wait for a request of these.
         expired: continue tokens are all too old.
     """
 
@@ -97,8 +131,9 @@ class ApiServer:
         self.watching = 0
         self.accepted = 0
         self.refuse = False
+        self._ended = 0
         self._changed = trio.Event()
-        self._streams = set()
+        self._connections = set()
         self.port = 0
 
     def wake(self):
@@ -117,6 +152,7 @@ class ApiServer:
         found = json.loads((DATA / name).read_bytes())
         target = self.collections[collection]
         target.version = target.oldest = int(found["metadata"]["resourceVersion"])
+        target.issued = {found["metadata"]["resourceVersion"]}
         target.items = {(i["metadata"]["namespace"], i["metadata"]["name"]): i for i in found["items"]}
 
     def play(self, collection, lines):
@@ -125,7 +161,7 @@ class ApiServer:
         for line in lines:
             event = json.loads(line)
             if event["type"] == "BOOKMARK":
-                target.bookmarks.append((len(target.bookmarks), line))
+                target.mark(line)
             else:
                 target.put(event["type"], event["object"], line)
         self.wake()
@@ -137,10 +173,21 @@ class ApiServer:
 
     async def cut(self):
         """Break every connection."""
-        for stream in list(self._streams):
-            await trio.aclose_forcefully(stream)
+        cut = set(self._connections)
+        for scope in cut:
+            scope.cancel()
+        await self.until(lambda: not cut & self._connections)
 
-    async def serve(self, *, task_status):
+    def end_watches(self):
+        """End every watch as a server does when its time is over."""
+        self._ended += 1
+        self.wake()
+
+    def asked(self, kind, collection=SLICES):
+        """The queries of the requests so far."""
+        return [each.query for each in self.requests if (each.kind, each.collection) == (kind, collection)]
+
+    async def serve(self, *, task_status=trio.TASK_STATUS_IGNORED):
         listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
         self.port = listeners[0].socket.getsockname()[1]
         await trio.serve_listeners(self._handle, listeners, task_status=task_status)
@@ -151,23 +198,32 @@ class ApiServer:
             await trio.aclose_forcefully(plain)
             return
         stream = trio.SSLStream(plain, self._tls, server_side=True, https_compatible=True)
-        self._streams.add(stream)
-        try:
-            await stream.do_handshake()
-            head = bytearray()
-            while b"\r\n\r\n" not in head:
-                data = await stream.receive_some(4096)
-                if not data:
-                    return
-                head += data
-            await self._answer(stream, bytes(head))
-            await stream.aclose()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        finally:
-            self._streams.discard(stream)
-            await trio.aclose_forcefully(stream)
-            self.wake()
+        with trio.CancelScope() as scope:
+            self._connections.add(scope)
+            try:
+                await stream.do_handshake()
+                head = bytearray()
+                while b"\r\n\r\n" not in head:
+                    data = await stream.receive_some(4096)
+                    if not data:
+                        raise trio.BrokenResourceError
+                    head += data
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._wait_for_leaver, stream, scope)
+                    await self._answer(stream, bytes(head))
+                    nursery.cancel_scope.cancel()
+                await stream.aclose()
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            finally:
+                self._connections.discard(scope)
+                await trio.aclose_forcefully(stream)
+                self.wake()
+
+    async def _wait_for_leaver(self, stream, scope):
+        with suppress(trio.BrokenResourceError):
+            assert not await stream.receive_some(1)
+        scope.cancel()
 
     def _parse(self, head):
         lines = head.decode("latin-1").split("\r\n\r\n")[0].split("\r\n")
@@ -188,8 +244,7 @@ class ApiServer:
         request = self._parse(head)
         self.requests.append(request)
         self.wake()
-        if self.faults and self.faults[0].get("kind", request.kind) == request.kind:
-            fault = self.faults.popleft()
+        if fault := self._take_fault(request):
             if "drop" in fault:
                 return
             if "status" in fault:
@@ -215,6 +270,13 @@ class ApiServer:
         else:
             await self._list(stream, request)
 
+    def _take_fault(self, request):
+        for fault in self.faults:
+            if all(fault.get(name, mine) == mine for name, mine in vars(request).items() if name in _SELECTS):
+                self.faults.remove(fault)
+                return fault
+        return None
+
     async def _send(self, stream, status, body, headers=()):
         lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", "Content-Type: application/json"]
         lines += [f"{name}: {value}" for name, value in dict(headers).items()]
@@ -228,6 +290,13 @@ class ApiServer:
             if (not request.namespace or key[0] == request.namespace)
             and (not name or item["metadata"].get("labels", {}).get(name) == value)
         }
+
+    def _lines(self, request, version):
+        return [
+            line
+            for at, item, line in self.collections[request.collection].events
+            if at > version and self._selected(request, {(item["metadata"].get("namespace", ""), ""): item})
+        ]
 
     async def _list(self, stream, request):
         collection = self.collections[request.collection]
@@ -244,6 +313,7 @@ class ApiServer:
                 return
         else:
             collection.snapshots[version] = dict(collection.items)
+            collection.issued.add(version)
         items = sorted(self._selected(request, collection.snapshots[version]).items())
         page = items[start : start + limit] if limit else items
         meta = {"resourceVersion": version}
@@ -260,8 +330,8 @@ class ApiServer:
     async def _watch(self, stream, request):
         collection = self.collections[request.collection]
         query = request.query
-        if not query.get("resourceVersion", "").isdigit():
-            self.offences.append("a watch without a version to start from")
+        if query.get("resourceVersion") not in collection.issued:
+            self.offences.append("a watch from a version that was never given")
         if "limit" in query or "continue" in query:
             self.offences.append("a watch with limit or continue")
         if not 1 <= int(query.get("timeoutSeconds", "0")) <= 3600:
@@ -278,27 +348,26 @@ class ApiServer:
             await self._chunk(stream, (DATA / "gone.watch.jsonl").read_bytes(), None)
             await stream.send_all(b"0\r\n\r\n")
             return
-        marks = len(collection.bookmarks)
+        marks, ended = len(collection.bookmarks), self._ended
         self.watching += 1
         self.wake()
         try:
-            while True:
-                lines = [
-                    line
-                    for at, namespace, line in collection.events
-                    if at > version and (not request.namespace or namespace == request.namespace)
-                ]
+            while ended == self._ended:
+                lines = self._lines(request, version)
                 if query.get("allowWatchBookmarks") == "true":
-                    lines += [line for number, line in collection.bookmarks if number >= marks]
+                    lines += collection.bookmarks[marks:]
                 version, marks = collection.version, len(collection.bookmarks)
                 changed = self._changed
+                if self.split == "whole" and lines:
+                    lines = [b"".join(lines)]
                 for line in lines:
                     if getattr(request, "cut", None) is not None:
                         # Half a line, and then the end of the connection in the middle of a chunk or after one.
                         await self._chunk(stream, line[: request.cut], None)
                         return
-                    await self._chunk(stream, line, self.split)
+                    await self._chunk(stream, line, None if self.split == "whole" else self.split)
                 await changed.wait()
+            await stream.send_all(b"0\r\n\r\n")
         finally:
             self.watching -= 1
             self.wake()
@@ -394,12 +463,34 @@ def kube(authority, tmp_path):
     def lines(name):
         return (DATA / name).read_bytes().splitlines(keepends=True)
 
+    def access(server, **more):
+        more = {"token": Content(b"t"), "authority": Content(authority.cert_pem.bytes())} | more
+        return Access(origin="test", scheme="https", host="127.0.0.1", port=server.port, **more)
+
+    @asynccontextmanager
+    async def following(server, options="", *, find=None, limits=FAST, in_sync=True, **more):
+        """A source of the server's, running: it, and what it publishes."""
+        api = Api(find or (lambda: access(server)), lambda: datetime.now(UTC))
+        source = KubernetesSource(api, KubernetesOptions.parse(options), Random(0), limits=limits, **more)
+        publications = Publications()
+        async with trio.open_nursery() as nursery:
+            if in_sync:
+                with trio.fail_after(20):
+                    await nursery.start(source.run, publications)
+            else:
+                nursery.start_soon(partial(nursery.start, source.run, publications))
+            yield source, publications
+            nursery.cancel_scope.cancel()
+
     return SimpleNamespace(
         data=DATA,
         slices=SLICES,
         endpoints=ENDPOINTS,
         nodes=NODES,
+        access=access,
+        following=following,
         serving=serving,
+        until=until,
         publications=Publications,
         show=show,
         lines=lines,
