@@ -243,7 +243,7 @@ class Load:
 
     async def _work(self) -> None:
         while True:
-            if self._paused is not None:
+            while self._paused is not None:
                 await self._paused.wait()
             self._under_way += 1
             try:
