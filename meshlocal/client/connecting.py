@@ -1,4 +1,4 @@
-"""From a client to a connected instance: wait, pick, attempt, next (behaviour rules A1, A2, A5 to A8, O1).
+"""From a client to a connected instance: wait, pick, attempt, next (behaviour rules A1, A2, A5 to A8, H1, O1).
 
 A tcp attempt is the connect. Nothing was sent to an instance whose connect
 failed, so any failure moves on to the next instance of the plan, until one
@@ -150,7 +150,7 @@ async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Conne
     plan = service.plan()
     if plan is None:
         return
-    statistics = service.statistics
+    statistics, fitness = service.statistics, service.fitness
     tiers = service.tiers
     while service.policy.max_attempts is None or result.attempts < service.policy.max_attempts:
         pick = plan.next()
@@ -160,12 +160,20 @@ async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Conne
         result.attempts += 1
         result.tier = tier = tiers[pick.tier]
         statistics.picks[tier, pick.reason or ""] += 1
+        error = ""
         try:
-            result.error = await try_instance(client, service, pick, result)
+            error = result.error = await try_instance(client, service, pick, result)
         finally:
             # One that was cancelled, by the deadline or because its client left, counts too.
-            failure = result.error or AttemptOutcome.ABANDONED
-            statistics.attempts[tier, AttemptOutcome.CONNECTED if result.upstream else failure] += 1
+            if result.upstream is not None:
+                statistics.attempts[tier, AttemptOutcome.CONNECTED] += 1
+                fitness.connected(pick.instance)
+            elif error:
+                statistics.attempts[tier, error] += 1
+                fitness.failed(pick.instance, error)
+            else:
+                statistics.attempts[tier, AttemptOutcome.ABANDONED] += 1
+                fitness.abandoned(pick.instance)
         if result.upstream is not None or client.left:
             return
         result.failures.append(FailedAttempt(pick, result.error, result.errno))

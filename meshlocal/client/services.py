@@ -9,27 +9,47 @@ began with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import anyio
 
+from meshlocal.client.fitness import Fitness
 from meshlocal.client.statistics import ServiceStatistics
 from meshlocal.net.log import get_log
-from meshlocal.policy.config import AttemptPolicy, ProxyConfig
+from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
+from meshlocal.policy.config_health import EjectionConfig
+from meshlocal.policy.limits import Circuit
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
-from meshlocal.policy.picker import Cursors, Picker, Plan, RandomSource
+from meshlocal.policy.picker import Cursors, Pick, Picker, Plan, RandomSource
 
 _log = get_log(__name__)
 
 
+class Randomness(RandomSource, UniformSource, Protocol):
+    """What a service needs of `random.Random`: first positions of cursors (O4), jitter of ejections (H1)."""
+
+
 class ServiceState:
     """One service as the proxy sees it.
+
+    Args:
+        key: its name in the registry.
+        selector: places its instances.
+        policy: how its requests are tried.
+        rng: for the cursors and for ejections.
+        ejection: when an instance is ejected, and for how long.
+        config: what holds for it only.
+        whole: the limits of the whole proxy.
 
     Attributes:
         key: its name in the registry.
         policy: how its requests are tried.
         picker: what the latest snapshot says; None before the first (A7).
         cursors: where its rotations stand; they outlive pickers (O3).
+        fitness: what was found out about its instances; it outlives pickers too.
+        circuit: how much of it is under way, and may be.
         first_snapshot: set once a snapshot has come.
         statistics: its counts.
         changed: called with each snapshot, once the picker knows it: for who keeps connections to instances.
@@ -41,8 +61,10 @@ class ServiceState:
     __slots__ = (
         "_warned_ports",
         "changed",
+        "circuit",
         "cursors",
         "first_snapshot",
+        "fitness",
         "in_use",
         "key",
         "last_used",
@@ -53,12 +75,24 @@ class ServiceState:
         "statistics",
     )
 
-    def __init__(self, key: ServiceKey, selector: Selector, policy: AttemptPolicy, rng: RandomSource) -> None:
+    def __init__(
+        self,
+        key: ServiceKey,
+        selector: Selector,
+        policy: AttemptPolicy,
+        rng: Randomness,
+        ejection: EjectionConfig | None = None,
+        config: ServiceConfig | None = None,
+        whole: Circuit | None = None,
+    ) -> None:
+        config = config or ServiceConfig()
         self.key = key
         self.policy = policy
         self.selector = selector
         self.picker: Picker | None = None
         self.cursors = Cursors(rng)
+        self.fitness = Fitness(key, ejection or EjectionConfig(), config.spill, rng)
+        self.circuit = Circuit(config.limits, whole)
         self.first_snapshot = anyio.Event()
         self.statistics = ServiceStatistics()
         self.changed: Callable[[ServiceSnapshot], None] | None = None
@@ -74,7 +108,11 @@ class ServiceState:
 
     def plan(self) -> Plan | None:
         """The next request's plan; None before the first snapshot."""
-        return self.picker.plan(self.cursors) if self.picker is not None else None
+        return self.picker.plan(self.cursors, self.fitness.gate()) if self.picker is not None else None
+
+    def preview(self) -> Iterator[Pick]:
+        """The picks of the next request's plan if every attempt fails (R2); none before the first snapshot."""
+        return self.picker.preview(self.cursors, self.fitness.gate()) if self.picker is not None else iter(())
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """Swap in the picker of a snapshot."""
@@ -84,6 +122,7 @@ class ServiceState:
             self.first_snapshot.set()
         else:
             self.picker = before.updated(snapshot, diff(before.snapshot, snapshot))
+            self.fitness.retain(snapshot.instances)
         if self.changed is not None:
             self.changed(snapshot)
         if snapshot.unknown and (before is None or not before.snapshot.unknown):
@@ -98,10 +137,15 @@ class ServiceState:
                 config_key=f"proxy.services.{self.key}.port_name",
             )
 
-    def reselect(self, selector: Selector, policy: AttemptPolicy) -> None:
-        """Apply another place or policy to what is known. The cursors stay."""
+    def reselect(
+        self, selector: Selector, policy: AttemptPolicy, ejection: EjectionConfig, config: ServiceConfig
+    ) -> None:
+        """Apply another place or policy to what is known. The cursors stay, and what was found out about instances."""
         self.policy = policy
         self.selector = selector
+        self.fitness.health.policy = ejection
+        self.fitness.spill = config.spill
+        self.circuit.limits = config.limits
         if self.picker is not None:
             self.picker = Picker.build(selector, self.picker.snapshot)
 
@@ -112,15 +156,17 @@ class ServiceTable:
     Args:
         config: the proxy's section.
         locality: where the proxy stands.
-        rng: for the cursors (O4).
+        rng: for the cursors (O4), and for the jitter of ejections.
 
     Attributes:
         on_followed: called with `keys` whenever a request, or the lack of requests, changed them. `reconfigure` does
             not call it.
+        circuit: how much is under way in all, and may be.
     """
 
-    def __init__(self, config: ProxyConfig, locality: Locality, rng: RandomSource) -> None:
+    def __init__(self, config: ProxyConfig, locality: Locality, rng: Randomness) -> None:
         self._rng = rng
+        self.circuit = Circuit(config.limits)
         self.config = config
         self._states: dict[ServiceKey, ServiceState] = {}
         self._said_unmatched = False
@@ -198,6 +244,7 @@ class ServiceTable:
         moved = locality != self.locality
         self.config = config
         self.locality = locality
+        self.circuit.limits = config.limits
         wanted = dict.fromkeys(
             config.service_key(listen.service) for listen in config.listen if listen.service is not None
         )
@@ -207,7 +254,9 @@ class ServiceTable:
             elif not state.on_demand:
                 del self._states[key]
                 continue
-            state.reselect(Selector(locality, config.service(key).port_name), config.attempts_for(key))
+            service = config.service(key)
+            selector = Selector(locality, service.port_name)
+            state.reselect(selector, config.attempts_for(key), config.ejection, service)
         for key in wanted:
             if key not in self._states:
                 self._states[key] = self._make(key)
@@ -216,8 +265,16 @@ class ServiceTable:
         self._check_node()
 
     def _make(self, key: ServiceKey) -> ServiceState:
-        selector = Selector(self.locality, self.config.service(key).port_name)
-        return ServiceState(key, selector, self.config.attempts_for(key), self._rng)
+        config = self.config.service(key)
+        return ServiceState(
+            key,
+            Selector(self.locality, config.port_name),
+            self.config.attempts_for(key),
+            self._rng,
+            self.config.ejection,
+            config,
+            self.circuit,
+        )
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """See `SnapshotSink.publish`. A service that is not followed is passed over."""

@@ -28,6 +28,8 @@ _REASONS = {
     errno.EMFILE: "no_descriptors",
     errno.ENFILE: "no_descriptors",
     errno.EADDRNOTAVAIL: "no_ports",
+    errno.ENOBUFS: "no_memory",
+    errno.ENOMEM: "no_memory",
 }
 
 _NON_BLOCKING_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -110,7 +112,7 @@ async def dial_tcp(address: str, port: int) -> socket.socket:
 
 
 def classify_connect_error(error: OSError) -> str:
-    """Why a connect failed: refused, unreachable, reset, timeout, no_descriptors, no_ports or other."""
+    """Why a connect failed: refused, unreachable, reset, timeout, no_descriptors, no_ports, no_memory or other."""
     return _REASONS.get(error.errno or 0, "other")
 
 

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status
 from meshlocal.policy.model import NODE, ServiceKey
@@ -108,6 +109,14 @@ class ServiceConfig(Section, frozen=True):
     attempts: Annotated[AttemptOverrides, Meta(description="What the service does otherwise than proxy.attempts.")] = (
         AttemptOverrides()
     )
+    limits: Annotated[LimitsConfig, Meta(description="How much of it is taken on at once.")] = LimitsConfig()
+    spill: Annotated[
+        Count | None,
+        Meta(
+            description="Requests under way from this proxy on one instance of the first tier, from which on more go to"
+            " the next instance or tier while one is left (F3); null: no matter how many."
+        ),
+    ] = None
 
 
 class DiscoveryClientConfig(Section, frozen=True):
@@ -180,6 +189,10 @@ class ProxyConfig(Section, frozen=True):
     services: Annotated[
         Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")
     ] = msgspec.field(default_factory=dict)
+    ejection: Annotated[
+        EjectionConfig, Meta(description="When an instance is tried last of all, and for how long (H1).")
+    ] = EjectionConfig()
+    limits: Annotated[LimitsConfig, Meta(description="How much the whole proxy takes on at once.")] = LimitsConfig()
     http: Annotated[HttpConfig, Meta(description="What holds for http listeners.")] = HttpConfig()
     access_log: Annotated[
         bool, Meta(description="One log line for each connection (tcp) or request (http), at its end.")

@@ -1,9 +1,14 @@
-"""TCP connections from accept to end (behaviour rules A1 to A8, R1, S1).
+"""TCP connections from accept to end (behaviour rules A1 to A8, H1, R1, S1).
 
 One task serves one connection: it connects an instance, relays until both sides
 have ended, and counts. Whatever ends it in another way, a failure on either
 side, an idle limit, a drain that ran out of time, resets the client's
 connection rather than closing it: a stream that was cut must not look complete.
+
+An instance that was connected and reset the connection before it said a word has
+failed as much as one that could not be connected, and is ejected for it (H1).
+That a connect succeeded says nothing of such an instance then: its next
+connections are watched until they have lived for a while.
 """
 
 from __future__ import annotations
@@ -15,17 +20,24 @@ from collections.abc import Iterator
 import trio
 
 from meshlocal.client.connecting import Client, Connected, connect
+from meshlocal.client.fitness import Fitness
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.relay import RelayCounters, relay
+from meshlocal.net.relay import RelayCounters, RelayResult, relay
 from meshlocal.net.sockets import abort, close, format_address
+from meshlocal.policy.health import Cause
+from meshlocal.policy.limits import Limit
+from meshlocal.policy.model import Instance
 
 _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")
 
 _SWEEP_LONGEST = 30.0
 _WARNING_INTERVAL = 5.0
+
+SETTLED = 1.0
+"""Seconds that a connection must live to show that its instance works, if nothing else shows it."""
 
 
 class Connection:
@@ -105,26 +117,83 @@ class TcpForwarder:
             self._account(connection, outcome)
 
     async def _forward(self, connection: Connection, sock: socket.socket) -> Outcome:
+        circuit = connection.service.circuit
+        if not circuit.enter(Limit.CONNECTIONS):
+            return self._refuse(connection, Limit.CONNECTIONS)
+        try:
+            if not circuit.enter(Limit.REQUESTS):
+                return self._refuse(connection, Limit.REQUESTS)
+            try:
+                return await self._serve_request(connection, sock)
+            finally:
+                circuit.leave(Limit.REQUESTS)
+        finally:
+            circuit.leave(Limit.CONNECTIONS)
+
+    def _refuse(self, connection: Connection, limit: Limit) -> Outcome:
+        connection.result.error = f"limit_{limit}"
+        return Outcome.LIMITED
+
+    async def _serve_request(self, connection: Connection, sock: socket.socket) -> Outcome:
         service, result = connection.service, connection.result
         client = Client(sock)
+        if not service.circuit.enter(Limit.WAITING):
+            return self._refuse(connection, Limit.WAITING)
         service.statistics.connecting += 1
         try:
             await connect(client, service, result)
         finally:
             service.statistics.connecting -= 1
+            service.circuit.leave(Limit.WAITING)
         if result.upstream is None:
             assert result.outcome is not None
             return result.outcome
+        assert result.pick is not None
+        instance = result.pick.instance
         connection.counters = RelayCounters(trio.current_time())
         service.statistics.open += 1
+        service.fitness.begin(instance)
         try:
-            ended = await relay(sock, result.upstream, connection.counters, early=client.early)
+            ended = await self._relay(connection, sock, result.upstream, client.early)
         finally:
+            service.fitness.end(instance)
             service.statistics.open -= 1
         if ended.failed is not None:
             connection.cut = f"{ended.failed} {ended.reason}"
             return Outcome.CUT
         return Outcome.SERVED
+
+    async def _relay(
+        self, connection: Connection, sock: socket.socket, upstream: socket.socket, early: bytes | bytearray
+    ) -> RelayResult:
+        """Relay, and tell what the connection shows of its instance (H1)."""
+        fitness, counters, pick = connection.service.fitness, connection.counters, connection.result.pick
+        assert counters is not None
+        assert pick is not None
+        began = trio.current_time()
+        ended: RelayResult | None = None
+        try:
+            if fitness.is_doubted(pick.instance):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._settle, fitness, pick.instance)
+                    ended = await relay(sock, upstream, counters, early=early)
+                    nursery.cancel_scope.cancel()
+            else:
+                ended = await relay(sock, upstream, counters, early=early)
+        finally:
+            silent = not counters.upstream_to_client
+            if ended is None or (silent and ended.failed == "client"):
+                fitness.abandoned(pick.instance)
+            elif not silent or ended.failed is None or ended.first_end is not None:
+                fitness.worked(pick.instance)
+            elif trio.current_time() - began < SETTLED:
+                fitness.failed(pick.instance, ended.reason, Cause.RESET)
+        assert ended is not None
+        return ended
+
+    async def _settle(self, fitness: Fitness, instance: Instance) -> None:
+        await trio.sleep(SETTLED)
+        fitness.worked(instance)
 
     def _account(self, connection: Connection, outcome: Outcome) -> None:
         service, result = connection.service, connection.result

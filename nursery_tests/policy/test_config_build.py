@@ -23,6 +23,7 @@ from meshlocal.policy.config import (
     ServiceConfig,
 )
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
+from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig, RouteConfig
 
 FULL: dict[str, Any] = {
@@ -74,7 +75,17 @@ FULL: dict[str, Any] = {
             "via": "mesh",
             "response_headers": True,
         },
-        "services": {"b": {"port_name": "grpc", "attempts": {"deadline": 1, "max_attempts": None}}, "c": None},
+        "ejection": {"failures": 1, "time": 2, "max_time": 3},
+        "limits": {"connections": 1, "requests": 2, "waiting": 3},
+        "services": {
+            "b": {
+                "port_name": "grpc",
+                "attempts": {"deadline": 1, "max_attempts": None},
+                "limits": {"connections": 4},
+                "spill": 5,
+            },
+            "c": None,
+        },
         "access_log": True,
         "drain": {"delay": 1, "timeout": 2},
     },
@@ -161,9 +172,16 @@ def test_every_key() -> None:
                 response_headers=True,
             ),
             services={
-                "b": ServiceConfig(port_name="grpc", attempts=AttemptOverrides(deadline=1.0, max_attempts=None)),
+                "b": ServiceConfig(
+                    port_name="grpc",
+                    attempts=AttemptOverrides(deadline=1.0, max_attempts=None),
+                    limits=LimitsConfig(connections=4),
+                    spill=5,
+                ),
                 "c": ServiceConfig(),
             },
+            ejection=EjectionConfig(failures=1, time=2.0, max_time=3.0),
+            limits=LimitsConfig(connections=1, requests=2, waiting=3),
             access_log=True,
             drain=DrainConfig(delay=1.0, timeout=2.0),
         ),

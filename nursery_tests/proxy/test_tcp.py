@@ -75,7 +75,7 @@ async def test_connections_stay_on_the_node(proxy: Any, upstream: Any) -> None:
 
 
 async def test_a_refused_local_instance_is_retried_within_the_connection(proxy: Any, upstream: Any) -> None:
-    """A2, O1, O2, R1: the rest of the node, then the others evenly; the client sees nothing of it."""
+    """A2, H1, O1, O2, R1: the rest of the node, then the others evenly; the client sees nothing of it."""
     local = await upstream("local", "n1")
     n2, n3 = await upstream("n2", "n2"), await upstream("n3", "n3")
     dead = refusing("n1")
@@ -86,8 +86,9 @@ async def test_a_refused_local_instance_is_retried_within_the_connection(proxy: 
     served = Counter([await proxy.ask() for _ in range(20)])
     assert served == {"n2": 10, "n3": 10}
     await finish(proxy)
-    assert proxy.requests[RequestKey("other", "local_failed", Outcome.SERVED)] == 20
-    assert proxy.table["b"].statistics.attempts[("node", "refused")] >= 40
+    assert proxy.requests[RequestKey("other", "local_failed", Outcome.SERVED)] == 3
+    assert proxy.requests[RequestKey("other", "local_ejected", Outcome.SERVED)] == 17
+    assert proxy.table["b"].statistics.attempts[("node", "refused")] == 6
 
 
 async def test_every_instance_failed_resets_the_client(proxy: Any) -> None:

@@ -1,0 +1,122 @@
+"""What requests and checks find out about a service's instances, told to the log as it happens (H1, H3, F3).
+
+The decisions are those of `meshlocal.policy.health`; here are the clock, the log, and the count of what is under way on
+each instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import anyio
+
+from meshlocal.net.log import get_log
+from meshlocal.policy.admission import Admission
+from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.config_health import EjectionConfig
+from meshlocal.policy.health import Cause, Health, Place
+from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+
+_log = get_log(__name__)
+
+OWN_FAULTS = frozenset({"no_descriptors", "no_ports", "no_memory"})
+"""Failures to connect that say nothing about the instance: this host has run out of something."""
+
+
+class Fitness:
+    """One service's instances, as they proved so far.
+
+    Args:
+        service: for the log.
+        ejection: when an instance is ejected, and for how long.
+        spill: requests under way on an instance of the first tier from which on it is full; None: never (F3).
+        rng: for the jitter of ejections.
+
+    Attributes:
+        health: the states.
+        spill: may be replaced at any time.
+        under_way: requests under way by instance, where there are any.
+    """
+
+    __slots__ = ("_service", "health", "spill", "under_way")
+
+    def __init__(self, service: ServiceKey, ejection: EjectionConfig, spill: int | None, rng: UniformSource) -> None:
+        self._service = service
+        self.health = Health(ejection, rng)
+        self.spill = spill
+        self.under_way: dict[Place, int] = {}
+
+    def gate(self) -> Admission | None:
+        """What a plan that begins now must ask; None while every instance is fit and none can be full."""
+        if self.spill is None and not len(self.health):
+            return None
+        return Admission(self.health, anyio.current_time(), self.spill, self.under_way)
+
+    def connected(self, instance: Instance) -> None:
+        """A request connected it. That readmits one that could not be connected before."""
+        if not self.health.quiet and self.health.succeeded(_place(instance.key), anyio.current_time(), shallow=True):
+            self._say_readmitted(instance.key, "connected")
+
+    def worked(self, instance: Instance) -> None:
+        """It answered a request, with whatever answer, or kept its connection for a while."""
+        if not self.health.quiet and self.health.succeeded(_place(instance.key), anyio.current_time()):
+            self._say_readmitted(instance.key, "answered")
+
+    def failed(self, instance: Instance, error: str, cause: Cause = Cause.CONNECT) -> None:
+        """A request failed on it.
+
+        Args:
+            instance: which.
+            error: how, in a word, as `classify_connect_error` has it.
+            cause: whether it could not be connected, or was and failed before it said a word.
+        """
+        now = anyio.current_time()
+        if error in OWN_FAULTS:
+            self.health.abandoned(_place(instance.key), now)
+            return
+        seconds = self.health.failed(_place(instance.key), now, cause)
+        if seconds is not None:
+            _log.warning(
+                "instance ejected",
+                service=self._service,
+                instance=str(instance.key),
+                node=instance.node or None,
+                problem=error,
+                cause=cause,
+                seconds=round(seconds, 1),
+            )
+
+    def abandoned(self, instance: Instance) -> None:
+        """A request left it before there was a verdict: its client left, or its deadline came."""
+        if not self.health.quiet:
+            self.health.abandoned(_place(instance.key), anyio.current_time())
+
+    def is_doubted(self, instance: Instance) -> bool:
+        """Whether that it can be connected says nothing: its last failure came after a connect."""
+        return not self.health.quiet and self.health.is_doubted(_place(instance.key))
+
+    def begin(self, instance: Instance) -> None:
+        """A request is under way on it from now on. Each wants an `end`."""
+        place = _place(instance.key)
+        self.under_way[place] = self.under_way.get(place, 0) + 1
+
+    def end(self, instance: Instance) -> None:
+        """A request is under way on it no longer."""
+        place = _place(instance.key)
+        left = self.under_way[place] - 1
+        if left:
+            self.under_way[place] = left
+        else:
+            del self.under_way[place]
+
+    def retain(self, keys: Iterable[EndpointKey]) -> None:
+        """Forget all instances but these."""
+        if not self.health.quiet:
+            self.health.retain({_place(key) for key in keys})
+
+    def _say_readmitted(self, key: EndpointKey, why: str) -> None:
+        _log.info("instance readmitted", service=self._service, instance=str(key), why=why)
+
+
+def _place(key: EndpointKey) -> Place:
+    return key[:2]

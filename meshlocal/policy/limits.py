@@ -1,0 +1,57 @@
+"""How much is under way, and whether there may be more: circuit limits.
+
+Counts stand in a tree of two levels: each service's own, and those of the whole proxy. What enters counts in both, and
+is refused if either is full. A refusal costs nothing but itself: nothing waits for room.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from meshlocal.policy.config_health import LimitsConfig
+
+
+class Limit(StrEnum):
+    """What is limited."""
+
+    CONNECTIONS = "connections"
+    REQUESTS = "requests"
+    WAITING = "waiting"
+
+
+class Circuit:
+    """The counts of one service, or of the whole proxy.
+
+    Args:
+        limits: may be replaced at any time; what is under way stays.
+        whole: the proxy's, of a service's.
+
+    Attributes:
+        now: what is under way.
+        refused: what was refused because of the limits here.
+    """
+
+    __slots__ = ("limits", "now", "refused", "whole")
+
+    def __init__(self, limits: LimitsConfig, whole: Circuit | None = None) -> None:
+        self.limits = limits
+        self.whole = whole
+        self.now = dict.fromkeys(Limit, 0)
+        self.refused = dict.fromkeys(Limit, 0)
+
+    def enter(self, what: Limit) -> bool:
+        """Count one more, here and in the whole; False if there is no room. Each True wants a `leave`."""
+        limit: int | None = getattr(self.limits, what)
+        if limit is not None and self.now[what] >= limit:
+            self.refused[what] += 1
+            return False
+        if self.whole is not None and not self.whole.enter(what):
+            return False
+        self.now[what] += 1
+        return True
+
+    def leave(self, what: Limit) -> None:
+        """One less."""
+        self.now[what] -= 1
+        if self.whole is not None:
+            self.whole.leave(what)
