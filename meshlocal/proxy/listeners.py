@@ -73,13 +73,13 @@ class Listeners:
     Args:
         services: where a listener's service is looked up for each connection.
         forwarder: serves the connections of tcp listeners.
-        http: serves those of http listeners.
+        http: serves those of http listeners; may be set later, before there are any.
     """
 
     def __init__(self, services: ServiceTable, forwarder: TcpForwarder, http: HttpServer | None = None) -> None:
         self._services = services
         self._forwarder = forwarder
-        self._http = http
+        self.http = http
         self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
         self.current: list[Listener] = []
 
@@ -144,8 +144,8 @@ class Listeners:
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
         async def serve(client: socket.socket, peer: object) -> None:
             service = self._services.get(listener.service) if listener.service is not None else None
-            if listener.configured.scheme == "http" and self._http is not None:
-                await self._http.serve(listener.service, client, peer)
+            if listener.configured.scheme == "http" and self.http is not None:
+                await self.http.serve(listener.service, client, peer)
             elif service is None:
                 # Between its accept and this task's first step the config lost the service.
                 abort(client)

@@ -1,0 +1,92 @@
+"""Metrics of http listeners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from meshlocal.proxy.http.forwarder import HttpForwarder
+    from meshlocal.proxy.http.service import HttpService
+
+
+class HttpCollector(Collector):
+    """Everything that http listeners count beside what every listener does.
+
+    Args:
+        forwarder: gives what serves them; None while there are none.
+    """
+
+    def __init__(self, forwarder: Callable[[], HttpForwarder | None]) -> None:
+        self._forwarder = forwarder
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they stand now."""
+        forwarder = self._forwarder()
+        services = list(forwarder.services.values()) if forwarder is not None else []
+        clients = GaugeMetricFamily("meshlocal_http_clients_open", "Clients' connections to http listeners.")
+        refused = CounterMetricFamily(
+            "meshlocal_http_refused", "Requests that no instance was tried for, by reason.", labels=["reason"]
+        )
+        if forwarder is not None:
+            clients.add_metric([], len(forwarder))
+            for reason, count in forwarder.refused.items():
+                refused.add_metric([reason], count)
+        yield clients
+        yield refused
+        yield from _responses(services)
+        yield from _retries(services)
+        yield from _pools(services)
+
+
+def _responses(services: Iterable[HttpService]) -> Iterable[Metric]:
+    responses = CounterMetricFamily(
+        "meshlocal_http_responses",
+        "Requests that ended, by the tier that they went to, why they left the first, and their response's status.",
+        labels=["service", "tier", "reason", "status"],
+    )
+    latency = HistogramMetricFamily(
+        "meshlocal_http_request_seconds",
+        "From a request's head to its response's end.",
+        labels=["service"],
+    )
+    for service in services:
+        statistics = service.statistics
+        for (tier, reason, status), count in statistics.responses.items():
+            responses.add_metric([service.state.key, tier, reason, status], count)
+        latency.add_metric([service.state.key], statistics.buckets(), statistics.latency_sum)
+    yield from (responses, latency)
+
+
+def _retries(services: Iterable[HttpService]) -> Iterable[Metric]:
+    retries = CounterMetricFamily(
+        "meshlocal_http_retries", "Requests sent again, by what failed before.", labels=["service", "cause"]
+    )
+    refused = CounterMetricFamily(
+        "meshlocal_http_retries_refused", "Retries after an answer that the budget did not allow.", labels=["service"]
+    )
+    for service in services:
+        for cause, count in service.statistics.retries.items():
+            retries.add_metric([service.state.key, cause], count)
+        refused.add_metric([service.state.key], service.statistics.retries_refused)
+    yield from (retries, refused)
+
+
+def _pools(services: Iterable[HttpService]) -> Iterable[Metric]:
+    idle = GaugeMetricFamily(
+        "meshlocal_http_pool_connections", "Connections to instances that wait for a request.", labels=["service"]
+    )
+    made = CounterMetricFamily(
+        "meshlocal_http_pool_connections_made", "Connections made to instances.", labels=["service"]
+    )
+    reused = CounterMetricFamily(
+        "meshlocal_http_pool_connections_reused", "Requests sent on a connection that had waited.", labels=["service"]
+    )
+    for service in services:
+        idle.add_metric([service.state.key], len(service.pool))
+        made.add_metric([service.state.key], service.statistics.connections_made)
+        reused.add_metric([service.state.key], service.statistics.connections_reused)
+    yield from (idle, made, reused)

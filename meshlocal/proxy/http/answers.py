@@ -1,0 +1,44 @@
+"""Answers of the proxy's own (A6): a status, a reason that programs can go by, and a line for people."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from meshlocal.wire.http1.errors import ProtocolError
+
+
+class Answer(NamedTuple):
+    """What the client is told instead of an instance's response.
+
+    Attributes:
+        status: of the answer.
+        reason: goes into `x-meshlocal-error`, and into the counts of refused requests.
+        text: one line.
+    """
+
+    status: int
+    reason: str
+    text: str
+
+    @classmethod
+    def to(cls, error: ProtocolError) -> Answer:
+        """The answer to a request that is refused."""
+        return cls(error.status, error.reason, str(error))
+
+
+UNKNOWN_HOST = Answer(503, "unknown_host", "the host names no service, and no route has it")
+UNKNOWN_SERVICE = Answer(503, "unknown_service", "no registry knows the service")
+TOO_MANY_SERVICES = Answer(503, "too_many_services", "more services are in use than this proxy may follow")
+NO_SNAPSHOT = Answer(503, "no_snapshot", "discovery has not said yet where the service runs")
+NO_INSTANCE = Answer(503, "no_instance", "the service has no usable instance")
+CONNECT_FORBIDDEN = Answer(403, "connect_forbidden", "CONNECT is for services that this proxy knows")
+
+FAILED = Answer(502, "failed", "no instance could be connected")
+NO_RESPONSE = Answer(502, "no_response", "the instance ended the connection without a response")
+BROKEN = Answer(502, "broken_response", "the instance's response broke off, or is malformed")
+DEADLINE = Answer(504, "deadline", "no instance answered in time")
+ATTEMPT_TIMEOUT = Answer(504, "attempt_timeout", "the instance did not answer in time")
+
+HEAD_TIMEOUT = Answer(408, "head_timeout", "the request's head did not come in time")
+BODY_TIMEOUT = Answer(408, "body_timeout", "the request's body did not come in time")
+BODY_INCOMPLETE = Answer(400, "body_incomplete", "the request's body ended early")

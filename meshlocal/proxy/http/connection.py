@@ -1,0 +1,327 @@
+"""One client's connection: its requests, one after the other, and how it ends."""
+
+from __future__ import annotations
+
+import math
+import socket
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import trio
+from trio.lowlevel import wait_readable, wait_writable
+
+from meshlocal.client.connecting import Client
+from meshlocal.net.relay import RelayCounters
+from meshlocal.net.sockets import abort, close
+from meshlocal.policy.model import ServiceKey
+from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
+from meshlocal.proxy.http.ends import ClientLeftError, End
+from meshlocal.proxy.http.exchange import Exchange
+from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished, parse_request
+from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer
+
+if TYPE_CHECKING:
+    from meshlocal.proxy.http.forwarder import HttpForwarder
+
+CHUNK = 65536
+"""Bytes read at once."""
+
+LINGER = 2.0
+"""Seconds, after a last answer, for the client to read it and close."""
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
+
+
+class Expiry(Enum):
+    """What a connection waits for, and so what happens when that does not come in time."""
+
+    FIRST = "first"
+    """Its first request: closed without a word, as it never said one. Browsers open such connections to have them."""
+    IDLE = "idle"
+    """The next request: closed without a word."""
+    HEAD = "head"
+    """The rest of a head: 408."""
+    BODY = "body"
+    """More of a request's body: 408, unless a response was begun."""
+    TRANSFER = "transfer"
+    """More of a response, or that the client takes it: reset."""
+
+
+class ClientConnection(Client):
+    """One client's connection while it lives.
+
+    Attributes:
+        service: what all its requests are for; None if each one says its own.
+        peer: the client's address.
+        begun: some of the current request's final response went to the client.
+        deadline: when it expires, by trio.current_time().
+        expiry: what it waits for.
+        expired: it was cut because that did not come.
+        exchange: the request under way.
+        counters: bytes moved, once it is a tunnel.
+        idle_limit: seconds that a response may stand still.
+    """
+
+    __slots__ = (
+        "_forwarded",
+        "begun",
+        "counters",
+        "deadline",
+        "exchange",
+        "expired",
+        "expiry",
+        "forwarder",
+        "idle_limit",
+        "peer",
+        "scope",
+        "service",
+    )
+
+    def __init__(self, forwarder: HttpForwarder, service: ServiceKey | None, sock: socket.socket, peer: object) -> None:
+        super().__init__(sock)
+        self.forwarder = forwarder
+        self.service = service
+        self.peer = peer
+        self.scope = trio.CancelScope()
+        self.deadline = math.inf
+        self.expiry = Expiry.FIRST
+        self.expired = False
+        self.begun = False
+        self.exchange: Exchange | None = None
+        self.counters: RelayCounters | None = None
+        self.idle_limit = math.inf
+        self._forwarded = b""
+
+    @property
+    def is_idle(self) -> bool:
+        """It waits for a request of which nothing came."""
+        return self.expiry is Expiry.IDLE and self.exchange is None
+
+    def has_input(self) -> bool:
+        """Something came on it that was not read yet, or its end."""
+        try:
+            return bool(self.early) or self.socket.recv(1, socket.MSG_PEEK) is not None
+        except OSError:
+            return False
+
+    def expire(self) -> None:
+        """End it: what it waits for did not come in time."""
+        self.expired = True
+        self.scope.cancel()
+
+    def await_transfer(self) -> None:
+        """A response is under way, and has to wait: for the client to take it, or for more of it."""
+        self.expiry = Expiry.TRANSFER
+        self.deadline = trio.current_time() + self.idle_limit
+
+    async def run(self) -> None:
+        """Serve it to its end; the socket is closed or reset then."""
+        end = End.ABORT
+        try:
+            with self.scope:
+                end = await self._converse()
+            if self.scope.cancelled_caught:
+                end = await self._expire()
+            if end is End.LINGER:
+                with trio.move_on_after(LINGER):
+                    await self._linger()
+        except ClientLeftError:
+            end = End.ABORT
+        finally:
+            if end is End.ABORT:
+                abort(self.socket)
+            else:
+                close(self.socket)
+
+    async def _converse(self) -> End:
+        forwarder = self.forwarder
+        first = True
+        while True:
+            received = await self._begin_head(first)
+            if received is None:
+                return End.CLOSE
+            first = False
+            settings = forwarder.settings
+            limits = settings.limits
+            try:
+                end = received.find(b"\r\n\r\n")
+                if end < 0:
+                    received = await self._finish_head(received, limits)
+                    if received is None:
+                        return End.CLOSE
+                    end = received.find(b"\r\n\r\n")
+                end += 4
+                if end > limits.head:
+                    raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
+                if end < len(received):
+                    raw = received[:end]
+                    self.early += received[end:]
+                else:
+                    raw = received
+                head = parse_request(raw, limits)
+            except ProtocolError as error:
+                return await self._refuse(error, received or b"")
+            ending = await self._exchange(head)
+            if ending is not End.KEEP:
+                return ending
+
+    async def _exchange(self, head: RequestHead) -> End:
+        self.deadline = math.inf
+        self.begun = False
+        exchange = self.exchange = Exchange(self, head, trio.current_time())
+        try:
+            return await exchange.run()
+        finally:
+            exchange.account()
+            self.exchange = None
+
+    async def _begin_head(self, first: bool) -> bytes | None:
+        """The first bytes of the next request; None if none comes."""
+        forwarder = self.forwarder
+        ready = first  # what a client sends with its connection is there when that is accepted, most of the time
+        while True:
+            if self.early:
+                received = bytes(self.early)
+                self.early.clear()
+            else:
+                if first:
+                    self.deadline = trio.current_time() + forwarder.settings.config.header_timeout
+                elif forwarder.draining:
+                    return None
+                else:
+                    self.deadline = trio.current_time() + forwarder.settings.config.keep_alive_timeout
+                self.expiry = Expiry.FIRST if first else Expiry.IDLE
+                if not ready:
+                    await wait_readable(self.socket)
+                ready = False
+                try:
+                    received = self.socket.recv(CHUNK)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    raise ClientLeftError from None
+                if not received:
+                    return None
+            if received[0] != 0x0D or not received.startswith(b"\r\n"):
+                return received
+            # An empty line before a request, from clients that end a body with one (RFC 9112, 2.2).
+            received = received[2:]
+            if received:
+                return received
+            first = False
+
+    async def _finish_head(self, beginning: bytes, limits: HeadLimits) -> bytes | None:
+        """The rest of a head, and what came behind it; None if the client ends its stream within the head."""
+        received = bytearray(beginning)
+        self.expiry = Expiry.HEAD
+        self.deadline = trio.current_time() + self.forwarder.settings.config.header_timeout
+        while True:
+            check_unfinished(received, limits)
+            data = await self.receive()
+            if not data:
+                return None
+            searched = max(len(received) - 3, 0)
+            received += data
+            if received.find(b"\r\n\r\n", searched) >= 0:
+                return bytes(received)
+
+    async def receive(self) -> bytes:
+        """Wait for bytes from the client; empty at its end.
+
+        Raises:
+            ClientLeftError: it reset its connection.
+        """
+        while True:
+            await wait_readable(self.socket)
+            try:
+                return self.socket.recv(CHUNK)
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise ClientLeftError from None
+
+    async def receive_body(self) -> bytes:
+        """Wait for more of a request's body; empty at the client's end.
+
+        Raises:
+            ClientLeftError: it reset its connection.
+        """
+        self.expiry = Expiry.BODY
+        self.deadline = trio.current_time() + self.forwarder.settings.config.body_timeout
+        data = await self.receive()
+        self.deadline = math.inf
+        return data
+
+    def forwarded_lines(self, head: RequestHead) -> bytes:
+        """The X-Forwarded-For and -Proto fields to append to a request."""
+        if not self._forwarded:
+            host = self.peer[0] if isinstance(self.peer, tuple) else "unknown"
+            self._forwarded = f"x-forwarded-for: {host}\r\n".encode()
+        if head.forwarded and b"\r\nx-forwarded-proto:" in head.raw.lower():
+            return self._forwarded
+        return self._forwarded + b"x-forwarded-proto: http\r\n"
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes to the client.
+
+        Raises:
+            ClientLeftError: it reset its connection.
+        """
+        sock = self.socket
+        try:
+            try:
+                sent = sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(data):
+                return
+            rest = memoryview(data)[sent:]
+            while rest:
+                self.await_transfer()
+                await wait_writable(sock)
+                try:
+                    rest = rest[sock.send(rest) :]
+                except BlockingIOError:
+                    continue
+        except OSError:
+            raise ClientLeftError from None
+        self.deadline = math.inf
+
+    async def _refuse(self, error: ProtocolError, received: bytes) -> End:
+        if received.startswith(_PREFACE):
+            self.forwarder.refused["http2"] += 1
+            await self._say(HTTP2_REFUSAL)
+        else:
+            await self._answer(Answer.to(error))
+        return End.LINGER
+
+    async def _answer(self, answer: Answer) -> None:
+        """Answer to what is no request, or none yet; the connection ends with it."""
+        self.forwarder.refuse(self, answer)
+        await self._say(generated_answer(*answer, close=True))
+
+    async def _say(self, data: bytes) -> None:
+        with trio.move_on_after(LINGER):
+            await self.send(data)
+
+    async def _expire(self) -> End:
+        if self.expiry is Expiry.HEAD:
+            await self._answer(HEAD_TIMEOUT)
+            return End.LINGER
+        if self.expiry is Expiry.BODY and not self.begun:
+            await self._say(generated_answer(*BODY_TIMEOUT, close=True))
+            return End.LINGER
+        return End.CLOSE if self.expiry in (Expiry.FIRST, Expiry.IDLE) else End.ABORT
+
+    async def _linger(self) -> None:
+        """End our side, and read on for a moment.
+
+        To close with bytes unread would reset the connection, and the client might lose the answer (RFC 9112, 9.6).
+        """
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            raise ClientLeftError from None
+        while await self.receive():
+            pass

@@ -1,0 +1,215 @@
+"""What http listeners hand their connections to."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshlocal.client.services import ServiceTable
+from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.sockets import format_address
+from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.model import ServiceKey
+from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.connection import ClientConnection
+from meshlocal.proxy.http.service import HttpService
+from meshlocal.proxy.http.settings import HttpSettings
+from meshlocal.proxy.http.waiting import Patience
+from meshlocal.wire.http1.request import RequestHead
+
+if TYPE_CHECKING:
+    from meshlocal.proxy.http.exchange import Exchange
+
+_log = get_log(__name__)
+_access_log = get_log("meshlocal.access")
+
+_SWEEP_LONGEST = 1.0
+_SWEEP_SHORTEST = 0.01
+_WARNING_INTERVAL = 5.0
+
+
+class HttpForwarder:
+    """Serves the connections of all http listeners.
+
+    Args:
+        services: the services that listeners name, and those that requests do.
+        config: the proxy's section.
+
+    Attributes:
+        settings: what the config says.
+        access_log: one log line for each request, at its end.
+        draining: connections end with their next response (S1).
+        drained: requests that a drain cut (S1).
+        refused: requests that no instance was tried for, by reason.
+        patience: see `meshlocal.proxy.http.waiting`.
+    """
+
+    def __init__(self, services: ServiceTable, config: ProxyConfig) -> None:
+        self._table = services
+        self._services: dict[ServiceKey, HttpService] = {}
+        self._connections: dict[ClientConnection, None] = {}
+        self.settings = HttpSettings(config)
+        self.access_log = config.access_log
+        self.draining = False
+        self.drained = 0
+        self.refused: defaultdict[str, int] = defaultdict(int)
+        self.patience = Patience()
+        self._failed = RateLimited(_log, logging.WARNING, "request failed", interval=_WARNING_INTERVAL)
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __iter__(self) -> Iterator[ClientConnection]:
+        return iter(self._connections)
+
+    @property
+    def services(self) -> dict[ServiceKey, HttpService]:
+        """The services that had requests."""
+        return self._services
+
+    async def serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
+        """Serve one accepted connection to its end; the socket is closed or reset then."""
+        connection = ClientConnection(self, service, client, peer)
+        self._connections[connection] = None
+        try:
+            await connection.run()
+        except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
+            _log.exception("connection failed by a fault in the proxy", client=format_address(peer))
+        finally:
+            del self._connections[connection]
+
+    async def run(self) -> None:
+        """Keep all limits of time, until cancelled; then close what is pooled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.patience.run)
+                nursery.start_soon(self._sweep)
+        finally:
+            for service in self._services.values():
+                service.close()
+
+    def reconfigure(self, config: ProxyConfig) -> None:
+        """Apply another configuration: requests that begin now go by it (S2)."""
+        self.settings = HttpSettings(config)
+        self.access_log = config.access_log
+        for service in self._services.values():
+            service.reconfigure(config.http)
+
+    def drain(self) -> None:
+        """Let every connection end with the response under way, and close those without one (S1)."""
+        self.draining = True
+        for connection in self._connections:
+            if connection.is_idle and not connection.has_input():
+                connection.expire()
+
+    # The service of a request.
+
+    def find(self, fixed: ServiceKey | None, head: RequestHead, now: float) -> HttpService | Answer:
+        """The service that a request is for, or what to answer instead."""
+        key = fixed if fixed is not None else self.settings.service_of(head.host, head.target)
+        if key is None:
+            return answers.UNKNOWN_HOST
+        return self._service(key, now, demand=fixed is None)
+
+    def find_tunnel(self, fixed: ServiceKey | None, head: RequestHead, now: float) -> HttpService | Answer:
+        """The service that a CONNECT is for, or what to answer instead."""
+        key = self.settings.service_of_tunnel(head.host)
+        if key is None or (fixed is not None and key != fixed):
+            return answers.CONNECT_FORBIDDEN
+        return self._service(key, now, demand=fixed is None)
+
+    def _service(self, key: ServiceKey, now: float, *, demand: bool) -> HttpService | Answer:
+        state = self._table.demand(key, now) if demand else self._table.get(key)
+        if state is None:
+            # Without demand: between the connection's accept and this request the config lost the service.
+            return answers.TOO_MANY_SERVICES if demand else answers.UNKNOWN_SERVICE
+        service = self._services.get(key)
+        if service is None or service.state is not state:
+            if service is not None:
+                service.close()
+            service = self._services[key] = HttpService(state, self.settings.config)
+        return service
+
+    # Time.
+
+    async def _sweep(self) -> None:
+        """Look at all connections and pools, again and again."""
+        while True:
+            config = self.settings.config
+            limits = (
+                config.header_timeout,
+                config.body_timeout,
+                config.keep_alive_timeout,
+                config.pool_idle_timeout,
+                *(service.state.policy.idle_timeout or _SWEEP_LONGEST * 4 for service in self._services.values()),
+            )
+            await trio.sleep(min(max(min(limits) / 4, _SWEEP_SHORTEST), _SWEEP_LONGEST))
+            self.sweep(trio.current_time())
+
+    def sweep(self, now: float) -> None:
+        """End what ran out of time; forget services and close connections to instances that nobody used for long."""
+        for connection in list(self._connections):
+            if connection.deadline <= now or (
+                connection.counters is not None and connection.counters.last_activity + connection.idle_limit <= now
+            ):
+                connection.expire()
+        self._table.drop_unused(now)
+        oldest = now - self.settings.config.pool_idle_timeout
+        for key, service in list(self._services.items()):
+            if self._table.get(key) is not service.state:
+                service.close()
+                del self._services[key]
+            else:
+                service.pool.sweep(oldest)
+
+    # What is told.
+
+    def report_failure(self, exchange: Exchange, answer: Answer) -> None:
+        """Say, not too often, that a request failed."""
+        self._failed(
+            trio.current_time(),
+            service=exchange.service.state.key if exchange.service is not None else None,
+            answer=answer.reason,
+            attempts=exchange.attempts,
+            instance=str(exchange.pick.instance.key) if exchange.pick is not None else None,
+            last_error=exchange.error or None,
+            problem=str(exchange.problem) if exchange.problem is not None else None,
+        )
+
+    def refuse(self, connection: ClientConnection, answer: Answer) -> None:
+        """Count and log what is no request, or never became one."""
+        self.refused[answer.reason] += 1
+        if self.access_log:
+            _access_log.info(
+                "request", client=format_address(connection.peer), status=answer.status, refused=answer.reason
+            )
+
+    def log_access(self, exchange: Exchange, now: float) -> None:
+        """One line for a request that ended."""
+        pick, head, body = exchange.pick, exchange.head, exchange.body
+        _access_log.info(
+            "request",
+            service=exchange.service.state.key if exchange.service is not None else None,
+            client=format_address(exchange.connection.peer),
+            method=head.method.decode("ascii"),
+            host=head.authority.decode("ascii") or None,
+            # Queries carry secrets more often than paths do.
+            path=head.target.partition(b"?")[0].decode("ascii"),
+            status=exchange.status or None,
+            instance=str(pick.instance.key) if pick is not None else None,
+            node=(pick.instance.node or None) if pick is not None else None,
+            tier=exchange.tier or None,
+            reason=(pick.reason or None) if pick is not None else None,
+            attempts=exchange.attempts,
+            outcome=exchange.outcome,
+            error=exchange.error or None,
+            sent=body.size if body is not None else 0,
+            received=exchange.received,
+            seconds=round(now - exchange.started, 6),
+        )

@@ -1,0 +1,48 @@
+"""What is kept of one service for http listeners."""
+
+from __future__ import annotations
+
+from meshlocal.client.services import ServiceState
+from meshlocal.policy.config_http import HttpConfig
+from meshlocal.policy.model import ServiceSnapshot
+from meshlocal.policy.retry import RetryBudget
+from meshlocal.proxy.http.pool import Pool
+from meshlocal.proxy.http.statistics import HttpStatistics
+
+
+class HttpService:
+    """A service, as http listeners see it.
+
+    Attributes:
+        state: its picker, policy and counts, shared with all listeners.
+        pool: unused connections to its instances.
+        budget: how many retries after an answer there may be.
+        statistics: counts of requests.
+    """
+
+    __slots__ = ("budget", "pool", "state", "statistics")
+
+    def __init__(self, state: ServiceState, config: HttpConfig) -> None:
+        self.state = state
+        self.pool = Pool()
+        self.statistics = HttpStatistics()
+        self.budget = self._make_budget(config)
+        if state.picker is not None:
+            self._on_snapshot(state.picker.snapshot)
+        state.changed = self._on_snapshot
+
+    def reconfigure(self, config: HttpConfig) -> None:
+        """Apply another configuration; the budget begins anew."""
+        self.budget = self._make_budget(config)
+
+    def close(self) -> None:
+        """The service is followed no longer."""
+        self.state.changed = None
+        self.pool.close()
+
+    def _on_snapshot(self, snapshot: ServiceSnapshot) -> None:
+        self.pool.keep_only({key[:2] for key in snapshot.instances})
+
+    @staticmethod
+    def _make_budget(config: HttpConfig) -> RetryBudget:
+        return RetryBudget(config.retry_percent / 100, config.retry_floor)

@@ -1,0 +1,62 @@
+"""What http listeners count beside what every listener does, as plain numbers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from itertools import accumulate
+
+LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds in seconds."""
+
+STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
+"""By a status's hundreds; `none` where no response was begun."""
+
+
+class HttpStatistics:
+    """Counts of one service's requests.
+
+    Attributes:
+        responses: by tier, reason (R1) and status class.
+        retries: by cause, a word of `policy.retry.Failure`.
+        retries_refused: retries that the budget did not allow.
+        latency: requests by bucket of the seconds from head to the response's end, and those beyond the last bucket.
+        latency_sum: all those seconds.
+        connections_made: to instances.
+        connections_reused: how often a kept one was used again.
+    """
+
+    __slots__ = (
+        "connections_made",
+        "connections_reused",
+        "latency",
+        "latency_sum",
+        "responses",
+        "retries",
+        "retries_refused",
+    )
+
+    def __init__(self) -> None:
+        self.responses: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.retries: defaultdict[str, int] = defaultdict(int)
+        self.retries_refused = 0
+        self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
+        self.latency_sum = 0.0
+        self.connections_made = 0
+        self.connections_reused = 0
+
+    def observe(self, seconds: float) -> None:
+        """Count a request's duration."""
+        self.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self.latency_sum += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """How many requests took at most so long: upper bound and count, the last without a bound."""
+        bounds = [*map(str, LATENCY_BUCKETS), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self.latency)), strict=True))
+
+
+def status_class(status: int) -> str:
+    """The class of a status; 0 is none."""
+    hundreds = status // 100
+    return STATUS_CLASSES[hundreds] if hundreds < len(STATUS_CLASSES) else "other"
