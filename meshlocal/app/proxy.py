@@ -36,6 +36,8 @@ from meshlocal.proxy.tcp import TcpForwarder
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
+    from meshlocal.proxy.http.forwarder import HttpForwarder
+
 _log = get_log(__name__)
 
 LoadConfig = Callable[[], Config]
@@ -66,16 +68,35 @@ class ProxyProcess:
         self.services = ServiceTable(proxy, locality_of(proxy), rng)
         self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
         self.listeners = Listeners(self.services, self.forwarder)
+        self.http: HttpForwarder | None = None
+        self._lifetime: trio.Nursery | None = None
+        self._serve_http(proxy)
         self.feed = make_feed(proxy.discovery, self.services.keys, self.services, rng)
+        self.services.on_followed = self.feed.follow
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.stop = Stop()
 
     def collectors(self) -> list[Collector]:
         """What the metrics are made of."""
         # Imported here, as prometheus_client is large: see meshlocal.admin.metrics_page.
+        from meshlocal.app.http_metrics import HttpCollector
         from meshlocal.app.proxy_metrics import ProxyCollector
 
-        return [ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness)]
+        return [
+            ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness),
+            HttpCollector(lambda: self.http),
+        ]
+
+    def _serve_http(self, config: ProxyConfig) -> None:
+        """Make what serves http listeners once there is one."""
+        if self.http is not None or all(listen.scheme != "http" for listen in config.listen):
+            return
+        # Imported here: a proxy without http listeners holds no HTTP code.
+        from meshlocal.proxy.http.forwarder import HttpForwarder
+
+        self.http = self.listeners.http = HttpForwarder(self.services, config)
+        if self._lifetime is not None:
+            self._lifetime.start_soon(self.http.run)
 
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status, 0 if no connection was cut.
@@ -95,6 +116,9 @@ class ProxyProcess:
                 _log.warning("the node is unknown: no instance counts as local; set NODE_NAME, or proxy.node_name")
             admin = AdminServer(proxy_routes(self))
             async with trio.open_nursery() as lifetime:
+                self._lifetime = lifetime
+                if self.http is not None:
+                    lifetime.start_soon(self.http.run)
                 await lifetime.start(handle_signals, self.stop, self.reload)
                 lifetime.start_soon(self.feed.run)
                 lifetime.start_soon(self.forwarder.sweep_idle)
@@ -117,11 +141,14 @@ class ProxyProcess:
                 with trio.move_on_after(drain.delay):
                     await self.stop.now.wait()
                 acceptors.cancel_scope.cancel()
+                if self.http is not None:
+                    self.http.drain()
             connections.cancel_scope.deadline = trio.current_time() + drain.timeout
             lifetime.start_soon(cancel_when_set, self.stop.now, connections.cancel_scope)
-        if self.forwarder.drained:
-            _log.warning("connections cut at the end of the drain", count=self.forwarder.drained)
-        return self.forwarder.drained
+        cut = self.forwarder.drained + (self.http.drained if self.http is not None else 0)
+        if cut:
+            _log.warning("connections cut at the end of the drain", count=cut)
+        return cut
 
     async def _become_ready(self, admin: list[str]) -> None:
         start = trio.current_time()
@@ -133,7 +160,8 @@ class ProxyProcess:
         parts = [f"meshlocal proxy ready: node={node}"]
         for listener in self.listeners.current:
             scheme = listener.configured.scheme
-            parts += [f"{scheme}://{bound}={listener.service}" for bound in listener.bound]
+            service_part = f"={listener.service}" if listener.service is not None else ""
+            parts += [f"{scheme}://{bound}{service_part}" for bound in listener.bound]
         parts += [f"admin=http://{bound}" for bound in admin]
         if waiting := self.services.waiting():
             parts.append(f"(nothing heard yet of: {', '.join(waiting)})")
@@ -161,6 +189,9 @@ class ProxyProcess:
         self.config = config
         configure_logging(config.log.level, config.log.format)
         self.services.reconfigure(proxy, locality_of(proxy))
+        if self.http is not None:
+            self.http.reconfigure(proxy)
+        self._serve_http(proxy)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
         self.feed.follow(self.services.keys)
