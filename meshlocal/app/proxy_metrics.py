@@ -53,6 +53,7 @@ class ProxyCollector(Collector):
         )
         yield from self._requests()
         yield from self._instances()
+        yield from self._refusals()
         yield from self._connections()
         yield from self._discovery()
         errors = CounterMetricFamily(
@@ -98,6 +99,30 @@ class ProxyCollector(Collector):
                 unused = len(service.picker.snapshot.instances) - len(service.picker)
                 left_out.add_metric([service.key], unused)
         yield from (instances, left_out)
+
+    def _refusals(self) -> Iterable[Metric]:
+        ejected = GaugeMetricFamily(
+            "meshlocal_instances_ejected",
+            "Instances that are tried last of all: ejected, on trial, or failing their checks.",
+            labels=["service"],
+        )
+        ejections = CounterMetricFamily(
+            "meshlocal_ejections", "Instances ejected, by what showed that they fail.", labels=["service", "cause"]
+        )
+        refused = CounterMetricFamily(
+            "meshlocal_limit_refused",
+            "Requests refused because of a limit; without a service: a limit of the whole proxy.",
+            labels=["service", "limit"],
+        )
+        for service in self._services:
+            ejected.add_metric([service.key], len(service.fitness.health))
+            for cause, count in service.fitness.health.total.items():
+                ejections.add_metric([service.key, cause], count)
+            for limit, count in service.circuit.refused.items():
+                refused.add_metric([service.key, limit], count)
+        for limit, count in self._services.circuit.refused.items():
+            refused.add_metric(["", limit], count)
+        yield from (ejected, ejections, refused)
 
     def _connections(self) -> Iterable[Metric]:
         moving: dict[str, tuple[int, int]] = {}

@@ -16,10 +16,11 @@ from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import Route
 from meshlocal.app import html
-from meshlocal.app.views import explain_view, instance_view
+from meshlocal.app.views import explain_view, health_view, instance_view
 from meshlocal.client.services import ServiceState
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
-from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.health import State
+from meshlocal.policy.model import Instance, ServiceKey
 
 if TYPE_CHECKING:
     from meshlocal.app.proxy import ProxyProcess
@@ -99,7 +100,7 @@ class _ProxyPages:
             return plain(404, f"no listener names a service {name!r}; there are: {known}")
         if service.picker is None:
             return plain(503, f"nothing was heard of {name} yet: discovery has not answered")
-        return json_response(explain_view(service.picker, service.cursors))
+        return json_response(explain_view(service.picker, service.cursors, service.fitness.gate()))
 
     def _service_view(self, service: ServiceState) -> dict[str, Any]:
         view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tiers": {}, "instances": []}
@@ -108,12 +109,14 @@ class _ProxyPages:
             return view
         left_out = {instance.key: why for instance, why in picker.left_out()}
         names = picker.selector.tiers
+        now = trio.current_time()
         view.update(known=not picker.snapshot.unknown, version=picker.snapshot.version, tiers=picker.tier_sizes())
         for key in sorted(picker.snapshot.instances):
             instance = picker.snapshot.instances[key]
             why = left_out.get(key)
             tier = names[picker.selector.tier(instance)] if why is None else None
-            view["instances"].append({**instance_view(instance), "tier": tier, "left_out": why})
+            health = health_view(service.fitness, instance, now)
+            view["instances"].append({**instance_view(instance), "tier": tier, "left_out": why, "health": health})
         return view
 
     def overview(self, request: Request) -> Response:
@@ -173,18 +176,31 @@ class _ProxyPages:
             f"Instances: {len(instances)}" + (f", the first {_SHOWN} of them" * (len(instances) > _SHOWN))
         )
         names = picker.selector.tiers
+        now = trio.current_time()
         yield html.table(
-            ("Instance", "Node", "Tier", "Left out"),
+            ("Instance", "Node", "Tier", "Left out", "Health", "Under way"),
             (
                 (
                     html.code(each.key),
                     each.node or None,
                     names[picker.selector.tier(each)],
                     html.bad(why) if (why := left_out.get(each.key)) else None,
+                    _health(service, each, now),
+                    service.fitness.under_way.get(each.key[:2], 0),
                 )
                 for each in instances[:_SHOWN]
             ),
         )
+
+
+def _health(service: ServiceState, instance: Instance, now: float) -> object:
+    """The instance's state in the table of `meshlocal.policy.health`, in a few words."""
+    standing = service.fitness.health.standing(instance.key[:2], now)
+    if standing.state is State.ADMITTED:
+        return f"{standing.failures} failed in a row" if standing.failures else html.good(standing.state)
+    return html.bad(
+        f"{standing.state}: {standing.cause}" + (f", {standing.left:.1f} s left" if standing.left is not None else "")
+    )
 
 
 def _request_rows(service: ServiceState) -> Iterable[tuple[object, ...]]:

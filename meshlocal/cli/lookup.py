@@ -134,7 +134,11 @@ def _why(step: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         "node_unknown": f"node_unknown: the proxy does not know its {nearest}",
         "no_local": f"no_local: no usable instance has the same {nearest}",
         "local_failed": f"local_failed: only after every instance of the same {nearest} failed",
+        "local_ejected": f"local_ejected: every instance of the same {nearest} is ejected",
+        "spill": f"spill: every instance of the same {nearest} is full",
     }.get(step["reason"], str(step["reason"]))
+    if (passed := step.get("passed_over")) is not None:
+        why += f"; {passed}: only after the others"
     return f"{why}; last resort: it is terminating" if step["last_resort"] else why
 
 

@@ -114,10 +114,7 @@ def plan_of(state: ServiceState) -> ServicePlan:
     node, names, picker = selector.locality.node, selector.tiers, state.picker
     if picker is None:
         return ServicePlan(state.key, heard=False, known=False, node=node, tiers=names)
-    steps = tuple(
-        PlanStep(pick.instance, names[pick.tier], pick.reason, pick.last_resort)
-        for pick in picker.preview(state.cursors)
-    )
+    steps = tuple(PlanStep(pick.instance, names[pick.tier], pick.reason, pick.last_resort) for pick in state.preview())
     snapshot: ServiceSnapshot = picker.snapshot
     return ServicePlan(
         state.key,

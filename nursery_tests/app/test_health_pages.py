@@ -1,0 +1,85 @@
+"""Ejections as operators see them: /services, /explain, the page and the metrics (H1, O5, R1, R2)."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from meshlocal.admin.messages import Request
+from meshlocal.app.config_loader import load_config
+from meshlocal.app.proxy import ProxyProcess
+from meshlocal.app.proxy_pages import proxy_routes
+from meshlocal.cli.lookup import _explanation
+from meshlocal.policy import model
+from meshlocal.policy.config import Config
+from meshlocal.policy.limits import Limit
+from meshlocal.policy.model import ServiceKey, ServiceSnapshot, make_instance
+
+B = ServiceKey("b")
+LOCAL = make_instance("10.0.0.1", 9000, "grpc", {"node": "n1"})
+REMOTE = make_instance("10.0.0.2", 9000, "grpc", {"node": "n2"})
+
+
+@pytest.fixture
+async def process() -> ProxyProcess:
+    def load() -> Config:
+        flags = {
+            "proxy.discovery.urls": ("grpc://127.0.0.1:1",),
+            "proxy.listen": ("tcp://127.0.0.1:0=b",),
+            "proxy.node_name": "n1",
+        }
+        return load_config(None, flags, {}, "proxy")
+
+    made = ProxyProcess(load, random.Random(0), {})
+    made.services.publish(ServiceSnapshot(B, "1", model.index([LOCAL, REMOTE])))
+    for _ in range(3):
+        made.services[B].fitness.failed(LOCAL, "refused")
+    made.services[B].fitness.begin(REMOTE)
+    return made
+
+
+def get(process: ProxyProcess, target: str) -> str:
+    path, _, query = target.partition("?")
+    response = proxy_routes(process)[path](Request("GET", path, query, {}))
+    assert response.status == 200
+    return response.body.decode()
+
+
+async def test_services_tells_the_state_of_each_instance(process: ProxyProcess) -> None:
+    """H1."""
+    local, remote = json.loads(get(process, "/services"))[0]["instances"]
+    left = local["health"].pop("next_trial_in")
+    assert 4 < left < 6
+    assert local["health"] == {"state": "ejected", "cause": "connect", "under_way": 0, "ejections": 1}
+    assert remote["health"] == {"state": "admitted", "under_way": 1}
+
+
+async def test_explain_tells_why_the_node_is_left(process: ProxyProcess) -> None:
+    """R1, R2, O5."""
+    view: dict[str, Any] = json.loads(get(process, "/explain?service=b"))
+    steps = [(step["instance"], step["reason"], step["passed_over"]) for step in view["plan"]]
+    assert steps == [("10.0.0.2:9000", "local_ejected", None), ("10.0.0.1:9000", None, "ejected")]
+    told = _explanation(view)
+    assert "local_ejected: every instance of the same node is ejected" in told
+    assert "same node; ejected: only after the others" in told
+
+
+async def test_the_page_shows_it(process: ProxyProcess) -> None:
+    """H1."""
+    page = get(process, "/")
+    assert "ejected: connect, " in page
+    assert "admitted" in page
+
+
+async def test_metrics_count_it(process: ProxyProcess) -> None:
+    """H1."""
+    process.services[B].circuit.refused[Limit.REQUESTS] = 7
+    process.services.circuit.refused[Limit.CONNECTIONS] = 8
+    lines = get(process, "/metrics").splitlines()
+    assert 'meshlocal_instances_ejected{service="b"} 1.0' in lines
+    assert 'meshlocal_ejections_total{cause="connect",service="b"} 1.0' in lines
+    assert 'meshlocal_limit_refused_total{limit="requests",service="b"} 7.0' in lines
+    assert 'meshlocal_limit_refused_total{limit="connections",service=""} 8.0' in lines
