@@ -178,6 +178,11 @@ class ApiServer:
             scope.cancel()
         await self.until(lambda: not cut & self._connections)
 
+    @property
+    def open(self):
+        """Connections that are open."""
+        return len(self._connections)
+
     def end_watches(self):
         """End every watch as a server does when its time is over."""
         self._ended += 1
@@ -195,6 +200,7 @@ class ApiServer:
     async def _handle(self, plain):
         self.accepted += 1
         if self.refuse:
+            self.wake()
             await trio.aclose_forcefully(plain)
             return
         stream = trio.SSLStream(plain, self._tls, server_side=True, https_compatible=True)
@@ -352,7 +358,7 @@ class ApiServer:
         self.watching += 1
         self.wake()
         try:
-            while ended == self._ended:
+            while True:
                 lines = self._lines(request, version)
                 if query.get("allowWatchBookmarks") == "true":
                     lines += collection.bookmarks[marks:]
@@ -366,8 +372,10 @@ class ApiServer:
                         await self._chunk(stream, line[: request.cut], None)
                         return
                     await self._chunk(stream, line, None if self.split == "whole" else self.split)
+                if ended != self._ended:
+                    await stream.send_all(b"0\r\n\r\n")
+                    return
                 await changed.wait()
-            await stream.send_all(b"0\r\n\r\n")
         finally:
             self.watching -= 1
             self.wake()
@@ -467,11 +475,14 @@ def kube(authority, tmp_path):
         more = {"token": Content(b"t"), "authority": Content(authority.cert_pem.bytes())} | more
         return Access(origin="test", scheme="https", host="127.0.0.1", port=server.port, **more)
 
+    def source_of(server, options="", *, find=None, limits=FAST, **more):
+        api = Api(find or (lambda: access(server)), lambda: datetime.now(UTC))
+        return KubernetesSource(api, KubernetesOptions.parse(options), Random(0), limits=limits, **more)
+
     @asynccontextmanager
     async def following(server, options="", *, find=None, limits=FAST, in_sync=True, **more):
         """A source of the server's, running: it, and what it publishes."""
-        api = Api(find or (lambda: access(server)), lambda: datetime.now(UTC))
-        source = KubernetesSource(api, KubernetesOptions.parse(options), Random(0), limits=limits, **more)
+        source = source_of(server, options, find=find, limits=limits, **more)
         publications = Publications()
         async with trio.open_nursery() as nursery:
             if in_sync:
@@ -488,6 +499,8 @@ def kube(authority, tmp_path):
         endpoints=ENDPOINTS,
         nodes=NODES,
         access=access,
+        fast=FAST,
+        source=source_of,
         following=following,
         serving=serving,
         until=until,
