@@ -134,9 +134,9 @@ def _ask(urls: Sequence[DiscoveryUrl], question: Callable[[Channel], Awaitable[T
             except GrpcError as error:
                 if error.code not in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
                     raise QueryError(f"{url}: {error.message or error.code.name}") from None
-                problems.append(f"{url}: {error.message or error.code.name}")
+                problems.append(f"cannot reach discovery {url}: {error.message or error.code.name}")
             except trio.TooSlowError:
-                problems.append(f"{url}: no answer within {TIMEOUT:g} s")
+                problems.append(f"cannot reach discovery {url}: no answer within {TIMEOUT:g} s")
         raise QueryError("\n".join(problems))
 
     return trio.run(ask_each)

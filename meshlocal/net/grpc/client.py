@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
@@ -247,7 +249,7 @@ async def open_channel(
         else:
             stream = await _connect_tls(host, port, ssl_context, _host_of(authority) if authority else host)
     except OSError as error:
-        raise GrpcError(StatusCode.UNAVAILABLE, f"connect to {name}: {_why(error)}", unprocessed=True) from error
+        raise GrpcError(StatusCode.UNAVAILABLE, _why(error), unprocessed=True) from error
     scheme = "http" if ssl_context is None else "https"
     async with channel_over(stream, options=options, authority=name, scheme=scheme) as channel:
         yield channel
@@ -259,7 +261,12 @@ def _why(error: BaseException) -> str:
         return _why(error.__cause__)
     if isinstance(error, BaseExceptionGroup):
         return ", ".join(dict.fromkeys(map(_why, error.exceptions)))
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    # trio puts the address into the system's words. A resolver's and TLS's numbers are none of the system's.
+    foreign = isinstance(error, socket.gaierror | ssl.SSLError) or not error.errno
+    text = (error.strerror if foreign else os.strerror(error.errno or 0)) or str(error)
+    return text[:1].lower() + text[1:]
 
 
 async def _connect_tls(host: str, port: int, context: ssl.SSLContext, hostname: str) -> ByteStream:

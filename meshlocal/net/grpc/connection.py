@@ -184,9 +184,9 @@ class Connection:
                 self.kick()
         except anyio.EndOfStream:
             self._peer_reads = False
-            return "closed by the peer"
+            return "closed by the peer" + ("" if self.settings_received else ", which said nothing in HTTP/2")
         except Http2Error as error:
-            return f"HTTP/2 error: {error}"
+            return f"HTTP/2 error: {error}" if self.settings_received else "the peer does not speak HTTP/2"
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             self._peer_reads = False
             return f"broken: {_describe(error)}"
