@@ -1,0 +1,85 @@
+"""The systemd units: systemd accepts them, and they run what meshlocal offers."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from meshlocal.app.config_loader import load_config
+from meshlocal.cli.main import cli
+from meshlocal.wire.instances_file import parse_instances_file
+
+FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
+UNITS = {"proxy": FOLDER / "meshlocal-proxy.service", "discovery": FOLDER / "meshlocal-discovery.service"}
+PROGRAM = "/usr/local/bin/meshlocal"
+MOST_EXPOSED = 30
+"""Tenths of what `systemd-analyze security` gives: 0 is shut, 100 is open."""
+
+each_unit = pytest.mark.parametrize("role", UNITS)
+
+
+def settings(role):
+    """The unit's settings; of one that stands several times the last."""
+    return dict(re.findall(r"^(\w+)=(.*)$", UNITS[role].read_text(), re.MULTILINE))
+
+
+def analyze(program, tmp_path, role, *command):
+    """Run systemd-analyze on the unit, with a program that exists in place of meshlocal."""
+    unit = tmp_path / UNITS[role].name
+    unit.write_text(UNITS[role].read_text().replace(PROGRAM, "/bin/true"))
+    tool = program("systemd-analyze")
+    return subprocess.run([tool, *command, unit], capture_output=True, text=True, check=False)
+
+
+@each_unit
+def test_systemd_accepts_the_unit(program, tmp_path, role):
+    done = analyze(program, tmp_path, role, "verify", "--man=no")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_systemd_would_refuse_a_wrong_one(program, tmp_path, monkeypatch):
+    broken = tmp_path / "broken" / "meshlocal-proxy.service"
+    broken.parent.mkdir()
+    broken.write_text(UNITS["proxy"].read_text().replace("ProtectHome=yes", "ProtectHouse=yes"))
+    monkeypatch.setitem(UNITS, "proxy", broken)
+    assert "ProtectHouse" in analyze(program, tmp_path, "proxy", "verify", "--man=no").stderr
+
+
+@each_unit
+def test_the_service_sees_little(program, tmp_path, role):
+    done = analyze(program, tmp_path, role, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", "--no-pager")
+    assert done.returncode == 0, done.stdout
+
+
+@each_unit
+def test_the_command_and_its_configuration_are_meshlocals(role):
+    words = shlex.split(
+        shlex.split(settings(role)["ExecStart"])[-1] if role == "proxy" else settings(role)["ExecStart"]
+    )
+    arguments = words[words.index(PROGRAM) + 1 :]
+    assert arguments[0] == role
+    context = cli.commands[role].make_context(role, arguments[1:])
+    assert context.params["config_file"] == Path(f"/etc/meshlocal/{role}.yaml")
+    config = load_config(FOLDER / f"{role}.yaml", {}, {}, role)
+    drain = getattr(config, role).drain
+    assert drain.delay + drain.timeout < int(settings(role)["TimeoutStopSec"])
+
+
+def test_the_proxys_node_is_the_host_name(tmp_path):
+    """L1, by the unit's own command line: in a shell, since systemd expands no commands."""
+    stub = tmp_path / "meshlocal"
+    stub.write_text('#!/bin/sh\necho "$NODE_NAME" "$@"\n')
+    stub.chmod(0o755)
+    command = shlex.split(settings("proxy")["ExecStart"].replace(PROGRAM, str(stub)))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]})
+    assert done.stdout == f"{socket.gethostname()} proxy --config /etc/meshlocal/proxy.yaml\n"
+
+
+def test_the_example_of_an_instances_file_is_one():
+    file = FOLDER / "instances.yaml"
+    content = parse_instances_file(file.read_text(), str(file))
+    assert [instance.node for instance in content.services["b"]] == ["n1", "n2"]
