@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 _log = get_log(__name__)
 
+ANNOUNCE_WAIT = 5.0
+"""Seconds that the line which says that the process is ready waits for the sources."""
+
 
 class DiscoveryProcess:
     """One running discovery server.
@@ -110,8 +113,7 @@ class DiscoveryProcess:
                     await lifetime.start(admin.serve, admin_sockets)
                 await lifetime.start(self.server.serve, sockets)
                 lifetime.start_soon(self._become_ready)
-                announce(f"meshlocal discovery ready: {' '.join(bound)}")
-                notify_service_manager(self._environment, "READY=1")
+                lifetime.start_soon(self._announce, bound)
                 await self.stop.requested.wait()
                 await self._drain()
                 lifetime.cancel_scope.cancel()
@@ -122,6 +124,15 @@ class DiscoveryProcess:
         self.readiness.set_ready()
         if self.readiness.ready:
             self._set_health(serving=True)
+
+    async def _announce(self, bound: list[str]) -> None:
+        """Say where it listens, once it is in sync, or after a while: then a source's outage holds nobody up."""
+        with trio.move_on_after(ANNOUNCE_WAIT):
+            await self.hub.wait_in_sync()
+        waiting = [state.source.name for state in self.hub.sources if not state.in_sync]
+        note = [f"(not in sync yet: {', '.join(waiting)})"] if waiting else []
+        announce(" ".join(["meshlocal discovery ready:", *bound, *note]))
+        notify_service_manager(self._environment, "READY=1")
 
     async def _drain(self) -> None:
         drain = self.config.discovery.drain

@@ -32,8 +32,8 @@ class Readiness:
 
 
 def announce(line: str) -> None:
-    """Print the line, and flush it: who started the process may wait for it through a pipe."""
-    with suppress(BrokenPipeError):
+    """Print the line, and flush it: who started the process may wait for it through a pipe. Nobody has to read it."""
+    with suppress(OSError):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 

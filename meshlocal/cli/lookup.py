@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException
 from random import Random
@@ -89,15 +90,20 @@ def explain_running(service: str, admin: str, *, as_json: bool) -> str:
         response = connection.getresponse()
         body = response.read()
     except (OSError, HTTPException) as error:
-        raise QueryError(f"{admin}: {error}") from None
+        why = os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else str(error)
+        raise QueryError(f"cannot ask the proxy at {admin}: {why or 'its answer is no HTTP'}") from None
     finally:
         connection.close()
-    if response.status != 200:
-        raise QueryError(f"{admin}: {body.decode(errors='replace').strip()}")
+    text = body.decode(errors="replace").strip()
+    if response.status != 200 and response.headers.get_content_type() == "text/plain" and "\n" not in text:
+        raise QueryError(f"{admin}: {text}")
     try:
         view = json.loads(body)
+        known = response.status == 200 and isinstance(view, dict) and "plan" in view
     except ValueError:
-        raise QueryError(f"{admin}: the answer is no JSON; is it a proxy's admin address?") from None
+        known = False
+    if not known:
+        raise QueryError(f"{admin} does not answer as a proxy's admin address does")
     return _json(view) if as_json else _explanation(view)
 
 

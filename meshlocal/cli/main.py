@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from meshlocal.policy.config_build import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _DEFAULT_DISCOVERY = "grpc://127.0.0.1:7070"
 
 
@@ -217,12 +220,14 @@ def _load(config_file: Path | None, flags: dict[str, object]) -> Any:
 
 def main() -> None:
     """Run the command line; what a user can put right ends with a line on stderr, not with a traceback."""
+    _fill_standard_streams()
     try:
         status = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         status = 130
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         status = error.exit_code
     except ConfigError as error:
         status = _fail(error, 2)
@@ -231,11 +236,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except Exception as error:
-        expected = _expected_errors()
-        if not isinstance(error, expected):
+        if isinstance(error, OSError) and error.errno in _OUTPUT_ERRNOS:
+            error = OSError(f"cannot write the output: {os.strerror(error.errno).lower()}")
+        elif not isinstance(error, _expected_errors()):
             raise
         status = _fail(error, 1)
     sys.exit(status)
+
+
+def _fill_standard_streams() -> None:
+    """Open what the parent closed of descriptors 0 to 2: a connection must not get a number that output goes to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -246,6 +263,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 def _fail(error: Exception, status: int) -> int:
-    for line in str(error).splitlines():
-        click.echo(f"meshlocal: {line}", err=True)
+    with suppress(OSError):
+        for line in str(error).splitlines():
+            click.echo(f"meshlocal: {line}", err=True)
     return status
