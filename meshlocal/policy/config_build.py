@@ -6,15 +6,14 @@ overrides it. The layers are then merged key by key, and what spans several keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import msgspec.inspect as schema
 
 from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
-from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
-from meshlocal.policy.config_http import HttpConfig
-from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
+from meshlocal.policy.config import Config
+from meshlocal.policy.config_check import check_config
 from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote, unknown_key
 
 Kind: TypeAlias = Literal["text", "list", "mapping", "value"]
@@ -72,7 +71,7 @@ def build_config(layers: Sequence[Layer], needs: Role | None = None) -> Config:
             _merge(merged, read)
     if not problems:
         config: Config = _construct(_SCHEMA, merged)
-        for path, message in _check(config, needs):
+        for path, message in check_config(config, needs):
             problems.append(Problem(format_path(path), message, _origin(layers, path)))
         if not problems:
             return config
@@ -274,107 +273,3 @@ def _has(data: Any, path: KeyPath) -> bool:
             return False
         data = data[step]
     return True
-
-
-_Finding: TypeAlias = tuple[KeyPath, str]
-
-
-def _check(config: Config, needs: Role | None) -> Iterator[_Finding]:
-    """What no key shows by itself."""
-    yield from _check_proxy(config.proxy)
-    yield from _check_server(config.discovery)
-    if needs == "proxy":
-        if not config.proxy.listen:
-            yield ("proxy", "listen"), "no listener is given; such as tcp://127.0.0.1:15001=b"
-        if not config.proxy.discovery.urls:
-            yield ("proxy", "discovery", "urls"), "no discovery URL is given; such as grpc://127.0.0.1:7070"
-    if needs == "discovery":
-        if not config.discovery.sources:
-            yield ("discovery", "sources"), "no source is given; such as file:instances.yaml"
-        if not config.discovery.bind:
-            yield ("discovery", "bind"), "no address is given; such as 127.0.0.1:7070"
-
-
-def _check_proxy(proxy: ProxyConfig) -> Iterator[_Finding]:
-    at = "proxy"
-    for name, value in proxy.labels.items():
-        if name == NODE:
-            yield (at, "labels", name), "is set by proxy.node_name"
-        if not name.strip() or len(name) + len(value) > MAX_LABEL_LENGTH:
-            yield (at, "labels", name), f"empty name, or longer than {MAX_LABEL_LENGTH} characters"
-    if len(proxy.labels) > MAX_LABELS:
-        yield (at, "labels"), f"{len(proxy.labels)} of them; at most {MAX_LABELS}"
-    if not proxy.prefer:
-        yield (at, "prefer"), "is empty; at least one label key, such as node"
-    yield from _check_repeated((at, "prefer"), proxy.prefer)
-    if proxy.within is not None and proxy.within != NODE and not proxy.labels.get(proxy.within, "").strip():
-        message = f"proxy.labels has no {quote(proxy.within)}, so that no instance could ever be used"
-        yield (at, "within"), message
-    urls, client = proxy.discovery.urls, proxy.discovery
-    if len(urls) > 1:
-        for position, url in enumerate(urls):
-            if url.scheme == "file":
-                yield (
-                    (at, "discovery", "urls", position),
-                    "an instances file stands alone, with no other discovery URL",
-                )
-    yield from _check_repeated((at, "discovery", "urls"), urls)
-    if client.backoff_initial > client.backoff_max:
-        message = f"{client.backoff_initial:g} is more than proxy.discovery.backoff_max, {client.backoff_max:g}"
-        yield (at, "discovery", "backoff_initial"), message
-    sockets: list[tuple[KeyPath, SocketAddress]] = [
-        ((at, "listen", position), listener.address) for position, listener in enumerate(proxy.listen)
-    ]
-    if proxy.admin is not None:
-        sockets.append(((at, "admin"), proxy.admin))
-    yield from _check_sockets(sockets)
-    yield from _check_routes(proxy.http)
-    for key in proxy.services:
-        try:
-            parse_service_key(key)
-        except ModelError as error:
-            yield (at, "services", key), error.what
-        if proxy.namespace and f"{key}.{proxy.namespace}" in proxy.services:
-            other = format_path((at, "services", f"{key}.{proxy.namespace}"))
-            yield (at, "services", key), f"is the same service as {other}"
-
-
-def _check_routes(http: HttpConfig) -> Iterator[_Finding]:
-    at = ("proxy", "http", "routes")
-    for position, route in enumerate(http.routes):
-        try:
-            parse_service_key(route.service)
-        except ModelError as error:
-            yield (*at, position, "service"), error.what
-        if not route.prefix.startswith("/") or not route.prefix.isascii() or any(c in route.prefix for c in " ?#"):
-            yield (*at, position, "prefix"), f"expected a path such as /api, got {quote(route.prefix)}"
-    yield from _check_repeated(at, [f"{route.host or ''}{route.prefix}" for route in http.routes])
-
-
-def _check_server(server: DiscoveryServerConfig) -> Iterator[_Finding]:
-    at = "discovery"
-    yield from _check_repeated((at, "sources"), server.sources)
-    sockets: list[tuple[KeyPath, SocketAddress]] = [
-        ((at, "bind", position), address) for position, address in enumerate(server.bind)
-    ]
-    if server.admin is not None:
-        sockets.append(((at, "admin"), server.admin))
-    yield from _check_sockets(sockets)
-
-
-def _check_repeated(path: KeyPath, values: Sequence[object]) -> Iterator[_Finding]:
-    for position, value in enumerate(values):
-        first = values.index(value)
-        if first != position:
-            yield (*path, position), f"{quote(str(value))} is already {format_path((*path, first))}"
-
-
-def _check_sockets(sockets: Sequence[tuple[KeyPath, SocketAddress]]) -> Iterator[_Finding]:
-    taken: dict[tuple[str, int], KeyPath] = {}
-    for path, address in sockets:
-        if address.port == 0:
-            continue
-        host = "127.0.0.1" if address.host == "localhost" else address.host
-        first = taken.setdefault((host, address.port), path)
-        if first is not path:
-            yield path, f"{address} is already the address of {format_path(first)}"
