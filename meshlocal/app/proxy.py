@@ -27,8 +27,9 @@ from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
+from meshlocal.net.relay_loop import open_relay_loop
 from meshlocal.net.sockets import close, format_address
-from meshlocal.policy.config import Config
+from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp import TcpForwarder
@@ -105,6 +106,7 @@ class ProxyProcess:
             ListenError: an address cannot be listened on.
         """
         with ExitStack() as opened:
+            opened.enter_context(open_relay_loop())
             config = self.config.proxy
             admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
             for sock in admin_sockets:

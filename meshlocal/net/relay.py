@@ -20,10 +20,13 @@ from __future__ import annotations
 import errno
 import socket
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import trio
 from trio.lowlevel import RunVar, checkpoint, wait_readable, wait_writable
+
+if TYPE_CHECKING:
+    from meshlocal.net.relay_loop import RelayLoop
 
 CHUNK = 65536
 """The most bytes that one direction holds."""
@@ -45,6 +48,9 @@ _REASONS = {
 }
 
 _scratch: RunVar[bytearray] = RunVar("meshlocal.relay.scratch")
+
+current_loop: RunVar[RelayLoop | None] = RunVar("meshlocal.relay.loop", default=None)
+"""What moves the bytes of this Trio run, if there is a loop for it (`meshlocal.net.relay_loop`)."""
 
 
 class RelayCounters:
@@ -80,23 +86,27 @@ class RelayResult(NamedTuple):
     first_end: Side | None
 
 
-class _State:
+class RelayState:
     """What both directions share."""
 
-    __slots__ = ("counters", "failed", "first_end", "number", "scope")
+    __slots__ = ("counters", "failed", "first_end", "number")
 
-    def __init__(self, counters: RelayCounters, scope: trio.CancelScope) -> None:
+    def __init__(self, counters: RelayCounters) -> None:
         self.counters = counters
-        self.scope = scope
         self.failed: Side | None = None
         self.number = 0
         self.first_end: Side | None = None
 
-    def fail(self, side: Side, error: OSError | trio.ClosedResourceError) -> None:
-        """Note a failure; the first one counts, the others follow from it."""
+    def fail(self, side: Side, number: int) -> None:
+        """Note a failure by its errno; the first one counts, the others follow from it."""
         if self.failed is None:
             self.failed = side
-            self.number = errno.EBADF if isinstance(error, trio.ClosedResourceError) else error.errno or errno.EIO
+            self.number = number
+
+    def result(self) -> RelayResult:
+        """How the relay ended."""
+        reason = "eof" if self.failed is None else _REASONS.get(self.number, "other")
+        return RelayResult(self.failed, reason, self.number, self.first_end)
 
 
 async def relay(
@@ -110,26 +120,37 @@ async def relay(
     end and aborts the other side, or both, on a failure or cancellation. A task that closes one of them meanwhile does
     it through `sockets.close` or `abort`, and fails the relay with `closed`.
     """
+    loop = current_loop.get()
+    if loop is not None:
+        return await loop.relay(client, upstream, counters, early)
+    return await copy(client, upstream, counters, early)
+
+
+async def copy(
+    client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray = b""
+) -> RelayResult:
+    """`relay` with a task for each direction: plain Trio, where there is no relay loop."""
     try:
         scratch = _scratch.get()
     except LookupError:
         scratch = bytearray(CHUNK)
         _scratch.set(scratch)
+    state = RelayState(counters)
     async with trio.open_nursery() as nursery:
-        state = _State(counters, nursery.cancel_scope)
-        nursery.start_soon(_pump, client, upstream, "client", state, scratch, early)
-        await _pump(upstream, client, "upstream", state, scratch, b"")
-    reason = "eof" if state.failed is None else _REASONS.get(state.number, "other")
-    return RelayResult(state.failed, reason, state.number, state.first_end)
+        scope = nursery.cancel_scope
+        nursery.start_soon(_pump, client, upstream, "client", state, scratch, early, scope)
+        await _pump(upstream, client, "upstream", state, scratch, b"", scope)
+    return state.result()
 
 
 async def _pump(
     source: socket.socket,
     sink: socket.socket,
     side: Side,
-    state: _State,
+    state: RelayState,
     scratch: bytearray,
     early: bytes | bytearray,
+    scope: trio.CancelScope,
 ) -> None:
     """One direction: from `side` to the other."""
     other: Side = "upstream" if side == "client" else "client"
@@ -155,8 +176,8 @@ async def _pump(
                 full_chunks = 0
                 await checkpoint()
     except (OSError, trio.ClosedResourceError) as error:
-        state.fail(side, error)
-        state.scope.cancel()
+        state.fail(side, _number(error))
+        scope.cancel()
         return
     if state.failed is not None:
         # The source died while the other direction wrote to it: this is where its last bytes end, not its stream.
@@ -169,7 +190,7 @@ async def _pump(
 
 
 async def _write(
-    sink: socket.socket, scratch: bytes | bytearray, size: int, side: Side, other: Side, state: _State
+    sink: socket.socket, scratch: bytes | bytearray, size: int, side: Side, other: Side, state: RelayState
 ) -> bool:
     """Write the first `size` bytes of `scratch`; False if the sink is dead."""
     try:
@@ -194,12 +215,16 @@ async def _write(
     return True
 
 
-def _fail_sink(sink: socket.socket, side: Side, state: _State, error: OSError | trio.ClosedResourceError) -> None:
-    state.fail(side, error)
+def _fail_sink(sink: socket.socket, side: Side, state: RelayState, error: OSError | trio.ClosedResourceError) -> None:
+    state.fail(side, _number(error))
     # A dead socket gives what it received and then its end. Should this one be alive after all (the system
     # had no memory for it), it is made to do the same.
     with suppress(OSError):
         sink.shutdown(socket.SHUT_RD)
+
+
+def _number(error: OSError | trio.ClosedResourceError) -> int:
+    return errno.EBADF if isinstance(error, trio.ClosedResourceError) else error.errno or errno.EIO
 
 
 def _count(counters: RelayCounters, side: Side, sent: int) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
+from trio.lowlevel import RunVar
+
+on_close: RunVar[Callable[[socket.socket], None] | None] = RunVar("meshlocal.sockets.on_close", default=None)
+"""Told of each socket that `close` or `abort` is about to close: for what waits for sockets without trio's help."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -26,6 +31,9 @@ def close(sock: socket.socket) -> None:
     """Close a socket, waking tasks that wait for it with trio.ClosedResourceError. Closing twice is harmless."""
     if sock.fileno() != -1:
         trio.lowlevel.notify_closing(sock)
+        told = on_close.get()
+        if told is not None:
+            told(sock)
         sock.close()
 
 

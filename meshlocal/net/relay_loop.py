@@ -1,0 +1,415 @@
+"""The relay's fast path: bytes are moved in the place where Trio would sleep.
+
+Theory of operation. A task that waits for a socket costs Trio two system calls and two task switches per message, far
+more than the message itself. So the sockets of established connections do not go through Trio at all: they are
+registered, once and edge-triggered, with an epoll instance of this loop's own. Trio's epoll instance is registered
+there as well. Whenever Trio is about to sleep it calls its instruments (`trio.abc.Instrument.before_io_wait`), and this one
+sleeps in its stead: it waits on its own epoll instance for as long as Trio would have, moves whatever bytes come, and
+returns as soon as Trio itself has something to do: an event of its own, a deadline, or a relay that ended.
+
+Everything stays in one thread and under the rule of structured concurrency: a connection's task waits in `relay` until
+its relay has ended, cancelling it takes the sockets out of the loop at once, and no other task, thread or lock is
+involved.
+
+A direction reads until a short read, writes at once, and keeps what the sink would not take, at most `CHUNK` bytes;
+until that is gone it reads no more. Edge-triggered events come again whenever something changed after the last read or
+write, so that a short read needs no second one to find the buffer empty (epoll(7), Q9). A direction that never comes
+to an end of its source gives way after `TURN` chunks.
+
+The one thing that Trio does not offer is the file descriptor of its epoll instance; `trio_epoll` finds it. Where it
+cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import trio
+
+from meshlocal.net.log import get_log
+from meshlocal.net.relay import CHUNK, RelayCounters, RelayResult, RelayState, Side, current_loop
+from meshlocal.net.sockets import on_close
+
+_log = get_log(__name__)
+
+TURN = 8
+"""Full chunks that one direction moves before others get their turn."""
+
+_READ_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_ALL_EVENTS = _READ_EVENTS | select.EPOLLOUT
+_READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+_ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_BATCH = 256
+
+
+class _Flow:
+    """One direction.
+
+    Attributes:
+        rest: what the sink would not take yet; empty if nothing is held.
+        ending: the source said that its end or its failure is near, so a short read is not its last one.
+        ended: nothing more is moved this way.
+        armed: the loop hears when the sink takes bytes again.
+        twin: the other direction.
+    """
+
+    __slots__ = ("armed", "ended", "ending", "pair", "rest", "side", "sink", "source", "twin")
+
+    twin: _Flow
+
+    def __init__(self, pair: _Pair, side: Side, source: socket.socket, sink: socket.socket) -> None:
+        self.pair = pair
+        self.side = side
+        self.source = source
+        self.sink = sink
+        self.rest: memoryview | bytes = b""
+        self.ending = False
+        self.ended = False
+        self.armed = False
+
+
+class _Pair:
+    """Two connections that are one to their users."""
+
+    __slots__ = ("done", "fds", "state", "task")
+
+    def __init__(self, state: RelayState, fds: tuple[int, int]) -> None:
+        self.state = state
+        self.fds = fds
+        self.done = False
+        self.task: trio.lowlevel.Task | None = None
+
+
+class RelayLoop(trio.abc.Instrument):
+    """Moves the bytes of all relays of one Trio run. Made by `open_relay_loop`.
+
+    Args:
+        trio_epoll: the file descriptor of Trio's epoll instance.
+    """
+
+    def __init__(self, trio_epoll: int) -> None:
+        self._trio = trio_epoll
+        self._token = trio.lowlevel.current_trio_token()
+        self._epoll = select.epoll()
+        self._flows: dict[int, tuple[_Flow, _Flow]] = {}
+        """By the file descriptor of a socket: the direction that reads from it, and the one that writes to it."""
+        self._again: list[_Flow] = []
+        self._finished: list[_Pair] = []
+        self._scratch = bytearray(CHUNK)
+        self._view = memoryview(self._scratch)
+        self._now = 0.0
+        try:
+            self._epoll.register(trio_epoll, select.EPOLLIN)
+        except BaseException:
+            self._epoll.close()
+            raise
+
+    def __len__(self) -> int:
+        """Relays under way."""
+        return len(self._flows) // 2
+
+    def close(self) -> None:
+        """Release the epoll instance. No relay may be under way."""
+        self._epoll.close()
+
+    # What tasks call.
+
+    async def relay(
+        self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray
+    ) -> RelayResult:
+        """See `meshlocal.net.relay.relay`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        pair = self._add(client, upstream, counters, early)
+        if not pair.done:
+            pair.task = trio.lowlevel.current_task()
+
+            def abandon(_: object) -> trio.lowlevel.Abort:
+                pair.task = None
+                self._remove(pair)
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abandon)
+        return pair.state.result()
+
+    def _add(
+        self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray
+    ) -> _Pair:
+        pair = _Pair(RelayState(counters), (client.fileno(), upstream.fileno()))
+        there, back = _Flow(pair, "client", client, upstream), _Flow(pair, "upstream", upstream, client)
+        there.twin, back.twin = back, there
+        self._now = trio.current_time()
+        client_fd, upstream_fd = pair.fds
+        self._flows[client_fd] = there, back
+        self._flows[upstream_fd] = back, there
+        try:
+            # A client has most likely said something already. What it said before the registration is read here, and
+            # what comes later is an event.
+            there.rest = bytes(early)
+            self._move(there)
+            if not pair.done:
+                self._register(client_fd, _ALL_EVENTS if back.armed else _READ_EVENTS)
+                self._register(upstream_fd, _ALL_EVENTS if there.armed else _READ_EVENTS)
+        except BaseException:
+            self._remove(pair)
+            raise
+        return pair
+
+    def _register(self, fd: int, events: int) -> None:
+        try:
+            self._epoll.register(fd, events)
+        except FileExistsError:
+            # The socket went through an earlier relay, and was not closed after it.
+            self._epoll.modify(fd, events)
+
+    def _remove(self, pair: _Pair) -> None:
+        # The sockets stay registered until their holder closes them: an event of one that is not in the table is
+        # passed over, and comes once.
+        pair.done = True
+        for fd in pair.fds:
+            self._flows.pop(fd, None)
+
+    def _closing(self, sock: socket.socket) -> None:
+        """A task closes a socket: its relay, if it has one, ends."""
+        flows = self._flows.get(sock.fileno())
+        if flows is not None and flows[0].source is sock:
+            flow = flows[0]
+            flow.pair.state.fail(flow.side, errno.EBADF)
+            self._finish(flow.pair)
+            self._wake()
+
+    # What Trio calls when it would sleep.
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Sleep in Trio's stead, and move bytes (see the module)."""
+        if not self._flows:
+            return
+        if timeout <= 0:
+            self._turn(0)
+            if self._finished:
+                self._wake()
+            return
+        until = time.perf_counter() + timeout
+        remaining = timeout
+        while True:
+            if self._turn(0 if self._again else remaining):
+                # Trio finds its own events when it looks itself. Relays that ended have to be made one.
+                if self._finished:
+                    self._wake()
+                return
+            if self._finished:
+                self._wake()
+                return
+            remaining = until - time.perf_counter()
+            if remaining <= 0:
+                # Trio computed its timeout before it called, and would sleep as long again.
+                self._token.run_sync_soon(_nothing)
+                return
+
+    def _wake(self) -> None:
+        self._token.run_sync_soon(self._reschedule)
+
+    def _reschedule(self) -> None:
+        finished, self._finished = self._finished, []
+        for pair in finished:
+            if pair.task is not None:
+                trio.lowlevel.reschedule(pair.task)
+                pair.task = None
+
+    def _turn(self, timeout: float) -> bool:
+        """Wait for events, and serve them; tells whether Trio has one of its own."""
+        again = self._again
+        if again:
+            self._again = []
+        trio_ready = False
+        try:
+            events = self._epoll.poll(timeout, _BATCH)
+        except InterruptedError:  # pragma: no cover - PEP 475 retries, unless a signal handler raised
+            events = []
+        self._now = trio.current_time()
+        flows = self._flows
+        for fd, mask in events:
+            found = flows.get(fd)
+            if found is None:
+                trio_ready = trio_ready or fd == self._trio
+                continue
+            reading, writing = found
+            if mask & _WRITABLE and writing.rest:
+                self._serve(writing)
+            if mask & _READABLE:
+                if mask & _ENDING:
+                    reading.ending = True
+                if not reading.rest and not reading.ended:
+                    self._serve(reading)
+        for flow in again:
+            if not flow.rest and not flow.ended and not flow.pair.done:
+                self._serve(flow)
+        return trio_ready
+
+    def _serve(self, flow: _Flow) -> None:
+        if flow.pair.done:
+            return
+        try:
+            self._move(flow)
+        except Exception:  # noqa: BLE001 - a fault of ours in one relay must not take Trio's sleep from all others
+            _log.exception("relay failed by a fault in the proxy")
+            flow.pair.state.fail(flow.side, errno.EIO)
+            self._finish(flow.pair)
+
+    def _move(self, flow: _Flow) -> None:
+        """Move what there is to move one way."""
+        source, sink = flow.source, flow.sink
+        moved = 0
+        turns = TURN
+        try:
+            if flow.rest:
+                moved = self._send_rest(flow)
+                if flow.rest or flow.ended:
+                    return
+            scratch, view = self._scratch, self._view
+            while True:
+                try:
+                    size = source.recv_into(scratch)
+                except BlockingIOError:
+                    return
+                except OSError as error:
+                    flow.pair.state.fail(flow.side, error.errno or errno.EIO)
+                    self._finish(flow.pair)
+                    return
+                if not size:
+                    self._end(flow)
+                    return
+                try:
+                    sent = sink.send(view[:size])
+                except BlockingIOError:
+                    sent = 0
+                except OSError as error:
+                    self._sink_failed(flow, error)
+                    return
+                moved += sent
+                if sent < size:
+                    # A copy of its own, for the scratch buffer belongs to all.
+                    flow.rest = memoryview(bytes(view[sent:size]))
+                    self._arm(flow)
+                    return
+                if size < CHUNK and not flow.ending:
+                    return
+                turns -= 1
+                if not turns:
+                    self._again.append(flow)
+                    return
+        finally:
+            if moved:
+                counters = flow.pair.state.counters
+                counters.last_activity = self._now
+                if flow.side == "client":
+                    counters.client_to_upstream += moved
+                else:
+                    counters.upstream_to_client += moved
+
+    def _send_rest(self, flow: _Flow) -> int:
+        try:
+            sent = flow.sink.send(flow.rest)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._sink_failed(flow, error)
+            return 0
+        if sent == len(flow.rest):
+            flow.rest = b""
+        else:
+            flow.rest = memoryview(flow.rest)[sent:]
+            self._arm(flow)
+        return sent
+
+    def _arm(self, flow: _Flow) -> None:
+        """Hear from now on when the sink takes bytes again. Most sinks are never full, and make no such events."""
+        if not flow.armed:
+            flow.armed = True
+            # Not there yet while the relay begins; it is registered with this then. ENOENT says so.
+            with suppress(FileNotFoundError):
+                self._epoll.modify(flow.sink.fileno(), _ALL_EVENTS)
+
+    def _end(self, flow: _Flow) -> None:
+        """The source's end: pass it on."""
+        flow.ended = True
+        state = flow.pair.state
+        if state.failed is None:
+            # Otherwise the source died while the other direction wrote to it: its last bytes end here, not its stream.
+            state.first_end = state.first_end or flow.side
+            try:
+                flow.sink.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._sink_failed(flow, error)
+                return
+        if flow.twin.ended:
+            self._finish(flow.pair)
+
+    def _sink_failed(self, flow: _Flow, error: OSError) -> None:
+        """The sink is dead. What it sent before is still delivered, so the other direction goes on to its end."""
+        flow.ended = True
+        flow.rest = b""
+        flow.pair.state.fail(flow.twin.side, error.errno or errno.EIO)
+        # A dead socket gives what it received and then its end. Should this one be alive after all (the system had no
+        # memory for it), it is made to do the same.
+        with suppress(OSError):
+            flow.sink.shutdown(socket.SHUT_RD)
+        if flow.twin.ended:
+            self._finish(flow.pair)
+        else:
+            self._again.append(flow.twin)
+
+    def _finish(self, pair: _Pair) -> None:
+        if not pair.done:
+            self._remove(pair)
+            self._finished.append(pair)
+
+
+def trio_epoll() -> int | None:
+    """The file descriptor of this Trio run's epoll instance; None if it has none, or keeps it where we cannot see."""
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        runner = GLOBAL_RUN_CONTEXT.runner
+        if runner.is_guest:
+            # Another event loop sleeps then, in which there is no place for this one.
+            return None
+        return runner.io_manager._epoll.fileno()
+    except (ImportError, AttributeError):
+        return None
+
+
+@contextmanager
+def open_relay_loop() -> Iterator[RelayLoop | None]:
+    """While this is open, the relays of this Trio run go through a loop of their own.
+
+    Yields:
+        The loop; None if Trio does not show its epoll instance, so that relays take the path with two tasks. Relays
+        must have ended at the exit.
+    """
+    number = trio_epoll()
+    if number is None:
+        _log.warning("relays take the slow path", problem="this version of Trio hides its epoll instance")
+        yield None
+        return
+    loop = RelayLoop(number)
+    trio.lowlevel.add_instrument(loop)
+    current_loop.set(loop)
+    on_close.set(loop._closing)
+    try:
+        yield loop
+    finally:
+        current_loop.set(None)
+        on_close.set(None)
+        with suppress(KeyError):  # Trio drops an instrument that raised
+            trio.lowlevel.remove_instrument(loop)
+        loop.close()
+
+
+def _nothing() -> None:
+    """What wakes Trio need not do more."""
