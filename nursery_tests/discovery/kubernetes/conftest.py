@@ -8,6 +8,7 @@ fixture asserts to be empty.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import ssl
 from collections import deque
@@ -511,3 +512,12 @@ def kube(authority, tmp_path):
         ca_pem=authority.cert_pem.bytes(),
         authority=authority,
     )
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The module `reference`: a second account of what slices mean."""
+    spec = importlib.util.spec_from_file_location("kubernetes_reference", Path(__file__).parent / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
