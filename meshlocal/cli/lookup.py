@@ -98,11 +98,10 @@ def explain_running(service: str, admin: str, *, as_json: bool) -> str:
     if response.status != 200 and response.headers.get_content_type() == "text/plain" and "\n" not in text:
         raise QueryError(f"{admin}: {text}")
     try:
-        view = json.loads(body)
-        known = response.status == 200 and isinstance(view, dict) and "plan" in view
+        view = json.loads(body) if response.status == 200 else None
     except ValueError:
-        known = False
-    if not known:
+        view = None
+    if not isinstance(view, dict) or "plan" not in view:
         raise QueryError(f"{admin} does not answer as a proxy's admin address does")
     return _json(view) if as_json else _explanation(view)
 
