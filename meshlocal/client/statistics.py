@@ -26,6 +26,8 @@ class Outcome(StrEnum):
     """The deadline came before an instance was connected (A1)."""
     CLIENT_LEFT = "client_left"
     """The client left before an instance was connected (A8)."""
+    REFUSED = "refused"
+    """HTTP: the request is malformed, too large, or did not come whole."""
     LIMITED = "limited"
     """It was refused at once, because as much as may be was under way."""
     DRAINED = "drained"
