@@ -33,6 +33,11 @@ NO_SNAPSHOT = Answer(503, "no_snapshot", "discovery has not said yet where the s
 NO_INSTANCE = Answer(503, "no_instance", "the service has no usable instance")
 CONNECT_FORBIDDEN = Answer(403, "connect_forbidden", "CONNECT is for services that this proxy knows")
 
+TOO_MANY_REQUESTS = Answer(503, "limit_requests", "as many requests are under way as there may be")
+TOO_MANY_CONNECTIONS = Answer(503, "limit_connections", "as many connections are open as there may be")
+TOO_MANY_WAITING = Answer(503, "limit_waiting", "as many requests wait for an instance as may")
+LIMITED = (TOO_MANY_REQUESTS, TOO_MANY_CONNECTIONS, TOO_MANY_WAITING)
+
 FAILED = Answer(502, "failed", "no instance could be connected")
 NO_RESPONSE = Answer(502, "no_response", "the instance ended the connection without a response")
 BROKEN = Answer(502, "broken_response", "the instance's response broke off, or is malformed")

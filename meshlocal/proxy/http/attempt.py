@@ -1,8 +1,11 @@
 """One request on one connection to one instance, until its response has ended.
 
-A request that is whole, sent and answered without a wait that matters takes neither a nursery nor a cancel scope. What
-streams has both: one task sends the body while the other looks for a response, which may well come before the body's
-end, and once the body has ended the first one watches the client.
+`start` sends the request, `take` turns what the instance sends into what the client gets, `end` hears that it sends no
+more, `release` gives the connection back. None of these waits, so a lane can drive an attempt as well as a task can;
+`run` is how a task does it, from the start or from wherever the lane left it.
+
+A task that waits for a quick instance takes neither a nursery nor a cancel scope. What streams a body up has both
+(`meshlocal.proxy.http.pump`).
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
-from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
+from trio.lowlevel import checkpoint, notify_closing, wait_readable
 
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.sockets import abort, close
 from meshlocal.policy.retry import Failure
+from meshlocal.proxy.http.account import told
 from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutError, End
 from meshlocal.proxy.http.pool import Upstream
 from meshlocal.proxy.http.service import HttpService
@@ -45,185 +49,256 @@ class Attempt:
 
     Attributes:
         sent: some of the request may have reached the instance.
+        unsent: what the connection would not take at once.
+        out: what the client's connection would not take, before a task took over.
+        failure: how it failed, once that is known.
+        head_came: the final head did.
+        streaming: the request's body is being sent by another task.
+        scope: of the wait for a head, while `streaming`; its deadline is the instance's.
+        deadline: when the instance must have answered.
     """
 
     __slots__ = (
-        "_body_error",
-        "_connection",
-        "_deadline",
-        "_exchange",
-        "_expecting",
-        "_flow",
-        "_head_came",
+        "_close_client",
+        "_counted",
         "_impatient",
-        "_pumping",
-        "_reading",
         "_reset",
-        "_scope",
-        "_service",
-        "_sock",
-        "_upstream",
+        "_switch",
+        "_unread",
         "_wait_first",
+        "connection",
+        "deadline",
+        "exchange",
+        "expecting",
+        "failure",
+        "flow",
+        "head_came",
+        "out",
+        "scope",
         "sent",
+        "service",
+        "sock",
+        "started",
+        "streaming",
+        "unsent",
+        "upstream",
     )
 
     def __init__(self, exchange: Exchange, service: HttpService, upstream: Upstream) -> None:
-        self._exchange = exchange
-        self._connection = exchange.connection
-        self._service = service
-        self._upstream = upstream
-        self._sock = upstream.sock
-        self._flow = ResponseFlow(exchange.head.method, exchange.connection.forwarder.settings.limits)
-        self._deadline = exchange.deadline
-        self._scope: trio.CancelScope | None = None
-        self._body_error: ProtocolError | None = None
-        self._head_came = False
-        self._impatient = False
-        self._pumping = False
-        self._reading = False
-        self._reset = False
-        self._expecting = False
-        self._wait_first = True
+        self.exchange = exchange
+        self.connection = exchange.connection
+        self.service = service
+        self.upstream = upstream
+        self.sock = upstream.sock
+        self.flow = ResponseFlow(exchange.head.method, exchange.connection.forwarder.settings.limits)
+        self.deadline = exchange.deadline
+        self.scope: trio.CancelScope | None = None
+        self.failure: Failure | None = None
+        self.started = False
         self.sent = False
+        self.unsent = b""
+        self.out = b""
+        self.head_came = False
+        self.streaming = False
+        self.expecting = False
+        self._switch: ResponseHead | None = None
+        self._close_client = False
+        self._counted = False
+        self._impatient = False
+        self._reset = False
+        self._unread = False
+        self._wait_first = True
+
+    # Without a wait.
+
+    def start(self) -> None:
+        """Send the request, as far as the connection takes it. Sets `failure` if that is dead."""
+        self.started = True
+        exchange, state = self.exchange, self.service.state
+        if state.fitness.spill is not None and exchange.pick is not None:
+            state.fitness.begin(exchange.pick.instance)
+            self._counted = True
+        payload = exchange.payload()
+        try:
+            sent = self.sock.send(payload)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.failure = Failure.STALE if self.upstream.used else Failure.NO_RESPONSE
+            return
+        self.sent = sent > 0
+        if sent < len(payload):
+            self.unsent = payload[sent:]
+        if state.policy.attempt_timeout is not None:
+            self.deadline = min(self.deadline, trio.current_time() + state.policy.attempt_timeout)
+
+    @property
+    def is_sent(self) -> bool:
+        """All of the request was sent."""
+        body = self.exchange.body
+        return not self.unsent and (body is None or body.finished)
+
+    def take(self, data: bytes) -> bytes:
+        """What goes to the client for what came from the instance. Sets `failure` if the head makes no sense.
+
+        Raises:
+            CutError: the body makes no sense.
+        """
+        flow = self.flow
+        if self.head_came:
+            try:
+                return flow.body(data)
+            except ProtocolError as error:
+                self.exchange.problem = error
+                raise CutError from None
+        out = b""
+        try:
+            head = flow.receive(data)
+            while head is not None:
+                if head.status >= 200:
+                    return out + self._begin(head) if out else self._begin(head)
+                if head.status == 101:
+                    self._begin_switch(head)
+                    return out
+                out += self._interim(head)
+                head = flow.receive(b"")
+        except ProtocolError as error:
+            self.exchange.problem = error
+            self.failure = Failure.BROKEN
+        return out
+
+    def end(self) -> bytes:
+        """The instance ended the connection: what goes to the client. Sets `failure` if the head did not come.
+
+        Raises:
+            CutError: the response is not whole.
+        """
+        flow = self.flow
+        if self.head_came:
+            rest = None if self._reset else flow.end()
+            if rest is None:
+                raise CutError
+            return rest
+        if flow.any_byte:
+            self.failure = Failure.BROKEN
+        else:
+            self.failure = Failure.STALE if self.upstream.used else Failure.NO_RESPONSE
+        return b""
+
+    def _interim(self, head: ResponseHead) -> bytes:
+        if self.expecting:
+            # The instance asked for the body: from here on the client is waited for, in its own time.
+            self.expecting = False
+            if self.scope is not None:
+                self.scope.deadline = math.inf
+        return client_head(head, Framing.NONE) if self.exchange.head.minor == 1 else b""
+
+    def _begin(self, head: ResponseHead) -> bytes:
+        exchange, connection, service, flow = self.exchange, self.connection, self.service, self.flow
+        status = head.status
+        if status in service.state.policy.retry_on and exchange.retries_answer(service, self.sent):
+            self.failure = Failure.STATUS
+            return b""
+        request, forwarder = exchange.head, connection.forwarder
+        settings = forwarder.settings
+        http10 = request.minor == 0
+        self._unread = exchange.body is not None and not (exchange.body.finished and not self.streaming)
+        close_client = self._close_client = (
+            not request.keep_alive
+            or forwarder.draining
+            or self._unread
+            or (http10 and flow.closes_client(head, http10=True))
+        )
+        extra = settings.via + told(exchange) if settings.config.response_headers else settings.via
+        out = flow.begin(head, http10=http10, close=close_client, extra=extra, announce=http10 and not close_client)
+        self.head_came = True
+        self.deadline = math.inf
+        if self.scope is not None:
+            self.scope.deadline = math.inf
+        if exchange.pick is not None:
+            service.state.fitness.worked(exchange.pick.instance)
+        exchange.status = status
+        exchange.outcome = Outcome.CUT
+        connection.begun = True
+        return out
+
+    def _begin_switch(self, head: ResponseHead) -> None:
+        """The instance switches to another protocol: from here on this is a tunnel (RFC 9110, 7.8)."""
+        if not self.exchange.head.upgrade or self.streaming:
+            raise ProtocolError(502, "bad_upgrade", "a switch of protocols that nobody asked for")
+        self._switch = head
+        if self.scope is not None:
+            self.scope.deadline = math.inf
+
+    @property
+    def needs_task(self) -> bool:
+        """It failed, or becomes a tunnel."""
+        return self.failure is not None or self._switch is not None
+
+    def complete(self) -> None:
+        """All of the response went to the client."""
+        exchange, connection = self.exchange, self.connection
+        exchange.received += self.flow.size
+        exchange.outcome = Outcome.SERVED
+        if not self._close_client:
+            exchange.end = End.KEEP
+        else:
+            exchange.end = End.LINGER if self._unread or connection.early else End.CLOSE
+
+    def release(self) -> None:
+        """Give the connection back, close it, or reset it if something on it was cut short."""
+        upstream, flow = self.upstream, self.flow
+        if self._counted:
+            self._counted = False
+            assert self.exchange.pick is not None
+            self.service.state.fitness.end(self.exchange.pick.instance)
+        if flow.reusable and not self._reset and self.failure is None and self.is_sent and not self.streaming:
+            config = self.connection.forwarder.settings.config
+            self.service.pool.put(upstream, trio.current_time(), config.pool_size)
+        elif flow.complete and self.is_sent:
+            close(upstream.sock)
+        else:
+            abort(upstream.sock)
+
+    # With waits.
 
     async def run(self) -> Failure | None:
         """Send the request, and pass the response on.
 
         Returns:
-            How it failed; None if the response went to the client, and the exchange's `end` tells the rest.
+            How it failed; None if the response went to the client.
 
         Raises:
             ClientLeftError: the client reset its connection.
             CutError: the response broke off.
             ProtocolError: the rest of the request's body is malformed.
         """
-        whole = False
         try:
-            failure = await self._run()
-            whole = failure is None
-            return failure
-        except AttemptTimeoutError:
-            return Failure.BROKEN if self._flow.any_byte else Failure.TIMEOUT
-        finally:
-            self._release(whole)
+            if not self.started:
+                self.start()
+            if self.failure is None and not self.is_sent and not self.head_came:
+                # Imported here: many proxies see no large body in all their life.
+                from meshlocal.proxy.http.pump import respond_streaming
 
-    def _release(self, whole: bool) -> None:
-        upstream, flow = self._upstream, self._flow
-        body = self._exchange.body
-        if flow.reusable and (body is None or body.finished) and not self._reset and not self._pumping:
-            config = self._connection.forwarder.settings.config
-            self._service.pool.put(upstream, trio.current_time(), config.pool_size)
-        elif whole and flow.complete:
-            close(upstream.sock)
-        else:
-            abort(upstream.sock)
-
-    async def _run(self) -> Failure | None:
-        exchange = self._exchange
-        payload = exchange.payload()
-        try:
-            sent = self._sock.send(payload)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return Failure.STALE if self._upstream.used else Failure.NO_RESPONSE
-        self.sent = sent > 0
-        timeout = self._service.state.policy.attempt_timeout
-        if timeout is not None:
-            self._deadline = min(self._deadline, trio.current_time() + timeout)
-        body = exchange.body
-        if sent == len(payload) and (body is None or body.finished):
-            return await self._respond()
-        return await self._respond_pumping(payload[sent:])
-
-    # The response.
-
-    async def _respond(self) -> Failure | None:
-        exchange, connection, flow = self._exchange, self._connection, self._flow
-        try:
-            head = await self._receive_head()
-        except ProtocolError as error:
-            exchange.problem = error
-            return Failure.BROKEN
-        if head is None:
-            if flow.any_byte:
-                return Failure.BROKEN
-            return Failure.STALE if self._upstream.used else Failure.NO_RESPONSE
-        self._head_came = True
-        status = head.status
-        if status == 101:
-            return await self._switch(head)
-        if status in self._service.state.policy.retry_on and exchange.retries_answer(self._service, self.sent):
-            return Failure.STATUS
-        request = exchange.head
-        http10 = request.minor == 0
-        unsent = exchange.body is not None and (self._pumping or not exchange.body.finished)
-        close_client = (
-            not request.keep_alive or connection.forwarder.draining or unsent or flow.closes_client(head, http10=http10)
-        )
-        settings = connection.forwarder.settings
-        extra = settings.via + exchange.told() if settings.config.response_headers else settings.via
-        try:
-            out = flow.begin(head, http10=http10, close=close_client, extra=extra, announce=http10 and not close_client)
-        except ProtocolError as error:
-            exchange.problem = error
-            return Failure.BROKEN
-        if self._scope is not None:
-            self._scope.deadline = math.inf
-        self._deadline = math.inf
-        exchange.status = status
-        exchange.outcome = Outcome.CUT
-        connection.begun = True
-        await connection.send(out)
-        if not flow.complete:
-            await self._pass_on()
-        exchange.received += flow.size
-        exchange.outcome = Outcome.SERVED
-        if not close_client:
-            exchange.end = End.KEEP
-        elif unsent or connection.early:
-            exchange.end = End.LINGER
-        else:
-            exchange.end = End.CLOSE
-        return None
-
-    async def _receive_head(self) -> ResponseHead | None:
-        """The final head, or that of a switch of protocols; None if the connection ended before it."""
-        flow, connection = self._flow, self._connection
-        while True:
-            data = await self._receive()
-            if not data:
-                return None
-            head = flow.receive(data)
-            while head is not None:
-                if head.status >= 200 or head.status == 101:
-                    return head
-                if self._expecting:
-                    # It asked for the body: from here on the client is waited for.
-                    self._expecting = False
-                    if self._reading and self._scope is not None:
-                        self._scope.deadline = math.inf
-                if self._exchange.head.minor == 1:
-                    await connection.send(client_head(head, Framing.NONE))
-                head = flow.receive(b"")
-
-    async def _pass_on(self) -> None:
-        """The rest of the body."""
-        flow, connection = self._flow, self._connection
-        chunks = 0
-        while not flow.complete:
-            data = await self._receive()
-            if not data:
-                rest = None if self._reset else flow.end()
-                if rest is None:
-                    raise CutError
-                out = rest
+                await respond_streaming(self)
             else:
-                try:
-                    out = flow.body(data)
-                except ProtocolError as error:
-                    self._exchange.problem = error
-                    raise CutError from None
+                await self.respond()
+        except AttemptTimeoutError:
+            self.failure = Failure.BROKEN if self.flow.any_byte else Failure.TIMEOUT
+        finally:
+            self.release()
+        return self.failure
+
+    async def respond(self) -> None:
+        """Pass the response on, until its end or a failure."""
+        connection, flow = self.connection, self.flow
+        chunks = 0
+        if self.out:
+            out, self.out = self.out, b""
+            await connection.send(out)
+        while not (flow.complete or self.needs_task):
+            data = await self._receive()
+            out = self.take(data) if data else self.end()
             if out:
                 await connection.send(out)
             # A short read most likely emptied the connection: waiting at once spares a read that would say so.
@@ -232,24 +307,23 @@ class Attempt:
             if chunks >= TURN:
                 chunks = 0
                 await checkpoint()
+        if self._switch is not None:
+            await self._tunnel(self._switch)
+        elif self.failure is None:
+            self.complete()
 
-    async def _switch(self, head: ResponseHead) -> Failure | None:
-        """The instance switches to another protocol: from here on this is a tunnel (RFC 9110, 7.8)."""
-        exchange = self._exchange
-        if not exchange.head.upgrade or self._pumping:
-            exchange.problem = ProtocolError(502, "bad_upgrade", "a switch of protocols that nobody asked for")
-            return Failure.BROKEN
+    async def _tunnel(self, head: ResponseHead) -> None:
+        exchange = self.exchange
         # Imported here: few requests ask for it.
         from meshlocal.proxy.http.tunnel import run_tunnel
 
-        self._connection.begun = True
+        if exchange.pick is not None:
+            self.service.state.fitness.worked(exchange.pick.instance)
+        self.connection.begun = True
         exchange.status = 101
         exchange.outcome = Outcome.CUT
-        first = client_head(head, Framing.NONE, extra=exchange.told()) + bytes(self._flow.rest)
-        self._flow.complete = await run_tunnel(exchange, self._service.state, self._sock, first)
-        return None
-
-    # Waiting for the instance.
+        first = client_head(head, Framing.NONE, extra=told(exchange)) + bytes(self.flow.rest)
+        self.flow.complete = await run_tunnel(exchange, self.service.state, self.sock, first)
 
     async def _receive(self) -> bytes:
         """Wait for bytes from the instance; empty at its end, or a reset.
@@ -258,11 +332,13 @@ class Attempt:
             ClientLeftError: the client reset its connection meanwhile.
             AttemptTimeoutError: nothing came in time.
         """
-        sock = self._sock
+        sock = self.sock
         wait = self._wait_first
         while True:
             if wait:
-                if self._scope is not None:
+                if self.scope is not None:
+                    if self.head_came:
+                        self.connection.await_transfer()
                     await wait_readable(sock)
                 else:
                     await self._wait()
@@ -275,126 +351,34 @@ class Attempt:
                 return b""
 
     async def _wait(self) -> None:
-        patience = self._connection.forwarder.patience
-        patience.add(self, trio.current_time() if self._head_came else self._exchange.started)
+        if self._impatient:
+            await self._wait_watching()
+            return
+        patience = self.connection.forwarder.patience
+        patience.add(self, trio.current_time() if self.head_came else self.exchange.started)
         try:
-            await wait_readable(self._sock)
+            await wait_readable(self.sock)
         except trio.ClosedResourceError:
             if not self._impatient:
                 raise
             await self._wait_watching()
         finally:
             patience.waiting.pop(self, None)
-        self._impatient = False
 
     def lose_patience(self) -> None:
         """See `Waiter.lose_patience`."""
         self._impatient = True
-        notify_closing(self._sock)
+        notify_closing(self.sock)
 
     async def _wait_watching(self) -> None:
-        connection = self._connection
-        if self._head_came:
+        self._impatient = False
+        connection = self.connection
+        if self.head_came:
             connection.await_transfer()
-        with trio.CancelScope(deadline=self._deadline) as scope:
-            await connection.watched(partial(wait_readable, self._sock))
+        with trio.CancelScope(deadline=self.deadline) as scope:
+            await connection.watched(partial(wait_readable, self.sock))
         if connection.left:
             raise ClientLeftError
         if scope.cancelled_caught:
             raise AttemptTimeoutError
         connection.deadline = math.inf
-
-    # The request's body.
-
-    async def _respond_pumping(self, rest: bytes) -> Failure | None:
-        """Send what is left of the request, and look for a response meanwhile."""
-        exchange, connection = self._exchange, self._connection
-        self._pumping = True
-        self._expecting = exchange.head.expect_continue
-        failure: Failure | None = Failure.TIMEOUT
-        raised: Exception | None = None
-        with trio.CancelScope(deadline=self._deadline) as self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, rest, nursery.cancel_scope)
-                try:
-                    failure = await self._respond()
-                except (ClientLeftError, CutError) as error:
-                    raised = error
-                nursery.cancel_scope.cancel()
-        if raised is not None:
-            raise raised
-        if failure is not Failure.TIMEOUT:
-            return failure
-        if connection.left:
-            raise ClientLeftError
-        if self._body_error is not None:
-            raise self._body_error
-        raise AttemptTimeoutError
-
-    async def _pump(self, rest: bytes, responding: trio.CancelScope) -> None:
-        exchange, connection = self._exchange, self._connection
-        try:
-            if rest:
-                await self._send(rest)
-            body = exchange.body
-            while body is not None and not body.finished:
-                self._reading = True
-                if not self._expecting:
-                    self._restart_clock(math.inf)
-                piece = await exchange.read_body()
-                self._reading = self._expecting = False
-                self._restart_clock(self._limit())
-                if piece:
-                    await self._send(piece)
-            self._pumping = False
-            if not exchange.head.upgrade:
-                await connection.watch(responding)
-        except _UpstreamError:
-            # It may have answered before it closed: whoever waits for that finds out.
-            return
-        except ClientLeftError:
-            connection.left = True
-            responding.cancel()
-        except ProtocolError as error:
-            if not connection.begun:
-                self._body_error = error
-                responding.cancel()
-
-    def _limit(self) -> float:
-        policy = self._service.state.policy
-        limit = policy.response_deadline
-        return limit if policy.attempt_timeout is None else min(limit, policy.attempt_timeout)
-
-    def _restart_clock(self, limit: float) -> None:
-        """The instance has this many seconds from now on: as long as a body moves, its time does not run (A1)."""
-        if self._scope is not None and not self._head_came:
-            now = trio.current_time()
-            self._scope.deadline = now + limit
-            self._exchange.deadline = now + self._service.state.policy.response_deadline
-
-    async def _send(self, data: bytes) -> None:
-        """Send bytes to the instance.
-
-        Raises:
-            _UpstreamError: the connection is dead.
-        """
-        sock = self._sock
-        rest = memoryview(data)
-        try:
-            while True:
-                try:
-                    sent = sock.send(rest)
-                except BlockingIOError:
-                    sent = 0
-                if sent:
-                    self.sent = True
-                    rest = rest[sent:]
-                    if not rest:
-                        return
-                await wait_writable(sock)
-        except OSError:
-            raise _UpstreamError from None
-
-
-class _UpstreamError(Exception):
-    """The connection to the instance takes nothing more."""

@@ -134,6 +134,17 @@ class ClientConnection(Client):
             else:
                 close(self.socket)
 
+    async def refuse(self, answer: Answer) -> None:
+        """Answer before there is a request, and end; the socket is closed then."""
+        try:
+            with trio.move_on_after(LINGER):
+                await self._answer(answer)
+                await self._linger()
+        except ClientLeftError:
+            pass
+        finally:
+            close(self.socket)
+
     async def _converse(self) -> End:
         forwarder = self.forwarder
         first = True
@@ -173,7 +184,7 @@ class ClientConnection(Client):
         try:
             return await exchange.run()
         finally:
-            exchange.account()
+            exchange.finish()
             self.exchange = None
 
     async def _begin_head(self, first: bool) -> bytes | None:
@@ -250,7 +261,10 @@ class ClientConnection(Client):
         self.expiry = Expiry.BODY
         self.deadline = trio.current_time() + self.forwarder.settings.config.body_timeout
         data = await self.receive()
-        self.deadline = math.inf
+        if self.begun:
+            self.await_transfer()
+        else:
+            self.deadline = math.inf
         return data
 
     def forwarded_lines(self, head: RequestHead) -> bytes:

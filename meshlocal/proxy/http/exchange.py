@@ -1,23 +1,31 @@
-"""One request: pick, attempts, what follows from each failure, and the account (behaviour rules A1 to A8, O1, R1)."""
+"""One request: pick, attempts, and what follows from each failure (behaviour rules A1 to A8, H1, O1).
+
+What needs no wait is in functions that are not async, so that a request whose instance answers at once can be served
+without its connection's task (`meshlocal.proxy.http.lane`): `begin` and `first_attempt` there, `run` takes over at any
+point.
+"""
 
 from __future__ import annotations
 
+import math
 import socket
 from typing import TYPE_CHECKING
 
 import trio
 
 from meshlocal.client.connecting import Connected, try_instance
-from meshlocal.client.statistics import AttemptOutcome, Outcome, RequestKey
+from meshlocal.client.statistics import AttemptOutcome, Outcome
+from meshlocal.policy.health import Cause
+from meshlocal.policy.limits import Limit
 from meshlocal.policy.picker import Pick, Plan
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, decide
 from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.account import account, told
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.attempt import Attempt
 from meshlocal.proxy.http.ends import ClientLeftError, CutError, End
 from meshlocal.proxy.http.pool import Upstream
 from meshlocal.proxy.http.service import HttpService
-from meshlocal.proxy.http.statistics import status_class
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
@@ -50,13 +58,15 @@ class Exchange:
         service: what it is for; None until that is known.
         deadline: when all attempts together must have brought a response's head.
         pick: the instance that answers, or was tried last.
+        tier: its tier's name.
         following: the instance to try next, if an attempt asked for it already.
         attempts: how many instances were tried.
         status: of the response; 0 while there is none.
+        error: how the last attempt failed, or the request, in a word.
         problem: what is wrong with the instance's response.
+        received: bytes of the response's body.
         end: what becomes of the client's connection after the response.
         outcome: how it is counted.
-        received: bytes of the response's body.
     """
 
     __slots__ = (
@@ -86,7 +96,7 @@ class Exchange:
         self.started = started
         self.body: RequestBody | None = None
         self.service: HttpService | None = None
-        self.deadline = 0.0
+        self.deadline = math.inf
         self.pick: Pick | None = None
         self.following: Pick | None = None
         self.tier = ""
@@ -100,14 +110,112 @@ class Exchange:
         self.idempotent = head.method in IDEMPOTENT_METHODS or head.idempotency_key
         self._plan: Plan | None = None
 
-    async def run(self) -> End:
-        """Serve it; returns what becomes of the client's connection.
+    # Without a wait.
+
+    def begin(self) -> Answer | None:
+        """Find its service; what to answer if it cannot be served. `finish` undoes what this counts."""
+        connection = self.connection
+        forwarder = connection.forwarder
+        if self.head.method == b"CONNECT":
+            service = forwarder.find_tunnel(connection.service, self.head, self.started)
+        else:
+            service = forwarder.find(connection.service, self.head, self.started)
+        if isinstance(service, Answer):
+            return service
+        state = service.state
+        if not state.circuit.enter(Limit.REQUESTS):
+            self.outcome = Outcome.LIMITED
+            return answers.TOO_MANY_REQUESTS
+        state.in_use += 1
+        self.service = service
+        policy = state.policy
+        connection.idle_limit = policy.idle_timeout if policy.idle_timeout is not None else math.inf
+        self.deadline = self.started + policy.response_deadline
+        service.budget.request(self.started)
+        return None
+
+    def first_attempt(self) -> Attempt | None:
+        """Begin with the first instance, on a connection that waits for a request; None if a task has to do it."""
+        service = self.service
+        assert service is not None
+        plan = self._plan = service.state.plan()
+        pick = plan.next() if plan is not None else None
+        if pick is None:
+            return None
+        self._take(service, pick)
+        return self._reuse(service, pick)
+
+    def finish(self) -> None:
+        """Its end, however it came. Called once."""
+        service = self.service
+        if service is not None:
+            service.state.in_use -= 1
+            service.state.circuit.leave(Limit.REQUESTS)
+        account(self, trio.current_time())
+
+    def _take(self, service: HttpService, pick: Pick) -> None:
+        state = service.state
+        self.pick = pick
+        self.following = None
+        self.attempts += 1
+        self.tier = tier = state.tiers[pick.tier]
+        state.statistics.picks[tier, pick.reason or ""] += 1
+
+    def _reuse(self, service: HttpService, pick: Pick) -> Attempt | None:
+        """An attempt on a connection that waits for a request."""
+        upstream = service.pool.take(pick.instance.key[:2])
+        if upstream is None:
+            return None
+        service.statistics.connections_reused += 1
+        return Attempt(self, service, upstream)
+
+    def payload(self) -> bytes:
+        """The head for an instance, with what is there of the body."""
+        connection, settings = self.connection, self.connection.forwarder.settings
+        extra = settings.via
+        if settings.append_forwarded:
+            extra += connection.forwarded_lines(self.head)
+        head = upstream_head(
+            self.head,
+            extra,
+            host=self.service.state.key.encode() if self.service is not None and not self.head.has_host else b"",
+            strip_forwarded=settings.strip_forwarded,
+        )
+        body = self.body
+        return head + b"".join(body.held) if body is not None and body.held else head
+
+    # With waits.
+
+    async def run(self, attempt: Attempt | None = None, raised: Exception | None = None) -> End:
+        """Serve it to its end.
+
+        Args:
+            attempt: the one that is under way, if it began without a task.
+            raised: what that met, if it can go no further.
+
+        Returns:
+            What becomes of the client's connection.
 
         Raises:
             ClientLeftError: the client reset its connection.
         """
         try:
-            return await self._run()
+            if raised is not None:
+                raise raised
+            if self.service is None:
+                answer = self.begin()
+                if answer is not None:
+                    return await self.refuse(answer)
+            service = self.service
+            assert service is not None
+            if self.head.method == b"CONNECT":
+                # Imported here: few proxies are asked to.
+                from meshlocal.proxy.http.tunnel import connect_tunnel
+
+                return await connect_tunnel(self, service)
+            if self.body is None and self.head.has_body:
+                await self._begin_body(service)
+            return await self._forward(service, attempt)
         except ClientLeftError:
             self.outcome = Outcome.CUT if self.connection.begun else Outcome.CLIENT_LEFT
             raise
@@ -115,52 +223,30 @@ class Exchange:
             self.outcome = Outcome.CUT
             return End.ABORT
         except ProtocolError as error:
-            self.outcome = Outcome.CLIENT_LEFT
+            self.outcome = Outcome.REFUSED
             self.connection.forwarder.refused[error.reason] += 1
             return await self._answer(Answer.to(error))
         except Exception:
             self.outcome = Outcome.ERROR
             raise
 
-    async def _run(self) -> End:
-        connection, head = self.connection, self.head
-        forwarder = connection.forwarder
-        if head.method == b"CONNECT":
-            # Imported here: few proxies are asked to.
-            from meshlocal.proxy.http.tunnel import connect_tunnel
-
-            return await connect_tunnel(self)
-        service = forwarder.find(connection.service, head, self.started)
-        if isinstance(service, Answer):
-            return await self.refuse(service)
-        self.service = service
-        state = service.state
-        policy = state.policy
-        connection.idle_limit = policy.idle_timeout if policy.idle_timeout is not None else float("inf")
-        state.in_use += 1
-        try:
-            if head.content_length or head.chunked:
-                await self._begin_body(policy.replay_buffer)
-            service.budget.request(self.started)
-            self.deadline = (trio.current_time() if self.body is not None else self.started) + policy.response_deadline
-            return await self._forward(service)
-        finally:
-            state.in_use -= 1
-
-    # The body.
-
-    async def _begin_body(self, hold: int) -> None:
+    async def _begin_body(self, service: HttpService) -> None:
         """Take what is there of the body; wait for all of it if it is short.
 
         A short one is sent when it is whole, so that no instance waits for a slow client, and it can be sent again.
         One that is long, or of unknown length, or that the client holds back until an instance asks for it, streams.
         """
         connection, head = self.connection, self.head
+        policy = service.state.policy
+        hold = policy.replay_buffer
+        limit = connection.forwarder.settings.config.max_body
+        # Nothing can be switched while a body is under way.
         head.upgrade = b""
-        body = self.body = RequestBody(head, limit=connection.forwarder.settings.config.max_body, hold=hold)
+        body = self.body = RequestBody(head, limit=limit, hold=hold)
         whole = head.content_length is not None and head.content_length <= hold and not head.expect_continue
         while not body.finished and (whole or 0 < len(connection.early) <= hold - body.size):
             await self.read_body()
+        self.deadline = trio.current_time() + policy.response_deadline
 
     async def read_body(self) -> bytes:
         """The next piece of the body; may be empty.
@@ -183,55 +269,49 @@ class Exchange:
             connection.early += data[used:]
         return piece
 
-    def payload(self) -> bytes:
-        """The head for an instance, with what is there of the body."""
-        connection, settings = self.connection, self.connection.forwarder.settings
-        extra = settings.via
-        if settings.append_forwarded:
-            extra += connection.forwarded_lines(self.head)
-        head = upstream_head(
-            self.head,
-            extra,
-            host=self.service.state.key.encode() if self.service is not None else b"",
-            strip_forwarded=settings.strip_forwarded,
-        )
-        body = self.body
-        return head + b"".join(body.held) if body is not None and body.held else head
-
-    # Attempts.
-
-    async def _forward(self, service: HttpService) -> End:
+    async def _forward(self, service: HttpService, attempt: Attempt | None) -> End:
         state = service.state
-        if state.picker is None:
-            await self._await_snapshot(service)
-        plan = self._plan = state.plan()
-        if plan is None:
-            return await self.refuse(answers.NO_SNAPSHOT)
-        pick = plan.next()
-        if pick is None:
-            unknown = state.picker is not None and state.picker.snapshot.unknown
-            return await self.refuse(answers.UNKNOWN_SERVICE if unknown else answers.NO_INSTANCE)
+        if self._plan is None:
+            if state.picker is None:
+                await self._await_snapshot(service)
+            plan = self._plan = state.plan()
+            if plan is None:
+                return await self.refuse(answers.NO_SNAPSHOT)
+            self.following = plan.next()
         while True:
-            self.pick = pick
-            self.following = None
-            self.attempts += 1
-            self.tier = tier = state.tiers[pick.tier]
-            state.statistics.picks[tier, pick.reason or ""] += 1
+            if self.following is not None:
+                self._take(service, self.following)
+            pick = self.pick
+            if pick is None:
+                unknown = state.picker is not None and state.picker.snapshot.unknown
+                return await self.refuse(answers.UNKNOWN_SERVICE if unknown else answers.NO_INSTANCE)
             outcome: str = AttemptOutcome.ABANDONED
             try:
-                failure, sent = await self._attempt(service, pick)
+                failure, sent = await self._attempt(service, pick, attempt)
                 outcome = ANSWERED if failure is None else self._word(failure)
             finally:
-                state.statistics.attempts[tier, outcome] += 1
+                state.statistics.attempts[self.tier, ANSWERED if self.connection.begun else outcome] += 1
+                if outcome is AttemptOutcome.ABANDONED:
+                    state.fitness.abandoned(pick.instance)
             if failure is None:
                 return self.end
-            following = self._next(service, failure, sent)
-            if following is None:
+            self._judge(service, failure, pick)
+            if not self._find_next(service, failure, sent):
                 return await self._answer_failure(failure)
             service.statistics.retries[failure] += 1
-            pick = following
+            attempt = None
             # An instance that fails at once must not keep other tasks waiting, nor cancellation.
             await trio.lowlevel.checkpoint()
+
+    def _judge(self, service: HttpService, failure: Failure, pick: Pick) -> None:
+        """What a failure shows of the instance (H1). What became of a connect was told already."""
+        fitness = service.state.fitness
+        if failure is Failure.NO_RESPONSE:
+            fitness.failed(pick.instance, failure, Cause.RESET)
+        elif failure is Failure.STATUS:
+            fitness.worked(pick.instance)
+        elif failure is not Failure.CONNECT:
+            fitness.abandoned(pick.instance)
 
     def _word(self, failure: Failure) -> str:
         return self.error if failure is Failure.CONNECT else failure
@@ -248,17 +328,11 @@ class Exchange:
         if connection.left:
             raise ClientLeftError
 
-    async def _attempt(self, service: HttpService, pick: Pick) -> tuple[Failure | None, bool]:
+    async def _attempt(self, service: HttpService, pick: Pick, attempt: Attempt | None) -> tuple[Failure | None, bool]:
         """Try one instance; returns how that failed, and whether some of the request may have reached it."""
-        key = pick.instance.key
-        place = (key.address, key.port)
-        upstream = service.pool.take(place)
-        while upstream is not None and not self.idempotent and not upstream.is_silent():
-            upstream.close()
-            upstream = service.pool.take(place)
-        if upstream is not None:
-            service.statistics.connections_reused += 1
-            attempt = Attempt(self, service, upstream)
+        if attempt is None:
+            attempt = self._reuse(service, pick)
+        if attempt is not None:
             failure = await attempt.run()
             if failure is not Failure.STALE or self._decide(failure, attempt.sent) is not Decision.SAME:
                 return failure, attempt.sent
@@ -266,33 +340,51 @@ class Exchange:
         sock = await self._connect(service, pick)
         if sock is None:
             return Failure.CONNECT, False
-        service.statistics.connections_made += 1
-        attempt = Attempt(self, service, Upstream(sock, place))
+        key = pick.instance.key
+        attempt = Attempt(self, service, Upstream(sock, (key.address, key.port)))
         return await attempt.run(), attempt.sent
 
     async def _connect(self, service: HttpService, pick: Pick) -> socket.socket | None:
-        connection, result = self.connection, Connected()
-        with trio.CancelScope(deadline=self.deadline) as scope:
-            self.error = await try_instance(connection, service.state, pick, result)
+        connection, result, state = self.connection, Connected(), service.state
+        if not state.circuit.enter(Limit.WAITING):
+            self.error = answers.TOO_MANY_WAITING.reason
+            return None
+        state.statistics.connecting += 1
+        try:
+            with trio.CancelScope(deadline=self.deadline) as scope:
+                self.error = await try_instance(connection, state, pick, result)
+        finally:
+            state.statistics.connecting -= 1
+            state.circuit.leave(Limit.WAITING)
         if connection.left:
             raise ClientLeftError
-        if scope.cancelled_caught:
+        if result.upstream is not None:
+            service.statistics.connections_made += 1
+            state.fitness.connected(pick.instance)
+        elif scope.cancelled_caught:
             self.error = AttemptOutcome.TIMEOUT
+            state.fitness.abandoned(pick.instance)
+        else:
+            state.fitness.failed(pick.instance, self.error)
         return result.upstream
+
+    # What follows from a failure.
 
     def _decide(self, failure: Failure, sent: bool) -> Decision:
         body = self.body
         held = body is None or body.held is not None
         return decide(failure, sent=sent, idempotent=self.idempotent, held=held)
 
-    def _next(self, service: HttpService, failure: Failure, sent: bool) -> Pick | None:
-        """The instance to try after a failure; None if there is to be no other attempt."""
-        if self.following is not None:
-            return self.following
-        if self._decide(failure, sent) is not Decision.NEXT or not self._may_go_on(service):
-            return None
-        assert self._plan is not None
-        return self._plan.next()
+    def _find_next(self, service: HttpService, failure: Failure, sent: bool) -> bool:
+        """Find the instance to try after a failure; false if there is to be no other attempt."""
+        if (
+            self.following is None
+            and self._decide(failure, sent) is Decision.NEXT
+            and self._may_go_on(service)
+            and self._plan is not None
+        ):
+            self.following = self._plan.next()
+        return self.following is not None
 
     def _may_go_on(self, service: HttpService) -> bool:
         most = service.state.policy.max_attempts
@@ -324,7 +416,7 @@ class Exchange:
 
     async def refuse(self, answer: Answer) -> End:
         """Answer a request that no instance is tried for."""
-        self.outcome = Outcome.NO_INSTANCE
+        self.outcome = Outcome.LIMITED if answer in answers.LIMITED else Outcome.NO_INSTANCE
         self.connection.forwarder.refused[answer.reason] += 1
         if self.service is not None:
             self.connection.forwarder.report_failure(self, answer)
@@ -346,45 +438,10 @@ class Exchange:
         await connection.send(
             generated_answer(
                 *answer,
-                extra=self.told(),
+                extra=told(self),
                 close=close,
                 announce_keep_alive=not close and head.minor == 0,
                 without_body=head.method == b"HEAD",
             )
         )
         return End.LINGER if unread or (close and connection.early) else End.CLOSE if close else End.KEEP
-
-    def told(self) -> bytes:
-        """The field lines that tell how a response came about, if they are wanted (R1)."""
-        if not self.connection.forwarder.settings.config.response_headers:
-            return b""
-        lines = [f"x-meshlocal-attempts: {self.attempts}\r\n"]
-        if self.pick is not None:
-            lines.append(f"x-meshlocal-instance: {self.pick.instance.key}\r\nx-meshlocal-tier: {self.tier}\r\n")
-            if self.pick.reason is not None:
-                lines.append(f"x-meshlocal-reason: {self.pick.reason}\r\n")
-        return "".join(lines).encode()
-
-    def account(self) -> None:
-        """Count it, and log it if that is wanted. Called once, at its end."""
-        now = trio.current_time()
-        connection = self.connection
-        if connection.expired and not connection.begun:
-            self.status, self.outcome = answers.BODY_TIMEOUT.status, Outcome.CLIENT_LEFT
-        elif connection.expired:
-            self.outcome = Outcome.CUT
-        pick, service = self.pick, self.service
-        reason = (pick.reason or "") if pick is not None else ""
-        if service is not None:
-            counts = service.state.statistics
-            counts.requests[RequestKey(self.tier, reason, self.outcome)] += 1
-            counts.bytes_received += self.received
-            if self.body is not None:
-                counts.bytes_sent += self.body.size
-            service.statistics.responses[self.tier, reason, status_class(self.status)] += 1
-            service.statistics.observe(now - self.started)
-        forwarder = connection.forwarder
-        if self.outcome is Outcome.DRAINED:
-            forwarder.drained += 1
-        if forwarder.access_log:
-            forwarder.log_access(self, now)

@@ -14,8 +14,10 @@ from meshlocal.client.services import ServiceTable
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import format_address
 from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.account import log_refused
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.service import HttpService
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from meshlocal.proxy.http.exchange import Exchange
 
 _log = get_log(__name__)
-_access_log = get_log("meshlocal.access")
 
 _SWEEP_LONGEST = 1.0
 _SWEEP_SHORTEST = 0.01
@@ -76,6 +77,11 @@ class HttpForwarder:
     async def serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
         """Serve one accepted connection to its end; the socket is closed or reset then."""
         connection = ClientConnection(self, service, client, peer)
+        state = self._table.get(service) if service is not None else None
+        circuit = state.circuit if state is not None else self._table.circuit
+        if not circuit.enter(Limit.CONNECTIONS):
+            await connection.refuse(answers.TOO_MANY_CONNECTIONS)
+            return
         self._connections[connection] = None
         try:
             await connection.run()
@@ -83,6 +89,7 @@ class HttpForwarder:
             _log.exception("connection failed by a fault in the proxy", client=format_address(peer))
         finally:
             del self._connections[connection]
+            circuit.leave(Limit.CONNECTIONS)
 
     async def run(self) -> None:
         """Keep all limits of time, until cancelled; then close what is pooled."""
@@ -186,30 +193,4 @@ class HttpForwarder:
         """Count and log what is no request, or never became one."""
         self.refused[answer.reason] += 1
         if self.access_log:
-            _access_log.info(
-                "request", client=format_address(connection.peer), status=answer.status, refused=answer.reason
-            )
-
-    def log_access(self, exchange: Exchange, now: float) -> None:
-        """One line for a request that ended."""
-        pick, head, body = exchange.pick, exchange.head, exchange.body
-        _access_log.info(
-            "request",
-            service=exchange.service.state.key if exchange.service is not None else None,
-            client=format_address(exchange.connection.peer),
-            method=head.method.decode("ascii"),
-            host=head.authority.decode("ascii") or None,
-            # Queries carry secrets more often than paths do.
-            path=head.target.partition(b"?")[0].decode("ascii"),
-            status=exchange.status or None,
-            instance=str(pick.instance.key) if pick is not None else None,
-            node=(pick.instance.node or None) if pick is not None else None,
-            tier=exchange.tier or None,
-            reason=(pick.reason or None) if pick is not None else None,
-            attempts=exchange.attempts,
-            outcome=exchange.outcome,
-            error=exchange.error or None,
-            sent=body.size if body is not None else 0,
-            received=exchange.received,
-            seconds=round(now - exchange.started, 6),
-        )
+            log_refused(connection, answer)

@@ -12,9 +12,11 @@ from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.relay import RelayCounters, relay
 from meshlocal.net.sockets import abort, close
+from meshlocal.policy.limits import Limit
 from meshlocal.proxy.http import answers
-from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.account import told
 from meshlocal.proxy.http.ends import ClientLeftError, End
+from meshlocal.proxy.http.service import HttpService
 
 if TYPE_CHECKING:
     from meshlocal.proxy.http.exchange import Exchange
@@ -48,51 +50,44 @@ async def run_tunnel(exchange: Exchange, state: ServiceState, upstream: socket.s
     return True
 
 
-async def connect_tunnel(exchange: Exchange) -> End:
-    """Serve a CONNECT: a tcp request to a service that this proxy knows, anything else is refused."""
-    connection = exchange.connection
-    service = connection.forwarder.find_tunnel(connection.service, exchange.head, exchange.started)
-    if isinstance(service, Answer):
-        return await exchange.refuse(service)
-    state = service.state
-    exchange.service = service
-    connection.idle_limit = state.policy.idle_timeout if state.policy.idle_timeout is not None else float("inf")
+async def connect_tunnel(exchange: Exchange, service: HttpService) -> End:
+    """Serve a CONNECT: a tcp request by the same rules, to a service that this proxy knows."""
+    connection, state = exchange.connection, service.state
     result = Connected()
-    state.in_use += 1
+    if not state.circuit.enter(Limit.WAITING):
+        return await exchange.refuse(answers.TOO_MANY_WAITING)
     state.statistics.connecting += 1
     try:
-        try:
-            await connect(connection, state, result)
-        finally:
-            state.statistics.connecting -= 1
-            exchange.pick, exchange.tier, exchange.attempts = result.pick, result.tier, result.attempts
-            exchange.error = result.error
-        if result.upstream is None:
-            return await _no_tunnel(exchange, state, result)
-        exchange.status = 200
-        connection.begun = True
-        whole = False
-        try:
-            opened = b"HTTP/1.1 200 Connection established\r\n" + exchange.told() + b"\r\n"
-            whole = await run_tunnel(exchange, state, result.upstream, opened)
-        finally:
-            (close if whole else abort)(result.upstream)
-        return exchange.end
+        await connect(connection, state, result)
     finally:
-        state.in_use -= 1
+        state.statistics.connecting -= 1
+        state.circuit.leave(Limit.WAITING)
+        exchange.pick, exchange.tier, exchange.attempts = result.pick, result.tier, result.attempts
+        exchange.error = result.error
+    upstream, pick = result.upstream, result.pick
+    if upstream is None or pick is None:
+        return await _no_tunnel(exchange, state, result)
+    exchange.status = 200
+    exchange.outcome = Outcome.CUT
+    connection.begun = True
+    whole = False
+    state.fitness.begin(pick.instance)
+    try:
+        opened = b"HTTP/1.1 200 Connection established\r\n" + told(exchange) + b"\r\n"
+        whole = await run_tunnel(exchange, state, upstream, opened)
+    finally:
+        state.fitness.end(pick.instance)
+        (close if whole else abort)(upstream)
+    return exchange.end
 
 
 async def _no_tunnel(exchange: Exchange, state: ServiceState, result: Connected) -> End:
     if result.outcome is Outcome.CLIENT_LEFT:
         raise ClientLeftError
-    picker = state.picker
     if result.outcome is Outcome.NO_INSTANCE:
+        picker = state.picker
         if picker is None:
             return await exchange.refuse(answers.NO_SNAPSHOT)
-        if picker.snapshot.unknown:
-            return await exchange.refuse(answers.CONNECT_FORBIDDEN)
-        return await exchange.refuse(answers.NO_INSTANCE)
-    assert result.outcome is not None
-    return await exchange.fail(
-        answers.DEADLINE if result.outcome is Outcome.DEADLINE else answers.FAILED, result.outcome
-    )
+        return await exchange.refuse(answers.CONNECT_FORBIDDEN if picker.snapshot.unknown else answers.NO_INSTANCE)
+    outcome = result.outcome or Outcome.FAILED
+    return await exchange.fail(answers.DEADLINE if outcome is Outcome.DEADLINE else answers.FAILED, outcome)
