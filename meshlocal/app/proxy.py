@@ -1,6 +1,7 @@
 """The proxy's composition root: the nursery tree, from start to drain (behaviour rules L5, S1, S2).
 
-    lifetime nursery      feed (discovery watch, or hub and file source) · admin server · idle sweep · signals
+    lifetime nursery      feed (discovery watch, or hub and file source) · admin server ·
+                          health checks · idle sweep · signals
       connections nursery   one task per client connection
         acceptors nursery     one task per listening socket
 
@@ -71,6 +72,8 @@ class ProxyProcess:
         self.listeners = Listeners(self.services, self.forwarder)
         self.http: HttpForwarder | None = None
         self._lifetime: trio.Nursery | None = None
+        self._rng = rng
+        self._checking = False
         self._serve_http(proxy)
         self.feed = make_feed(proxy.discovery, self.services.keys, self.services, rng)
         self.services.on_followed = self.feed.follow
@@ -99,6 +102,16 @@ class ProxyProcess:
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
 
+    def _check_health(self, lifetime: trio.Nursery, config: ProxyConfig) -> None:
+        """Check instances from now on, once there is a service that wants it (H3)."""
+        if self._checking or all(service.health_check is None for service in config.services.values()):
+            return
+        # Imported here: a proxy without checks holds no code for them.
+        from meshlocal.proxy.checks import HealthChecks
+
+        self._checking = True
+        lifetime.start_soon(HealthChecks(self.services, self._rng).run)
+
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status, 0 if no connection was cut.
 
@@ -124,6 +137,7 @@ class ProxyProcess:
                 await lifetime.start(handle_signals, self.stop, self.reload)
                 lifetime.start_soon(self.feed.run)
                 lifetime.start_soon(self.forwarder.sweep_idle)
+                self._check_health(lifetime, config)
                 if admin_sockets:
                     await lifetime.start(admin.serve, admin_sockets)
                 lifetime.start_soon(self._become_ready, [format_address(sock.getsockname()) for sock in admin_sockets])
@@ -194,6 +208,8 @@ class ProxyProcess:
         if self.http is not None:
             self.http.reconfigure(proxy)
         self._serve_http(proxy)
+        if self._lifetime is not None:
+            self._check_health(self._lifetime, proxy)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
         self.feed.follow(self.services.keys)

@@ -109,6 +109,9 @@ class ProxyCollector(Collector):
         ejections = CounterMetricFamily(
             "meshlocal_ejections", "Instances ejected, by what showed that they fail.", labels=["service", "cause"]
         )
+        checks = CounterMetricFamily(
+            "meshlocal_health_checks", "Health checks of instances, passed or failed.", labels=["service", "outcome"]
+        )
         refused = CounterMetricFamily(
             "meshlocal_limit_refused",
             "Requests refused because of a limit; without a service: a limit of the whole proxy.",
@@ -118,11 +121,13 @@ class ProxyCollector(Collector):
             ejected.add_metric([service.key], len(service.fitness.health))
             for cause, count in service.fitness.health.total.items():
                 ejections.add_metric([service.key, cause], count)
+            for outcome, count in service.statistics.checks.items():
+                checks.add_metric([service.key, outcome], count)
             for limit, count in service.circuit.refused.items():
                 refused.add_metric([service.key, limit], count)
         for limit, count in self._services.circuit.refused.items():
             refused.add_metric(["", limit], count)
-        yield from (ejected, ejections, refused)
+        yield from (ejected, ejections, checks, refused)
 
     def _connections(self) -> Iterable[Metric]:
         moving: dict[str, tuple[int, int]] = {}

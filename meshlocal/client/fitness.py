@@ -91,6 +91,24 @@ class Fitness:
         if not self.health.quiet:
             self.health.abandoned(_place(instance.key), anyio.current_time())
 
+    def checks_failed(self, instance: Instance, problem: str) -> None:
+        """So many checks failed in a row that it is tried last of all from now on (H3)."""
+        if self.health.checks_failed(_place(instance.key)):
+            _log.warning(
+                "instance fails its health checks",
+                service=self._service,
+                instance=str(instance.key),
+                node=instance.node or None,
+                problem=problem,
+            )
+
+    def check_passed(self, instance: Instance, *, shallow: bool) -> None:
+        """A check of it passed (H3). `shallow`: all that it shows is that it can be connected."""
+        if not self.health.quiet and self.health.check_passed(
+            _place(instance.key), anyio.current_time(), shallow=shallow
+        ):
+            self._say_readmitted(instance.key, "passed its check")
+
     def is_doubted(self, instance: Instance) -> bool:
         """Whether that it can be connected says nothing: its last failure came after a connect."""
         return not self.health.quiet and self.health.is_doubted(_place(instance.key))

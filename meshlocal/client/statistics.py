@@ -56,7 +56,7 @@ class RequestKey(NamedTuple):
 class ServiceStatistics:
     """Counts of one service."""
 
-    __slots__ = ("attempts", "bytes_received", "bytes_sent", "connecting", "open", "picks", "requests")
+    __slots__ = ("attempts", "bytes_received", "bytes_sent", "checks", "connecting", "open", "picks", "requests")
 
     def __init__(self) -> None:
         self.requests: defaultdict[RequestKey, int] = defaultdict(int)
@@ -64,6 +64,8 @@ class ServiceStatistics:
         """By tier and outcome."""
         self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)
         """By tier and reason."""
+        self.checks: defaultdict[str, int] = defaultdict(int)
+        """Health checks that ended, `passed` or `failed` (H3)."""
         self.open = 0
         """Connections with an instance now."""
         self.connecting = 0

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
-from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
+from meshlocal.policy.config_health import EjectionConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status
 from meshlocal.policy.model import NODE, ServiceKey
@@ -109,6 +109,9 @@ class ServiceConfig(Section, frozen=True):
     attempts: Annotated[AttemptOverrides, Meta(description="What the service does otherwise than proxy.attempts.")] = (
         AttemptOverrides()
     )
+    health_check: Annotated[
+        HealthCheckConfig | None, Meta(description="How its instances are checked; null: not at all (H3).")
+    ] = None
     limits: Annotated[LimitsConfig, Meta(description="How much of it is taken on at once.")] = LimitsConfig()
     spill: Annotated[
         Count | None,

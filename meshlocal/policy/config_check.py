@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 from meshlocal.policy.addresses import SocketAddress
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
+from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
 from meshlocal.policy.problems import KeyPath, format_path, quote
+
+_TARGET = re.compile(r"/[!-~]*")
+_AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]+")
 
 Finding: TypeAlias = tuple[KeyPath, str]
 """The path of the key at fault, and what is wrong with it."""
@@ -70,9 +75,21 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
             parse_service_key(key)
         except ModelError as error:
             yield (at, "services", key), error.what
+        yield from _check_health_check((at, "services", key, "health_check"), proxy.services[key].health_check)
         if proxy.namespace and f"{key}.{proxy.namespace}" in proxy.services:
             other = format_path((at, "services", f"{key}.{proxy.namespace}"))
             yield (at, "services", key), f"is the same service as {other}"
+
+
+def _check_health_check(at: KeyPath, check: HealthCheckConfig | None) -> Iterator[Finding]:
+    if check is None:
+        return
+    if not _TARGET.fullmatch(check.path):
+        yield (*at, "path"), f"expected a path such as /healthz, got {quote(check.path)}"
+    if check.host is not None and not _AUTHORITY.fullmatch(check.host):
+        yield (*at, "host"), f"expected a host such as b.example, got {quote(check.host)}"
+    if check.timeout > check.interval:
+        yield (*at, "timeout"), f"{check.timeout:g} is more than the interval, {check.interval:g}"
 
 
 def _check_routes(http: HttpConfig) -> Iterator[Finding]:

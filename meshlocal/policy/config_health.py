@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from meshlocal.policy.config_types import Count, Seconds, Section
+from meshlocal.policy.config_types import AnyStatus, Count, Name, PortNumber, Seconds, Section
 
 
 class EjectionConfig(Section, frozen=True):
@@ -31,4 +31,30 @@ class LimitsConfig(Section, frozen=True):
     ] = None
     waiting: Annotated[
         Count | None, Meta(description="Requests that wait for an instance to be connected, at most; null: no limit.")
+    ] = None
+
+
+class HealthCheckConfig(Section, frozen=True):
+    """How the instances of a service are checked, whether or not there are requests (H3)."""
+
+    kind: Annotated[
+        Literal["tcp", "http", "grpc"],
+        Meta(
+            description="tcp: it can be connected; http: a GET is answered with the right status; grpc: grpc.health.v1"
+            " says SERVING."
+        ),
+    ]
+    interval: Annotated[Seconds, Meta(description="Seconds between checks of one instance, give or take a tenth.")] = (
+        5.0
+    )
+    timeout: Annotated[Seconds, Meta(description="Seconds that a check may take.")] = 1.0
+    failures: Annotated[
+        Count, Meta(description="Checks that fail in a row until the instance is tried last of all.")
+    ] = 3
+    port: Annotated[PortNumber | None, Meta(description="The port to check; null: the instance's own.")] = None
+    path: Annotated[Name, Meta(description="http: the target of the GET.")] = "/"
+    host: Annotated[Name | None, Meta(description="http, grpc: the host to ask for; null: the address.")] = None
+    status: Annotated[AnyStatus | None, Meta(description="http: the right status; null: any from 200 to 399.")] = None
+    service: Annotated[
+        Name | None, Meta(description="grpc: the service to ask about, by its full name; null: the whole server.")
     ] = None

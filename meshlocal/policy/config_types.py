@@ -17,6 +17,8 @@ Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**50)]
 Percent: TypeAlias = Annotated[int, Meta(ge=0, le=100)]
 Status: TypeAlias = Annotated[int, Meta(ge=400, le=599)]
+AnyStatus: TypeAlias = Annotated[int, Meta(ge=200, le=599)]
+PortNumber: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
