@@ -3,9 +3,12 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -83,3 +86,30 @@ def test_the_example_of_an_instances_file_is_one():
     file = FOLDER / "instances.yaml"
     content = parse_instances_file(file.read_text(), str(file))
     assert [instance.node for instance in content.services["b"]] == ["n1", "n2"]
+
+
+def test_the_proxys_unit_starts_reloads_and_stops_as_systemd_is_told(tmp_path):
+    """The unit's own command and configuration, with ports that are free; S1 and S2 by sd_notify(3) and signals."""
+    config = tmp_path / "proxy.yaml"
+    text = (FOLDER / "proxy.yaml").read_text().replace("grpc://127.0.0.1:7070", f"file:{FOLDER}/instances.yaml")
+    config.write_text(text.replace("15001=b", "0=b") + "  admin: null\n")
+    line = settings("proxy")["ExecStart"].replace("/etc/meshlocal/proxy.yaml", str(config))
+    command = shlex.split(line.replace(PROGRAM, str(Path(sys.executable).with_name("meshlocal"))))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+            assert manager.recv(100) == b"READY=1"
+            ready = process.stdout.readline()
+            process.send_signal(signal.SIGHUP)
+            log = ""
+            while "config applied" not in log:
+                read = process.stderr.readline()
+                assert read, log
+                log += read
+            process.send_signal(signal.SIGTERM)
+            assert manager.recv(100) == b"STOPPING=1"
+            process.communicate()
+    assert ready.startswith(f"meshlocal proxy ready: node={socket.gethostname()} tcp://127.0.0.1:")
+    assert process.returncode == 0
