@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Attempt,
         AttemptsFailedError,
         DeadlineError,
+        LimitedError,
         MeshClosedError,
         MeshConfigError,
         MeshError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from meshlocal.library.mesh import InstanceSource, Mesh, ServiceWatch, open_mesh
     from meshlocal.library.views import MeshStatistics, PlanStep, ServicePlan, ServiceStatistics
     from meshlocal.policy.config import AttemptOverrides, AttemptPolicy, ServiceConfig
+    from meshlocal.policy.config_health import LimitsConfig
     from meshlocal.policy.locality import LeftOut
     from meshlocal.policy.model import (
         Conditions,
@@ -54,6 +56,8 @@ __all__ = [
     "Instance",
     "InstanceSource",
     "LeftOut",
+    "LimitedError",
+    "LimitsConfig",
     "Mesh",
     "MeshClosedError",
     "MeshConfigError",
@@ -83,12 +87,13 @@ _MODULES = {
     "meshlocal.client.feed": "Feed FeedStatus SnapshotSink",
     "meshlocal.client.statistics": "AttemptOutcome Outcome RequestKey",
     "meshlocal.library.errors": (
-        "Attempt AttemptsFailedError DeadlineError MeshClosedError MeshConfigError MeshError NoInstanceError"
+        "Attempt AttemptsFailedError DeadlineError LimitedError MeshClosedError MeshConfigError MeshError NoInstanceError"
         " NotTrioError ServiceError TooManyServicesError"
     ),
     "meshlocal.library.mesh": "InstanceSource Mesh ServiceWatch open_mesh",
     "meshlocal.library.views": "MeshStatistics PlanStep ServicePlan ServiceStatistics",
     "meshlocal.policy.config": "AttemptOverrides AttemptPolicy ServiceConfig",
+    "meshlocal.policy.config_health": "LimitsConfig",
     "meshlocal.policy.locality": "LeftOut",
     "meshlocal.policy.model": "Conditions EndpointKey Instance ModelError ServiceKey ServiceSnapshot make_instance",
     "meshlocal.policy.picker": "Reason",

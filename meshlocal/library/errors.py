@@ -9,6 +9,7 @@
         NoInstanceError       there was none to try
         AttemptsFailedError   each one that was tried failed
         DeadlineError         also a TimeoutError: time ran out
+        LimitedError          as much as may be was under way
 
 A `ServiceError` carries the attempts that were made; its `__cause__` is what the last of them failed with.
 """
@@ -107,6 +108,10 @@ class AttemptsFailedError(ServiceError):
 
 class DeadlineError(ServiceError, TimeoutError):
     """The deadline came before an instance was reached."""
+
+
+class LimitedError(ServiceError):
+    """It was refused at once: as many requests as the service's limits allow were under way."""
 
 
 def tried(attempts: Sequence[Attempt]) -> str:

@@ -15,11 +15,14 @@ from meshlocal.library.errors import (
     Attempt,
     AttemptsFailedError,
     DeadlineError,
+    LimitedError,
     NoInstanceError,
     NotTrioError,
     ServiceError,
     tried,
 )
+from meshlocal.library.unavailable import why_none
+from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import ServiceKey
 
 if TYPE_CHECKING:
@@ -46,6 +49,9 @@ async def open_tcp_stream(mesh: Mesh, key: ServiceKey) -> trio.SocketStream:
     state = mesh._demand(key)
     statistics = state.statistics
     result = Connected()
+    if not state.circuit.enter(Limit.REQUESTS):
+        statistics.requests[RequestKey("", "", Outcome.LIMITED)] += 1
+        raise LimitedError(f"{key}: as many requests as its limits allow are under way", key)
     outcome = Outcome.CLIENT_LEFT
     state.in_use += 1
     statistics.connecting += 1
@@ -56,6 +62,7 @@ async def open_tcp_stream(mesh: Mesh, key: ServiceKey) -> trio.SocketStream:
         outcome = Outcome.ERROR
         raise
     finally:
+        state.circuit.leave(Limit.REQUESTS)
         state.in_use -= 1
         statistics.connecting -= 1
         if outcome is not Outcome.SERVED and result.upstream is not None:
@@ -80,16 +87,6 @@ def _failure(state: ServiceState, result: Connected, outcome: Outcome) -> Servic
     if outcome is Outcome.NO_INSTANCE:
         return NoInstanceError(f"{state.key}: {why_none(state)}", state.key)
     return AttemptsFailedError(f"{state.key}: no instance connected: {tried(attempts)}", state.key, attempts)
-
-
-def why_none(state: ServiceState) -> str:
-    """Why a service has no instance to try."""
-    if state.picker is None:
-        return f"nothing was heard of it within {state.policy.first_snapshot_wait:g} s"
-    if state.picker.snapshot.unknown:
-        return "no registry knows it"
-    left_out = sum(1 for _ in state.picker.left_out())
-    return f"no usable instance; {left_out} left out" if left_out else "it has no instance"
 
 
 def attempts_of(state: ServiceState, failures: Sequence[FailedAttempt]) -> list[Attempt]:

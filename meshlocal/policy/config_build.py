@@ -248,6 +248,8 @@ def _merge(strong: dict[str, Any], weak: Mapping[str, Any]) -> None:
 
 def _construct(kind: schema.Type, value: Any) -> Any:
     kind, _ = _inner(kind)
+    if value is None:
+        return None
     if _is_section(kind):
         kinds = {field.name: field.type for field in kind.fields}
         return kind.cls(**{name: _construct(kinds[name], item) for name, item in value.items()})

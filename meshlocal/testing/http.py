@@ -51,7 +51,7 @@ class RequestReader:
         self._parser = httptools.HttpRequestParser(self)
         self._target = b""
         self._headers: dict[str, str] = {}
-        self._body = b""
+        self._body = bytearray()
 
     def feed(self, data: bytes) -> None:
         """Take in bytes.
@@ -65,7 +65,7 @@ class RequestReader:
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._target, self._headers, self._body = b"", {}, b""
+        self._target, self._headers, self._body = b"", {}, bytearray()
 
     def on_url(self, part: bytes) -> None:
         """A part of the target."""
@@ -82,4 +82,4 @@ class RequestReader:
     def on_message_complete(self) -> None:
         """A request ends."""
         method = self._parser.get_method().decode("latin-1")
-        self.requests.append(HttpRequest(method, self._target.decode("latin-1"), self._headers, self._body))
+        self.requests.append(HttpRequest(method, self._target.decode("latin-1"), self._headers, bytes(self._body)))

@@ -1,0 +1,96 @@
+"""A request's body that can be sent again while all that was read of it is held (A3)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import anyio
+import httpx
+
+
+class ReplayableBody:
+    """An async iterable of the body's pieces, which begins again with each iteration.
+
+    Args:
+        stream: the body.
+        hold: bytes that are held of a stream; of one that is longer nothing is. What the caller has in memory as a
+            whole takes no holding.
+
+    Attributes:
+        failure: what the application's own stream failed with.
+    """
+
+    def __init__(self, stream: httpx.AsyncByteStream, hold: int) -> None:
+        self._limit = hold
+        self._size = 0
+        self._chunks: list[bytes] | None = []
+        self._rest: AsyncIterator[bytes] | None = None
+        self._begun = False
+        self.failure: Exception | None = None
+        if isinstance(stream, httpx.ByteStream):
+            self._chunks = list(stream)
+        else:
+            self._rest = stream.__aiter__()
+
+    @property
+    def held(self) -> bool:
+        """Whether all that was read of it can be sent again."""
+        return self._chunks is not None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._begun and self._chunks is None:
+            raise RuntimeError("the body was not held, and cannot be sent again")
+        self._begun = True
+        return _Pass(self)
+
+    async def aclose(self) -> None:
+        """Let the application's stream go, if it was not read to its end."""
+        rest, self._rest = self._rest, None
+        if isinstance(rest, AsyncGenerator):
+            with anyio.CancelScope(shield=True):
+                await rest.aclose()
+
+    async def read(self, position: int) -> bytes:
+        """The piece at a position: one that is held, or the next one of the stream.
+
+        Raises:
+            StopAsyncIteration: there is none.
+        """
+        chunks = self._chunks
+        if chunks is not None and position < len(chunks):
+            return chunks[position]
+        if self._rest is None:
+            raise StopAsyncIteration
+        try:
+            piece = await anext(self._rest)
+        except StopAsyncIteration:
+            self._rest = None
+            raise
+        except BaseException as error:
+            # A generator that was cancelled has nothing more to give.
+            self._chunks = self._rest = None
+            self.failure = error if isinstance(error, Exception) else None
+            raise
+        self._size += len(piece)
+        if chunks is not None:
+            if self._size <= self._limit:
+                chunks.append(piece)
+            else:
+                self._chunks = None
+        return piece
+
+
+class _Pass:
+    """One iteration. No generator: what is left half-way needs no closing."""
+
+    def __init__(self, body: ReplayableBody) -> None:
+        self._body = body
+        self._position = 0
+
+    def __aiter__(self) -> _Pass:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await self._body.read(self._position)
+        self._position += 1
+        return piece

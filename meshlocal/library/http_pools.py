@@ -1,0 +1,97 @@
+"""The pools of one httpx transport: made when an instance is first tried, closed when it leaves (H2)."""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING
+
+import anyio
+import httpx
+
+from meshlocal.library.http_pool import InstancePool
+from meshlocal.policy.model import EndpointKey, ServiceKey, ServiceSnapshot
+
+if TYPE_CHECKING:
+    from meshlocal.library.mesh import Mesh
+
+_SWEEP_SHORTEST = 1.0
+
+
+class InstancePools:
+    """Connections by instance.
+
+    Args:
+        mesh: tells which instances left, and has the background tasks.
+        ssl_context: for https.
+        limits: on the connections to one instance.
+    """
+
+    def __init__(self, mesh: Mesh, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
+        self._mesh = mesh
+        self._ssl_context = ssl_context
+        self._limits = limits
+        self._pools: dict[EndpointKey, InstancePool] = {}
+        self._members: dict[ServiceKey, set[EndpointKey]] = {}
+        self._sweeping: anyio.CancelScope | None = None
+        mesh._listeners[self._on_snapshot] = None
+
+    def __len__(self) -> int:
+        return len(self._pools)
+
+    def pool(self, key: EndpointKey) -> InstancePool:
+        """The instance's pool."""
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = InstancePool(self._ssl_context, self._limits)
+            self._start_sweep()
+        return pool
+
+    async def tidy(self, pool: InstancePool) -> None:
+        """Close what a request leaves of a pool whose instance has gone."""
+        if pool.retired and not pool.in_use:
+            with anyio.CancelScope(shield=True):
+                await pool.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        self._mesh._listeners.pop(self._on_snapshot, None)
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        pools = list(self._pools.values())
+        self._pools.clear()
+        with anyio.CancelScope(shield=True):
+            for pool in pools:
+                pool.retired = True
+                await pool.aclose()
+
+    def _on_snapshot(self, snapshot: ServiceSnapshot) -> None:
+        """Retire the pools of instances that discovery removed; what is under way goes on (H2)."""
+        before = self._members.get(snapshot.service, set())
+        self._members[snapshot.service] = now = set(snapshot.instances)
+        tasks = self._mesh._tasks
+        for key in before - now:
+            if any(key in members for members in self._members.values()):
+                continue
+            pool = self._pools.pop(key, None)
+            if pool is not None:
+                pool.retired = True
+                if tasks is not None:
+                    tasks.start_soon(self._retire, pool)
+
+    async def _retire(self, pool: InstancePool) -> None:
+        await pool.close_idle()
+        await self.tidy(pool)
+
+    def _start_sweep(self) -> None:
+        expiry, tasks = self._limits.keepalive_expiry, self._mesh._tasks
+        if self._sweeping is None and expiry is not None and tasks is not None:
+            self._sweeping = anyio.CancelScope()
+            tasks.start_soon(self._close_expired, self._sweeping, expiry)
+
+    async def _close_expired(self, scope: anyio.CancelScope, expiry: float) -> None:
+        """Close connections that no request came for; httpcore looks only when one comes."""
+        with scope:
+            while True:
+                await anyio.sleep(max(expiry / 2, _SWEEP_SHORTEST))
+                for pool in list(self._pools.values()):
+                    await pool.close_idle(anyio.current_time() - expiry)

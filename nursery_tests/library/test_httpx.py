@@ -1,0 +1,548 @@
+"""`MeshTransport`: httpx to the instances of this node first, on trio and on asyncio (A1 to A6, H2, O1, R1)."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import httpx
+import pytest
+import trustme
+
+import meshlocal
+from meshlocal import AttemptPolicy, Outcome, Reason, RequestKey
+from meshlocal.httpx import (
+    HttpBrokenError,
+    HttpConnectError,
+    HttpDeadlineError,
+    HttpNoInstanceError,
+    HttpReadError,
+    HttpTimeoutError,
+    MeshTransport,
+    Served,
+)
+from meshlocal.testing import (
+    FakeSource,
+    HttpRequest,
+    HttpResponse,
+    Upstream,
+    UpstreamConnection,
+    answer,
+    http,
+    open_upstream,
+    reset,
+    silent,
+)
+
+Run = Callable[[Callable[[], Awaitable[None]]], None]
+QUICK = AttemptPolicy(connect_timeout_local=0.05, connect_timeout=0.05, attempt_timeout=0.05, response_deadline=10)
+
+
+class Setup:
+    """Two instances, the first of this node, a mesh, and a client."""
+
+    def __init__(
+        self, near: Upstream, far: Upstream, source: FakeSource, mesh: meshlocal.Mesh, transport: MeshTransport
+    ) -> None:
+        self.near = near
+        self.far = far
+        self.source = source
+        self.mesh = mesh
+        self.transport = transport
+        self.client = httpx.AsyncClient(transport=transport, timeout=10)
+
+    def requests(self) -> dict[RequestKey, int]:
+        return dict(self.mesh.statistics().services["b"].requests)
+
+    def attempts(self) -> dict[tuple[str, str], int]:
+        return dict(self.mesh.statistics().services["b"].attempts)
+
+    def assert_nothing_left(self) -> None:
+        """No request is counted as under way anywhere."""
+        for state in self.mesh._services:
+            assert state.in_use == 0
+            assert state.fitness.under_way == {}
+            assert set(state.circuit.now.values()) == {0}
+        for pool in self.transport._pools._pools.values():
+            assert pool.in_use == 0
+            assert not any(stream.busy for stream in pool.streams)
+            assert pool._pool._requests == []
+
+
+@asynccontextmanager
+async def setup(policy: AttemptPolicy | None = None) -> AsyncIterator[Setup]:
+    source = FakeSource()
+    async with (
+        open_upstream(node="n1", behaviour=http()) as near,
+        open_upstream(node="n2", behaviour=http()) as far,
+        meshlocal.open_mesh(source, node_name="n1", attempts=policy) as mesh,
+    ):
+        source.set("b", near.instance, far.instance)
+        made = Setup(near, far, source, mesh, MeshTransport(mesh))
+        async with made.client:
+            yield made
+            made.assert_nothing_left()
+
+
+async def open_connections(upstream: Upstream, count: int) -> None:
+    with anyio.fail_after(10):
+        while upstream.open != count:  # noqa: ASYNC110 - the kernel tells nobody
+            await anyio.sleep(0.02)
+
+
+def test_local_first_failover_and_return(on_loop: Run) -> None:
+    """O1, A2, F1, R1: this node's instance, another one within the same request, and back."""
+
+    async def main() -> None:
+        async with setup() as its:
+            first = await its.client.get("http://b/path?q=1")
+            assert (first.status_code, first.text) == (200, "n1")
+            assert first.extensions["meshlocal"] == Served(its.near.instance, "node", None, 1)
+            (request,) = its.near.requests
+            assert (request.method, request.target, request.headers["host"]) == ("GET", "/path?q=1", "b")
+            its.near.kill()
+            second = await its.client.get("http://b/")
+            assert second.text == "n2"
+            assert second.extensions["meshlocal"] == Served(its.far.instance, "other", Reason.LOCAL_FAILED, 2)
+            its.near.accept()
+            assert (await its.client.get("http://b/")).text == "n1"
+            assert its.requests() == {
+                RequestKey("node", "", Outcome.SERVED): 2,
+                RequestKey("other", Reason.LOCAL_FAILED, Outcome.SERVED): 1,
+            }
+            assert its.attempts() == {("node", "answered"): 2, ("node", "refused"): 1, ("other", "answered"): 1}
+
+    on_loop(main)
+
+
+def test_hosts_are_services_in_all_their_forms(on_loop: Run) -> None:
+    """The host is read as the proxy reads it; a port in the URL means nothing."""
+
+    async def main() -> None:
+        async with setup() as its:
+            its.source.set("b.shop", its.far.instance)
+            for host in ("b.shop", "b.shop.svc", "B.Shop.svc.cluster.local:8080"):
+                assert (await its.client.get(f"http://{host}/")).text == "n2"
+            with pytest.raises(HttpNoInstanceError, match=r"127\.0\.0\.1: the host names no service"):
+                await its.client.get("http://127.0.0.1/")
+            with pytest.raises(HttpNoInstanceError, match="nobody: no registry knows it") as caught:
+                await its.client.get("http://nobody/")
+            assert isinstance(caught.value, meshlocal.NoInstanceError)
+            assert isinstance(caught.value, httpx.ConnectError)
+            assert caught.value.request.url == "http://nobody/"
+            with pytest.raises(httpx.UnsupportedProtocol):
+                await its.client.get("ftp://b/")
+
+    on_loop(main)
+
+
+def test_connections_are_kept_and_replaced_when_they_have_ended(on_loop: Run) -> None:
+    """A4: one connection for many requests; one that the instance closed costs no attempt, whatever the method."""
+
+    async def main() -> None:
+        async with setup() as its:
+            for _ in range(5):
+                assert (await its.client.post("http://b/", content=b"x")).text == "n1"
+            assert its.near.accepted == 1
+            its.near.cut()
+            await anyio.sleep(0.02)
+            assert (await its.client.post("http://b/", content=b"x")).text == "n1"
+            assert its.near.accepted == 2
+            assert its.attempts() == {("node", "answered"): 6}
+
+    on_loop(main)
+
+
+def test_a_kept_connection_that_ends_under_the_request(on_loop: Run) -> None:
+    """A4, A3: closed before one byte of response: a fresh one to the same instance, if it may be sent again."""
+    seen: list[str] = []
+
+    def once(request: HttpRequest) -> HttpResponse | None:
+        seen.append(request.method)
+        # The second request on each connection finds it reset.
+        return HttpResponse(200, b"n1") if len(seen) % 2 else None
+
+    async def main() -> None:
+        seen.clear()
+        async with setup() as its:
+            its.near.behave(http(once))
+            assert (await its.client.get("http://b/")).text == "n1"
+            assert (await its.client.get("http://b/")).text == "n1"
+            assert its.near.accepted == 2
+            assert its.attempts() == {("node", "answered"): 2}
+            with pytest.raises(HttpReadError) as caught:
+                await its.client.post("http://b/", content=b"x")
+            assert caught.value.attempt is not None
+            assert caught.value.attempt.error == "stale"
+            assert its.far.requests == []
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error", "word"),
+    [
+        (reset, HttpReadError, "no_response"),
+        (http(lambda request: None), HttpReadError, "no_response"),
+        (silent, HttpTimeoutError, "timeout"),
+    ],
+)
+def test_what_was_sent_moves_on_only_if_that_is_safe(
+    on_loop: Run, behaviour: object, error: type[Exception], word: str
+) -> None:
+    """A3: an idempotent request or one with an Idempotency-Key moves on; any other is never sent twice."""
+
+    async def main() -> None:
+        async with setup(QUICK) as its:
+            its.near.behave(behaviour)  # type: ignore[arg-type] - a table of them
+            assert (await its.client.get("http://b/")).text == "n2"
+            answered = await its.client.post("http://b/", content=b"body", headers={"Idempotency-Key": "1"})
+            assert answered.text == "n2"
+            assert its.far.requests[-1].body == b"body"
+            sent = len(its.far.requests)
+            with pytest.raises(error) as caught:
+                await its.client.post("http://b/", content=b"body")
+            assert len(its.far.requests) == sent
+            failed = caught.value
+            assert isinstance(failed, meshlocal.AttemptsFailedError)
+            assert [(each.instance, each.error) for each in failed.attempts] == [(its.near.instance, word)]
+            assert failed.__cause__ is failed.attempts[0].cause
+            assert its.attempts()["node", word] == 3
+
+    on_loop(main)
+
+
+def test_a_response_that_makes_no_sense_is_told(on_loop: Run) -> None:
+    """A3: once a byte of response came nothing is sent again, however idempotent."""
+
+    async def main() -> None:
+        async with setup() as its:
+            for junk in (b"HTTP/1.1 200", b"no http at all\r\n\r\n"):
+                its.near.behave(answer(junk))
+                with pytest.raises(HttpBrokenError) as caught:
+                    await its.client.get("http://b/")
+                assert isinstance(caught.value, httpx.RemoteProtocolError)
+            assert its.far.requests == []
+
+    on_loop(main)
+
+
+def test_every_instance_failed(on_loop: Run) -> None:
+    """A6: one error that is httpx's and meshlocal's, with every attempt on it."""
+
+    async def main() -> None:
+        async with setup(QUICK) as its:
+            its.near.refuse()
+            its.far.hang()
+            with pytest.raises(httpx.ConnectError, match="no instance answered") as caught:
+                await its.client.post("http://b/", content=b"x")
+            assert isinstance(caught.value, HttpConnectError)
+            assert [(each.instance, each.tier, each.error) for each in caught.value.attempts] == [
+                (its.near.instance, "node", "refused"),
+                (its.far.instance, "other", "timeout"),
+            ]
+            assert its.requests() == {RequestKey("other", Reason.LOCAL_FAILED, Outcome.FAILED): 1}
+
+    on_loop(main)
+
+
+def test_the_deadline_is_over_all_attempts(on_loop: Run) -> None:
+    """A1: the response's deadline ends the search."""
+
+    async def main() -> None:
+        async with setup(AttemptPolicy(response_deadline=0.1)) as its:
+            its.near.behave(silent)
+            with pytest.raises(httpx.TimeoutException) as caught:
+                await its.client.get("http://b/")
+            assert isinstance(caught.value, HttpDeadlineError)
+            assert isinstance(caught.value, TimeoutError)
+            assert [each.error for each in caught.value.attempts] == ["abandoned"]
+            assert its.requests() == {RequestKey("node", "", Outcome.DEADLINE): 1}
+
+    on_loop(main)
+
+
+def test_the_clients_own_timeouts_count(on_loop: Run) -> None:
+    """httpx's read timeout is an attempt's failure: an idempotent request moves on."""
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(silent)
+            assert (await its.client.get("http://b/", timeout=0.05)).text == "n2"
+            with pytest.raises(httpx.ReadTimeout):
+                await its.client.post("http://b/", content=b"x", timeout=0.05)
+
+    on_loop(main)
+
+
+def test_an_answer_of_503_is_a_failure_while_there_is_another_instance(on_loop: Run) -> None:
+    """A3: `retry_on`; the last instance's answer counts, and what may not be repeated gets the first one."""
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(http(HttpResponse(503, b"busy")))
+            assert (await its.client.get("http://b/")).text == "n2"
+            assert its.attempts() == {("node", "status"): 1, ("other", "answered"): 1}
+            posted = await its.client.post("http://b/", content=b"x")
+            assert (posted.status_code, posted.text) == (503, "busy")
+            its.far.behave(http(HttpResponse(503, b"busy too")))
+            its.far.cut()
+            last = await its.client.get("http://b/")
+            assert (last.status_code, last.text) == (503, "busy too")
+
+    on_loop(main)
+
+
+def test_retries_after_an_answer_have_a_budget(on_loop: Run) -> None:
+    """A3: when everything answers 503, retries end at a share of the requests."""
+
+    async def main() -> None:
+        async with setup() as its:
+            for upstream in (its.near, its.far):
+                upstream.behave(http(HttpResponse(503)))
+            for _ in range(40):
+                assert (await its.client.get("http://b/")).status_code == 503
+            assert len(its.far.requests) == 10
+
+    on_loop(main)
+
+
+def test_bodies_that_stream(on_loop: Run) -> None:
+    """A3, replay_buffer: a streamed body is sent again while all that was read of it is held."""
+
+    async def body(size: int) -> AsyncIterator[bytes]:
+        for _ in range(size // 1000):
+            yield b"x" * 1000
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(reset)
+            headers = {"Idempotency-Key": "1"}
+            sent = await its.client.post("http://b/", content=body(50_000), headers=headers)
+            assert sent.text == "n2"
+            assert its.far.requests[-1].body == b"x" * 50_000
+            its.near.refuse()
+            sent = await its.client.post("http://b/", content=body(5_000_000))
+            assert sent.text == "n2", "nothing was read of it when the connect failed"
+            assert len(its.far.requests[-1].body) == 5_000_000
+            its.near.accept()
+            its.near.behave(http(lambda request: None))
+            with pytest.raises(HttpReadError):
+                await its.client.post("http://b/", content=body(500_000), headers=headers)
+            whole = await its.client.post("http://b/", content=b"x" * 500_000, headers=headers)
+            assert whole.text == "n2", "a body that the application holds needs no buffer"
+
+    on_loop(main)
+
+
+def test_a_body_that_fails_fails_its_request_as_it_did(on_loop: Run) -> None:
+    """An application's own error is no failure of an instance."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise LookupError("the application's")
+
+    async def main() -> None:
+        async with setup() as its:
+            with pytest.raises(LookupError, match="the application's"):
+                await its.client.post("http://b/", content=body(), headers={"Idempotency-Key": "1"})
+            assert its.far.accepted == 0
+            assert its.mesh._services.get(meshlocal.ServiceKey("b")) is not None
+
+    on_loop(main)
+
+
+def test_responses_that_stream(on_loop: Run) -> None:
+    """The head is the attempt's end (A1): what breaks later is the application's to handle, and counted as cut."""
+
+    async def cut_short(connection: UpstreamConnection) -> None:
+        await connection.receive()
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(http(HttpResponse(200, b"y" * 3_000_000)))
+            async with its.client.stream("GET", "http://b/") as response:
+                size = 0
+                async for part in response.aiter_bytes():
+                    size += len(part)
+                    assert its.mesh._services[meshlocal.ServiceKey("b")].in_use == 1
+            assert size == 3_000_000
+            its.near.cut()
+            its.near.behave(cut_short)
+            with pytest.raises(httpx.RemoteProtocolError):
+                await its.client.get("http://b/")
+            assert its.requests() == {
+                RequestKey("node", "", Outcome.SERVED): 1,
+                RequestKey("node", "", Outcome.CUT): 1,
+            }
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.01, 0.03, 0.06, 0.1])
+def test_cancellation_leaves_nothing_behind(on_loop: Run, after: float) -> None:
+    """A8: whichever await is cancelled, no request is left under way, and later ones are served."""
+
+    async def main() -> None:
+        policy = AttemptPolicy(connect_timeout_local=0.02, attempt_timeout=0.05)
+        async with setup(policy) as its:
+            its.near.hang()
+            its.far.behave(silent)
+            with anyio.move_on_after(after) as scope:
+                with pytest.raises(httpx.TransportError):
+                    await its.client.get("http://b/")
+            its.assert_nothing_left()
+            assert scope.cancelled_caught or after == 0.1
+            its.near.accept()
+            assert (await its.client.get("http://b/")).text == "n1"
+
+    on_loop(main)
+
+
+def test_cancelled_within_a_response(on_loop: Run) -> None:
+    """A response whose reader is cancelled is closed, and its connection not used again."""
+
+    async def slowly(connection: UpstreamConnection) -> None:
+        await connection.receive()
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
+        await connection.receive()
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(slowly, times=1)
+            with anyio.move_on_after(0.1) as scope:
+                await its.client.get("http://b/")
+            assert scope.cancelled_caught
+            its.assert_nothing_left()
+            assert (await its.client.get("http://b/")).text == "n1"
+            assert its.near.accepted == 2
+
+    on_loop(main)
+
+
+def test_many_at_once(on_loop: Run) -> None:
+    """Concurrent requests while the local instance dies: none fails."""
+
+    async def main() -> None:
+        async with setup() as its:
+            served: list[str] = []
+
+            async def ask() -> None:
+                for _ in range(5):
+                    response = await its.client.get("http://b/")
+                    served.append(response.text)
+                    if len(served) == 30:
+                        its.near.kill()
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(ask)
+            assert len(served) == 100
+            assert set(served[:30]) == {"n1"}
+            assert served[-1] == "n2"
+
+    on_loop(main)
+
+
+def test_connections_to_an_instance_that_left_are_closed(on_loop: Run) -> None:
+    """H2: unused ones at once, the one with a response under way when that has ended."""
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(http(HttpResponse(200, b"z" * 2_000_000)))
+            async with its.client.stream("GET", "http://b/") as response:
+                async with its.client.stream("GET", "http://b/") as other:
+                    await other.aread()
+                assert its.near.open == 2
+                its.source.set("b", its.far.instance)
+                await open_connections(its.near, 1)
+                assert len(await response.aread()) == 2_000_000
+            await open_connections(its.near, 0)
+            assert (await its.client.get("http://b/")).text == "n2"
+
+    on_loop(main)
+
+
+def test_unused_connections_are_closed_in_time(on_loop: Run) -> None:
+    """A connection that no request comes for is closed after `keepalive_expiry`."""
+
+    async def main() -> None:
+        async with setup() as its:
+            transport = MeshTransport(its.mesh, limits=httpx.Limits(keepalive_expiry=0.5))
+            async with httpx.AsyncClient(transport=transport) as client:
+                await client.get("http://b/")
+                assert its.near.open == 1
+                await open_connections(its.near, 0)
+
+    on_loop(main)
+
+
+def test_closing_the_client_closes_the_connections(on_loop: Run) -> None:
+    async def main() -> None:
+        async with setup() as its:
+            transport = MeshTransport(its.mesh)
+            async with httpx.AsyncClient(transport=transport) as client:
+                await client.get("http://b/")
+            await open_connections(its.near, 0)
+            assert len(transport._pools) == 0
+            assert list(its.mesh._listeners) == [its.transport._pools._on_snapshot]
+
+    on_loop(main)
+
+
+def test_limits_on_requests_under_way(on_loop: Run) -> None:
+    """A service's limit refuses at once what is one too many."""
+    services = {"b": meshlocal.ServiceConfig(limits=meshlocal.LimitsConfig(requests=1))}
+
+    async def main() -> None:
+        source = FakeSource()
+        async with (
+            open_upstream(node="n1", behaviour=http()) as near,
+            meshlocal.open_mesh(source, services=services) as mesh,
+            httpx.AsyncClient(transport=MeshTransport(mesh)) as client,
+        ):
+            source.set("b", near.instance)
+            async with client.stream("GET", "http://b/"):
+                with pytest.raises(meshlocal.LimitedError, match="as many requests"):
+                    await client.get("http://b/")
+            assert (await client.get("http://b/")).status_code == 200
+
+    on_loop(main)
+
+
+def test_https(on_loop: Run) -> None:
+    """A certificate is checked against the service's name, not the instance's address."""
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("b").configure_cert(server)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+
+    async def main() -> None:
+        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+
+        async def serve(raw: anyio.abc.SocketStream) -> None:
+            with contextlib.suppress(anyio.BrokenResourceError, anyio.EndOfStream, ssl.SSLError):
+                async with raw:
+                    stream = await anyio.streams.tls.TLSStream.wrap(
+                        raw, server_side=True, ssl_context=server, standard_compatible=False
+                    )
+                    await stream.receive()
+                    await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nsafe")
+
+        source = FakeSource({name: [meshlocal.make_instance("127.0.0.1", port)] for name in ("b", "c")})
+        async with listener, anyio.create_task_group() as tasks, meshlocal.open_mesh(source) as mesh:
+            tasks.start_soon(listener.serve, serve)
+            async with httpx.AsyncClient(transport=MeshTransport(mesh, ssl_context=trusting)) as client:
+                assert (await client.get("https://b/")).text == "safe"
+                with pytest.raises(HttpConnectError) as caught:
+                    await client.get("https://c/")
+                assert [each.error for each in caught.value.attempts] == ["tls"]
+            tasks.cancel_scope.cancel()
+
+    on_loop(main)
