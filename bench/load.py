@@ -1,0 +1,135 @@
+"""Programs that make load, each in C and a process of its own: wrk, h2load, sockperf, iperf3.
+
+wrk makes the load of TCP echoes too. Its script (`echo.lua`) sends bytes that read as an HTTP response, and an echo
+server sends them back: so wrk, whose loop serves many connections from one thread, measures exchanges of any size
+with any upstream that echoes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGES = {
+    "wrk": "wrk",
+    "h2load": "nghttp2-client",
+    "sockperf": "sockperf",
+    "iperf3": "iperf3",
+    "haproxy": "haproxy",
+    "nginx": "nginx-light",
+}
+"""Debian packages of programs."""
+
+_ECHO = Path(__file__).with_name("echo.lua")
+_REPORT = Path(__file__).with_name("report.lua")
+_SYSTEM_PATHS = "/usr/sbin:/sbin"
+
+
+class LoadError(Exception):
+    """A program that makes load failed, or its load did."""
+
+
+class Load(NamedTuple):
+    """What came of a while of closed-loop load. Times are in seconds.
+
+    Attributes:
+        requests: exchanges that ended.
+        rate: exchanges a second.
+        errors: exchanges that failed.
+    """
+
+    requests: int
+    rate: float
+    errors: int
+    p50: float
+    p90: float
+    p99: float
+
+
+def find(program: str) -> str | None:
+    """A program's path."""
+    return shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":" + _SYSTEM_PATHS)
+
+
+def missing(*programs: str) -> list[str]:
+    """What is not installed, each with the command that installs it."""
+    return [f"{name}: apt-get install {PACKAGES[name]}" for name in programs if find(name) is None]
+
+
+def wrk_echo(port: int, size: int, connections: int, seconds: int, *, close: bool = False) -> Load:
+    """Exchanges of `size` bytes, one after another on each connection; with `close`, one on each connection."""
+    environment = {"ECHO_SIZE": str(size), "ECHO_CLOSE": "1" if close else "", "ECHO_REPORT": str(_REPORT)}
+    return _wrk(port, connections, seconds, _ECHO, environment)
+
+
+def wrk_http(port: int, connections: int, seconds: int) -> Load:
+    """GET requests, one after another on each connection."""
+    return _wrk(port, connections, seconds, _REPORT, {})
+
+
+def _wrk(port: int, connections: int, seconds: int, script: Path, environment: dict[str, str]) -> Load:
+    url = f"http://127.0.0.1:{port}/"
+    flags = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
+    text = _run("wrk", *flags, url, environment=environment)
+    found = re.search(r"^figures (.*)$", text, re.MULTILINE)
+    if found is None:
+        raise LoadError(f"wrk printed no figures: {text}")
+    figures = json.loads(found[1])
+    taken = figures["us"] / 1e6
+    times = {key: figures[key] / 1e6 for key in ("p50", "p90", "p99")}
+    return Load(figures["requests"], figures["requests"] / taken, figures["errors"], **times)
+
+
+def h2load_rate(port: int, connections: int, rate: int, seconds: int) -> float:
+    """HTTP/1.1 GET requests at a fixed rate over all connections; returns the mean time of a request, in seconds."""
+    flags = ["--h1", "-t1", f"-c{connections}", f"--rps={rate / connections}", f"-D{seconds}", "--warm-up-time=0"]
+    text = _run("h2load", *flags, f"http://127.0.0.1:{port}/")
+    found = re.search(r"time for request:\s+\S+\s+\S+\s+([\d.]+)(us|ms|s)\b", text)
+    if found is None:
+        raise LoadError(f"h2load printed no times: {text}")
+    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
+
+
+def sockperf_ping(port: int, size: int, seconds: int) -> float:
+    """The median of exchanges with `sockperf server`, one after another on one connection, in seconds."""
+    return _sockperf("ping-pong", port, size, seconds)
+
+
+def sockperf_rate(port: int, size: int, seconds: int, rate: int) -> float:
+    """The median of exchanges with `sockperf server` at a fixed rate, in seconds."""
+    return _sockperf("under-load", port, size, seconds, f"--mps={rate}", "--reply-every=1")
+
+
+def _sockperf(kind: str, port: int, size: int, seconds: int, *flags: str) -> float:
+    base = [kind, "--tcp", "-i", "127.0.0.1", "-p", str(port), "-m", str(size), "-t", str(seconds), "--full-rtt"]
+    text = _run("sockperf", *base, *flags)
+    found = re.search(r"percentile 50\.000 =\s*([\d.]+)", text)
+    if found is None:
+        raise LoadError(f"sockperf printed no percentiles: {text}")
+    return float(found[1]) / 1e6
+
+
+def iperf3(port: int, seconds: int, *, reverse: bool = False) -> float:
+    """Bytes a second through one connection to `iperf3 --server`, from the client, or with `reverse` to it."""
+    flags = ["-R"] if reverse else []
+    text = _run("iperf3", "-c", "127.0.0.1", "-p", str(port), "-t", str(seconds), "-J", *flags)
+    bits: float = json.loads(text)["end"]["sum_received"]["bits_per_second"]
+    return bits / 8
+
+
+def _run(program: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    path = find(program)
+    if path is None:
+        raise LoadError(f"{program} is not installed: apt-get install {PACKAGES[program]}")
+    command = [path, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **(environment or {})}
+    )
+    if done.returncode:
+        raise LoadError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
