@@ -222,7 +222,7 @@ def main() -> None:
     """Run the command line; what a user can put right ends with a line on stderr, not with a traceback."""
     _fill_standard_streams()
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="meshlocal", standalone_mode=False)
     except click.exceptions.Abort:
         status = 130
     except click.ClickException as error:

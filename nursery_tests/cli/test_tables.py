@@ -1,0 +1,24 @@
+"""cli/tables: columns as wide as their widest cell, and one line a row whatever is in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshlocal.cli.tables import table
+
+
+def test_columns_line_up() -> None:
+    text = table(("NAME", "N"), [("a", 1), ("longer", 22)])
+    assert text.splitlines() == ["NAME    N", "a       1", "longer  22"]
+
+
+def test_no_rows_leave_the_header() -> None:
+    assert table(("NAME", "N"), []) == "NAME  N"
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [(None, "-"), ("", "-"), (True, "yes"), (False, "no"), (0, "0"), ("a\nb\x1b", r"a\nb\x1b"), ("ü", "ü")],
+)
+def test_cells(cell: object, shown: str) -> None:
+    assert table(("A", "B"), [(cell, "x")]).splitlines()[1].split() == [shown, "x"]
