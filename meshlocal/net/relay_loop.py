@@ -16,6 +16,9 @@ until that is gone it reads no more. Edge-triggered events come again whenever s
 write, so that a short read needs no second one to find the buffer empty (epoll(7), Q9). A direction that never comes
 to an end of its source gives way after `TURN` chunks.
 
+What else wants its sockets served in that place does it with `watch`: its handlers are called for each event, and must
+neither wait nor raise; `finish` lets a task of its go on.
+
 The one thing that Trio does not offer is the file descriptor of its epoll instance; `trio_epoll` finds it. Where it
 cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and says so.
 """
@@ -26,8 +29,9 @@ import errno
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import trio
 
@@ -86,11 +90,21 @@ class _Pair:
         self.task: trio.lowlevel.Task | None = None
 
 
+class Waiter(Protocol):
+    """What has a task that waits for what the loop does."""
+
+    task: trio.lowlevel.Task | None
+    """Rescheduled, and set to None, once it is finished."""
+
+
 class RelayLoop(trio.abc.Instrument):
     """Moves the bytes of all relays of one Trio run. Made by `open_relay_loop`.
 
     Args:
         trio_epoll: the file descriptor of Trio's epoll instance.
+
+    Attributes:
+        handlers: by the file descriptor of a socket that `watch` was called for, what is called with its events.
     """
 
     def __init__(self, trio_epoll: int) -> None:
@@ -100,7 +114,8 @@ class RelayLoop(trio.abc.Instrument):
         self._flows: dict[int, tuple[_Flow, _Flow]] = {}
         """By the file descriptor of a socket: the direction that reads from it, and the one that writes to it."""
         self._again: list[_Flow] = []
-        self._finished: list[_Pair] = []
+        self.handlers: dict[int, Callable[[int], None]] = {}
+        self._finished: list[Waiter] = []
         self._scratch = bytearray(CHUNK)
         self._view = memoryview(self._scratch)
         self._now = 0.0
@@ -136,6 +151,18 @@ class RelayLoop(trio.abc.Instrument):
 
             await trio.lowlevel.wait_task_rescheduled(abandon)
         return pair.state.result()
+
+    def watch(self, sock: socket.socket) -> None:
+        """Call the socket's handler, if there is one at the time, when bytes come or its peer ends: once an edge.
+
+        For as long as the socket is open, which its holder closes with `sockets.close` or `abort`.
+        """
+        self._register(sock.fileno(), _READ_EVENTS)
+
+    def finish(self, waiter: Waiter) -> None:
+        """Let a task go on; from a handler or from another task."""
+        self._finished.append(waiter)
+        self._wake()
 
     def _add(
         self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray
@@ -176,7 +203,9 @@ class RelayLoop(trio.abc.Instrument):
 
     def _closing(self, sock: socket.socket) -> None:
         """A task closes a socket: its relay, if it has one, ends."""
-        flows = self._flows.get(sock.fileno())
+        fd = sock.fileno()
+        self.handlers.pop(fd, None)
+        flows = self._flows.get(fd)
         if flows is not None and flows[0].source is sock:
             flow = flows[0]
             flow.pair.state.fail(flow.side, errno.EBADF)
@@ -187,7 +216,7 @@ class RelayLoop(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         """Sleep in Trio's stead, and move bytes (see the module)."""
-        if not self._flows:
+        if not self._flows and not self.handlers:
             return
         if timeout <= 0:
             self._turn(0)
@@ -216,10 +245,10 @@ class RelayLoop(trio.abc.Instrument):
 
     def _reschedule(self) -> None:
         finished, self._finished = self._finished, []
-        for pair in finished:
-            if pair.task is not None:
-                trio.lowlevel.reschedule(pair.task)
-                pair.task = None
+        for waiter in finished:
+            if waiter.task is not None:
+                trio.lowlevel.reschedule(waiter.task)
+                waiter.task = None
 
     def _turn(self, timeout: float) -> bool:
         """Wait for events, and serve them; tells whether Trio has one of its own."""
@@ -236,7 +265,11 @@ class RelayLoop(trio.abc.Instrument):
         for fd, mask in events:
             found = flows.get(fd)
             if found is None:
-                trio_ready = trio_ready or fd == self._trio
+                handler = self.handlers.get(fd)
+                if handler is not None:
+                    handler(mask)
+                else:
+                    trio_ready = trio_ready or fd == self._trio
                 continue
             reading, writing = found
             if mask & _WRITABLE and writing.rest:
