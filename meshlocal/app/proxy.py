@@ -23,6 +23,7 @@ from meshlocal.admin.server import AdminServer
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
+from meshlocal.client.feed import Refreshable
 from meshlocal.client.place import locality_of
 from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
@@ -77,6 +78,8 @@ class ProxyProcess:
         self._serve_http(proxy)
         self.feed = make_feed(proxy.discovery, self.services.keys, self.services, rng)
         self.services.on_followed = self.feed.follow
+        if isinstance(self.feed, Refreshable):
+            self.services.on_failing = self.feed.refresh
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.stop = Stop()
 

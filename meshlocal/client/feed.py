@@ -7,7 +7,7 @@ server or a file in the same process feeds it; `app` joins the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -44,6 +44,15 @@ class FeedStatus(msgspec.Struct):
     def age(self, now: float) -> float | None:
         """Seconds since what is held was known to be current (D1); None while nothing was ever held."""
         return None if self.confirmed_at is None else max(0.0, now - self.confirmed_at)
+
+
+@runtime_checkable
+class Refreshable(Protocol):
+    """A feed that can be asked again."""
+
+    def refresh(self, service: ServiceKey) -> None:
+        """Get the service's whole state anew: what is known of it seems to be wrong (D5)."""
+        ...
 
 
 class Feed(Protocol):

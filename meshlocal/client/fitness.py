@@ -6,7 +6,7 @@ each instance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import anyio
 
@@ -14,6 +14,7 @@ from meshlocal.net.log import get_log
 from meshlocal.policy.admission import Admission
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config_health import EjectionConfig
+from meshlocal.policy.feedback import Feedback
 from meshlocal.policy.health import Cause, Health, Place
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
 
@@ -36,15 +37,19 @@ class Fitness:
         health: the states.
         spill: may be replaced at any time.
         under_way: requests under way by instance, where there are any.
+        feedback: whether all attempts fail (D5).
+        on_failing: called with the service when they have for a while.
     """
 
-    __slots__ = ("_service", "health", "spill", "under_way")
+    __slots__ = ("_service", "feedback", "health", "on_failing", "spill", "under_way")
 
     def __init__(self, service: ServiceKey, ejection: EjectionConfig, spill: int | None, rng: UniformSource) -> None:
         self._service = service
         self.health = Health(ejection, rng)
         self.spill = spill
         self.under_way: dict[Place, int] = {}
+        self.feedback = Feedback(rng)
+        self.on_failing: Callable[[ServiceKey], None] | None = None
 
     def gate(self) -> Admission | None:
         """What a plan that begins now must ask; None while every instance is fit and none can be full."""
@@ -54,11 +59,15 @@ class Fitness:
 
     def connected(self, instance: Instance) -> None:
         """A request connected it. That readmits one that could not be connected before."""
+        if self.feedback.failing and not self.health.is_doubted(_place(instance.key)):
+            self.feedback.succeeded()
         if not self.health.quiet and self.health.succeeded(_place(instance.key), anyio.current_time(), shallow=True):
             self._say_readmitted(instance.key, "connected")
 
     def worked(self, instance: Instance) -> None:
         """It answered a request, with whatever answer, or kept its connection for a while."""
+        if self.feedback.failing:
+            self.feedback.succeeded()
         if not self.health.quiet and self.health.succeeded(_place(instance.key), anyio.current_time()):
             self._say_readmitted(instance.key, "answered")
 
@@ -85,6 +94,9 @@ class Fitness:
                 cause=cause,
                 seconds=round(seconds, 1),
             )
+        if self.feedback.failed(now) and self.on_failing is not None:
+            _log.warning("every attempt fails; asking discovery again", service=self._service, problem=error)
+            self.on_failing(self._service)
 
     def abandoned(self, instance: Instance) -> None:
         """A request left it before there was a verdict: its client left, or its deadline came."""

@@ -161,6 +161,7 @@ class ServiceTable:
     Attributes:
         on_followed: called with `keys` whenever a request, or the lack of requests, changed them. `reconfigure` does
             not call it.
+        on_failing: called with a service of which every attempt has failed for a while (D5).
         circuit: how much is under way in all, and may be.
     """
 
@@ -171,6 +172,7 @@ class ServiceTable:
         self._states: dict[ServiceKey, ServiceState] = {}
         self._said_unmatched = False
         self.on_followed: Callable[[list[ServiceKey]], None] | None = None
+        self.on_failing: Callable[[ServiceKey], None] | None = None
         self.locality = locality
         self.reconfigure(config, locality)
 
@@ -226,6 +228,10 @@ class ServiceTable:
             self._check_node()
         return wait
 
+    def _tell_failing(self, key: ServiceKey) -> None:
+        if self.on_failing is not None:
+            self.on_failing(key)
+
     def _tell_followed(self) -> None:
         if self.on_followed is not None:
             self.on_followed(self.keys)
@@ -266,7 +272,7 @@ class ServiceTable:
 
     def _make(self, key: ServiceKey) -> ServiceState:
         config = self.config.service(key)
-        return ServiceState(
+        state = ServiceState(
             key,
             Selector(self.locality, config.port_name),
             self.config.attempts_for(key),
@@ -275,6 +281,8 @@ class ServiceTable:
             config,
             self.circuit,
         )
+        state.fitness.on_failing = self._tell_failing
+        return state
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """See `SnapshotSink.publish`. A service that is not followed is passed over."""

@@ -78,6 +78,8 @@ class DiscoveryWatch:
         self._backoff = Backoff(self._options.backoff_initial, self._options.backoff_max, rng)
         self._held: dict[ServiceKey, ServiceSnapshot] = {}
         self._stream_scope: anyio.CancelScope | None = None
+        self._server_scope: anyio.CancelScope | None = None
+        self._refreshing = False
         self._followed = anyio.Event()
         self._current = False
         self._said: dict[str, str] = {}
@@ -94,6 +96,16 @@ class DiscoveryWatch:
         self._followed.set()
         if self._stream_scope is not None:
             self._stream_scope.cancel()
+
+    def refresh(self, service: ServiceKey) -> None:
+        """Get the service's whole state anew, over a new connection, to the next server if there are several (D5).
+
+        What is wrong may be the service's state here, the stream that it came on, or the server.
+        """
+        if self._server_scope is not None and self.status.connected:
+            self._held.pop(service, None)
+            self._refreshing = True
+            self._server_scope.cancel()
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -113,6 +125,9 @@ class DiscoveryWatch:
                 self._held.clear()
                 problem = str(error)
             self._current = False
+            if self._refreshing:
+                self._refreshing = False
+                continue
             self._lost(str(url), problem)
             await anyio.sleep(self._backoff.next())
 
@@ -133,12 +148,14 @@ class DiscoveryWatch:
             max_message_size=MAX_EVENT_SIZE,
         )
         with anyio.CancelScope() as connecting:
+            self._server_scope = connecting
             connecting.deadline = anyio.current_time() + options.connect_timeout
             async with open_channel(url.host, url.port, options=grpc_options) as channel:
                 connecting.deadline = float("inf")
                 while await self._watch_once(channel, url):
                     pass
-        if connecting.cancelled_caught:
+        self._server_scope = None
+        if connecting.cancelled_caught and not self._refreshing:
             raise TimeoutError
 
     async def _watch_once(self, channel: Channel, url: DiscoveryUrl) -> bool:

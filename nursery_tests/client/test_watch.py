@@ -295,3 +295,47 @@ def test_watch_runs_on_asyncio() -> None:
 async def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         return int(reserved.getsockname()[1])
+
+
+async def test_asked_again_it_gets_the_whole_from_another_connection(nursery: trio.Nursery) -> None:
+    """D5: and that is no outage."""
+    sink = Sink()
+    async with discovery({B: model.index([at(1)])}) as (url, _source):
+        following = watch(sink, url)
+        nursery.start_soon(following.run)
+        await sink.until(lambda snapshot: addresses(snapshot) == ["10.0.0.1"])
+        for count in (2, 3):
+            following.refresh(B)
+            await until(lambda count=count: len(sink.snapshots) == count)
+            assert addresses(sink.snapshots[-1]) == ["10.0.0.1"]
+        assert following.status.connected
+        assert following.status.reconnects == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_asked_again_it_turns_to_the_next_server(nursery: trio.Nursery) -> None:
+    """D5: the one that it watched may be what is wrong."""
+    sink = Sink()
+    async with (
+        discovery({B: model.index([at(1)])}) as (wrong, _),
+        discovery({B: model.index([at(2)])}) as (right, _),
+    ):
+        following = watch(sink, wrong, right)
+        nursery.start_soon(following.run)
+        await sink.until(lambda snapshot: addresses(snapshot) == ["10.0.0.1"])
+        following.refresh(B)
+        await sink.until(lambda snapshot: addresses(snapshot) == ["10.0.0.2"])
+        assert following.status.source == str(right)
+        nursery.cancel_scope.cancel()
+
+
+async def test_asked_again_while_discovery_is_away_it_keeps_what_it_has(nursery: trio.Nursery) -> None:
+    """D1, D5."""
+    sink = Sink()
+    following = watch(sink, DiscoveryUrl("grpc", "127.0.0.1", await _free_port()))
+    nursery.start_soon(following.run)
+    await until(lambda: following.status.reconnects >= 1)
+    following.refresh(B)
+    await until(lambda: following.status.reconnects >= 3)
+    assert not following.status.connected
+    nursery.cancel_scope.cancel()

@@ -263,3 +263,25 @@ async def test_an_abandoned_attempt_is_not_counted_as_the_failure_before_it(prox
         assert proxy.table["b"].statistics.attempts == {("node", "refused"): 1, ("other", "abandoned"): 1}
         for filler in fillers:
             filler.close()
+
+
+async def test_discovery_is_asked_again_when_every_attempt_fails(
+    proxy: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D5: not as long as any instance works, and not again and again."""
+    monkeypatch.setattr("meshlocal.policy.feedback.PATIENCE", 0.02)
+    configure(proxy, SHORT)
+    asked: list[str] = []
+    proxy.table.on_failing = asked.append
+    remote = await upstream("remote", "n2")
+    with reserved_port() as sock:
+        proxy.publish([local_at(sock), remote])
+        with trio.move_on_after(0.1):
+            while True:
+                assert await proxy.ask() == "remote"
+        assert not asked
+        proxy.publish([local_at(sock)])
+        with trio.move_on_after(0.2):
+            while True:
+                assert await proxy.ask() == ""
+        assert asked == ["b"]
