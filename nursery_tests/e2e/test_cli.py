@@ -1,0 +1,315 @@
+"""The command line as processes: answers, and one clear line with a status for whatever cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import trio
+import trustme
+
+INSTANCES = """\
+zone: z1
+cluster: c1
+services:
+  b:
+    - {address: 127.0.0.1, port: 9001, port_name: grpc, labels: {node: n1}}
+    - {address: 127.0.0.2, port: 9002, labels: {node: n2}}
+    - {address: 127.0.0.3, port: 9003}
+  empty: []
+"""
+UNUSED = ("--admin", "none")
+TCP = ("--listen", "tcp://127.0.0.1:0=b")
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Cli:
+    """Runs `meshlocal` to its end, in a folder with an instances file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "instances.yaml").write_text(INSTANCES)
+
+    async def __call__(self, *arguments: str, shell: str = "", **env: str) -> Done:
+        command = [sys.executable, "-m", "meshlocal", *arguments]
+        if shell:
+            command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("MESHLOCAL_") and k != "NODE_NAME"}
+        with trio.fail_after(20):
+            done = await trio.run_process(
+                command,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                cwd=self.folder,
+                env={**clean, **env},
+            )
+        assert "Traceback" not in done.stderr.decode()
+        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    async def failed(self, *arguments: str, **env: str) -> str:
+        """What it says on stderr where the world is."""
+        status, out, err = await self(*arguments, **env)
+        assert (status, out) == (1, "")
+        return err
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+async def discovery(cli: Cli, processes: Any) -> str:
+    """The URL of a discovery server over the instances file."""
+    program = await processes.meshlocal("discovery", "--bind", "127.0.0.1:0", "--source", "file:instances.yaml")
+    return str((await program.printed(r"^meshlocal discovery ready: (grpc://127\.0\.0\.1:\d+)$", "out"))[1])
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which somebody else listens, who never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+async def test_get_and_explain_ask_a_server(cli: Cli, discovery: str) -> None:
+    ask = partial(cli, MESHLOCAL_PROXY__DISCOVERY__URLS=discovery, NODE_NAME="n1")
+    assert lines((await ask("get", "services")).out) == [["NAME", "INSTANCES"], ["b", "3"], ["empty", "0"]]
+    view = json.loads((await ask("get", "instances", "b", "-o", "json")).out)
+    assert view["service"] == "b"
+    assert [each["node"] for each in view["instances"]] == ["n1", "n2", None]
+    assert lines((await ask("get", "clusters")).out)[1:] == [["c1", "z1"]]
+    status, out, err = await ask("explain", "b")
+    assert (status, err) == (0, "")
+    steps = [line for line in lines(out) if line and line[0].isdecimal()]
+    assert [step[3] for step in steps] == ["node", "other", "other"]
+
+
+async def test_explain_asks_a_running_proxy(cli: Cli, processes: Any) -> None:
+    proxy = await processes.meshlocal(
+        "proxy", "--discovery", "file:instances.yaml", *TCP, "--admin", "127.0.0.1:0", env={"NODE_NAME": "n2"}
+    )
+    admin = (await proxy.printed(r"admin=http://(\S+)", "out"))[1]
+    status, out, err = await cli("explain", "b", "--proxy", admin)
+    assert (status, err) == (0, "")
+    assert "service b, seen from node n2" in out
+    assert (await cli.failed("explain", "zz", "--proxy", admin)).startswith(f"meshlocal: {admin}: no listener names")
+
+
+async def test_a_port_in_use_is_said(cli: Cli, taken: int) -> None:
+    line = f"meshlocal: cannot listen on 127.0.0.1:{taken}: Address already in use\n"
+    listen = ("--listen", f"tcp://127.0.0.1:{taken}=b")
+    source = ("--discovery", "file:instances.yaml")
+    assert await cli.failed("proxy", *source, *listen, *UNUSED) == line
+    assert await cli.failed("proxy", *source, *TCP, "--admin", f"127.0.0.1:{taken}") == line
+    assert await cli.failed("discovery", "--bind", f"127.0.0.1:{taken}", "--source", "file:instances.yaml") == line
+    foreign = await cli.failed("discovery", "--bind", "192.0.2.1:7070", "--source", "file:instances.yaml")
+    assert foreign == "meshlocal: cannot listen on 192.0.2.1:7070: Cannot assign requested address\n"
+
+
+BAD_INSTANCES = """\
+services:
+  b:
+    - {address: '', port: 9000}
+    - {address: 10.0.0.1, port: 0}
+    - {address: 10.0.0.1, port: 70000}
+    - {address: b.example, port: 9000}
+"""
+BAD_LINES = (
+    "bad.yaml:3: services.b[0].address: is empty",
+    "bad.yaml:4: services.b[1].port: 0 is not within 1 to 65535",
+    "bad.yaml:5: services.b[2].port: 70000 is not within 1 to 65535",
+    "bad.yaml:6: services.b[3].address: ",
+)
+
+
+async def test_a_malformed_instances_file_says_each_line_and_key(cli: Cli, processes: Any) -> None:
+    (cli.folder / "bad.yaml").write_text(BAD_INSTANCES)
+    # The server starts all the same, says it, answers that it has nothing, and serves once the file is mended.
+    server = await processes.meshlocal("discovery", "--bind", "127.0.0.1:0", "--source", "file:bad.yaml")
+    for start in BAD_LINES:
+        await server.printed(start.replace("[", r"\[").replace("]", r"\]"))
+    url = (await server.printed(r"(grpc://\S+) \(not in sync yet: file:bad.yaml\)", "out"))[1]
+    assert "not in sync yet with file:bad.yaml" in await cli.failed("get", "services", "--discovery", url)
+    processes.write("bad.yaml", INSTANCES)
+    await server.printed("source in sync")
+    assert lines((await cli("get", "services", "--discovery", url)).out)[1:] == [["b", "3"], ["empty", "0"]]
+    # Broken again, it changes nothing.
+    processes.write("bad.yaml", BAD_INSTANCES)
+    await server.printed("what it said before")
+    assert lines((await cli("get", "services", "--discovery", url)).out)[1:] == [["b", "3"], ["empty", "0"]]
+
+
+async def test_an_unknown_service_is_said(cli: Cli, discovery: str, processes: Any, here: Any) -> None:
+    err = await cli.failed("get", "instances", "zz", "--discovery", discovery)
+    assert err == f"meshlocal: {discovery}: no registry knows a service 'zz'\n"
+    # A proxy whose listener names it starts, says it, and resets its clients' connections (A6).
+    proxy = await processes.meshlocal("proxy", "--discovery", discovery, "--listen", "tcp://127.0.0.1:0=zz", *UNUSED)
+    port = int((await proxy.printed(r"tcp://127.0.0.1:(\d+)=zz", "out"))[1])
+    await proxy.printed("no registry knows the service")
+    async with await here.connect("127.0.0.1", port) as stream:
+        with trio.fail_after(20), pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some(1)
+    await proxy.printed('"outcome":"no_instance"')
+
+
+async def test_discovery_that_comes_late_is_served_from(cli: Cli, processes: Any, here: Any) -> None:
+    """A7, D1: a proxy starts without its discovery, holds a request for it, and serves it once it comes."""
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    instance = await processes.instance("n1", "127.0.0.1", 0)
+    at = int((await instance.printed(r"listening (\d+)", "out"))[1])
+    (cli.folder / "instances.yaml").write_text(f"services: {{b: [{{address: 127.0.0.1, port: {at}}}]}}")
+    proxy = await processes.meshlocal(
+        *("proxy", "--discovery", f"grpc://127.0.0.1:{port}", *TCP, "--admin", "127.0.0.1:0"),
+        env={
+            "MESHLOCAL_PROXY__ATTEMPTS__FIRST_SNAPSHOT_WAIT": "0.3",
+            "MESHLOCAL_PROXY__SERVICES__B__ATTEMPTS__DEADLINE": "20",
+            "MESHLOCAL_PROXY__DISCOVERY__BACKOFF_MAX": "0.3",
+        },
+    )
+    ready = await proxy.printed(
+        r"tcp://127.0.0.1:(\d+)=b admin=http://127.0.0.1:(\d+) \(nothing heard yet of: b\)", "out"
+    )
+    assert proxy.err.count("discovery is away") == 1
+    assert "connection refused" in proxy.err
+    assert (await here.get(int(ready[2]), "/readyz"))[0] == 200
+    with pytest.raises((OSError, trio.BrokenResourceError)):
+        await here.ask("127.0.0.1", int(ready[1]))
+    await processes.meshlocal("discovery", "--bind", f"127.0.0.1:{port}", "--source", "file:instances.yaml")
+    await proxy.printed("discovery is watched")
+    assert await here.ask("127.0.0.1", int(ready[1])) == "n1"
+
+
+async def test_discovery_that_cannot_be_reached_is_said(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        refusing = f"grpc://127.0.0.1:{reserved.getsockname()[1]}"
+    line = f"meshlocal: cannot reach discovery {refusing}: connection refused\n"
+    assert await cli.failed("explain", "b", "--discovery", refusing) == line
+    err = await cli.failed("get", "services", "--discovery", refusing, "--discovery", "grpc://nowhere.invalid:1")
+    assert err.splitlines()[0] == line.strip()
+    assert err.splitlines()[1].startswith("meshlocal: cannot reach discovery grpc://nowhere.invalid:1: ")
+
+
+async def test_a_server_that_is_no_discovery_is_said(cli: Cli, nursery: trio.Nursery) -> None:
+    async def http(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some(1000)
+            await stream.send_all(b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/html\r\n\r\n<p>\nno\n</p>")
+
+    async def mute(stream: trio.SocketStream) -> None:
+        await stream.aclose()
+
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def tls(stream: trio.SocketStream) -> None:
+        secured = trio.SSLStream(stream, context, server_side=True)
+        try:
+            await secured.do_handshake()
+        except trio.BrokenResourceError:
+            await stream.aclose()
+
+    async def serve(handler: Any) -> int:
+        listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+        return int(listeners[0].socket.getsockname()[1])
+
+    for handler, why in ((http, "HTTP/2"), (mute, "HTTP/2"), (tls, "HTTP/2")):
+        port = await serve(handler)
+        err = await cli.failed("get", "services", "--discovery", f"grpc://127.0.0.1:{port}")
+        assert err.startswith(f"meshlocal: cannot reach discovery grpc://127.0.0.1:{port}: ")
+        assert why in err
+        assert len(err.splitlines()) == 1
+    port = await serve(http)
+    err = await cli.failed("explain", "b", "--proxy", f"127.0.0.1:{port}")
+    assert err == f"meshlocal: 127.0.0.1:{port} does not answer as a proxy's admin address does\n"
+    port = await serve(mute)
+    err = await cli.failed("explain", "b", "--proxy", f"127.0.0.1:{port}")
+    assert err.startswith(f"meshlocal: cannot ask the proxy at 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize("shell", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+async def test_output_that_goes_nowhere(cli: Cli, shell: str) -> None:
+    """Nobody reads, or the disk is full: no traceback, and the status tells failures from what merely was not read."""
+    status, _, err = await cli("get", "services", "--discovery", "file:instances.yaml", shell=shell)
+    full = shell == ">/dev/full"
+    assert status == full
+    assert err == ("meshlocal: cannot write the output: no space left on device\n" if full else "")
+
+
+@pytest.mark.parametrize("shell", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+async def test_a_proxy_serves_without_anybody_listening_to_it(cli: Cli, processes: Any, here: Any, shell: str) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as reserved:
+        port = reserved.getsockname()[1]
+    command = [sys.executable, "-m", "meshlocal", "proxy", "--discovery", "file:missing.yaml", *TCP]
+    proxy = await processes.start(["sh", "-c", f'exec "$@" {shell}', "sh", *command, "--admin", f"127.0.0.1:{port}"])
+    with trio.fail_after(20):
+        while True:
+            try:
+                status, _ = await here.get(port, "/livez")
+                break
+            except OSError:
+                await trio.sleep(0.05)
+    assert status == 200
+    proxy.process.terminate()
+    assert await proxy.exited() == 0
+
+
+async def test_a_reader_that_has_left_costs_no_traceback(cli: Cli) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "meshlocal", "get", "services", "--discovery", "file:instances.yaml"]
+        with trio.fail_after(20):
+            done = await trio.run_process(command, stdout=writer, capture_stderr=True, check=False, cwd=cli.folder)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+async def test_the_ready_line_names_every_address(cli: Cli, processes: Any) -> None:
+    proxy = await processes.meshlocal(
+        *("proxy", "--discovery", "file:instances.yaml", *TCP, "--listen", "tcp://[::1]:0=empty"),
+        *("--listen", "tcp://localhost:0=b", "--admin", "127.0.0.1:0"),
+        env={"NODE_NAME": "n1"},
+    )
+    await proxy.printed(
+        r"^meshlocal proxy ready: node=n1 tcp://127\.0\.0\.1:[1-9]\d*=b tcp://\[::1\]:[1-9]\d*=empty"
+        r" tcp://127\.0\.0\.1:([1-9]\d*)=b tcp://\[::1\]:\1=b admin=http://127\.0\.0\.1:[1-9]\d*\n$",
+        "out",
+    )
+    discovery = await processes.meshlocal(
+        *("discovery", "--source", "file:instances.yaml", "--bind", "127.0.0.1:0", "--bind", "[::1]:0"),
+        *("--admin", "127.0.0.1:0"),
+    )
+    await discovery.printed(
+        r"^meshlocal discovery ready: grpc://127\.0\.0\.1:[1-9]\d* grpc://\[::1\]:[1-9]\d*"
+        r" admin=http://127\.0\.0\.1:[1-9]\d*\n$",
+        "out",
+    )
+
+
+async def test_the_demo_shows_what_it_should(cli: Cli) -> None:
+    status, out, err = await cli("demo", "--seconds", "0.3")
+    assert (status, err) == (0, "")
+    assert out.count("failed 0") == 3
