@@ -141,12 +141,12 @@ def test_the_example_keeps_to_its_node_and_leaves_it_when_it_must(pods):
     caller = start_caller(pods)
     answered = f"caller on node-1, answered by {socket.gethostname()} on "
     assert until(caller, answered + "node-1") == []
-    assert (pods.folder / "answered").exists()
 
     local.terminate()
     assert local.wait() == 0
     before = until(caller, answered + "node-2")
     assert set(before) <= {answered + "node-1\n"}, "a request failed"
+    assert (pods.folder / "answered").exists(), "what the readiness probe looks for"
 
     # In the order in which the kubelet stops a pod: the application, then its sidecar.
     caller.terminate()
