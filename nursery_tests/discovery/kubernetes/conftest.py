@@ -137,6 +137,10 @@ class ApiServer:
         self._connections = set()
         self.port = 0
 
+    def need_certificate(self):
+        """Take clients with a certificate only."""
+        self._tls.verify_mode = ssl.CERT_REQUIRED
+
     def wake(self):
         """Let everything look again."""
         self._changed.set()
