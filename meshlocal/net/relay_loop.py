@@ -3,9 +3,9 @@
 Theory of operation. A task that waits for a socket costs Trio two system calls and two task switches per message, far
 more than the message itself. So the sockets of established connections do not go through Trio at all: they are
 registered, once and edge-triggered, with an epoll instance of this loop's own. Trio's epoll instance is registered
-there as well. Whenever Trio is about to sleep it calls its instruments (`trio.abc.Instrument.before_io_wait`), and this one
-sleeps in its stead: it waits on its own epoll instance for as long as Trio would have, moves whatever bytes come, and
-returns as soon as Trio itself has something to do: an event of its own, a deadline, or a relay that ended.
+there as well. Whenever Trio is about to sleep it calls its instruments (`trio.abc.Instrument.before_io_wait`), and
+this one sleeps in its stead: it waits on its own epoll instance for as long as Trio would have, moves whatever bytes
+come, and returns as soon as Trio itself has something to do: an event of its own, a deadline, or a relay that ended.
 
 Everything stays in one thread and under the rule of structured concurrency: a connection's task waits in `relay` until
 its relay has ended, cancelling it takes the sockets out of the loop at once, and no other task, thread or lock is
@@ -59,7 +59,7 @@ class _Flow:
         rest: what the sink would not take yet; empty if nothing is held.
         ending: the source said that its end or its failure is near, so a short read is not its last one.
         ended: nothing more is moved this way.
-        armed: the loop hears when the sink takes bytes again.
+        armed: the loop has been told to hear when the sink takes bytes again.
         twin: the other direction.
     """
 
@@ -236,8 +236,10 @@ class RelayLoop(trio.abc.Instrument):
                 return
             remaining = until - time.perf_counter()
             if remaining <= 0:
-                # Trio computed its timeout before it called, and would sleep as long again.
-                self._token.run_sync_soon(_nothing)
+                if trio.lowlevel.current_statistics().seconds_to_next_deadline <= 0:
+                    # Trio computed its timeout before it called, and would sleep as long again.
+                    self._token.run_sync_soon(_nothing)
+                # Otherwise it waits for all tasks to be blocked (`trio.testing`), and nothing may disturb it.
                 return
 
     def _wake(self) -> None:
@@ -361,12 +363,14 @@ class RelayLoop(trio.abc.Instrument):
         return sent
 
     def _arm(self, flow: _Flow) -> None:
-        """Hear from now on when the sink takes bytes again. Most sinks are never full, and make no such events."""
-        if not flow.armed:
-            flow.armed = True
-            # Not there yet while the relay begins; it is registered with this then. ENOENT says so.
-            with suppress(FileNotFoundError):
-                self._epoll.modify(flow.sink.fileno(), _ALL_EVENTS)
+        """Hear when the sink takes bytes again. Most sinks are never full, and their sockets make no such events.
+
+        Each time anew: that makes an event of a sink that takes bytes already, which a look at its edges alone misses.
+        """
+        flow.armed = True
+        # While the relay begins the sink is not there yet, and is registered with this later. ENOENT says so.
+        with suppress(FileNotFoundError):
+            self._epoll.modify(flow.sink.fileno(), _ALL_EVENTS)
 
     def _end(self, flow: _Flow) -> None:
         """The source's end: pass it on."""

@@ -1,0 +1,333 @@
+"""net/relay_loop: Trio keeps its time and its events while bytes move, and every schedule ends as on the plain path."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meshlocal.net import relay_loop
+from meshlocal.net.relay import CHUNK, RelayCounters, RelayResult, current_loop, relay
+from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
+from meshlocal.net.sockets import abort
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dialled = socket.create_connection(listener.getsockname())
+        accepted = listener.accept()[0]
+    for sock in (dialled, accepted):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return dialled, accepted
+
+
+class Line:
+    """app <-> client, upstream <-> server, and the relay between the middle two."""
+
+    def __init__(self) -> None:
+        self.app, self.client = tcp_pair()
+        self.upstream, self.server = tcp_pair()
+        self.counters = RelayCounters(trio.current_time())
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self.app, self.client, self.upstream, self.server):
+            sock.close()
+
+    async def relay(self) -> RelayResult:
+        return await relay(self.client, self.upstream, self.counters)
+
+
+def opened(stack: ExitStack) -> RelayLoop:
+    loop = stack.enter_context(open_relay_loop())
+    assert loop is not None
+    return loop
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads and the kernel bring about."""
+    with trio.fail_after(5):
+        while not condition():  # noqa: ASYNC110 - nothing here could set an event
+            await trio.sleep(0.001)
+
+
+class Echo:
+    """A thread on the far ends of a line: sends, waits for the answer, sends again."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._stop = threading.Event()
+        self.rounds = 0
+        self._threads = [threading.Thread(target=self._answer), threading.Thread(target=self._ask)]
+
+    async def __aenter__(self) -> Echo:
+        for sock in (self._line.app, self._line.server):
+            sock.setblocking(True)
+            sock.settimeout(5)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        with trio.CancelScope(shield=True):  # the threads' sockets have limits of their own
+            for thread in self._threads:
+                await trio.to_thread.run_sync(thread.join)
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            self._line.app.sendall(b"x")
+            assert self._line.app.recv(1) == b"x"
+            self.rounds += 1
+        self._line.app.shutdown(socket.SHUT_WR)
+
+    def _answer(self) -> None:
+        while data := self._line.server.recv(1):
+            self._line.server.sendall(data)
+        self._line.server.shutdown(socket.SHUT_WR)
+
+
+async def test_deadlines_and_events_of_trio_are_kept_while_bytes_move() -> None:
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        ours.setblocking(False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            async with Echo(line) as echo:
+                for number in range(20):
+                    before = trio.current_time()
+                    await trio.sleep(0.005)
+                    assert trio.current_time() - before >= 0.005  # it comes back at all, and not early
+                    theirs.send(bytes([number]))
+                    await trio.lowlevel.wait_readable(ours)
+                    assert ours.recv(1) == bytes([number])
+                    await trio.to_thread.run_sync(os.getpid)  # another thread wakes Trio
+            assert echo.rounds > 0
+
+
+async def test_a_deadline_comes_while_no_byte_moves() -> None:
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+        with trio.move_on_after(0.02) as scope:
+            await line.relay()
+        assert scope.cancelled_caught
+
+
+async def test_a_direction_without_end_lets_others_run() -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        busy, other = stack.enter_context(Line()), stack.enter_context(Line())
+        stop = threading.Event()
+
+        def flood() -> None:
+            busy.app.setblocking(True)
+            busy.app.settimeout(5)
+            while not stop.is_set():
+                busy.app.sendall(bytes(CHUNK * 4))
+
+        def drain() -> None:
+            busy.server.setblocking(True)
+            busy.server.settimeout(5)
+            with suppress(ConnectionResetError):
+                while busy.server.recv(CHUNK * 4):
+                    pass
+
+        threads = [threading.Thread(target=flood), threading.Thread(target=drain)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(busy.relay)
+            nursery.start_soon(other.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(loop) == 2
+            for thread in threads:
+                thread.start()
+            async with Echo(other) as echo:
+                await until(lambda: echo.rounds >= 50 and busy.counters.client_to_upstream >= 50 * CHUNK)
+            stop.set()
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(threads[0].join)
+            nursery.cancel_scope.cancel()
+        assert len(loop) == 0
+        abort(busy.upstream)
+        threads[1].join()
+
+
+async def test_sockets_that_come_again_with_the_same_numbers_are_new_ones() -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        for number in range(20):
+            with Line() as line:
+                line.app.send(bytes([number]))
+                line.app.shutdown(socket.SHUT_WR)
+                line.server.shutdown(socket.SHUT_WR)
+                assert (await line.relay()).reason == "eof"
+                assert line.server.recv(10) == bytes([number])
+        assert len(loop) == 0
+
+
+async def test_a_socket_may_be_relayed_twice() -> None:
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+        with trio.move_on_after(0.01):
+            await line.relay()
+        line.app.send(b"later")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            await until(lambda: line.counters.client_to_upstream == 5)
+            nursery.cancel_scope.cancel()
+        assert line.server.recv(10) == b"later"
+
+
+async def test_a_fault_in_one_relay_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        faulty, sound = stack.enter_context(Line()), stack.enter_context(Line())
+        whole = RelayLoop._move
+
+        def move(self: RelayLoop, flow: relay_loop._Flow) -> None:
+            if flow.source is faulty.client and faulty.counters.client_to_upstream == 1:
+                raise AssertionError("a fault")
+            whole(self, flow)
+
+        monkeypatch.setattr(RelayLoop, "_move", move)
+        results: list[RelayResult] = []
+
+        async def run() -> None:
+            results.append(await faulty.relay())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            nursery.start_soon(sound.relay)
+            faulty.app.send(b"1")
+            await until(lambda: faulty.counters.client_to_upstream == 1)
+            faulty.app.send(b"2")
+            await until(lambda: bool(results))
+            assert (results[0].failed, results[0].reason) == ("client", "other")
+            async with Echo(sound) as echo:
+                await until(lambda: echo.rounds >= 3)
+        assert len(loop) == 0
+
+
+async def test_without_trios_epoll_the_plain_path_serves_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(relay_loop, "trio_epoll", lambda: None)
+    with open_relay_loop() as loop, Line() as line:
+        assert loop is None
+        assert "relays take the slow path" in caplog.text
+        line.app.send(b"x")
+        line.app.shutdown(socket.SHUT_WR)
+        line.server.shutdown(socket.SHUT_WR)
+        assert (await line.relay()).reason == "eof"
+        assert line.server.recv(10) == b"x"
+
+
+async def test_after_it_is_closed_nothing_of_it_is_left() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with open_relay_loop():
+        pass
+    assert current_loop.get() is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    with Line() as line, trio.move_on_after(0.01):
+        await line.relay()
+
+
+# A schedule, step by step, each after the bytes of the one before have arrived: what the ends see, and how the relay
+# ends, must not depend on the path.
+
+ENDS = ("app", "server")
+steps = st.lists(
+    st.tuples(st.sampled_from(ENDS), st.sampled_from(["send", "send much", "read", "half-close", "reset"])),
+    max_size=8,
+)
+
+
+async def play(schedule: list[tuple[str, str]], *, looped: bool) -> tuple[object, ...]:
+    """Go through a schedule; what both ends got, how the relay ended, and what it counted."""
+    got = {end: bytearray() for end in ENDS}
+    broken: set[str] = set()
+    results: list[RelayResult] = []
+    sent_by = dict.fromkeys(ENDS, 0)
+    with open_relay_loop() if looped else nullcontext(), Line() as line:
+        sockets = {"app": line.app, "server": line.server}
+
+        def read(end: str) -> None:
+            if end in broken or sockets[end].fileno() == -1:
+                return
+            with suppress(BlockingIOError):
+                try:
+                    while data := sockets[end].recv(CHUNK):
+                        got[end] += data
+                except ConnectionResetError:
+                    broken.add(end)
+
+        async def run() -> None:
+            result = await line.relay()
+            results.append(result)
+            if result.failed is not None:
+                abort(line.client)
+                abort(line.upstream)
+
+        async def settle() -> None:
+            before = None
+            while before != (before := (line.counters.client_to_upstream, line.counters.upstream_to_client)):
+                await trio.testing.wait_all_tasks_blocked(0.003)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            for end, step in schedule:
+                sock = sockets[end]
+                if sock.fileno() == -1:
+                    continue
+                with suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
+                    if step == "send":
+                        sent_by[end] += sock.send(f"{end} {sent_by[end]};".encode())
+                    elif step == "send much":
+                        sent_by[end] += sock.send(end.encode() * 5000)
+                    elif step == "read":
+                        read(end)
+                    elif step == "half-close":
+                        with suppress(OSError):  # it may be closed or reset already
+                            sock.shutdown(socket.SHUT_WR)
+                    else:
+                        abort(sock)
+                await settle()
+            for end in ENDS:
+                read(end)
+                if sockets[end].fileno() != -1:
+                    with suppress(OSError):
+                        sockets[end].shutdown(socket.SHUT_WR)
+            await settle()
+            for end in ENDS:
+                read(end)
+            await until(lambda: bool(results))
+        for end in ENDS:
+            read(end)
+    counters = line.counters
+    # Which errno a dead connection shows, and to whom first, is the kernel's to say; that it failed is not.
+    return (
+        results[0].failed is None,
+        {end: bytes(got[end]) for end in ENDS},
+        counters.client_to_upstream,
+        counters.upstream_to_client,
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedule=steps)
+async def test_every_schedule_ends_as_on_the_plain_path(schedule: list[tuple[str, str]]) -> None:
+    assert await play(schedule, looped=True) == await play(schedule, looped=False)
