@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ from meshlocal.proxy.tcp import TcpForwarder
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
+    from meshlocal.client.cache import SnapshotCache
+    from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
 
 _log = get_log(__name__)
@@ -76,8 +79,12 @@ class ProxyProcess:
         self._rng = rng
         self._checking = False
         self._serve_http(proxy)
-        self.feed = make_feed(proxy.discovery, self.services.keys, self.services, rng)
-        self.services.on_followed = self.feed.follow
+        self.cache = self._open_cache(proxy)
+        held = self.cache.load() if self.cache is not None else []
+        self.feed = make_feed(proxy.discovery, self.services.keys, self.cache or self.services, rng, held)
+        if self.cache is not None:
+            self.cache.status = self.feed.status
+        self.services.on_followed = self._follow
         if isinstance(self.feed, Refreshable):
             self.services.on_failing = self.feed.refresh
         self.readiness = Readiness("waiting for the first snapshot of every service")
@@ -104,6 +111,19 @@ class ProxyProcess:
         self.http = self.listeners.http = HttpForwarder(self.services, config)
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
+
+    def _open_cache(self, config: ProxyConfig) -> SnapshotCache | None:
+        if config.discovery.cache_file is None:
+            return None
+        # Imported here: most proxies have no cache file.
+        from meshlocal.client.cache import SnapshotCache
+
+        return SnapshotCache(Path(config.discovery.cache_file), self.services, lambda: self.services.keys)
+
+    def _follow(self, services: list[ServiceKey]) -> None:
+        if self.cache is not None and self.cache.recall(services):
+            self.cache.mark_stale()
+        self.feed.follow(services)
 
     def _check_health(self, lifetime: trio.Nursery, config: ProxyConfig) -> None:
         """Check instances from now on, once there is a service that wants it (H3)."""
@@ -138,6 +158,8 @@ class ProxyProcess:
                 if self.http is not None:
                     lifetime.start_soon(self.http.run)
                 await lifetime.start(handle_signals, self.stop, self.reload)
+                if self.cache is not None:
+                    lifetime.start_soon(self.cache.run)
                 lifetime.start_soon(self.feed.run)
                 lifetime.start_soon(self.forwarder.sweep_idle)
                 self._check_health(lifetime, config)
@@ -182,6 +204,8 @@ class ProxyProcess:
             service_part = f"={listener.service}" if listener.service is not None else ""
             parts += [f"{scheme}://{bound}{service_part}" for bound in listener.bound]
         parts += [f"admin=http://{bound}" for bound in admin]
+        if self.feed.status.stale:
+            parts.append("(from the cache file)")
         if waiting := self.services.waiting():
             parts.append(f"(nothing heard yet of: {', '.join(waiting)})")
         announce(" ".join(parts))
@@ -215,7 +239,7 @@ class ProxyProcess:
             self._check_health(self._lifetime, proxy)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
-        self.feed.follow(self.services.keys)
+        self._follow(self.services.keys)
         bound = [address for listener in self.listeners.current for address in listener.bound]
         _log.info("config applied", listeners=",".join(bound), services=",".join(self.services.keys))
 

@@ -168,6 +168,9 @@ class ProxyCollector(Collector):
         if age is not None:
             known.add_metric([], age)
         yield known
+        yield gauge(
+            "meshlocal_snapshot_stale", "1 while what is known comes from the cache file, unconfirmed.", feed.stale
+        )
         for name, text, count in (
             ("meshlocal_discovery_reconnects", "Connections to discovery lost, or not made.", feed.reconnects),
             ("meshlocal_discovery_refused_instances", "Instances refused as malformed.", feed.refused_instances),

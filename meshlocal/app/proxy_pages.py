@@ -144,6 +144,8 @@ class _ProxyPages:
         yield html.paragraph("State: ", html.bad(f"not ready: {reason}") if reason else html.good("ready"))
         age = feed.age(trio.current_time())
         told = "nothing heard yet" if age is None else f"what is known was current {age:.1f} s ago"
+        if feed.stale:
+            told += ", from the cache file: stale until discovery confirms it"
         state = html.good("connected") if feed.connected else html.bad(feed.problem or "not connected yet")
         yield html.paragraph("Discovery: ", html.code(feed.source), " ", state, f", {told}")
 

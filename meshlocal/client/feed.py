@@ -32,6 +32,7 @@ class FeedStatus(msgspec.Struct):
         reconnects: how often a connection was lost or could not be made.
         refused_instances: instances left out because a field of theirs made no sense.
         problem: why it is not connected; None while it is.
+        stale: what is held came from a cache file, and was not confirmed since (D2).
     """
 
     source: str = ""
@@ -40,6 +41,7 @@ class FeedStatus(msgspec.Struct):
     reconnects: int = 0
     refused_instances: int = 0
     problem: str | None = None
+    stale: bool = False
 
     def age(self, now: float) -> float | None:
         """Seconds since what is held was known to be current (D1); None while nothing was ever held."""

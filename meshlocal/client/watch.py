@@ -59,6 +59,7 @@ class DiscoveryWatch:
         sink: gets every new snapshot.
         rng: for the backoff's jitter.
         options: times.
+        held: snapshots from before, to resume from (D2).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class DiscoveryWatch:
         sink: SnapshotSink,
         rng: UniformSource,
         options: WatchOptions | None = None,
+        held: Iterable[ServiceSnapshot] = (),
     ) -> None:
         if not urls:
             raise ValueError("a watch needs at least one discovery server")
@@ -76,7 +78,7 @@ class DiscoveryWatch:
         self._sink = sink
         self._options = options or WatchOptions()
         self._backoff = Backoff(self._options.backoff_initial, self._options.backoff_max, rng)
-        self._held: dict[ServiceKey, ServiceSnapshot] = {}
+        self._held: dict[ServiceKey, ServiceSnapshot] = {snapshot.service: snapshot for snapshot in held}
         self._stream_scope: anyio.CancelScope | None = None
         self._server_scope: anyio.CancelScope | None = None
         self._refreshing = False
@@ -205,6 +207,7 @@ class DiscoveryWatch:
         if self._current:
             # Events come in order, so each one shows that what came before it is current still.
             self.status.confirmed_at = anyio.current_time()
+            self.status.stale = False
         if kind == "heartbeat":
             return max(event.heartbeat.interval_ms / 1000 * SILENCE_FACTOR, 1.0)
         if kind == "snapshot":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from meshlocal.client.feed import Feed, SnapshotSink
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
-from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.model import ServiceKey, ServiceSnapshot
 
 
 def make_feed(
-    config: DiscoveryClientConfig, services: Sequence[ServiceKey], sink: SnapshotSink, rng: UniformSource
+    config: DiscoveryClientConfig,
+    services: Sequence[ServiceKey],
+    sink: SnapshotSink,
+    rng: UniformSource,
+    held: Iterable[ServiceSnapshot] = (),
 ) -> Feed:
     """The feed that a config's discovery URLs ask for.
 
@@ -21,6 +25,7 @@ def make_feed(
         services: what to follow at first.
         sink: gets every new snapshot.
         rng: for the jitter of reconnects.
+        held: snapshots from before, to resume from (D2).
     """
     urls = config.urls
     if urls[0].scheme == "file":
@@ -40,4 +45,4 @@ def make_feed(
         backoff_initial=config.backoff_initial,
         backoff_max=config.backoff_max,
     )
-    return DiscoveryWatch(urls, services, sink, rng, options)
+    return DiscoveryWatch(urls, services, sink, rng, options, held)

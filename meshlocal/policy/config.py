@@ -141,6 +141,13 @@ class DiscoveryClientConfig(Section, frozen=True):
     ] = 5.0
     backoff_initial: Annotated[Seconds, Meta(description="Seconds before the first reconnect, before jitter.")] = 0.2
     backoff_max: Annotated[Seconds, Meta(description="Seconds between reconnects at most, before jitter.")] = 15.0
+    cache_file: Annotated[
+        Name | None,
+        Meta(
+            description="A file that keeps the last snapshots over a restart, one for each proxy, in a directory that"
+            " exists; null: none (D2)."
+        ),
+    ] = None
 
 
 class DrainConfig(Section, frozen=True):

@@ -40,6 +40,7 @@ FULL: dict[str, Any] = {
             "keepalive_timeout": 3,
             "backoff_initial": 0.5,
             "backoff_max": 6,
+            "cache_file": "/var/lib/meshlocal/snapshots",
         },
         "listen": ["tcp://127.0.0.1:15001=b", "tcp://[::1]:0=c", "tcp://[::1]:0=d"],
         "admin": "localhost:15000",
@@ -132,6 +133,7 @@ def test_every_key() -> None:
                 keepalive_timeout=3.0,
                 backoff_initial=0.5,
                 backoff_max=6.0,
+                cache_file="/var/lib/meshlocal/snapshots",
             ),
             listen=(
                 ListenAddress("tcp", "127.0.0.1", 15001, "b"),
