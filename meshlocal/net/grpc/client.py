@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
@@ -15,6 +13,7 @@ import anyio
 import anyio.lowlevel
 from h2.errors import ErrorCodes
 
+from meshlocal.net.connect_errors import why_not_connected
 from meshlocal.net.grpc.clientcall import ClientCall
 from meshlocal.net.grpc.connection import Connection
 from meshlocal.net.grpc.options import GrpcOptions
@@ -249,24 +248,10 @@ async def open_channel(
         else:
             stream = await _connect_tls(host, port, ssl_context, _host_of(authority) if authority else host)
     except OSError as error:
-        raise GrpcError(StatusCode.UNAVAILABLE, _why(error), unprocessed=True) from error
+        raise GrpcError(StatusCode.UNAVAILABLE, why_not_connected(error), unprocessed=True) from error
     scheme = "http" if ssl_context is None else "https"
     async with channel_over(stream, options=options, authority=name, scheme=scheme) as channel:
         yield channel
-
-
-def _why(error: BaseException) -> str:
-    """Why a connect failed, in the system's words. anyio wraps one error for each address that it tried."""
-    if error.__cause__ is not None:
-        return _why(error.__cause__)
-    if isinstance(error, BaseExceptionGroup):
-        return ", ".join(dict.fromkeys(map(_why, error.exceptions)))
-    if not isinstance(error, OSError):
-        return str(error)
-    # trio puts the address into the system's words. A resolver's and TLS's numbers are none of the system's.
-    foreign = isinstance(error, socket.gaierror | ssl.SSLError) or not error.errno
-    text = (error.strerror if foreign else os.strerror(error.errno or 0)) or str(error)
-    return text[:1].lower() + text[1:]
 
 
 async def _connect_tls(host: str, port: int, context: ssl.SSLContext, hostname: str) -> ByteStream:

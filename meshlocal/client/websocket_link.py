@@ -1,0 +1,103 @@
+"""Discovery over WebSocket: a connection for each call (`meshlocal.wire.discovery_websocket`)."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Generic
+
+import anyio
+
+from meshlocal.client.link import Events, LinkOptions
+from meshlocal.net.websocket_client import ClosedError, RejectedError, WebSocket, WebSocketOptions, open_websocket
+from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.wire import discovery_websocket as wire
+from meshlocal.wire.discovery_methods import WATCH_INSTANCES
+from meshlocal.wire.grpc.method import Method, Req, Resp
+from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http_status
+from meshlocal.wire.pb import discovery_pb2 as pb
+
+
+class WebSocketLink:
+    """A `Link` that connects anew for each call."""
+
+    def __init__(
+        self,
+        url: DiscoveryUrl,
+        options: LinkOptions,
+        ssl_context: ssl.SSLContext | None,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> None:
+        self._url = url
+        self._options = options
+        self._ssl_context = ssl_context
+        self._headers = metadata
+
+    @asynccontextmanager
+    async def watch(self, request: pb.WatchInstancesRequest) -> AsyncIterator[Events]:
+        """See `Link.watch`."""
+        async with self._call(WATCH_INSTANCES, request) as answers:
+            yield answers
+
+    async def unary(self, method: Method[Req, Resp], request: Req) -> Resp:
+        """See `Link.unary`."""
+        async with self._call(method, request) as answers:
+            answer = await answers.receive()
+            if answer is None:
+                raise GrpcError(StatusCode.INTERNAL, "the server sent no response")
+            return answer
+
+    @asynccontextmanager
+    async def _call(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[_Answers[Req, Resp]]:
+        options = self._options
+        websocket_options = WebSocketOptions(
+            max_message_size=options.max_message_size,
+            keepalive_interval=options.keepalive_interval,
+            keepalive_timeout=options.keepalive_timeout,
+        )
+        with anyio.CancelScope() as connecting:
+            connecting.deadline = anyio.current_time() + options.connect_timeout
+            try:
+                async with open_websocket(
+                    self._url.host,
+                    self._url.port,
+                    method.path,
+                    [wire.PROTO],
+                    options=websocket_options,
+                    ssl_context=self._ssl_context,
+                    headers=self._headers,
+                ) as websocket:
+                    await websocket.send(request.SerializeToString())
+                    connecting.deadline = float("inf")
+                    yield _Answers(websocket, method)
+            except ConnectionError as error:
+                raise GrpcError(StatusCode.UNAVAILABLE, str(error), unprocessed=True) from error
+            except RejectedError as error:
+                code = from_http_status(error.status) if error.status else StatusCode.UNAVAILABLE
+                told = error.reason or f"the server answered with HTTP status {error.status}"
+                raise GrpcError(code, told, unprocessed=True) from error
+            except ClosedError as error:
+                raise wire.Close(error.code, error.reason).status() from error
+        if connecting.cancelled_caught:
+            raise TimeoutError
+
+
+class _Answers(Generic[Req, Resp]):
+    def __init__(self, websocket: WebSocket, method: Method[Req, Resp]) -> None:
+        self._websocket = websocket
+        self._method = method
+        self._codec = wire.ProtoCodec()
+
+    async def receive(self) -> Resp | None:
+        """The next answer; None at the end."""
+        try:
+            frame = await self._websocket.receive()
+            return self._codec.decode(frame, self._method.response_type)
+        except ClosedError as error:
+            if error.code == wire.NORMAL:
+                return None
+            raise wire.Close(error.code, error.reason).status() from error
+        except wire.Close as error:
+            await self._websocket.aclose(error.code, error.reason)
+            raise error.status() from error

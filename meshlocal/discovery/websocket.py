@@ -1,0 +1,365 @@
+"""The Discovery service over WebSocket, by the same handlers as over gRPC (`meshlocal.wire.discovery_websocket`).
+
+A connection is one call. Its tasks: trio-websocket's reader, which answers pings too; pings of our own, by which a peer
+that is gone is found; a look-out for what may not come after the request; and the handler. Whatever ends the call
+becomes a close code, and the connection is closed within a bounded time whatever the peer does.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import socket
+import ssl
+from collections.abc import Collection, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, wrap_server_stream
+from wsproto.utilities import ProtocolError
+
+from meshlocal.net.grpc.server import Handler, Routes
+from meshlocal.net.listen import accept_loop
+from meshlocal.net.log import get_log
+from meshlocal.net.sockets import close, format_address
+from meshlocal.net.websocket_stream import WatchedStream
+from meshlocal.wire import discovery_websocket as wire
+from meshlocal.wire.discovery_websocket import Close, Codec
+from meshlocal.wire.grpc.method import Method
+from meshlocal.wire.grpc.status import GrpcError, Metadata
+
+log = get_log(__name__)
+
+MAX_CONNECTIONS = 4096
+
+_DRAIN_BYTES = 1 << 20
+
+
+class WebSocketOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits and times of connections; times in seconds.
+
+    Attributes:
+        max_message_size: bytes of a request at most; more: 1009.
+        handshake_timeout: from the connection to the handshake's end, and from there to the request.
+        keepalive_interval: between pings.
+        keepalive_timeout: that a ping's answer may take.
+        stall_timeout: that the peer may take to read what is sent to it.
+        close_timeout: that the peer may take to answer a close.
+        origins: of pages that may connect, beside those of the host that they connect to.
+    """
+
+    max_message_size: int = 1 << 20
+    handshake_timeout: float = 10.0
+    keepalive_interval: float = 30.0
+    keepalive_timeout: float = 10.0
+    stall_timeout: float = 30.0
+    close_timeout: float = 2.0
+    origins: tuple[str, ...] = ()
+
+
+class WebSocketCall:
+    """A call as its handler sees it: what `ServerCall` is over gRPC."""
+
+    def __init__(
+        self,
+        connection: WebSocketConnection,
+        method: Method[Any, Any],
+        codec: Codec,
+        request: Any,
+        peer: str,
+        metadata: Metadata,
+    ) -> None:
+        self.peer = peer
+        self.metadata = metadata
+        self._connection = connection
+        self._method = method
+        self._codec = codec
+        self._request: Any | None = request
+
+    async def receive(self) -> Any | None:
+        """The request; None after it."""
+        await trio.lowlevel.checkpoint()
+        request, self._request = self._request, None
+        return request
+
+    async def send(self, response: Any) -> None:
+        """Send one response, waiting while the client does not read."""
+        await self._connection.send_message(self._codec.encode(response))
+
+    async def send_encoded(self, payload: bytes) -> None:
+        """Send one response that was serialized before."""
+        await self._connection.send_message(self._codec.encode_serialized(payload, self._method.response_type))
+
+    async def send_last(self, response: Any) -> None:
+        """Send the last response."""
+        await self.send(response)
+
+
+class WebSocketServer:
+    """Serves handlers, by the paths of their methods.
+
+    Args:
+        handlers: of methods that take one request.
+        options: limits and times.
+        max_connections: more are closed at once.
+
+    Attributes:
+        draining: the server goes away; calls that end because of it end with 1001.
+    """
+
+    def __init__(
+        self, handlers: Routes, options: WebSocketOptions | None = None, *, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
+        self._routes = {method.path: (method, handler) for method, handler in handlers.items()}
+        self._options = options or WebSocketOptions()
+        self._max_connections = max_connections
+        self._open = 0
+        self._idle = trio.Event()
+        self._accepting: set[trio.CancelScope] = set()
+        self.draining = False
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return self._open
+
+    async def serve(
+        self,
+        listeners: Sequence[socket.socket],
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept on listening sockets, which it closes, until cancelled or until `drain` has finished."""
+
+        async def handle(client: socket.socket, peer: object) -> None:
+            stream: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+            if ssl_context is not None:
+                stream = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
+            await self.serve_stream(stream, format_address(peer))
+
+        async def accept(listener: socket.socket, nursery: trio.Nursery) -> None:
+            with trio.CancelScope() as scope:
+                self._accepting.add(scope)
+                try:
+                    await accept_loop(listener, nursery, handle, on_error=_log_accept_error)
+                finally:
+                    self._accepting.discard(scope)
+                    close(listener)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in listeners:
+                    nursery.start_soon(accept, listener, nursery)
+                task_status.started()
+        finally:
+            for listener in listeners:
+                close(listener)
+
+    async def drain(self) -> None:
+        """Stop accepting, and wait until the last connection ended. Its calls are the handlers' to end."""
+        self.draining = True
+        for scope in self._accepting:
+            scope.cancel()
+        while self._open:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    async def serve_stream(self, stream: trio.abc.Stream, peer: str = "unknown") -> None:
+        """Serve one connection to its end, and close it."""
+        if self._open >= self._max_connections:
+            log.warning("websocket connection refused: too many are open", peer=peer, limit=self._max_connections)
+            await trio.aclose_forcefully(stream)
+            return
+        self._open += 1
+        try:
+            async with trio.open_nursery() as nursery:
+                watched = WatchedStream(stream, self._options.stall_timeout)
+                try:
+                    await self._serve(watched, nursery, peer)
+                finally:
+                    nursery.cancel_scope.cancel()
+                    await trio.aclose_forcefully(stream)
+        except Exception as error:
+            # A fault in serving one connection must not end the others.
+            if not _is_peers(error):
+                log.exception("websocket connection failed", peer=peer)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
+
+    async def _serve(self, stream: WatchedStream, nursery: trio.Nursery, peer: str) -> None:
+        options = self._options
+        accepted = None
+        with trio.move_on_after(options.handshake_timeout) as handshake:
+            # The library waits for a handshake for ever, also on a connection that has ended.
+            nursery.start_soon(_cancel_at_end, stream, handshake)
+            try:
+                accepted = await self._shake_hands(stream, nursery)
+            except ConnectionClosed:
+                return
+        if accepted is None:
+            return
+        connection, method, handler, codec, metadata = accepted
+        ending = Close(wire.NORMAL)
+        try:
+            await self._call(connection, method, handler, codec, metadata, peer)
+        except Close as close_:
+            ending = close_
+        except GrpcError as error:
+            ending = Close.of(error, draining=self.draining)
+        except ConnectionClosed:
+            pass
+        except Exception:
+            log.exception("websocket handler failed", method=method.path, peer=peer)
+            ending = Close(wire.INTERNAL, "the handler failed")
+        with trio.move_on_after(options.close_timeout):
+            refused = connection.closed is not None and connection.closed.code == wire.TOO_BIG
+            await connection.aclose(ending.code, ending.reason or None)
+            if refused:
+                await _discard(stream)
+
+    async def _shake_hands(
+        self, stream: WatchedStream, nursery: trio.Nursery
+    ) -> tuple[WebSocketConnection, Method[Any, Any], Handler, Codec, Metadata] | None:
+        request = await wrap_server_stream(
+            nursery, stream, message_queue_size=1, max_message_size=self._options.max_message_size
+        )
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in request.headers}
+        chosen = wire.choose_codec(request.proposed_subprotocols)
+        method, handler = self._routes.get(request.path.partition("?")[0], (None, None))
+        if method is None or handler is None:
+            await _reject(request, 404, f"no method {request.path[:256]}")
+        elif not _is_welcome(headers.get("origin"), _host_of(request), self._options.origins):
+            await _reject(request, 403, f"pages of {headers['origin'][:256]} may not connect")
+        elif chosen is None:
+            await _reject(request, 400, f"offer the subprotocol {wire.PROTO} or {wire.JSON}")
+        else:
+            name, codec = chosen
+            connection = await request.accept(subprotocol=name)
+            return connection, method, handler, codec, _credentials(headers, request.proposed_subprotocols)
+        return None
+
+    async def _call(
+        self,
+        connection: WebSocketConnection,
+        method: Method[Any, Any],
+        handler: Any,
+        codec: Codec,
+        metadata: Metadata,
+        peer: str,
+    ) -> None:
+        """Take the request, and run the handler.
+
+        Raises:
+            Close, GrpcError: the call ends otherwise than well.
+            ConnectionClosed: the peer closed the connection.
+        """
+        async with trio.open_nursery() as nursery:
+            ended: list[Exception] = []
+            with trio.CancelScope() as calling:
+                nursery.start_soon(self._keep_alive, connection, calling)
+                frame: str | bytes | None = None
+                try:
+                    with trio.move_on_after(self._options.handshake_timeout):
+                        frame = await connection.get_message()
+                    if frame is None:
+                        raise Close(wire.POLICY, "no request came")
+                    request = codec.decode(frame, method.request_type)
+                    nursery.start_soon(_look_out, connection, calling, ended)
+                    await handler(WebSocketCall(connection, method, codec, request, peer, metadata))
+                except Exception as error:  # noqa: BLE001 - raised below: the nursery would wrap it in a group
+                    ended.append(error)
+            nursery.cancel_scope.cancel()
+        if ended:
+            raise ended[0]
+
+    async def _keep_alive(self, connection: WebSocketConnection, calling: trio.CancelScope) -> None:
+        options = self._options
+        while True:
+            await trio.sleep(options.keepalive_interval)
+            try:
+                with trio.move_on_after(options.keepalive_timeout) as waiting:
+                    await connection.ping()
+            except ConnectionClosed:
+                return
+            if waiting.cancelled_caught:
+                calling.cancel()
+                return
+
+
+def _is_peers(error: BaseException) -> bool:
+    """Whether it is what the library raises on what a peer sent, or when it left."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_peers, error.exceptions))
+    return isinstance(error, ConnectionClosed | ProtocolError | UnicodeError)
+
+
+async def _look_out(connection: WebSocketConnection, calling: trio.CancelScope, ended: list[Exception]) -> None:
+    """End the call when its peer does, or says what it may not."""
+    try:
+        await connection.get_message()
+    except ConnectionClosed as error:
+        ended.append(error)
+    else:
+        ended.append(Close(wire.POLICY, "a connection is for one request"))
+    calling.cancel()
+
+
+async def _cancel_at_end(stream: WatchedStream, scope: trio.CancelScope) -> None:
+    await stream.ended.wait()
+    scope.cancel()
+
+
+async def _discard(stream: WatchedStream) -> None:
+    """Read on for a moment: to close with bytes unread would reset the connection before the close code is read."""
+    read = 0
+    try:
+        while read < _DRAIN_BYTES and (received := await stream.receive_some()):
+            read += len(received)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return
+
+
+async def _reject(request: WebSocketRequest, status: int, text: str) -> None:
+    await request.reject(status, extra_headers=[(b"Content-Type", b"text/plain")], body=f"{text}\n".encode())
+
+
+def _host_of(request: WebSocketRequest) -> str:
+    # The library gives all fields but this one.
+    return request._event.host
+
+
+def _is_welcome(origin: str | None, host: str, origins: Collection[str]) -> bool:
+    """Whether a page may connect: one of the same host, on any port, or of an origin that the config names.
+
+    Anybody but a browser sends no origin. Without this, every page that an operator visits could read the registry.
+    """
+    if origin is None or origin in origins:
+        return True
+    try:
+        return urlsplit(origin).hostname == urlsplit(f"//{host}").hostname is not None
+    except ValueError:
+        return False
+
+
+def _credentials(headers: dict[str, str], proposed: Sequence[str]) -> Metadata:
+    """The token as gRPC has it: from the header, or from a subprotocol."""
+    if "authorization" in headers:
+        return (("authorization", headers["authorization"]),)
+    for name in proposed:
+        if name.startswith(wire.BEARER):
+            text = name.removeprefix(wire.BEARER)
+            try:
+                token = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
+            except (binascii.Error, UnicodeDecodeError):
+                return ()
+            return (("authorization", f"Bearer {token}"),)
+    return ()
+
+
+def _log_accept_error(error: OSError) -> None:
+    log.warning("websocket accept failed", error=str(error))

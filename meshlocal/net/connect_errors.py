@@ -1,0 +1,21 @@
+"""Why a server could not be connected, for people."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+
+
+def why_not_connected(error: BaseException) -> str:
+    """Why a connect failed, in the system's words. anyio wraps one error for each address that it tried."""
+    if error.__cause__ is not None:
+        return why_not_connected(error.__cause__)
+    if isinstance(error, BaseExceptionGroup):
+        return ", ".join(dict.fromkeys(map(why_not_connected, error.exceptions)))
+    if not isinstance(error, OSError):
+        return str(error)
+    # trio puts the address into the system's words. A resolver's and TLS's numbers are none of the system's.
+    foreign = isinstance(error, socket.gaierror | ssl.SSLError) or not error.errno
+    text = (error.strerror if foreign else os.strerror(error.errno or 0)) or str(error)
+    return text[:1].lower() + text[1:]
