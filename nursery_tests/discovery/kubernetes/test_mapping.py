@@ -283,7 +283,7 @@ _step = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(steps=st.lists(_step, max_size=12))
 def test_whatever_comes_the_table_says_what_the_cluster_holds(steps, reference):
     """After any events, lists, broken lists and changes of nodes, in any order; and only what changed is published."""
