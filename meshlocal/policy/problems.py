@@ -5,7 +5,6 @@ A problem names the place (`services.b[1].port`), what was expected there and wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -74,6 +73,8 @@ def describe(value: object) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of the known words; empty if none is near."""
+    import difflib  # here: it is large, and configurations are seldom wrong
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {quote(near[0])}?" if near else ""
 
