@@ -129,9 +129,9 @@ class ApiServer:
             while not predicate():
                 await self._changed.wait()
 
-    def load(self, collection, name):
-        """Take a recorded list."""
-        found = json.loads((DATA / name).read_bytes())
+    def load(self, collection, name, change=bytes):
+        """Take a recorded list, its bytes changed by this first."""
+        found = json.loads(change((DATA / name).read_bytes()))
         target = self.collections[collection]
         target.version = target.oldest = int(found["metadata"]["resourceVersion"])
         target.issued = {found["metadata"]["resourceVersion"]}
