@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import ipaddress
 import os
 import socket
@@ -78,7 +79,7 @@ class Connecting:
             OSError: no connection; `classify_connect_error` says why in a word.
         """
         number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self.pending else 0
-        if number == 0:
+        if number == 0 and self._port >= _first_local_port():
             own = self.socket.getsockname()
             if own[1] == self._port and own[:2] == self.socket.getpeername()[:2]:
                 # The kernel happened to choose the port dialled as our own, and TCP connected the socket to itself
@@ -123,6 +124,15 @@ def usable_families(proc: Path = Path("/proc")) -> Families:
     cannot be found out counts as usable: an attempt that fails costs less than an instance left out.
     """
     return Families(ipv4=_has_ipv4(), ipv6=_has_ipv6(proc))
+
+
+@functools.cache
+def _first_local_port() -> int:
+    """The least port that the kernel chooses by itself, which only root changes (ip(7), ip_local_port_range)."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 1
 
 
 def _sockaddr(address: str, port: int) -> tuple[int, tuple[str, int] | tuple[str, int, int, int]]:

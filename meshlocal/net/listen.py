@@ -131,6 +131,8 @@ def _open(host: str, port: int, backlog: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit it, which spares each a system call.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(sockaddr)
@@ -154,10 +156,10 @@ async def accept_loop(
 ) -> NoReturn:
     """Accept for ever, and start `handle(client, peer)` in the nursery for each connection.
 
-    `client` is non-blocking, has TCP_NODELAY where it is TCP, and belongs to `handle`. Connections that failed before
-    they were accepted are passed over. When descriptors or memory run out, `on_error` gets the error
-    (it may come ten times a second), and accepting goes on after `CAPACITY_PAUSE`. The listener stays
-    the caller's, who closes it after cancelling this.
+    `client` is non-blocking, has the listener's options (with them TCP_NODELAY), and belongs to `handle`. Connections
+    that failed before they were accepted are passed over. When descriptors or memory run out, `on_error` gets the error
+    (it may come ten times a second), and accepting goes on after `CAPACITY_PAUSE`. The listener stays the caller's, who
+    closes it after cancelling this.
 
     Raises:
         OSError: another error of accept(2): the listener is of no use.
@@ -179,8 +181,6 @@ async def accept_loop(
                 break
             try:
                 client.setblocking(False)
-                if client.family != socket.AF_UNIX:
-                    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 handler_nursery.start_soon(handle, client, peer)
             except BaseException:
                 client.close()

@@ -44,6 +44,9 @@ _log = get_log(__name__)
 TURN = 8
 """Full chunks that one direction moves before others get their turn."""
 
+LINGER = 0.002
+"""Seconds that a task whose relay came to a clean end may have to wait for Trio to wake for another reason."""
+
 _READ_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _ALL_EVENTS = _READ_EVENTS | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -116,6 +119,8 @@ class RelayLoop(trio.abc.Instrument):
         self._again: list[_Flow] = []
         self.handlers: dict[int, Callable[[int], None]] = {}
         self._finished: list[Waiter] = []
+        self._sleeping = False
+        self._urgent = False
         self._scratch = bytearray(CHUNK)
         self._view = memoryview(self._scratch)
         self._now = 0.0
@@ -162,7 +167,9 @@ class RelayLoop(trio.abc.Instrument):
     def finish(self, waiter: Waiter) -> None:
         """Let a task go on; from a handler or from another task."""
         self._finished.append(waiter)
-        self._wake()
+        self._urgent = True
+        if not self._sleeping:
+            self._reschedule()
 
     def _add(
         self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray
@@ -210,7 +217,7 @@ class RelayLoop(trio.abc.Instrument):
             flow = flows[0]
             flow.pair.state.fail(flow.side, errno.EBADF)
             self._finish(flow.pair)
-            self._wake()
+            self._reschedule()
 
     # What Trio calls when it would sleep.
 
@@ -219,38 +226,46 @@ class RelayLoop(trio.abc.Instrument):
         if not self._flows and not self.handlers:
             return
         if timeout <= 0:
+            # Trio has tasks to run, and comes back at once.
             self._turn(0)
-            if self._finished:
-                self._wake()
+            self._reschedule()
             return
+        self._sleeping = True
+        try:
+            self._sleep(timeout)
+        finally:
+            self._sleeping = self._urgent = False
+
+    def _sleep(self, timeout: float) -> None:
         until = time.perf_counter() + timeout
+        told = until
         remaining = timeout
-        while True:
-            if self._turn(0 if self._again else remaining):
-                # Trio finds its own events when it looks itself. Relays that ended have to be made one.
-                if self._finished:
-                    self._wake()
-                return
+        while not self._turn(0 if self._again else remaining):
+            now = time.perf_counter()
             if self._finished:
-                self._wake()
+                told = min(told, now + LINGER)
+            if self._finished and (self._urgent or now >= told):
+                self._reschedule()
+                # Trio computed its timeout before it called, and would sleep for all of it.
+                self._token.run_sync_soon(_nothing)
                 return
-            remaining = until - time.perf_counter()
-            if remaining <= 0:
+            remaining = min(until, told) - now
+            if now >= until:
                 if trio.lowlevel.current_statistics().seconds_to_next_deadline <= 0:
-                    # Trio computed its timeout before it called, and would sleep as long again.
                     self._token.run_sync_soon(_nothing)
                 # Otherwise it waits for all tasks to be blocked (`trio.testing`), and nothing may disturb it.
                 return
-
-    def _wake(self) -> None:
-        self._token.run_sync_soon(self._reschedule)
+        # Trio finds an event of its own when it looks itself, and runs these tasks then.
+        self._reschedule()
 
     def _reschedule(self) -> None:
-        finished, self._finished = self._finished, []
-        for waiter in finished:
-            if waiter.task is not None:
-                trio.lowlevel.reschedule(waiter.task)
-                waiter.task = None
+        if self._finished:
+            finished, self._finished = self._finished, []
+            self._urgent = False
+            for waiter in finished:
+                if waiter.task is not None:
+                    trio.lowlevel.reschedule(waiter.task)
+                    waiter.task = None
 
     def _turn(self, timeout: float) -> bool:
         """Wait for events, and serve them; tells whether Trio has one of its own."""
@@ -405,6 +420,9 @@ class RelayLoop(trio.abc.Instrument):
         if not pair.done:
             self._remove(pair)
             self._finished.append(pair)
+            # Both ends know of a clean end already, so that what is left to do can wait for Trio's next turn: waking it
+            # costs as much as moving two messages. A failed one has a side yet to be reset.
+            self._urgent = self._urgent or pair.state.failed is not None
 
 
 def trio_epoll() -> int | None:
