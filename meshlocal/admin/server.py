@@ -1,7 +1,8 @@
 """The admin server: a few read-only pages over HTTP/1.1, for people, probes and Prometheus.
 
 It is small and strict, and never in the way of traffic: routes are synchronous functions that read state, connections
-are few, and every wait for a client has a deadline.
+are few, and every wait for a client has a deadline. When all places are taken, whoever has been idle the longest makes
+room, so that clients that keep connections open never shut out a probe.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class AdminServer:
     def __init__(self, routes: Mapping[str, Route], *, max_connections: int = MAX_CONNECTIONS) -> None:
         self._routes = dict(routes)
         self._limit = max_connections
-        self._open = 0
+        self._open: set[_Place] = set()
+        self._idle: dict[_Place, trio.CancelScope] = {}
         self._refusing = 0
         self._accept_failed = RateLimited(log, logging.WARNING, "admin server cannot accept", interval=10)
 
@@ -61,12 +63,13 @@ class AdminServer:
     async def serve_stream(self, stream: HalfCloseableStream) -> None:
         """Serve one connection to its end, whatever its client does. The caller closes the stream."""
         try:
-            if self._open < self._limit:
-                self._open += 1
+            if self._make_room():
+                place = _Place()
+                self._open.add(place)
                 try:
-                    await self._converse(stream)
+                    await self._converse(stream, place)
                 finally:
-                    self._open -= 1
+                    self._open.discard(place)
             elif self._refusing < self._limit:
                 self._refusing += 1
                 try:
@@ -83,14 +86,27 @@ class AdminServer:
         with trio.socket.from_stdlib_socket(client) as sock:
             await self.serve_stream(trio.SocketStream(sock))
 
-    async def _converse(self, stream: HalfCloseableStream) -> None:
+    def _make_room(self) -> bool:
+        """Whether one more connection may be served; the one that was idle the longest goes for it if need be."""
+        if len(self._open) >= self._limit and self._idle:
+            place = next(iter(self._idle))
+            self._open.discard(place)
+            self._idle.pop(place).cancel()
+        return len(self._open) < self._limit
+
+    async def _converse(self, stream: HalfCloseableStream, place: _Place) -> None:
         reader = RequestReader()
         deadline = trio.current_time() + HEAD_TIMEOUT
         idle = False
-        while True:
+        while place in self._open:
             data = b""
             with trio.CancelScope(deadline=deadline) as scope:
-                data = bytes(await stream.receive_some(_READ_SIZE))
+                if not reader.in_head:
+                    self._idle[place] = scope
+                try:
+                    data = bytes(await stream.receive_some(_READ_SIZE))
+                finally:
+                    self._idle.pop(place, None)
             if scope.cancelled_caught:
                 if reader.in_head:
                     await _refuse(stream, Response.text("the request's head took too long", 408))
@@ -135,6 +151,12 @@ class AdminServer:
 
     def _report(self, error: OSError) -> None:
         self._accept_failed(trio.current_time(), errno=errno.errorcode.get(error.errno or 0, ""), error=error)
+
+
+class _Place:
+    """One connection among those that may be open."""
+
+    __slots__ = ()
 
 
 async def _send(stream: HalfCloseableStream, data: bytes) -> bool:

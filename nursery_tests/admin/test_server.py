@@ -6,8 +6,8 @@ import re
 import shutil
 import socket
 import urllib.request
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import pytest
@@ -58,6 +58,17 @@ async def serving(server: AdminServer | None = None) -> AsyncIterator[tuple[str,
     finally:
         assert listeners[0].fileno() != -1  # the caller's to close
         listeners[0].close()
+
+
+@asynccontextmanager
+async def clients(address: tuple[str, int]) -> AsyncIterator[Callable[[], Awaitable[trio.SocketStream]]]:
+    """Connections that are closed at the end."""
+    async with AsyncExitStack() as opened:
+
+        async def connect() -> trio.SocketStream:
+            return await opened.enter_async_context(await trio.open_tcp_stream(*address))
+
+        yield connect
 
 
 async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
@@ -231,18 +242,63 @@ async def test_a_routes_fault_is_its_own(path: str, caplog: pytest.LogCaptureFix
     assert caplog.records[0].exc_info is not None
 
 
-async def test_beyond_the_limit_a_connection_is_refused_until_one_ends() -> None:
-    async with serving(AdminServer(ROUTES, max_connections=2)) as address:
-        first, second = [await trio.open_tcp_stream(*address) for _ in range(2)]
-        for stream in (first, second):
+async def test_beyond_the_limit_whoever_was_idle_the_longest_makes_room() -> None:
+    async with serving(AdminServer(ROUTES, max_connections=3)) as address, clients(address) as connect:
+        fresh, first, second = [await connect() for _ in range(3)]
+        for stream in (first, second, first):
             await stream.send_all(get("/echo"))
             assert statuses(await stream.receive_some(4096)) == [200]
+        # One that never said anything goes first, then the one whose last request is the longest ago.
+        for gone in (fresh, second):
+            newest = await connect()
+            await newest.send_all(get("/echo"))
+            assert statuses(await newest.receive_some(4096)) == [200]
+            assert await gone.receive_some(1) == b""
+        await first.send_all(get("/echo"))
+        assert statuses(await first.receive_some(4096)) == [200]
+
+
+async def test_idle_connections_never_shut_out_a_probe() -> None:
+    async with serving() as address, clients(address) as connect:
+        idle = [await connect() for _ in range(MAX_CONNECTIONS)]
+        for stream in idle:
+            await stream.send_all(get("/echo"))
+            assert statuses(await stream.receive_some(4096)) == [200]
+        for _ in range(3):
+            assert statuses(await ask(address, get("/echo"))) == [200]
+
+
+async def test_a_connection_under_way_is_never_the_one_to_go() -> None:
+    async with serving(AdminServer(ROUTES, max_connections=2)) as address, clients(address) as connect:
+        first, second = [await connect() for _ in range(2)]
+        for stream in (first, second):
+            await stream.send_all(get("/echo") + b"GET")  # a second head has begun
+            assert statuses(await stream.receive_some(4096)) == [200]
         assert statuses(await ask(address, get("/echo"))) == [503]
-        await first.send_eof()
-        assert await first.receive_some(1) == b""  # its slot is free before its socket is closed
-        await first.aclose()
+        for stream in (first, second):
+            await stream.send_all(get("/echo").removeprefix(b"GET"))
+            assert statuses(await stream.receive_some(4096)) == [200]
         assert statuses(await ask(address, get("/echo"))) == [200]
-        await second.aclose()
+
+
+async def test_a_request_that_comes_as_its_connection_makes_room() -> None:
+    """Both in one turn of the loop: the answer may be lost with its connection, the limit may not."""
+    server = AdminServer(ROUTES, max_connections=1)
+    async with trio.open_nursery() as nursery:
+        first, ours = trio.testing.memory_stream_pair()
+        nursery.start_soon(serve_and_close, server, ours)
+        await trio.testing.wait_all_tasks_blocked()
+        await first.send_all(get("/echo"))
+        second, ours = trio.testing.memory_stream_pair()
+        nursery.start_soon(serve_and_close, server, ours)
+        await trio.testing.wait_all_tasks_blocked()
+        await second.send_all(get("/echo"))
+        # Which of the two tasks runs first is trio's choice.
+        if statuses(await second.receive_some(4096)) == [200]:
+            assert statuses(await read_all(first)) in ([200], [])
+        else:
+            assert statuses(await first.receive_some(4096)) == [200]
+        nursery.cancel_scope.cancel()
 
 
 async def test_refused_connections_are_bounded_too() -> None:
@@ -251,6 +307,7 @@ async def test_refused_connections_are_bounded_too() -> None:
         clients = []
         for _ in range(3):
             client, ours = trio.testing.memory_stream_pair()
+            await client.send_all(b"GET")
             nursery.start_soon(serve_and_close, server, ours)
             await trio.testing.wait_all_tasks_blocked()
             clients.append(client)
