@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from statistics import fmean
 
 from bench import report
 
@@ -55,9 +56,9 @@ class Outcomes:
         self.failures[kind] = self.failures.get(kind, 0) + 1
 
     def percentiles(self) -> dict[str, float]:
-        """p50, p90, p99, p99.9 and the worst, in seconds."""
+        """p50, p90, p99, p99.9, the worst and the mean, in seconds."""
         found = {f"p{share:g}": report.percentile(self.latencies, share) for share in (50, 90, 99, 99.9)}
-        return {**found, "max": max(self.latencies)}
+        return {**found, "max": max(self.latencies), "mean": fmean(self.latencies)}
 
 
 class _Connection:
@@ -126,9 +127,9 @@ class Generator:
             now = time.perf_counter() - begin
             if now >= step and not self._under_way:
                 assert steps is not None
-                step = next(steps, float("inf"))
-                # What the step took is no request's wait: the schedule goes on where it stood.
-                begin += time.perf_counter() - begin - now
+                at, step = step, next(steps, float("inf"))
+                # What a step waited for and took is no request's wait: the schedule goes on where it stood.
+                begin = time.perf_counter() - at
                 continue
             due = started / rate
             while due <= now and started < total and step > now:

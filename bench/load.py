@@ -95,23 +95,27 @@ def h2load_rate(port: int, connections: int, rate: int, seconds: int) -> float:
     return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
 
 
-def sockperf_ping(port: int, size: int, seconds: int) -> float:
-    """The median of exchanges with `sockperf server`, one after another on one connection, in seconds."""
+def sockperf_ping(port: int, size: int, seconds: int) -> Load:
+    """Exchanges with `sockperf server`, one after another on one connection."""
     return _sockperf("ping-pong", port, size, seconds)
 
 
-def sockperf_rate(port: int, size: int, seconds: int, rate: int) -> float:
-    """The median of exchanges with `sockperf server` at a fixed rate, in seconds."""
+def sockperf_rate(port: int, size: int, seconds: int, rate: int) -> Load:
+    """Exchanges with `sockperf server` at a fixed rate. It spins between them."""
     return _sockperf("under-load", port, size, seconds, f"--mps={rate}", "--reply-every=1")
 
 
-def _sockperf(kind: str, port: int, size: int, seconds: int, *flags: str) -> float:
+def _sockperf(kind: str, port: int, size: int, seconds: int, *flags: str) -> Load:
     base = [kind, "--tcp", "-i", "127.0.0.1", "-p", str(port), "-m", str(size), "-t", str(seconds), "--full-rtt"]
     text = _run("sockperf", *base, *flags)
-    found = re.search(r"percentile 50\.000 =\s*([\d.]+)", text)
-    if found is None:
-        raise LoadError(f"sockperf printed no percentiles: {text}")
-    return float(found[1]) / 1e6
+    found = dict(re.findall(r"percentile (50|90|99)\.000 =\s*([\d.]+)", text))
+    run = re.search(r"Total Run\] RunTime=([\d.]+) sec;.* ReceivedMessages=(\d+)", text)
+    lost = re.search(r"# dropped messages = (\d+)", text)
+    if len(found) != 3 or run is None or lost is None:
+        raise LoadError(f"sockperf printed no figures: {text}")
+    times = (float(found[share]) / 1e6 for share in ("50", "90", "99"))
+    # What the whole run received, its warm-up included, is what the proxy carried.
+    return Load(int(run[2]), int(run[2]) / float(run[1]), int(lost[1]), *times)
 
 
 def iperf3(port: int, seconds: int, *, reverse: bool = False) -> float:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple
 
 from bench.load import find
 from bench.machine import raise_file_limit
-from bench.processes import START_LIMIT, StartError, free_port, instances_file, meshlocal, port_in, running
+from bench.processes import free_port, instances_file, listening, meshlocal, port_in
 
 WANTED_CONNECTIONS = 10000
 """Clients' connections that each is configured to hold, if the system lets a process open so many files."""
@@ -112,21 +110,8 @@ def _ports(job: Job) -> dict[str, int]:
 
 @contextmanager
 def _listening(name: str, command: Sequence[str], folder: Path, ports: Mapping[str, int]) -> Iterator[Running]:
-    log = folder / "log"
-    with log.open("wb") as sink, running(command, log=sink.fileno()) as process:
-        for port in ports.values():
-            _wait_listening(process, port, log)
+    with listening(command, folder / "log", ports.values()) as process:
         yield Running(name, process.pid, ports)
-
-
-def _wait_listening(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + START_LIMIT
-    while time.monotonic() < end and process.poll() is None:
-        with socket.socket() as sock:
-            if not sock.connect_ex(("127.0.0.1", port)):
-                return
-        time.sleep(0.02)
-    raise StartError(f"{process.args!r} does not listen on {port}: {log.read_text()[-2000:]}")
 
 
 # HAProxy

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,6 +88,28 @@ def ready_line(process: subprocess.Popen[bytes], limit: float = START_LIMIT) -> 
             raise StartError(f"{process.args!r} ended with status {process.wait()}")
         line += received
     return line.decode().rstrip("\n")
+
+
+@contextmanager
+def listening(command: Sequence[str], log: Path, ports: Iterable[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that says nothing when it is ready: up once it listens on all its ports of 127.0.0.1.
+
+    Raises:
+        StartError: it ended, or did not listen in time; with the end of its log.
+    """
+    with log.open("wb") as sink, running(command, log=sink.fileno()) as process:
+        for port in ports:
+            end = time.monotonic() + START_LIMIT
+            while not _connects(port):
+                if time.monotonic() > end or process.poll() is not None:
+                    raise StartError(f"{process.args!r} does not listen on {port}: {log.read_text()[-2000:]}")
+                time.sleep(0.02)
+        yield process
+
+
+def _connects(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
