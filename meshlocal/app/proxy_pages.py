@@ -94,9 +94,11 @@ class _ProxyPages:
     def explain(self, request: Request) -> Response:
         """The plan of the next request (R2)."""
         name = next(iter(request.values("service")), "")
-        service = self._process.services.get(ServiceKey(name))
+        services, config = self._process.services, self._process.config.proxy
+        # A bare name is one of the proxy's own namespace, as it is to a listener.
+        service = services.get(ServiceKey(name)) or services.get(config.service_key(ServiceKey(name)))
         if service is None:
-            known = ", ".join(self._process.services.keys)
+            known = ", ".join(services.keys)
             return plain(404, f"no listener names a service {name!r}; there are: {known}")
         if service.picker is None:
             return plain(503, f"nothing was heard of {name} yet: discovery has not answered")
