@@ -112,6 +112,11 @@ class ProxyCollector(Collector):
         checks = CounterMetricFamily(
             "meshlocal_health_checks", "Health checks of instances, passed or failed.", labels=["service", "outcome"]
         )
+        replays = CounterMetricFamily(
+            "meshlocal_tcp_replays",
+            "Connections that went on to another instance before the first byte of one, by why.",
+            labels=["service", "reason"],
+        )
         refused = CounterMetricFamily(
             "meshlocal_limit_refused",
             "Requests refused because of a limit; without a service: a limit of the whole proxy.",
@@ -123,11 +128,13 @@ class ProxyCollector(Collector):
                 ejections.add_metric([service.key, cause], count)
             for outcome, count in service.statistics.checks.items():
                 checks.add_metric([service.key, outcome], count)
+            for reason, count in service.statistics.replays.items():
+                replays.add_metric([service.key, reason], count)
             for limit, count in service.circuit.refused.items():
                 refused.add_metric([service.key, limit], count)
         for limit, count in self._services.circuit.refused.items():
             refused.add_metric(["", limit], count)
-        yield from (ejected, ejections, checks, refused)
+        yield from (ejected, ejections, checks, replays, refused)
 
     def _connections(self) -> Iterable[Metric]:
         moving: dict[str, tuple[int, int]] = {}

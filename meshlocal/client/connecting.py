@@ -23,7 +23,7 @@ import trio
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error
-from meshlocal.policy.picker import Pick
+from meshlocal.policy.picker import Pick, Plan
 
 PATIENCE = 0.01
 """Seconds that a connect may take before its client is watched."""
@@ -112,9 +112,22 @@ class Connected:
         error: how the last attempt failed.
         errno: the system's number for it; 0 where the system gave none.
         failures: the attempts that failed, in order.
+        plan: what is left to try, should the instance fail later (A5); None before the first attempt.
+        deadline: when the search ends at the latest, by trio.current_time(); None before it begins.
     """
 
-    __slots__ = ("attempts", "errno", "error", "failures", "outcome", "pick", "tier", "upstream")
+    __slots__ = (
+        "attempts",
+        "deadline",
+        "errno",
+        "error",
+        "failures",
+        "outcome",
+        "pick",
+        "plan",
+        "tier",
+        "upstream",
+    )
 
     def __init__(self) -> None:
         self.upstream: socket.socket | None = None
@@ -125,12 +138,19 @@ class Connected:
         self.error = ""
         self.errno = 0
         self.failures: list[FailedAttempt] = []
+        self.plan: Plan | None = None
+        self.deadline: float | None = None
 
 
 async def connect(client: Waiting, service: ServiceState, result: Connected) -> None:
-    """Find an instance for a client, and connect to it. What came of it is in `result`, also after cancellation."""
+    """Find an instance for a client, and connect to it. What came of it is in `result`, also after cancellation.
+
+    Called again with the same result, it goes on where it was: with the rest of the plan, and of the time.
+    """
     policy = service.policy
-    with trio.move_on_after(policy.deadline) as deadline:
+    if result.deadline is None:
+        result.deadline = trio.current_time() + policy.deadline
+    with trio.move_on_at(result.deadline) as deadline:
         if service.picker is None:
             with trio.move_on_after(policy.first_snapshot_wait):
                 await client.watched(service.first_snapshot.wait)
@@ -147,7 +167,7 @@ async def connect(client: Waiting, service: ServiceState, result: Connected) -> 
 
 
 async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Connected) -> None:
-    plan = service.plan()
+    plan = result.plan = result.plan or service.plan()
     if plan is None:
         return
     statistics, fitness = service.statistics, service.fitness

@@ -30,6 +30,8 @@ class Outcome(StrEnum):
     """HTTP: the request is malformed, too large, or did not come whole."""
     LIMITED = "limited"
     """It was refused at once, because as much as may be was under way."""
+    RETURNED = "returned"
+    """The proxy ended it, so that its client comes back to the local tier (F2)."""
     DRAINED = "drained"
     """The proxy stopped before the connection ended (S1)."""
     ERROR = "error"
@@ -56,7 +58,17 @@ class RequestKey(NamedTuple):
 class ServiceStatistics:
     """Counts of one service."""
 
-    __slots__ = ("attempts", "bytes_received", "bytes_sent", "checks", "connecting", "open", "picks", "requests")
+    __slots__ = (
+        "attempts",
+        "bytes_received",
+        "bytes_sent",
+        "checks",
+        "connecting",
+        "open",
+        "picks",
+        "replays",
+        "requests",
+    )
 
     def __init__(self) -> None:
         self.requests: defaultdict[RequestKey, int] = defaultdict(int)
@@ -64,6 +76,8 @@ class ServiceStatistics:
         """By tier and outcome."""
         self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)
         """By tier and reason."""
+        self.replays: defaultdict[str, int] = defaultdict(int)
+        """Connections that went on to another instance before the first byte of one, by why (A5)."""
         self.checks: defaultdict[str, int] = defaultdict(int)
         """Health checks that ended, `passed` or `failed` (H3)."""
         self.open = 0

@@ -130,17 +130,31 @@ async def copy(
     client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray = b""
 ) -> RelayResult:
     """`relay` with a task for each direction: plain Trio, where there is no relay loop."""
-    try:
-        scratch = _scratch.get()
-    except LookupError:
-        scratch = bytearray(CHUNK)
-        _scratch.set(scratch)
+    scratch = _shared_scratch()
     state = RelayState(counters)
     async with trio.open_nursery() as nursery:
         scope = nursery.cancel_scope
         nursery.start_soon(_pump, client, upstream, "client", state, scratch, early, scope)
         await _pump(upstream, client, "upstream", state, scratch, b"", scope)
     return state.result()
+
+
+async def copy_back(client: socket.socket, upstream: socket.socket, counters: RelayCounters) -> RelayResult:
+    """What is left of `relay` for a client that has ended its stream, which the upstream was told: the way back."""
+    state = RelayState(counters)
+    state.first_end = "client"
+    async with trio.open_nursery() as nursery:
+        await _pump(upstream, client, "upstream", state, _shared_scratch(), b"", nursery.cancel_scope)
+    return state.result()
+
+
+def _shared_scratch() -> bytearray:
+    try:
+        return _scratch.get()
+    except LookupError:
+        scratch = bytearray(CHUNK)
+        _scratch.set(scratch)
+        return scratch
 
 
 async def _pump(

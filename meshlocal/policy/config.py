@@ -53,8 +53,26 @@ class AttemptPolicy(Section, frozen=True):
         Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
     ] = (503,)
     replay_buffer: Annotated[
-        Bytes, Meta(description="HTTP: bytes of a request's body that are held for a retry; a longer body has none.")
+        Bytes,
+        Meta(
+            description="Bytes held for another attempt. HTTP: of a request's body; a longer one has none. tcp: of what"
+            " the client sent, with replay; at most 65536."
+        ),
     ] = 65536
+    replay: Annotated[
+        bool,
+        Meta(
+            description="tcp: what the client sent goes to another instance if the one that was connected fails before"
+            " its first byte. Only for protocols that may say a thing twice (A5)."
+        ),
+    ] = False
+    replay_wait: Annotated[
+        Seconds | None,
+        Meta(
+            description="tcp, with replay: seconds that an instance may be silent after the client's words; null: as"
+            " long as its connection lasts."
+        ),
+    ] = None
 
 
 class AttemptOverrides(Section, frozen=True):
@@ -90,8 +108,12 @@ class AttemptOverrides(Section, frozen=True):
         tuple[Status, ...] | UnsetType,
         Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
     ] = UNSET
-    replay_buffer: Annotated[
-        Bytes | UnsetType, Meta(description="HTTP: bytes of a request's body that are held for a retry.")
+    replay_buffer: Annotated[Bytes | UnsetType, Meta(description="Bytes held for another attempt.")] = UNSET
+    replay: Annotated[
+        bool | UnsetType, Meta(description="tcp: another attempt if an instance fails before its first byte (A5).")
+    ] = UNSET
+    replay_wait: Annotated[
+        Seconds | UnsetType | None, Meta(description="tcp, with replay: seconds that an instance may be silent.")
     ] = UNSET
 
     def over(self, base: AttemptPolicy) -> AttemptPolicy:
@@ -128,8 +150,8 @@ class DiscoveryClientConfig(Section, frozen=True):
     urls: Annotated[
         tuple[DiscoveryUrl, ...],
         Meta(
-            description="Discovery servers (grpc://HOST:PORT), tried in turn; or one instances file (file:PATH,"
-            " a relative path from the working directory)."
+            description="Discovery servers (grpc://HOST:PORT, over TLS grpcs://, over WebSocket ws:// and wss://),"
+            " tried in turn; or one instances file (file:PATH, a relative path from the working directory)."
         ),
     ] = ()
     connect_timeout: Annotated[Seconds, Meta(description="Seconds to connect to a discovery server.")] = 3.0
@@ -141,6 +163,17 @@ class DiscoveryClientConfig(Section, frozen=True):
     ] = 5.0
     backoff_initial: Annotated[Seconds, Meta(description="Seconds before the first reconnect, before jitter.")] = 0.2
     backoff_max: Annotated[Seconds, Meta(description="Seconds between reconnects at most, before jitter.")] = 15.0
+    ca_file: Annotated[
+        Name | None,
+        Meta(
+            description="The authorities, in PEM, of which one must have signed the certificate of a grpcs:// or wss://"
+            " server; null: those of the system."
+        ),
+    ] = None
+    token_file: Annotated[
+        Name | None,
+        Meta(description="A file with the token that is sent to discovery servers, read for each connection."),
+    ] = None
     cache_file: Annotated[
         Name | None,
         Meta(
@@ -233,6 +266,28 @@ class DiscoveryServerConfig(Section, frozen=True):
     bind: Annotated[
         tuple[SocketAddress, ...], Meta(description="Where it listens, HOST:PORT; port 0: any free one.")
     ] = (SocketAddress("127.0.0.1", 7070),)
+    websocket_bind: Annotated[
+        tuple[SocketAddress, ...], Meta(description="Where it serves WebSocket, HOST:PORT; none: nowhere.")
+    ] = ()
+    websocket_origins: Annotated[
+        tuple[Name, ...],
+        Meta(
+            description="Origins of web pages that may connect by WebSocket, such as https://ops.example; those of the"
+            " server's own host may in any case."
+        ),
+    ] = ()
+    tls_certificate_file: Annotated[
+        Name | None,
+        Meta(
+            description="Certificates in PEM, with which gRPC and WebSocket are served over TLS; null: without TLS."
+            " SIGHUP reads it again."
+        ),
+    ] = None
+    tls_key_file: Annotated[Name | None, Meta(description="The certificate's key, in PEM.")] = None
+    tokens_file: Annotated[
+        Name | None,
+        Meta(description="Tokens, one a line, of which clients must send one; null: none. SIGHUP reads it again."),
+    ] = None
     sources: Annotated[
         tuple[SourceUrl, ...],
         Meta(

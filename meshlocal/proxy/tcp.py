@@ -19,16 +19,17 @@ from collections.abc import Iterator
 
 import trio
 
-from meshlocal.client.connecting import Client, Connected, connect
+from meshlocal.client.connecting import Client, Connected, FailedAttempt, connect
 from meshlocal.client.fitness import Fitness
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.relay import RelayCounters, RelayResult, relay
+from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, relay
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.health import Cause
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance
+from meshlocal.proxy.replay import Overture, Verdict
 
 _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")
@@ -38,6 +39,10 @@ _WARNING_INTERVAL = 5.0
 
 SETTLED = 1.0
 """Seconds that a connection must live to show that its instance works, if nothing else shows it."""
+
+
+RETURNED = "returned"
+"""Why a connection was cut whose client is to come back to the local tier (F2)."""
 
 
 class Connection:
@@ -98,7 +103,7 @@ class TcpForwarder:
             with connection.scope:
                 outcome = await self._forward(connection, sock)
             if connection.scope.cancelled_caught:
-                outcome = Outcome.CUT
+                outcome = Outcome.RETURNED if connection.cut == RETURNED else Outcome.CUT
         except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
             outcome = Outcome.ERROR
             _log.exception("connection failed by a fault in the proxy", service=service.key)
@@ -137,31 +142,76 @@ class TcpForwarder:
     async def _serve_request(self, connection: Connection, sock: socket.socket) -> Outcome:
         service, result = connection.service, connection.result
         client = Client(sock)
-        if not service.circuit.enter(Limit.WAITING):
-            return self._refuse(connection, Limit.WAITING)
-        service.statistics.connecting += 1
-        try:
-            await connect(client, service, result)
-        finally:
-            service.statistics.connecting -= 1
-            service.circuit.leave(Limit.WAITING)
-        if result.upstream is None:
-            assert result.outcome is not None
-            return result.outcome
-        assert result.pick is not None
-        instance = result.pick.instance
-        connection.counters = RelayCounters(trio.current_time())
-        service.statistics.open += 1
-        service.fitness.begin(instance)
-        try:
-            ended = await self._relay(connection, sock, result.upstream, client.early)
-        finally:
-            service.fitness.end(instance)
-            service.statistics.open -= 1
+        overture = Overture(client, service.policy) if service.policy.replay else None
+        while True:
+            if not service.circuit.enter(Limit.WAITING):
+                return self._refuse(connection, Limit.WAITING)
+            service.statistics.connecting += 1
+            try:
+                await connect(client, service, result)
+            finally:
+                service.statistics.connecting -= 1
+                service.circuit.leave(Limit.WAITING)
+            if result.upstream is None:
+                assert result.outcome is not None
+                return result.outcome
+            assert result.pick is not None
+            instance = result.pick.instance
+            connection.counters = RelayCounters(trio.current_time())
+            service.statistics.open += 1
+            service.fitness.begin(instance)
+            try:
+                if overture is None:
+                    ended = await self._relay(connection, sock, result.upstream, client.early)
+                    break
+                verdict = await self._play(connection, overture)
+                if client.left:
+                    return Outcome.CLIENT_LEFT
+                if verdict.moves:
+                    continue
+                if verdict.ended:
+                    ended = await copy_back(sock, result.upstream, connection.counters)
+                else:
+                    ended = await self._relay(connection, sock, result.upstream, client.early[verdict.sent :])
+                break
+            finally:
+                service.fitness.end(instance)
+                service.statistics.open -= 1
         if ended.failed is not None:
             connection.cut = f"{ended.failed} {ended.reason}"
             return Outcome.CUT
         return Outcome.SERVED
+
+    async def _play(self, connection: Connection, overture: Overture) -> Verdict:
+        """Wait for the instance's first byte.
+
+        An instance that is left is ejected like one that could not be connected (H1).
+        """
+        service, result, counters = connection.service, connection.result, connection.counters
+        assert result.upstream is not None
+        assert result.pick is not None
+        assert counters is not None
+        instance = result.pick.instance
+        verdict: Verdict | None = None
+        try:
+            verdict = await overture.play(result.upstream)
+        finally:
+            if verdict is not None and verdict.spoke:
+                service.fitness.worked(instance)
+            elif verdict is not None and verdict.moves:
+                service.fitness.failed(instance, verdict.moves, Cause.RESET)
+            elif verdict is None or not verdict.ended:
+                service.fitness.abandoned(instance)
+            else:
+                service.fitness.worked(instance)
+        counters.client_to_upstream += verdict.sent
+        if verdict.moves:
+            service.statistics.replays[verdict.moves] += 1
+            result.error = verdict.moves
+            result.failures.append(FailedAttempt(result.pick, verdict.moves, 0))
+            abort(result.upstream)
+            result.upstream = None
+        return verdict
 
     async def _relay(
         self, connection: Connection, sock: socket.socket, upstream: socket.socket, early: bytes | bytearray

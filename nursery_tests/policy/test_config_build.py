@@ -55,6 +55,8 @@ FULL: dict[str, Any] = {
             "response_deadline": 5,
             "retry_on": [502, 503],
             "replay_buffer": 0,
+            "replay": True,
+            "replay_wait": 0.5,
         },
         "http": {
             "routes": [{"prefix": "/api", "service": "b"}, {"prefix": "/", "service": "c", "host": "shop"}],
@@ -152,6 +154,8 @@ def test_every_key() -> None:
                 response_deadline=5.0,
                 retry_on=(502, 503),
                 replay_buffer=0,
+                replay=True,
+                replay_wait=0.5,
             ),
             http=HttpConfig(
                 routes=(RouteConfig(prefix="/api", service="b"), RouteConfig(prefix="/", service="c", host="shop")),
