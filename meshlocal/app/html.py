@@ -15,7 +15,9 @@ p { margin: .3rem 0; } .bad { color: var(--bad); font-weight: 600; } .good { col
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .8rem .25rem 0; }
 th { border-bottom: 1px solid var(--line); font-weight: 600; } td { border-bottom: 1px solid var(--soft); }
 code, td { font-variant-numeric: tabular-nums; } code { font-family: ui-monospace, monospace; font-size: .92em; }
-nav a { margin-right: 1rem; }
+nav { margin-bottom: 1rem; } nav a { margin-right: 1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; } dt { opacity: .7; }
+dd { margin: 0; } meter { width: 9rem; height: .9rem; vertical-align: -.1rem; }
 """
 
 
@@ -66,8 +68,20 @@ def paragraph(*parts: object) -> Html:
     return Html(f"<p>{''.join(text(part) for part in parts)}</p>")
 
 
+def facts(pairs: Iterable[tuple[str, Sequence[object]]]) -> Html:
+    """Names, and beside each what is to be said of it."""
+    rows = (f"<dt>{text(name)}</dt><dd>{' '.join(text(part) for part in parts)}</dd>" for name, parts in pairs)
+    return Html(f"<dl>{''.join(rows)}</dl>")
+
+
+def share(part: int, whole: int) -> Html:
+    """A part of a whole as a bar, with its percentage."""
+    percent = 100 * part // whole if whole else 0
+    return Html(f'<meter value="{part}" max="{whole}"></meter> {percent} %')
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table; one line saying so if it has no rows."""
+    """A table; one word if it has no rows."""
     body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
     if not body:
         return paragraph("none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -125,36 +125,39 @@ class _ProxyPages:
         """A page for people."""
         process = self._process
         links = ["/services", "/metrics", "/config", "/readyz", "/livez"]
-        parts = [*self._state(), *self._listeners()]
+        parts = [html.facts(self._state()), *self._listeners()]
         for service in process.services:
             parts += self._service(service)
         title = f"meshlocal proxy {meshlocal.__version__}"
         return Response(200, "text/html; charset=utf-8", html.page(title, links, parts))
 
-    def _state(self) -> Iterator[html.Html]:
+    def _state(self) -> Iterator[tuple[str, Sequence[object]]]:
         process, services, feed = self._process, self._process.services, self._process.feed.status
+        node = html.code(services.locality.node)
         if services.node_unknown:
-            node = html.bad("unknown: no instance counts as local. Set NODE_NAME, or proxy.node_name.")
+            yield "node", [html.bad("unknown: no instance counts as local. Set NODE_NAME, or proxy.node_name.")]
         elif services.node_unmatched:
-            node = html.Html(
-                html.code(services.locality.node) + " " + html.bad("no instance of any watched service is on it")
-            )
+            yield "node", [node, html.bad("no instance of any watched service is on it")]
         else:
-            node = html.code(services.locality.node)
-        yield html.paragraph("Node: ", node)
+            yield "node", [node]
         reason = process.readiness.reason
-        yield html.paragraph("State: ", html.bad(f"not ready: {reason}") if reason else html.good("ready"))
+        yield "state", [html.bad(f"not ready: {reason}") if reason else html.good("ready")]
         age = feed.age(trio.current_time())
-        told = "nothing heard yet" if age is None else f"what is known was current {age:.1f} s ago"
+        told = "nothing heard yet" if age is None else f"current {_time(age)} ago"
         if feed.stale:
             told += ", from the cache file: stale until discovery confirms it"
         state = html.good("connected") if feed.connected else html.bad(feed.problem or "not connected yet")
-        yield html.paragraph("Discovery: ", html.code(feed.source), " ", state, f", {told}")
+        yield "discovery", [html.code(feed.source), state]
+        yield "what is known", [told]
 
     def _listeners(self) -> Iterator[html.Html]:
         yield html.heading("Listeners")
         rows = (
-            (html.code(bound), listener.service, listener.accept_errors)
+            (
+                html.code(f"{listener.configured.scheme}://{bound}"),
+                listener.service or "each request's own, by its host",
+                listener.accept_errors,
+            )
             for listener in self._process.listeners.current
             for bound in listener.bound
         )
@@ -169,16 +172,25 @@ class _ProxyPages:
         if picker.snapshot.unknown:
             yield html.paragraph(html.bad("no registry knows it: requests are refused"))
         statistics = service.statistics
-        yield html.paragraph(
-            f"Open connections: {statistics.open}. Waiting: {statistics.connecting}. ",
-            html.link(f"/explain?service={quote(service.key)}", "the next request's plan"),
+        first = picker.selector.tiers[0]
+        total = sum(statistics.requests.values())
+        near = sum(count for (tier, _, _), count in statistics.requests.items() if tier == first)
+        sizes = ", ".join(f"{size} in tier {tier}" for tier, size in picker.tier_sizes().items())
+        yield html.facts(
+            [
+                ("same " + first, [html.share(near, total), f"of {total} requests"] if total else ["no request yet"]),
+                ("now", [f"{statistics.open} connections open, {statistics.connecting} clients waiting"]),
+                ("usable", [sizes, html.link(f"/explain?service={quote(service.key)}", "the next request's plan")]),
+            ]
         )
-        yield html.table(("Requests to tier", "Why not the first", "Outcome", "Count"), _request_rows(service))
+        if total:
+            yield html.table(("Requests to tier", "Why not the first", "Outcome", "Count"), _request_rows(service))
         left_out = {instance.key: why for instance, why in picker.left_out()}
         instances = sorted(picker.snapshot.instances.values(), key=lambda each: (picker.selector.tier(each), each.key))
-        yield html.paragraph(
-            f"Instances: {len(instances)}" + (f", the first {_SHOWN} of them" * (len(instances) > _SHOWN))
-        )
+        if len(instances) > _SHOWN:
+            yield html.paragraph(f"The first {_SHOWN} of {len(instances)} instances; /services has all:")
+        if not instances:
+            return
         names = picker.selector.tiers
         now = trio.current_time()
         yield html.table(
@@ -207,6 +219,27 @@ def _health(service: ServiceState, instance: Instance, now: float) -> object:
     )
 
 
+def _why(reason: str) -> object:
+    if not reason:
+        return None
+    words = {
+        "node_unknown": "the proxy does not know its own",
+        "no_local": "there was no usable instance in it",
+        "local_failed": "its instances failed",
+        "local_ejected": "its instances were ejected for failing",
+        "spill": "its instances had enough to do",
+    }.get(reason)
+    return html.Html(html.code(reason) + (f" {html.text(words)}" if words else ""))
+
+
+def _time(seconds: float) -> str:
+    """A time span in the unit that suits it."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def _request_rows(service: ServiceState) -> Iterable[tuple[object, ...]]:
     counts: Counter[tuple[str, str, str]] = Counter(service.statistics.requests)
-    return ((tier or None, reason or None, outcome, count) for (tier, reason, outcome), count in sorted(counts.items()))
+    return ((tier or None, _why(reason), outcome, count) for (tier, reason, outcome), count in sorted(counts.items()))
