@@ -1,7 +1,7 @@
 """The proxy's composition root: the nursery tree, from start to drain (behaviour rules L5, S1, S2).
 
     lifetime nursery      feed (discovery watch, or hub and file source) · admin server ·
-                          health checks · idle sweep · signals
+                          health checks · gentle return · idle sweep · signals
       connections nursery   one task per client connection
         acceptors nursery     one task per listening socket
 
@@ -78,6 +78,7 @@ class ProxyProcess:
         self._lifetime: trio.Nursery | None = None
         self._rng = rng
         self._checking = False
+        self._returning = False
         self._serve_http(proxy)
         self.cache = self._open_cache(proxy)
         held = self.cache.load() if self.cache is not None else []
@@ -135,6 +136,16 @@ class ProxyProcess:
         self._checking = True
         lifetime.start_soon(HealthChecks(self.services, self._rng).run)
 
+    def _return_connections(self, lifetime: trio.Nursery, config: ProxyConfig) -> None:
+        """Send long-lived connections back from now on, once there is a service that wants it (F2)."""
+        if self._returning or all(service.failback is None for service in config.services.values()):
+            return
+        # Imported here, likewise.
+        from meshlocal.proxy.returning import Returning
+
+        self._returning = True
+        lifetime.start_soon(Returning(self.services, self.forwarder, self._rng).run)
+
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status, 0 if no connection was cut.
 
@@ -163,6 +174,7 @@ class ProxyProcess:
                 lifetime.start_soon(self.feed.run)
                 lifetime.start_soon(self.forwarder.sweep_idle)
                 self._check_health(lifetime, config)
+                self._return_connections(lifetime, config)
                 if admin_sockets:
                     await lifetime.start(admin.serve, admin_sockets)
                 lifetime.start_soon(self._become_ready, [format_address(sock.getsockname()) for sock in admin_sockets])
@@ -237,6 +249,7 @@ class ProxyProcess:
         self._serve_http(proxy)
         if self._lifetime is not None:
             self._check_health(self._lifetime, proxy)
+            self._return_connections(self._lifetime, proxy)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
         self._follow(self.services.keys)

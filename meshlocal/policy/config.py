@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
-from meshlocal.policy.config_health import EjectionConfig, HealthCheckConfig, LimitsConfig
+from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status
 from meshlocal.policy.model import NODE, ServiceKey
@@ -135,6 +135,10 @@ class ServiceConfig(Section, frozen=True):
         HealthCheckConfig | None, Meta(description="How its instances are checked; null: not at all (H3).")
     ] = None
     limits: Annotated[LimitsConfig, Meta(description="How much of it is taken on at once.")] = LimitsConfig()
+    failback: Annotated[
+        FailbackConfig | None,
+        Meta(description="How tcp connections to other nodes end once the local tier is back; null: they stay (F2)."),
+    ] = None
     spill: Annotated[
         Count | None,
         Meta(

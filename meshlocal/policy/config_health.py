@@ -58,3 +58,18 @@ class HealthCheckConfig(Section, frozen=True):
     service: Annotated[
         Name | None, Meta(description="grpc: the service to ask about, by its full name; null: the whole server.")
     ] = None
+
+
+class FailbackConfig(Section, frozen=True):
+    """How tcp connections to other nodes end once the local tier is back, so that their clients come back (F2)."""
+
+    after: Annotated[
+        Seconds,
+        Meta(description="Seconds for which the local tier must be fit first; up to half as much again by chance."),
+    ] = 30.0
+    interval: Annotated[
+        Seconds, Meta(description="Seconds between two connections that are ended, give or take a half.")
+    ] = 1.0
+    quiet: Annotated[Seconds, Meta(description="Seconds for which a connection must have been silent to be ended.")] = (
+        1.0
+    )
