@@ -10,14 +10,17 @@ lets calls end within the drain's time, then cancels the lifetime nursery.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
 import trio
 
 from meshlocal.admin.server import AdminServer
+from meshlocal.app.discovery_access import DiscoveryAccess
 from meshlocal.app.discovery_pages import discovery_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
@@ -27,17 +30,20 @@ from meshlocal.discovery.service import DiscoveryService
 from meshlocal.net.grpc.health import HealthStatus
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.reflection import Reflection
-from meshlocal.net.grpc.server import GrpcServer
+from meshlocal.net.grpc.server import GrpcServer, Routes
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
-from meshlocal.policy.config import Config
+from meshlocal.policy.addresses import SocketAddress
+from meshlocal.policy.config import Config, DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.wire.discovery_methods import SERVICE_NAME
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
+
+    from meshlocal.discovery.websocket import WebSocketServer
 
 _log = get_log(__name__)
 
@@ -65,9 +71,12 @@ class DiscoveryProcess:
         config = self.config.discovery
         self.hub = Hub(make_sources(config, rng, environment), rng)
         self.service = DiscoveryService(self.hub, config.heartbeat_interval)
+        self.websocket_sockets: list[socket.socket] = []
         self.health = HealthStatus()
         self._set_health(serving=False)
-        handlers = {**self.service.handlers(), **self.health.handlers()}
+        self.access = DiscoveryAccess(config)
+        guarded = self.access.guard(self.service.handlers())
+        handlers = {**guarded, **self.health.handlers()}
         names = sorted({method.service for method in handlers})
         self.server = GrpcServer(
             {**handlers, **Reflection(names).handlers()},
@@ -77,6 +86,7 @@ class DiscoveryProcess:
                 stall_timeout=config.keepalive_interval,
             ),
         )
+        self.websocket = _websocket_server(config, guarded) if config.websocket_bind else None
         self.readiness = Readiness("waiting for the sources")
         self.stop = Stop()
 
@@ -85,7 +95,7 @@ class DiscoveryProcess:
         # Imported here, as prometheus_client is large: see meshlocal.admin.metrics_page.
         from meshlocal.app.discovery_metrics import DiscoveryCollector
 
-        return [DiscoveryCollector(self.hub, self.service, self.server, self.readiness)]
+        return [DiscoveryCollector(self.hub, self.service, self.server, self.readiness, self.websocket)]
 
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status.
@@ -95,23 +105,28 @@ class DiscoveryProcess:
         """
         config = self.config.discovery
         with ExitStack() as opened:
-            admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
-            for sock in admin_sockets:
-                opened.callback(close, sock)
-            sockets = []
-            for address in config.bind:
-                for sock in open_tcp_listeners(address.host, address.port):
-                    opened.callback(close, sock)
-                    sockets.append(sock)
-            bound = [f"grpc://{format_address(sock.getsockname())}" for sock in sockets]
-            bound += [f"admin=http://{format_address(sock.getsockname())}" for sock in admin_sockets]
+            admin_sockets = _listen(opened, [] if config.admin is None else [config.admin])
+            sockets = _listen(opened, config.bind)
+            self.websocket_sockets = _listen(opened, config.websocket_bind)
+            bound = [
+                f"{scheme}://{format_address(sock.getsockname())}"
+                for scheme, group in (
+                    ("grpcs" if self.access.tls else "grpc", sockets),
+                    ("wss" if self.access.tls else "ws", self.websocket_sockets),
+                    ("admin=http", admin_sockets),
+                )
+                for sock in group
+            ]
             admin = AdminServer(discovery_routes(self))
             async with trio.open_nursery() as lifetime:
                 await lifetime.start(handle_signals, self.stop, self.reload)
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
                     await lifetime.start(admin.serve, admin_sockets)
-                await lifetime.start(self.server.serve, sockets)
+                await lifetime.start(partial(self.server.serve, sockets, ssl_context=self.access.context()))
+                if self.websocket is not None:
+                    serve = partial(self.websocket.serve, self.websocket_sockets, ssl_context=self.access.context())
+                    await lifetime.start(serve)
                 lifetime.start_soon(self._become_ready)
                 lifetime.start_soon(self._announce, bound)
                 await self.stop.requested.wait()
@@ -141,10 +156,14 @@ class DiscoveryProcess:
         notify_service_manager(self._environment, "STOPPING=1")
         with trio.move_on_after(drain.delay):
             await self.stop.now.wait()
+        if self.websocket is not None:
+            self.websocket.draining = True
         self.service.drain()
         with trio.move_on_after(drain.timeout):
             async with trio.open_nursery() as draining:
                 draining.start_soon(cancel_when_set, self.stop.now, draining.cancel_scope)
+                if self.websocket is not None:
+                    await self.websocket.drain()
                 await self.server.drain()
                 draining.cancel_scope.cancel()
 
@@ -154,9 +173,13 @@ class DiscoveryProcess:
             self.health.set(name, status)
 
     def reload(self) -> None:
-        """Read the configuration again (S2). Only logging can change; sources watch themselves."""
+        """Read the configuration again (S2), and the files of certificates and tokens.
+
+        Of the configuration only logging can change; sources watch themselves.
+        """
         try:
             config = self._load()
+            self.access.reload()
         except ConfigError as error:
             for problem in error.problems:
                 _log.error("config not applied", problem=str(problem))
@@ -167,6 +190,28 @@ class DiscoveryProcess:
         self.config = config
         configure_logging(config.log.level, config.log.format)
         _log.info("config applied")
+
+
+def _listen(opened: ExitStack, addresses: Sequence[SocketAddress]) -> list[socket.socket]:
+    sockets = []
+    for address in addresses:
+        for sock in open_tcp_listeners(address.host, address.port):
+            opened.callback(close, sock)
+            sockets.append(sock)
+    return sockets
+
+
+def _websocket_server(config: DiscoveryServerConfig, handlers: Routes) -> WebSocketServer:
+    # Imported here: a server without WebSocket has no use for it.
+    from meshlocal.discovery.websocket import WebSocketOptions, WebSocketServer
+
+    options = WebSocketOptions(
+        keepalive_interval=config.keepalive_interval,
+        keepalive_timeout=config.keepalive_timeout,
+        stall_timeout=config.keepalive_interval,
+        origins=config.websocket_origins,
+    )
+    return WebSocketServer(handlers, options)
 
 
 def run_discovery(load: Callable[[], Config]) -> int:

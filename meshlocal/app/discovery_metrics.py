@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -15,21 +16,34 @@ from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import source_details
 from meshlocal.net.grpc.server import GrpcServer
 
+if TYPE_CHECKING:
+    from meshlocal.discovery.websocket import WebSocketServer
+
 
 class DiscoveryCollector(Collector):
     """Everything that a running discovery server counts."""
 
-    def __init__(self, hub: Hub, service: DiscoveryService, server: GrpcServer, readiness: Readiness) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        service: DiscoveryService,
+        server: GrpcServer,
+        readiness: Readiness,
+        websocket: WebSocketServer | None = None,
+    ) -> None:
         self._hub = hub
         self._service = service
         self._server = server
         self._readiness = readiness
+        self._websocket = websocket
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
         yield gauge("meshlocal_build_info", "The version, as a label.", 1, version=meshlocal.__version__)
         yield gauge("meshlocal_ready", "1 while the process may be sent work.", self._readiness.ready)
         yield gauge("meshlocal_grpc_connections_open", "gRPC connections.", self._server.connections)
+        connections = self._websocket.connections if self._websocket is not None else 0
+        yield gauge("meshlocal_websocket_connections_open", "WebSocket connections.", connections)
         yield gauge("meshlocal_watchers", "Watches under way.", self._hub.watcher_count)
         yield _counter("meshlocal_changes", "Changes of a service's instances.", self._hub.changes)
         yield _counter("meshlocal_events_sent", "Events sent to watchers.", self._service.events_sent)

@@ -28,7 +28,20 @@ def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route]:
         "/metrics": metrics_route(process.collectors),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": lambda request: _services(process.hub, request),
+        "/watch": lambda request: _watch(process),
     }
+
+
+def _watch(process: DiscoveryProcess) -> Response:
+    from meshlocal.app.watch_page import watch_page  # here: few ever look at it
+
+    port = process.websocket_sockets[0].getsockname()[1] if process.websocket_sockets else None
+    names = [snapshot.service for snapshot in process.hub.snapshots()]
+    title = f"meshlocal discovery {meshlocal.__version__}: watch"
+    token = process.config.discovery.tokens_file is not None
+    return Response(
+        200, "text/html; charset=utf-8", watch_page(title, port, names, tls=process.access.tls, token=token)
+    )
 
 
 def _readyz(process: DiscoveryProcess) -> Response:
@@ -77,7 +90,7 @@ def _overview(process: DiscoveryProcess) -> Response:
         html.table(("Service", "Instances", "Version"), services),
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
-    links = ["/services", "/metrics", "/config", "/readyz", "/livez"]
+    links = ["/watch", "/services", "/metrics", "/config", "/readyz", "/livez"]
     return Response(200, "text/html; charset=utf-8", html.page(title, links, parts))
 
 

@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import trio
 
+from meshlocal.client.link import Link, LinkOptions, open_link
 from meshlocal.discovery.file_source import FileSource
-from meshlocal.net.grpc.client import Channel, open_channel
-from meshlocal.net.grpc.options import GrpcOptions
-from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import CLUSTER, ZONE, Instance, ModelError, ServiceKey, ServiceSnapshot, index, known
 from meshlocal.wire.discovery_codec import snapshot_from_message
 from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_ZONES
@@ -22,7 +21,6 @@ from meshlocal.wire.pb import discovery_pb2 as pb
 TIMEOUT = 5.0
 """Seconds that one server may take to answer."""
 
-_OPTIONS = GrpcOptions(max_message_size=64 * 2**20)
 T = TypeVar("T")
 
 
@@ -30,73 +28,73 @@ class QueryError(Exception):
     """Nobody could answer, or the answer is no. Its text is for the user."""
 
 
-def list_services(urls: Sequence[DiscoveryUrl]) -> list[dict[str, Any]]:
+def list_services(discovery: DiscoveryClientConfig) -> list[dict[str, Any]]:
     """Each service's name and number of instances.
 
     Raises:
         QueryError: nobody could answer.
     """
-    if (content := _read_file(urls)) is not None:
+    if (content := _read_file(discovery)) is not None:
         return [{"name": name, "instances": len(listed)} for name, listed in sorted(content.services.items())]
 
-    async def ask(channel: Channel) -> list[dict[str, Any]]:
-        answer = await channel.unary(LIST_SERVICES, pb.ListServicesRequest())
+    async def ask(link: Link) -> list[dict[str, Any]]:
+        answer = await link.unary(LIST_SERVICES, pb.ListServicesRequest())
         return [{"name": service.name, "instances": service.instances} for service in answer.services]
 
-    return _ask(urls, ask)
+    return _ask(discovery, ask)
 
 
-def list_zones(urls: Sequence[DiscoveryUrl]) -> list[dict[str, Any]]:
+def list_zones(discovery: DiscoveryClientConfig) -> list[dict[str, Any]]:
     """Each zone's name.
 
     Raises:
         QueryError: nobody could answer.
     """
-    if (content := _read_file(urls)) is not None:
+    if (content := _read_file(discovery)) is not None:
         return [{"name": name} for name in sorted({known(each.labels.get(ZONE)) for each in _all(content)} - {""})]
 
-    async def ask(channel: Channel) -> list[dict[str, Any]]:
-        answer = await channel.unary(LIST_ZONES, pb.ListZonesRequest())
+    async def ask(link: Link) -> list[dict[str, Any]]:
+        answer = await link.unary(LIST_ZONES, pb.ListZonesRequest())
         return [{"name": zone.name} for zone in answer.zones]
 
-    return _ask(urls, ask)
+    return _ask(discovery, ask)
 
 
-def list_clusters(urls: Sequence[DiscoveryUrl]) -> list[dict[str, Any]]:
+def list_clusters(discovery: DiscoveryClientConfig) -> list[dict[str, Any]]:
     """Each cluster's name and zone.
 
     Raises:
         QueryError: nobody could answer.
     """
-    if (content := _read_file(urls)) is not None:
+    if (content := _read_file(discovery)) is not None:
         pairs = {(known(each.labels.get(CLUSTER)), known(each.labels.get(ZONE))) for each in _all(content)}
         return [{"name": name, "zone": zone or None} for name, zone in sorted(pairs) if name]
 
-    async def ask(channel: Channel) -> list[dict[str, Any]]:
-        answer = await channel.unary(LIST_CLUSTERS, pb.ListClustersRequest())
+    async def ask(link: Link) -> list[dict[str, Any]]:
+        answer = await link.unary(LIST_CLUSTERS, pb.ListClustersRequest())
         return [{"name": cluster.name, "zone": cluster.zone or None} for cluster in answer.clusters]
 
-    return _ask(urls, ask)
+    return _ask(discovery, ask)
 
 
-def fetch_instances(urls: Sequence[DiscoveryUrl], service: ServiceKey) -> ServiceSnapshot:
+def fetch_instances(discovery: DiscoveryClientConfig, service: ServiceKey) -> ServiceSnapshot:
     """The service's instances now.
 
     Raises:
         QueryError: nobody could answer, or no registry knows the service.
     """
-    if (content := _read_file(urls)) is not None:
+    if (content := _read_file(discovery)) is not None:
         listed = content.services.get(service)
         if listed is None:
-            raise QueryError(f"{urls[0]} knows no service {service!r}{_those_known(list(content.services))}")
+            raise QueryError(f"{discovery.urls[0]} knows no service {service!r}{_those_known(list(content.services))}")
         return ServiceSnapshot(service, "", index(listed))
 
-    async def ask(channel: Channel) -> ServiceSnapshot:
-        answer = await channel.unary(LIST_INSTANCES, pb.ListInstancesRequest(service=service))
+    async def ask(link: Link) -> ServiceSnapshot:
+        answer = await link.unary(LIST_INSTANCES, pb.ListInstancesRequest(service=service))
         message = pb.ServiceSnapshot(service=service, version=answer.version, instances=answer.instances)
         return snapshot_from_message(message, _refuse)
 
-    return _ask(urls, ask)
+    return _ask(discovery, ask)
 
 
 def _refuse(service: ServiceKey, error: ModelError) -> None:
@@ -112,30 +110,32 @@ def _all(content: InstancesFile) -> list[Instance]:
     return [instance for listed in content.services.values() for instance in listed]
 
 
-def _read_file(urls: Sequence[DiscoveryUrl]) -> InstancesFile | None:
-    if urls[0].scheme != "file":
+def _read_file(discovery: DiscoveryClientConfig) -> InstancesFile | None:
+    if discovery.urls[0].scheme != "file":
         return None
     try:
-        return FileSource(Path(urls[0].path)).load()
+        return FileSource(Path(discovery.urls[0].path)).load()
     except InstancesFileError as error:
         raise QueryError(str(error)) from None
 
 
-def _ask(urls: Sequence[DiscoveryUrl], question: Callable[[Channel], Awaitable[T]]) -> T:
+def _ask(discovery: DiscoveryClientConfig, question: Callable[[Link], Awaitable[T]]) -> T:
     """The first server's answer that is one. A server that answers `no` has answered."""
+
+    options = LinkOptions(connect_timeout=TIMEOUT, ca_file=discovery.ca_file, token_file=discovery.token_file)
 
     async def ask_each() -> T:
         problems = []
-        for url in urls:
+        for url in discovery.urls:
             try:
                 with trio.fail_after(TIMEOUT):
-                    async with open_channel(url.host, url.port, options=_OPTIONS) as channel:
-                        return await question(channel)
+                    async with open_link(url, options) as link:
+                        return await question(link)
             except GrpcError as error:
                 if error.code not in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
                     raise QueryError(f"{url}: {error.message or error.code.name}") from None
                 problems.append(f"cannot reach discovery {url}: {error.message or error.code.name}")
-            except trio.TooSlowError:
+            except (trio.TooSlowError, TimeoutError):
                 problems.append(f"cannot reach discovery {url}: no answer within {TIMEOUT:g} s")
         raise QueryError("\n".join(problems))
 

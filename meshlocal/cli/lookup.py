@@ -30,14 +30,14 @@ def get(what: str, service: str | None, config: ProxyConfig, *, as_json: bool) -
     Raises:
         QueryError: nobody could answer.
     """
-    urls = config.discovery.urls
+    discovery = config.discovery
     if what in _LISTS:
-        rows = _LISTS[what](urls)
+        rows = _LISTS[what](discovery)
         if as_json:
             return _json(rows)
         header = {"services": ("NAME", "INSTANCES"), "zones": ("NAME",), "clusters": ("NAME", "ZONE")}[what]
         return table(header, (list(row.values()) for row in rows))
-    snapshot = fetch_instances(urls, _service_key(service or "", config))
+    snapshot = fetch_instances(discovery, _service_key(service or "", config))
     instances = [instance_view(snapshot.instances[key]) for key in sorted(snapshot.instances)]
     if as_json:
         return _json({"service": snapshot.service, "version": snapshot.version or None, "instances": instances})
@@ -65,7 +65,7 @@ def explain(service: str, config: ProxyConfig, *, as_json: bool) -> str:
         QueryError: nobody could answer.
     """
     key = _service_key(service, config)
-    snapshot = fetch_instances(config.discovery.urls, key)
+    snapshot = fetch_instances(config.discovery, key)
     picker = Picker.build(Selector(locality_of(config), config.service(key).port_name), snapshot)
     view = explain_view(picker, Cursors(Random()))
     if as_json:

@@ -46,7 +46,11 @@ _place_options = _options(
     click.option("--namespace", help="The namespace that a service name without a dot belongs to."),
 )
 _discovery_option = click.option(
-    "--discovery", "urls", multiple=True, metavar="URL", help="grpc://HOST:PORT (several: tried in turn) or file:PATH."
+    "--discovery",
+    "urls",
+    multiple=True,
+    metavar="URL",
+    help="file:PATH, or grpc://HOST:PORT (grpcs, ws, wss too; several: tried in turn).",
 )
 _output_option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="For people, or for machines."
@@ -100,6 +104,7 @@ def proxy(
 
 @cli.command()
 @click.option("--bind", multiple=True, metavar="HOST:PORT", help="Where to listen. [127.0.0.1:7070]")
+@click.option("--websocket-bind", multiple=True, metavar="HOST:PORT", help="Where to serve WebSocket. [nowhere]")
 @click.option("--source", "sources", multiple=True, metavar="URL", help="A registry: file:PATH or kubernetes:.")
 @click.option("--zone", help="The label zone of instances that come without one.")
 @click.option("--cluster", help="The label cluster of instances that come without one.")
@@ -108,6 +113,7 @@ def proxy(
 @_log_options
 def discovery(
     bind: tuple[str, ...],
+    websocket_bind: tuple[str, ...],
     sources: tuple[str, ...],
     zone: str | None,
     cluster: str | None,
@@ -122,6 +128,7 @@ def discovery(
 
     flags = {
         "discovery.bind": bind,
+        "discovery.websocket_bind": websocket_bind,
         "discovery.sources": sources,
         "discovery.zone": zone,
         "discovery.cluster": cluster,

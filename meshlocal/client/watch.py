@@ -17,14 +17,12 @@ import anyio
 import msgspec
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
-from meshlocal.net.grpc.client import Channel, open_channel
-from meshlocal.net.grpc.options import GrpcOptions
+from meshlocal.client.link import Link, LinkOptions, open_link
 from meshlocal.net.log import get_log
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceKey, ServiceSnapshot, apply
 from meshlocal.wire.discovery_codec import change_from_message, snapshot_from_message
-from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
@@ -41,13 +39,26 @@ MAX_EVENT_SIZE = 64 * 2**20
 
 
 class WatchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Times of a watch, in seconds."""
+    """How servers are reached, and reached again; times in seconds."""
 
     connect_timeout: float = 3.0
     keepalive_interval: float = 10.0
     keepalive_timeout: float = 5.0
     backoff_initial: float = 0.2
     backoff_max: float = 15.0
+    ca_file: str | None = None
+    token_file: str | None = None
+
+    def link(self) -> LinkOptions:
+        """What a connection to one of them goes by."""
+        return LinkOptions(
+            connect_timeout=self.connect_timeout,
+            keepalive_interval=self.keepalive_interval,
+            keepalive_timeout=self.keepalive_timeout,
+            max_message_size=MAX_EVENT_SIZE,
+            ca_file=self.ca_file,
+            token_file=self.token_file,
+        )
 
 
 class DiscoveryWatch:
@@ -143,24 +154,15 @@ class DiscoveryWatch:
         self.status.reconnects += 1
 
     async def _watch_server(self, url: DiscoveryUrl) -> None:
-        options = self._options
-        grpc_options = GrpcOptions(
-            keepalive_interval=options.keepalive_interval,
-            keepalive_timeout=options.keepalive_timeout,
-            max_message_size=MAX_EVENT_SIZE,
-        )
-        with anyio.CancelScope() as connecting:
-            self._server_scope = connecting
-            connecting.deadline = anyio.current_time() + options.connect_timeout
-            async with open_channel(url.host, url.port, options=grpc_options) as channel:
-                connecting.deadline = float("inf")
-                while await self._watch_once(channel, url):
-                    pass
-        self._server_scope = None
-        if connecting.cancelled_caught and not self._refreshing:
-            raise TimeoutError
+        with anyio.CancelScope() as self._server_scope:
+            try:
+                async with open_link(url, self._options.link()) as link:
+                    while await self._watch_once(link, url):
+                        pass
+            finally:
+                self._server_scope = None
 
-    async def _watch_once(self, channel: Channel, url: DiscoveryUrl) -> bool:
+    async def _watch_once(self, link: Link, url: DiscoveryUrl) -> bool:
         """One stream, until it ends; true if it ended because other services are to be followed."""
         self._followed = anyio.Event()
         if not self._services:
@@ -169,12 +171,12 @@ class DiscoveryWatch:
         with anyio.CancelScope() as scope:
             self._stream_scope = scope
             try:
-                await self._follow_stream(channel, url)
+                await self._follow_stream(link, url)
             finally:
                 self._stream_scope = None
         return scope.cancelled_caught
 
-    async def _follow_stream(self, channel: Channel, url: DiscoveryUrl) -> None:
+    async def _follow_stream(self, link: Link, url: DiscoveryUrl) -> None:
         request = pb.WatchInstancesRequest(
             subscriptions=[
                 pb.Subscription(service=service, version=held.version if (held := self._held.get(service)) else "")
@@ -182,13 +184,10 @@ class DiscoveryWatch:
             ]
         )
         limit = FIRST_EVENT_LIMIT
-        async with channel.call(WATCH_INSTANCES) as call:
-            with anyio.fail_after(limit):
-                await call.send(request)
-                await call.end()
+        async with link.watch(request) as events:
             while True:
                 with anyio.fail_after(limit):
-                    event = await call.receive()
+                    event = await events.receive()
                 if event is None:
                     return
                 limit = self._take(event, limit)

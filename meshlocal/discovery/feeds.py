@@ -44,5 +44,7 @@ def make_feed(
         keepalive_timeout=config.keepalive_timeout,
         backoff_initial=config.backoff_initial,
         backoff_max=config.backoff_max,
+        ca_file=config.ca_file,
+        token_file=config.token_file,
     )
     return DiscoveryWatch(urls, services, sink, rng, options, held)

@@ -17,7 +17,7 @@ from meshlocal.policy.problems import quote
 _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _PORT = re.compile(r"[0-9]{1,5}")
-_LATER_DISCOVERY = ("grpcs", "ws", "wss")
+_SERVER_SCHEMES = ("grpc", "grpcs", "ws", "wss")
 _LATER_SOURCES = ("etcd", "dns")
 
 
@@ -96,7 +96,8 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
     """Where instances come from.
 
     Attributes:
-        scheme: `grpc` (a discovery server) or `file` (an instances file, read by this process).
+        scheme: `grpc`, `grpcs` (over TLS), `ws` or `wss` (a discovery server), or `file` (an instances file, read by
+            this process).
         host: an IP address without brackets, or a DNS name; empty for a file.
         port: 1 to 65535; 0 for a file.
         path: the file's path as it was written; empty for a server.
@@ -117,27 +118,25 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> DiscoveryUrl:
-        """Read `grpc://HOST:PORT` or `file:PATH`.
+        """Read `grpc://HOST:PORT`, likewise with `grpcs`, `ws` or `wss`, or `file:PATH`.
 
         Raises:
             AddressError: it is written otherwise.
         """
-        forms = "grpc://HOST:PORT or file:PATH"
+        forms = "grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH"
         match = _SCHEME.fullmatch(text)
         if match is None:
             raise AddressError(f"expected {forms}, got {quote(text)}")
         scheme = match[1].lower()
         if scheme == "file":
             return cls("file", path=_file_path(match[2]))
-        if scheme in _LATER_DISCOVERY:
-            raise AddressError(f"{scheme}:// is not supported by this version; expected {forms}")
-        if scheme != "grpc" or not match[2].startswith("//"):
+        if scheme not in _SERVER_SCHEMES or not match[2].startswith("//"):
             # `localhost:7070` looks like a scheme too.
             raise AddressError(f"expected {forms}, got {quote(text)}")
-        host, port = _split_host_port(match[2][2:].removesuffix("/"), "grpc://HOST:PORT")
+        host, port = _split_host_port(match[2][2:].removesuffix("/"), f"{scheme}://HOST:PORT")
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
-        return cls("grpc", _check_host(host), port)
+        return cls(scheme, _check_host(host), port)
 
 
 class SourceUrl(msgspec.Struct, frozen=True):

@@ -112,9 +112,15 @@ def _check_server(server: DiscoveryServerConfig) -> Iterator[Finding]:
     sockets: list[tuple[KeyPath, SocketAddress]] = [
         ((at, "bind", position), address) for position, address in enumerate(server.bind)
     ]
+    sockets += [((at, "websocket_bind", position), address) for position, address in enumerate(server.websocket_bind)]
     if server.admin is not None:
         sockets.append(((at, "admin"), server.admin))
     yield from _check_sockets(sockets)
+    if (server.tls_certificate_file is None) != (server.tls_key_file is None):
+        missing, given = "tls_key_file", "tls_certificate_file"
+        if server.tls_certificate_file is None:
+            missing, given = given, missing
+        yield (at, given), f"takes discovery.{missing} too"
 
 
 def _check_repeated(path: KeyPath, values: Sequence[object]) -> Iterator[Finding]:

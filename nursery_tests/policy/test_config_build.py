@@ -40,6 +40,8 @@ FULL: dict[str, Any] = {
             "keepalive_timeout": 3,
             "backoff_initial": 0.5,
             "backoff_max": 6,
+            "ca_file": "/etc/ca.pem",
+            "token_file": "/run/token",
             "cache_file": "/var/lib/meshlocal/snapshots",
         },
         "listen": ["tcp://127.0.0.1:15001=b", "tcp://[::1]:0=c", "tcp://[::1]:0=d"],
@@ -94,6 +96,11 @@ FULL: dict[str, Any] = {
     },
     "discovery": {
         "bind": ["127.0.0.1:7070", "[::1]:7070"],
+        "websocket_bind": ["127.0.0.1:7071"],
+        "websocket_origins": ["https://ops.example"],
+        "tls_certificate_file": "cert.pem",
+        "tls_key_file": "key.pem",
+        "tokens_file": "tokens",
         "sources": ["file:instances.yaml"],
         "zone": "z1",
         "cluster": "c1",
@@ -135,6 +142,8 @@ def test_every_key() -> None:
                 keepalive_timeout=3.0,
                 backoff_initial=0.5,
                 backoff_max=6.0,
+                ca_file="/etc/ca.pem",
+                token_file="/run/token",
                 cache_file="/var/lib/meshlocal/snapshots",
             ),
             listen=(
@@ -193,6 +202,11 @@ def test_every_key() -> None:
         ),
         discovery=DiscoveryServerConfig(
             bind=(SocketAddress("127.0.0.1", 7070), SocketAddress("::1", 7070)),
+            websocket_bind=(SocketAddress("127.0.0.1", 7071),),
+            websocket_origins=("https://ops.example",),
+            tls_certificate_file="cert.pem",
+            tls_key_file="key.pem",
+            tokens_file="tokens",
             sources=(SourceUrl("file", "instances.yaml"),),
             zone="z1",
             cluster="c1",
@@ -272,8 +286,20 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             "proxy.discovery.urls[1]: 'grpc://h:1' is already proxy.discovery.urls[0]",
         ),
         (
-            {"proxy": {"discovery": {"urls": ["ws://h:1"]}}},
-            "proxy.discovery.urls[0]: ws:// is not supported by this version; expected grpc://HOST:PORT or file:PATH",
+            {"proxy": {"discovery": {"urls": ["http://h:1"]}}},
+            "proxy.discovery.urls[0]: expected grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH, got 'http://h:1'",
+        ),
+        (
+            {"discovery": {"tls_key_file": "key.pem"}},
+            "discovery.tls_key_file: takes discovery.tls_certificate_file too",
+        ),
+        (
+            {"discovery": {"tls_certificate_file": "cert.pem"}},
+            "discovery.tls_certificate_file: takes discovery.tls_key_file too",
+        ),
+        (
+            {"discovery": {"bind": ["127.0.0.1:1"], "websocket_bind": ["127.0.0.1:1"]}},
+            "discovery.websocket_bind[0]: 127.0.0.1:1 is already the address of discovery.bind[0]",
         ),
         (
             {"proxy": {"discovery": {"backoff_initial": 20}}},
