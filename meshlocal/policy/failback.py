@@ -1,9 +1,9 @@
 """When to send one more long-lived connection back to the local tier (behaviour rule F2).
 
 Theory of operation. One `Failback` belongs to one service, and is asked every so often. It waits until the local tier
-has been fit for `after` seconds without a break, up to half as much again by chance; then it lets one connection go every
-`interval` seconds, between half and one and a half of that. So neither one proxy's connections nor those of a thousand
-proxies come back at once, and a local instance that flaps gets none of them.
+has been fit for `after` seconds without a break, up to half as much again by chance; then it lets one connection go
+every `interval` seconds, between half and one and a half of that. So neither one proxy's connections nor those of a
+thousand proxies come back at once, and a local instance that flaps gets none of them.
 """
 
 from __future__ import annotations

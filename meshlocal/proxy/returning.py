@@ -1,8 +1,9 @@
 """Gentle return: tcp connections to other nodes end, one by one, once the local tier is back (behaviour rule F2).
 
-Only new connections go back to the local tier by themselves (F1). One that stays open for days keeps the instance that
-it got in an outage. TCP has no way to ask a client to come again but to end its connection, so this is only for services
-whose clients bear that, and only connections that are silent are ended: those that were silent longest first.
+Only new connections go back to the local tier by themselves (F1). One that stays open for days keeps the instance
+that it got in an outage. TCP has no way to ask a client to come again but to end its connection, so this is only for
+services whose clients bear that, and only connections that are silent are ended: those that were silent longest
+first.
 """
 
 from __future__ import annotations
