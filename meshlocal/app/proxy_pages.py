@@ -229,7 +229,7 @@ def _why(reason: str) -> object:
         "local_ejected": "its instances were ejected for failing",
         "spill": "its instances had enough to do",
     }.get(reason)
-    return html.Html(html.code(reason) + (f" {html.text(words)}" if words else ""))
+    return html.Html(html.code(reason) + (f": {html.text(words)}" if words else ""))
 
 
 def _time(seconds: float) -> str:

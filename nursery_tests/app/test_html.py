@@ -1,0 +1,69 @@
+"""app/html: nothing that anybody sends becomes markup."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+
+from meshlocal.app import html
+
+HOSTILE = "<script>\"'&"
+ESCAPED = "&lt;script&gt;&quot;&#x27;&amp;"
+
+
+@pytest.mark.parametrize(
+    ("made", "markup"),
+    [
+        (html.text(HOSTILE), ESCAPED),
+        (html.good(HOSTILE), f'<span class="good">{ESCAPED}</span>'),
+        (html.bad(HOSTILE), f'<span class="bad">{ESCAPED}</span>'),
+        (html.code(HOSTILE), f"<code>{ESCAPED}</code>"),
+        (html.link(HOSTILE, HOSTILE), f'<a href="{ESCAPED}">{ESCAPED}</a>'),
+        (html.heading(HOSTILE), f"<h2>{ESCAPED}</h2>"),
+        (html.paragraph("a ", html.code(HOSTILE)), f"<p>a <code>{ESCAPED}</code></p>"),
+        (html.facts([(HOSTILE, [HOSTILE, 1])]), f"<dl><dt>{ESCAPED}</dt><dd>{ESCAPED} 1</dd></dl>"),
+    ],
+)
+def test_text_is_escaped_once(made: str, markup: str) -> None:
+    assert made == markup
+    assert html.text(made) == markup
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "&ndash;"), ("", "&ndash;"), (True, "yes"), (False, "no"), (0, "0"), (1.5, "1.5")]
+)
+def test_values(value: object, shown: str) -> None:
+    assert html.text(value) == shown
+
+
+def test_a_table_and_its_absence() -> None:
+    made = html.table(("A", "<B>"), [(1, HOSTILE)])
+    assert "<th>A</th><th>&lt;B&gt;</th>" in made
+    assert f"<td>1</td><td>{ESCAPED}</td>" in made
+    assert html.table(("A",), []) == "<p>none</p>"
+
+
+@pytest.mark.parametrize(("part", "whole", "percent"), [(0, 0, 0), (0, 7, 0), (5, 8, 62), (999, 1000, 99), (7, 7, 100)])
+def test_a_share_is_whole_only_if_nothing_is_missing(part: int, whole: int, percent: int) -> None:
+    assert html.share(part, whole).endswith(f" {percent} %")
+
+
+def test_a_page_is_well_formed() -> None:
+    class Checker(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag != "meta":
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    checker = Checker()
+    page = html.page(HOSTILE, ["/a", "/b"], [html.table(("A",), [(1,)]), html.facts([("x", ["y"])]), html.share(1, 2)])
+    checker.feed(page.decode())
+    assert checker.open == []
+    assert f"<title>{ESCAPED}</title>".encode() in page

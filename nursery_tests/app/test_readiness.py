@@ -1,0 +1,97 @@
+"""app/readiness and app/signals: what is said to whoever started the process, and the stages of stopping (S1, S2)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshlocal.app.readiness import Readiness, announce, notify_service_manager
+from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
+
+
+def test_readiness_is_never_regained_in_a_drain() -> None:
+    """S1."""
+    readiness = Readiness("waiting")
+    assert (readiness.ready, readiness.reason) == (False, "waiting")
+    readiness.set_ready()
+    assert (readiness.ready, readiness.reason) == (True, "")
+    readiness.drain()
+    readiness.set_ready()
+    assert (readiness.ready, readiness.reason) == (False, "draining")
+
+
+def test_the_line_is_flushed(capfd: pytest.CaptureFixture[str]) -> None:
+    announce("ready")
+    assert capfd.readouterr().out == "ready\n"
+
+
+def test_nobody_has_to_read_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        announce("ready")
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_is_told(tmp_path: Path, abstract: bool) -> None:
+    name = f"@meshlocal-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name[1:] if abstract else name)
+        manager.settimeout(10)
+        notify_service_manager({"NOTIFY_SOCKET": name}, "READY=1")
+        assert manager.recv(64) == b"READY=1"
+
+
+@pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "/nowhere/at/all"}])
+def test_without_a_service_manager_nothing_happens(environment: dict[str, str]) -> None:
+    notify_service_manager(environment, "READY=1")
+
+
+async def test_signals_drain_then_end_and_reload(nursery: trio.Nursery) -> None:
+    """S1, S2: a second signal of either kind ends it now; SIGHUP only reloads."""
+    stop = Stop()
+    reloads: list[bool] = []
+    reloaded = trio.Event()
+
+    def reload() -> None:
+        reloads.append(stop.requested.is_set())
+        reloaded.set()
+
+    await nursery.start(handle_signals, stop, reload)
+    with trio.fail_after(10):
+        signal.raise_signal(signal.SIGHUP)
+        await reloaded.wait()
+        assert not stop.requested.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        await stop.requested.wait()
+        assert not stop.now.is_set()
+        signal.raise_signal(signal.SIGINT)
+        await stop.now.wait()
+    assert reloads == [False]
+    nursery.cancel_scope.cancel()
+
+
+async def test_signals_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    async with trio.open_nursery() as inner:
+        await inner.start(handle_signals, Stop(), None)
+        inner.cancel_scope.cancel()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+
+
+async def test_a_scope_ends_with_its_event() -> None:
+    event = trio.Event()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as inner:
+            inner.start_soon(cancel_when_set, event, inner.cancel_scope)
+            event.set()
+            await trio.sleep_forever()
