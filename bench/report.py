@@ -76,5 +76,6 @@ def write(name: str, machine: Machine, figures: dict[str, Any], folder: Path | N
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    path.write_text(json.dumps({"benchmark": name, "at": at, "machine": machine, **figures}, indent=1) + "\n")
+    figures |= {"benchmark": name, "at": at, "machine": machine}
+    path.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"\nwrote {path}")
