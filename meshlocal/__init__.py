@@ -87,8 +87,8 @@ _MODULES = {
     "meshlocal.client.feed": "Feed FeedStatus SnapshotSink",
     "meshlocal.client.statistics": "AttemptOutcome Outcome RequestKey",
     "meshlocal.library.errors": (
-        "Attempt AttemptsFailedError DeadlineError LimitedError MeshClosedError MeshConfigError MeshError NoInstanceError"
-        " NotTrioError ServiceError TooManyServicesError"
+        "Attempt AttemptsFailedError DeadlineError LimitedError MeshClosedError MeshConfigError MeshError"
+        " NoInstanceError NotTrioError ServiceError TooManyServicesError"
     ),
     "meshlocal.library.mesh": "InstanceSource Mesh ServiceWatch open_mesh",
     "meshlocal.library.views": "MeshStatistics PlanStep ServicePlan ServiceStatistics",

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"]}
+EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"], "bench": ["bench"]}
 
 
 def compile_lock(name: str, source: str, extras: list[str], given: str | None = None) -> None:

@@ -27,6 +27,7 @@ from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.service import DiscoveryService
+from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.grpc.health import HealthStatus
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.reflection import Reflection
@@ -103,6 +104,7 @@ class DiscoveryProcess:
         Raises:
             ListenError: an address cannot be listened on.
         """
+        raise_limit()
         config = self.config.discovery
         with ExitStack() as opened:
             admin_sockets = _listen(opened, [] if config.admin is None else [config.admin])

@@ -12,7 +12,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 p { margin: .3rem 0; } .bad { color: var(--bad); font-weight: 600; } .good { color: var(--good); font-weight: 600; }
-table { border-collapse: collapse; width: 100%; margin-top: .7rem; } th, td { text-align: left; padding: .25rem .8rem .25rem 0; }
+table { border-collapse: collapse; width: 100%; margin-top: .7rem; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; }
 th { border-bottom: 1px solid var(--line); font-weight: 600; } td { border-bottom: 1px solid var(--soft); }
 code, td { font-variant-numeric: tabular-nums; } code { font-family: ui-monospace, monospace; font-size: .92em; }
 nav { margin-bottom: 1rem; } nav a { margin-right: 1rem; }

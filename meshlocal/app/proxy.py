@@ -28,6 +28,7 @@ from meshlocal.client.feed import Refreshable
 from meshlocal.client.place import locality_of
 from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
+from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import open_relay_loop
@@ -152,6 +153,7 @@ class ProxyProcess:
         Raises:
             ListenError: an address cannot be listened on.
         """
+        raise_limit()
         with ExitStack() as opened:
             opened.enter_context(open_relay_loop())
             config = self.config.proxy

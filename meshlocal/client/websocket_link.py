@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Generic
 
 import anyio
@@ -48,29 +48,31 @@ class WebSocketLink:
                 raise GrpcError(StatusCode.INTERNAL, "the server sent no response")
             return answer
 
-    @asynccontextmanager
-    async def _call(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[_Answers[Req, Resp]]:
-        options = self._options
-        websocket_options = WebSocketOptions(
-            max_message_size=options.max_message_size,
-            keepalive_interval=options.keepalive_interval,
-            keepalive_timeout=options.keepalive_timeout,
+    def _open(self, target: str) -> AbstractAsyncContextManager[WebSocket]:
+        options = WebSocketOptions(
+            max_message_size=self._options.max_message_size,
+            keepalive_interval=self._options.keepalive_interval,
+            keepalive_timeout=self._options.keepalive_timeout,
         )
+        return open_websocket(
+            self._url.host,
+            self._url.port,
+            target,
+            [wire.PROTO],
+            options=options,
+            ssl_context=self._ssl_context,
+            headers=self._headers,
+        )
+
+    @asynccontextmanager
+    async def _call(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[Answers[Req, Resp]]:
         with anyio.CancelScope() as connecting:
-            connecting.deadline = anyio.current_time() + options.connect_timeout
+            connecting.deadline = anyio.current_time() + self._options.connect_timeout
             try:
-                async with open_websocket(
-                    self._url.host,
-                    self._url.port,
-                    method.path,
-                    [wire.PROTO],
-                    options=websocket_options,
-                    ssl_context=self._ssl_context,
-                    headers=self._headers,
-                ) as websocket:
+                async with self._open(method.path) as websocket:
                     await websocket.send(request.SerializeToString())
                     connecting.deadline = float("inf")
-                    yield _Answers(websocket, method)
+                    yield Answers(websocket, method)
             except ConnectionError as error:
                 raise GrpcError(StatusCode.UNAVAILABLE, str(error), unprocessed=True) from error
             except RejectedError as error:
@@ -83,7 +85,9 @@ class WebSocketLink:
             raise TimeoutError
 
 
-class _Answers(Generic[Req, Resp]):
+class Answers(Generic[Req, Resp]):
+    """The answers to one request."""
+
     def __init__(self, websocket: WebSocket, method: Method[Req, Resp]) -> None:
         self._websocket = websocket
         self._method = method

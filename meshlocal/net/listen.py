@@ -10,6 +10,7 @@ import errno
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ ACCEPT_BATCH = 32
 CAPACITY_PAUSE = 0.1
 """Seconds to wait when the system cannot give another connection."""
 
+_NEAR_CEILING = 2 * ACCEPT_BATCH
 _PORT_TRIES = 16
 
 _CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -153,6 +155,7 @@ async def accept_loop(
     handle: Handle,
     *,
     on_error: Callable[[OSError], object],
+    ceiling: int = sys.maxsize,
 ) -> NoReturn:
     """Accept for ever, and start `handle(client, peer)` in the nursery for each connection.
 
@@ -160,6 +163,9 @@ async def accept_loop(
     that failed before they were accepted are passed over. When descriptors or memory run out, `on_error` gets the error
     (it may come ten times a second), and accepting goes on after `CAPACITY_PAUSE`. The listener stays the caller's, who
     closes it after cancelling this.
+
+    Descriptors from `ceiling` on are left for other uses: while no lower one is free, as little is accepted as when
+    none is left at all. Clients wait in the listener's queue meanwhile.
 
     Raises:
         OSError: another error of accept(2): the listener is of no use.
@@ -185,5 +191,21 @@ async def accept_loop(
             except BaseException:
                 client.close()
                 raise
+            if client.fileno() >= ceiling - _NEAR_CEILING:
+                # What was accepted gets its turn first, and takes the descriptors that it needs.
+                await trio.lowlevel.checkpoint()
+                while not _is_free_below(ceiling, listener):
+                    on_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                    await trio.sleep(CAPACITY_PAUSE)
         else:
             await trio.lowlevel.checkpoint()
+
+
+def _is_free_below(ceiling: int, listener: socket.socket) -> bool:
+    """Whether the next descriptor that the kernel gives is below `ceiling`."""
+    try:
+        number = os.dup(listener.fileno())
+    except OSError:
+        return False
+    os.close(number)
+    return number < ceiling

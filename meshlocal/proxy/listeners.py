@@ -12,6 +12,7 @@ from typing import Protocol
 import trio
 
 from meshlocal.client.services import ServiceTable
+from meshlocal.net.descriptors import connections_ceiling
 from meshlocal.net.listen import accept_loop, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
@@ -152,13 +153,12 @@ class Listeners:
             else:
                 await self._forwarder.serve(service, client, peer)
 
+        accept = partial(accept_loop, on_error=listener.on_accept_error, ceiling=connections_ceiling())
         try:
             with listener.accepting:
                 async with trio.open_nursery() as nursery:
                     for sock in listener.sockets:
-                        nursery.start_soon(
-                            partial(accept_loop, sock, connections, serve, on_error=listener.on_accept_error)
-                        )
+                        nursery.start_soon(accept, sock, connections, serve)
         finally:
             listener.close()
 

@@ -1,11 +1,12 @@
-"""The watch on discovery servers, over real loopback sockets (D1, D4)."""
+"""The watch on discovery servers, over real loopback sockets, by gRPC and by WebSocket (D1, D4)."""
 
 from __future__ import annotations
 
 import random
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -16,6 +17,7 @@ from meshlocal.client.watch import DiscoveryWatch, WatchOptions
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import Instances, Publisher
+from meshlocal.discovery.websocket import WebSocketServer
 from meshlocal.net.grpc.server import GrpcServer, Routes
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.listen import open_tcp_listeners
@@ -26,9 +28,10 @@ from meshlocal.wire.discovery_codec import heartbeat_event, instance_to_message
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.pb import discovery_pb2 as pb
 
+SCHEME = ContextVar("scheme", default="grpc")
 B, C = ServiceKey("b"), ServiceKey("c")
 QUICK = WatchOptions(
-    connect_timeout=5, keepalive_interval=0.05, keepalive_timeout=0.05, backoff_initial=0.01, backoff_max=0.02
+    connect_timeout=1, keepalive_interval=0.05, keepalive_timeout=0.05, backoff_initial=0.01, backoff_max=0.02
 )
 LIMIT = 20
 
@@ -84,12 +87,21 @@ async def until(holds: Callable[[], bool]) -> None:
             await anyio.sleep(0.005)
 
 
+@pytest.fixture(params=["grpc", "ws"], autouse=True)
+def scheme(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs over each transport."""
+    token = SCHEME.set(request.param)
+    yield request.param
+    SCHEME.reset(token)
+
+
 @asynccontextmanager
 async def serving(routes: Routes, port: int = 0) -> AsyncIterator[DiscoveryUrl]:
     sockets = open_tcp_listeners("127.0.0.1", port)
-    url = DiscoveryUrl("grpc", "127.0.0.1", sockets[0].getsockname()[1])
+    url = DiscoveryUrl(SCHEME.get(), "127.0.0.1", sockets[0].getsockname()[1])
+    server = GrpcServer(routes) if url.scheme == "grpc" else WebSocketServer(routes)
     async with trio.open_nursery() as nursery:
-        await nursery.start(GrpcServer(routes).serve, sockets)
+        await nursery.start(server.serve, sockets)
         yield url
         nursery.cancel_scope.cancel()
 
@@ -158,7 +170,7 @@ async def test_an_unreachable_server_is_waited_for(nursery: trio.Nursery) -> Non
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     sink = Sink()
-    following = watch(sink, DiscoveryUrl("grpc", "127.0.0.1", port))
+    following = watch(sink, DiscoveryUrl(SCHEME.get(), "127.0.0.1", port))
     nursery.start_soon(following.run)
     await until(lambda: following.status.reconnects >= 2)
     assert "refused" in (following.status.problem or "").lower()
@@ -171,7 +183,7 @@ async def test_a_frozen_server_is_found_and_another_one_taken(nursery: trio.Nurs
     """D1: a server that took the connection and then says nothing is given up within its keepalive time."""
     sink = Sink()
     with socket.create_server(("127.0.0.1", 0)) as frozen:
-        frozen_url = DiscoveryUrl("grpc", "127.0.0.1", frozen.getsockname()[1])
+        frozen_url = DiscoveryUrl(SCHEME.get(), "127.0.0.1", frozen.getsockname()[1])
         async with discovery({B: model.index([at(1)])}) as (url, _):
             following = watch(sink, frozen_url, url)
             nursery.start_soon(following.run)
@@ -282,7 +294,7 @@ def test_watch_runs_on_asyncio() -> None:
 
     async def main() -> None:
         sink = Sink()
-        following = watch(sink, DiscoveryUrl("grpc", "127.0.0.1", port))
+        following = watch(sink, DiscoveryUrl(SCHEME.get(), "127.0.0.1", port))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(following.run)
             await until(lambda: following.status.reconnects >= 2)
@@ -332,7 +344,7 @@ async def test_asked_again_it_turns_to_the_next_server(nursery: trio.Nursery) ->
 async def test_asked_again_while_discovery_is_away_it_keeps_what_it_has(nursery: trio.Nursery) -> None:
     """D1, D5."""
     sink = Sink()
-    following = watch(sink, DiscoveryUrl("grpc", "127.0.0.1", await _free_port()))
+    following = watch(sink, DiscoveryUrl(SCHEME.get(), "127.0.0.1", await _free_port()))
     nursery.start_soon(following.run)
     await until(lambda: following.status.reconnects >= 1)
     following.refresh(B)

@@ -1,22 +1,28 @@
-"""The Discovery service over gRPC: lists, watches, refusals (D1, D3, D4)."""
+"""The Discovery service: lists, watches, refusals, the same over gRPC and over WebSocket (D1, D3, D4)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
+from meshlocal.client.link import LinkOptions
+from meshlocal.client.websocket_link import Answers, WebSocketLink
 from meshlocal.discovery.hub import Hub, Update
 from meshlocal.discovery.service import MAX_SUBSCRIPTIONS, DiscoveryService, EncodedEvents
 from meshlocal.discovery.source import Instances, Publisher
+from meshlocal.discovery.websocket import WebSocketServer
 from meshlocal.net.grpc.client import Channel, channel_over
 from meshlocal.net.grpc.server import GrpcServer
+from meshlocal.net.websocket_client import WebSocket, WebSocketOptions, websocket_over
 from meshlocal.policy import model
+from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.wire.discovery_methods import (
     LIST_CLUSTERS,
@@ -27,6 +33,8 @@ from meshlocal.wire.discovery_methods import (
     SERVICE_NAME,
     WATCH_INSTANCES,
 )
+from meshlocal.wire.discovery_websocket import PROTO
+from meshlocal.wire.grpc.method import Method
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
 
@@ -53,31 +61,76 @@ class HeldSource:
         self.publisher.update(ServiceKey(service), model.index(instances))
 
 
+class WebSocketCall:
+    def __init__(self, websocket: WebSocket, method: Method[Any, Any]) -> None:
+        self._websocket = websocket
+        self.receive = Answers(websocket, method).receive
+
+    async def send(self, request: Any, *, end: bool = False) -> None:
+        await self._websocket.send(request.SerializeToString())
+
+
+class WebSocketChannel(WebSocketLink):
+    """A gRPC channel's calls over WebSocket, each over a stream of its own in memory."""
+
+    def __init__(self, server: WebSocketServer, nursery: trio.Nursery) -> None:
+        super().__init__(DiscoveryUrl("ws", "test", 1), LinkOptions(), None, ())
+        self._server = server
+        self._nursery = nursery
+
+    def _open(self, target: str) -> AbstractAsyncContextManager[WebSocket]:
+        near, far = lockstep_stream_pair()
+        self._nursery.start_soon(self._server.serve_stream, far)
+        options = WebSocketOptions(max_message_size=1 << 26, keepalive_interval=1e9, keepalive_timeout=1e9)
+        return websocket_over(near, "test", target, [PROTO], options=options)
+
+    @asynccontextmanager
+    async def call(self, method: Method[Any, Any]) -> AsyncIterator[WebSocketCall]:
+        async with self._open(method.path) as websocket:
+            yield WebSocketCall(websocket, method)
+
+
 class Served:
-    def __init__(self, source: HeldSource, hub: Hub, service: DiscoveryService, channel: Channel) -> None:
+    def __init__(
+        self, source: HeldSource, hub: Hub, service: DiscoveryService, channel: Channel | WebSocketChannel
+    ) -> None:
         self.source = source
         self.hub = hub
         self.service = service
-        self.channel = channel
+        self.channel: Any = channel
 
     async def in_sync(self) -> None:
         self.source.sync.set()
         await self.hub.wait_in_sync()
 
 
-@asynccontextmanager
-async def serving(heartbeat: float = 1000.0) -> AsyncIterator[Served]:
-    source = HeldSource()
-    hub = Hub([source], random.Random(0))
-    service = DiscoveryService(hub, heartbeat)
-    near, far = memory_stream_pair()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(hub.run)
-        nursery.start_soon(GrpcServer(service.handlers()).serve_stream, far)
-        async with channel_over(near) as channel:
-            await wait_all_tasks_blocked()
-            yield Served(source, hub, service, channel)
-        nursery.cancel_scope.cancel()
+Serving = Callable[..., AbstractAsyncContextManager[Served]]
+
+
+@pytest.fixture(params=["grpc", "websocket"])
+def serving(request: pytest.FixtureRequest) -> Serving:
+    @asynccontextmanager
+    async def serving(heartbeat: float = 1000.0) -> AsyncIterator[Served]:
+        source = HeldSource()
+        hub = Hub([source], random.Random(0))
+        service = DiscoveryService(hub, heartbeat)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(hub.run)
+            if request.param == "grpc":
+                near, far = memory_stream_pair()
+                nursery.start_soon(GrpcServer(service.handlers()).serve_stream, far)
+                async with channel_over(near) as channel:
+                    await wait_all_tasks_blocked()
+                    yield Served(source, hub, service, channel)
+            else:
+                server = WebSocketServer(service.handlers())
+                await wait_all_tasks_blocked()
+                yield Served(source, hub, service, WebSocketChannel(server, nursery))
+                await wait_all_tasks_blocked()
+                assert server.connections == 0
+            nursery.cancel_scope.cancel()
+
+    return serving
 
 
 def at(last: int, **labels: str) -> Instance:
@@ -106,7 +159,7 @@ def test_methods_are_those_of_the_interface() -> None:
     }
 
 
-async def test_lists() -> None:
+async def test_lists(serving: Serving) -> None:
     """Zones, clusters, services and instances, whole and filtered."""
     async with serving() as served:
         served.source.update("b", at(1, zone="z1", cluster="c1", node="n1"), at(2, zone="z2", cluster="c2"))
@@ -139,7 +192,7 @@ async def test_lists() -> None:
         ("a b", StatusCode.INVALID_ARGUMENT, "service: 'a b' is no service name"),
     ],
 )
-async def test_services_that_cannot_be_listed(service: str, code: StatusCode, message: str) -> None:
+async def test_services_that_cannot_be_listed(serving: Serving, service: str, code: StatusCode, message: str) -> None:
     """A service that nobody knows, or that nobody could: a status that names it."""
     async with serving() as served:
         await served.in_sync()
@@ -148,7 +201,7 @@ async def test_services_that_cannot_be_listed(service: str, code: StatusCode, me
         assert refused.value.code is code
 
 
-async def test_lists_before_the_sources_are_in_sync() -> None:
+async def test_lists_before_the_sources_are_in_sync(serving: Serving) -> None:
     """D3: nothing is listed, least of all as empty, while a source is not in sync; its name is told."""
     async with serving() as served:
         for method, request in (
@@ -162,7 +215,7 @@ async def test_lists_before_the_sources_are_in_sync() -> None:
             assert refused.value.code is StatusCode.UNAVAILABLE
 
 
-async def test_watch_from_nothing_to_changes() -> None:
+async def test_watch_from_nothing_to_changes(serving: Serving) -> None:
     """A watch of two services: pending, then snapshots, then changes, each from the version before."""
     async with serving() as served:
         async with served.channel.call(WATCH_INSTANCES) as call:
@@ -187,7 +240,7 @@ async def test_watch_from_nothing_to_changes() -> None:
         assert served.hub.watcher_count == 0
 
 
-async def test_a_watch_that_resumes_is_told_that_it_is_current() -> None:
+async def test_a_watch_that_resumes_is_told_that_it_is_current(serving: Serving) -> None:
     """D1: from the current version nothing is sent but a heartbeat."""
     async with serving() as served:
         served.source.update("b", at(1))
@@ -202,7 +255,7 @@ async def test_a_watch_that_resumes_is_told_that_it_is_current() -> None:
             assert not event.heartbeat.pending
 
 
-async def test_heartbeats_fill_the_silence(autojump_clock: MockClock) -> None:
+async def test_heartbeats_fill_the_silence(serving: Serving, autojump_clock: MockClock) -> None:
     """A watch on which nothing changes hears from its server once an interval."""
     async with serving(heartbeat=5.0) as served:
         await served.in_sync()
@@ -220,7 +273,7 @@ async def test_heartbeats_fill_the_silence(autojump_clock: MockClock) -> None:
             assert [round(after - before, 3) for before, after in pairwise(times)] == [5.0] * 3
 
 
-async def test_a_watcher_that_reads_late_gets_the_latest(autojump_clock: MockClock) -> None:
+async def test_a_watcher_that_reads_late_gets_the_latest(serving: Serving, autojump_clock: MockClock) -> None:
     """D4: a watcher that did not read for many changes of a large service gets few, large steps, not all of them."""
     crowd = [make_instance(f"10.{i // 250}.{i % 250}.1", 9000, labels={"filler": "x" * 200}) for i in range(1000)]
     async with serving() as served:
@@ -254,7 +307,7 @@ async def test_a_watcher_that_reads_late_gets_the_latest(autojump_clock: MockClo
         (subscribe("b", "no good"), r"subscriptions\[1\]\.service: 'no good' is no service name"),
     ],
 )
-async def test_watches_that_are_refused(request_: pb.WatchInstancesRequest, message: str) -> None:
+async def test_watches_that_are_refused(serving: Serving, request_: pb.WatchInstancesRequest, message: str) -> None:
     """A request that makes no sense gets INVALID_ARGUMENT, and says which of its parts it was."""
     async with serving() as served:
         async with served.channel.call(WATCH_INSTANCES) as call:
@@ -265,7 +318,7 @@ async def test_watches_that_are_refused(request_: pb.WatchInstancesRequest, mess
         assert served.hub.watcher_count == 0
 
 
-async def test_a_drain_ends_watches() -> None:
+async def test_a_drain_ends_watches(serving: Serving) -> None:
     """S1: a server that goes away ends its watches with UNAVAILABLE, so that watchers turn to another."""
     async with serving() as served:
         await served.in_sync()

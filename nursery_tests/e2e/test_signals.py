@@ -172,6 +172,22 @@ async def test_sighup_adds_and_removes_listeners_without_dropping_a_connection(r
     assert await running.proxy.exited() == 0
 
 
+async def test_a_reload_does_not_disturb_a_drain(running: Running) -> None:
+    """S1, S2: what is under way still finishes, and nothing new is listened on."""
+    await running.start(config(B, timeout=60))
+    talk = await running.open()
+    running.proxy.signal(SIGTERM)
+    await refuses(running.ports["b"])
+    port = free_port()
+    running.processes.write("proxy.yaml", config(B, f"'tcp://127.0.0.1:{port}=c'", timeout=60))
+    running.proxy.signal(SIGHUP)
+    await running.proxy.printed("config not applied.*draining")
+    await refuses(port)
+    assert await talk.ask() == "n1"
+    await talk.end()
+    assert await running.proxy.exited() == 0
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -249,6 +249,36 @@ async def test_exhaustion_is_reported_waited_out_and_never_fatal(
     assert trio.current_time() - start == pytest.approx(0.3)
 
 
+async def test_descriptors_from_the_ceiling_on_are_left_to_others(
+    autojump_clock: trio.testing.MockClock, stack: ExitStack
+) -> None:
+    """What was accepted gets its turn; the next waits until a descriptor below the ceiling is free."""
+    scripted = Scripted("a", "b")
+    stack.callback(scripted.close)
+    taken = os.open(os.devnull, os.O_RDONLY)
+    os.close(taken)
+    errors: list[tuple[float, int | None]] = []
+    served: list[tuple[float, object]] = []
+
+    async def handle(client: socket.socket, peer: object) -> None:
+        served.append((trio.current_time() - start, peer))
+        if peer == "a":
+            await trio.sleep(0.25)
+            # What gives the test's listener its connections takes two descriptors for each.
+            scripted.others[0].close()
+        client.close()
+
+    def failed(error: OSError) -> None:
+        errors.append((trio.current_time() - start, error.errno))
+
+    async with trio.open_nursery() as nursery:
+        start = trio.current_time()
+        with scripted.scope:
+            await accept_loop(scripted, nursery, handle, on_error=failed, ceiling=taken + 2)  # type: ignore[arg-type]
+    assert errors == [(pytest.approx(at), errno.EMFILE) for at in (0, 0.1, 0.2)]
+    assert served == [(0, "a"), (pytest.approx(0.3), "b")]
+
+
 @pytest.mark.parametrize(
     "number",
     [

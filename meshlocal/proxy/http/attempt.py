@@ -53,36 +53,30 @@ class Attempt:
         out: what the client's connection would not take, before a task took over.
         failure: how it failed, once that is known.
         head_came: the final head did.
+        impatient: it waited for too long to go on without a watch on the client and the clock.
+        reset: the connection failed, rather than ended.
         streaming: the request's body is being sent by another task.
         scope: of the wait for a head, while `streaming`; its deadline is the instance's.
         deadline: when the instance must have answered.
     """
 
-    __slots__ = (
-        "_close_client",
-        "_counted",
-        "_impatient",
-        "_reset",
-        "_switch",
-        "_unread",
-        "_wait_first",
-        "connection",
-        "deadline",
-        "exchange",
-        "expecting",
-        "failure",
-        "flow",
-        "head_came",
-        "out",
-        "scope",
-        "sent",
-        "service",
-        "sock",
-        "started",
-        "streaming",
-        "unsent",
-        "upstream",
-    )
+    # Defaults stand in the class: most attempts are over before much of this changes.
+    scope: trio.CancelScope | None = None
+    failure: Failure | None = None
+    started = False
+    sent = False
+    unsent = b""
+    out = b""
+    head_came = False
+    streaming = False
+    expecting = False
+    impatient = False
+    reset = False
+    _switch: ResponseHead | None = None
+    _close_client = False
+    _counted = False
+    _unread = False
+    _wait_first = True
 
     def __init__(self, exchange: Exchange, service: HttpService, upstream: Upstream) -> None:
         self.exchange = exchange
@@ -92,22 +86,6 @@ class Attempt:
         self.sock = upstream.sock
         self.flow = ResponseFlow(exchange.head.method, exchange.connection.forwarder.settings.limits)
         self.deadline = exchange.deadline
-        self.scope: trio.CancelScope | None = None
-        self.failure: Failure | None = None
-        self.started = False
-        self.sent = False
-        self.unsent = b""
-        self.out = b""
-        self.head_came = False
-        self.streaming = False
-        self.expecting = False
-        self._switch: ResponseHead | None = None
-        self._close_client = False
-        self._counted = False
-        self._impatient = False
-        self._reset = False
-        self._unread = False
-        self._wait_first = True
 
     # Without a wait.
 
@@ -175,7 +153,7 @@ class Attempt:
         """
         flow = self.flow
         if self.head_came:
-            rest = None if self._reset else flow.end()
+            rest = None if self.reset else flow.end()
             if rest is None:
                 raise CutError
             return rest
@@ -245,17 +223,22 @@ class Attempt:
         else:
             exchange.end = End.LINGER if self._unread or connection.early else End.CLOSE
 
-    def release(self) -> None:
-        """Give the connection back, close it, or reset it if something on it was cut short."""
-        upstream, flow = self.upstream, self.flow
+    def release(self, now: float, *, watched: bool = False) -> None:
+        """Give the connection back, close it, or reset it if something on it was cut short.
+
+        Args:
+            now: by trio.current_time().
+            watched: nothing that happened to the connection can have gone unseen.
+        """
+        upstream = self.upstream
         if self._counted:
             self._counted = False
             assert self.exchange.pick is not None
             self.service.state.fitness.end(self.exchange.pick.instance)
-        if flow.reusable and not self._reset and self.failure is None and self.is_sent and not self.streaming:
-            config = self.connection.forwarder.settings.config
-            self.service.pool.put(upstream, trio.current_time(), config.pool_size)
-        elif flow.complete and self.is_sent:
+        sent = self.is_sent and not self.streaming
+        if self.flow.reusable and sent and self.failure is None and not (self.reset or upstream.ending):
+            self.service.pool.put(upstream, now, self.connection.forwarder.settings.config.pool_size, watched=watched)
+        elif self.flow.complete and sent:
             close(upstream.sock)
         else:
             abort(upstream.sock)
@@ -286,7 +269,7 @@ class Attempt:
         except AttemptTimeoutError:
             self.failure = Failure.BROKEN if self.flow.any_byte else Failure.TIMEOUT
         finally:
-            self.release()
+            self.release(trio.current_time())
         return self.failure
 
     async def respond(self) -> None:
@@ -347,11 +330,11 @@ class Attempt:
             except BlockingIOError:
                 wait = True
             except OSError:
-                self._reset = True
+                self.reset = True
                 return b""
 
     async def _wait(self) -> None:
-        if self._impatient:
+        if self.impatient:
             await self._wait_watching()
             return
         patience = self.connection.forwarder.patience
@@ -359,7 +342,7 @@ class Attempt:
         try:
             await wait_readable(self.sock)
         except trio.ClosedResourceError:
-            if not self._impatient:
+            if not self.impatient:
                 raise
             await self._wait_watching()
         finally:
@@ -367,11 +350,18 @@ class Attempt:
 
     def lose_patience(self) -> None:
         """See `Waiter.lose_patience`."""
-        self._impatient = True
+        self.impatient = True
         notify_closing(self.sock)
 
+    def waits_for(self, what: object) -> bool:
+        """See `Waiter.waits_for`: it asks for nothing."""
+        return False
+
+    def lose_hope(self) -> None:
+        """See `Waiter.lose_hope`."""
+
     async def _wait_watching(self) -> None:
-        self._impatient = False
+        self.impatient = False
         connection = self.connection
         if self.head_came:
             connection.await_transfer()

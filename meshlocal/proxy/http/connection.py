@@ -11,12 +11,14 @@ import trio
 from trio.lowlevel import wait_readable, wait_writable
 
 from meshlocal.client.connecting import Client
-from meshlocal.net.relay import RelayCounters
+from meshlocal.net.relay import RelayCounters, current_loop
 from meshlocal.net.sockets import abort, close
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
+from meshlocal.proxy.http.attempt import Attempt
 from meshlocal.proxy.http.ends import ClientLeftError, End
 from meshlocal.proxy.http.exchange import Exchange
+from meshlocal.proxy.http.lane import Lane
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished, parse_request
 from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer
@@ -55,6 +57,7 @@ class ClientConnection(Client):
         service: what all its requests are for; None if each one says its own.
         peer: the client's address.
         begun: some of the current request's final response went to the client.
+        fresh: it had no request yet.
         deadline: when it expires, by trio.current_time().
         expiry: what it waits for.
         expired: it was cut because that did not come.
@@ -72,6 +75,7 @@ class ClientConnection(Client):
         "expired",
         "expiry",
         "forwarder",
+        "fresh",
         "idle_limit",
         "peer",
         "scope",
@@ -88,6 +92,7 @@ class ClientConnection(Client):
         self.expiry = Expiry.FIRST
         self.expired = False
         self.begun = False
+        self.fresh = True
         self.exchange: Exchange | None = None
         self.counters: RelayCounters | None = None
         self.idle_limit = math.inf
@@ -147,12 +152,25 @@ class ClientConnection(Client):
 
     async def _converse(self) -> End:
         forwarder = self.forwarder
-        first = True
+        loop = current_loop.get()
+        lane = Lane(self, loop) if loop is not None else None
         while True:
-            received = await self._begin_head(first)
-            if received is None:
-                return End.CLOSE
-            first = False
+            received: bytes | None = None
+            if lane is not None and not self.early and not forwarder.draining:
+                self.await_request(trio.current_time())
+                await lane.wait()
+                if lane.end is not None:
+                    return lane.end
+                if lane.exchange is not None:
+                    ending = await self._exchange(lane.exchange, lane.attempt, lane.raised)
+                    if ending is not End.KEEP:
+                        return ending
+                    continue
+                received = lane.received
+            if not received:
+                received = await self._begin_head()
+                if received is None:
+                    return End.CLOSE
             settings = forwarder.settings
             limits = settings.limits
             try:
@@ -173,36 +191,44 @@ class ClientConnection(Client):
                 head = parse_request(raw, limits)
             except ProtocolError as error:
                 return await self._refuse(error, received or b"")
-            ending = await self._exchange(head)
+            self.deadline = math.inf
+            self.begun = self.fresh = False
+            exchange = self.exchange = Exchange(self, head, trio.current_time())
+            ending = await self._exchange(exchange)
             if ending is not End.KEEP:
                 return ending
 
-    async def _exchange(self, head: RequestHead) -> End:
-        self.deadline = math.inf
-        self.begun = False
-        exchange = self.exchange = Exchange(self, head, trio.current_time())
+    async def _exchange(
+        self, exchange: Exchange, attempt: Attempt | None = None, raised: Exception | None = None
+    ) -> End:
         try:
-            return await exchange.run()
+            return await exchange.run(attempt, raised)
         finally:
-            exchange.finish()
             self.exchange = None
+            exchange.finish(trio.current_time())
 
-    async def _begin_head(self, first: bool) -> bytes | None:
+    def await_request(self, now: float) -> None:
+        """It waits for a request of which nothing came."""
+        config = self.forwarder.settings.config
+        if self.fresh:
+            self.expiry = Expiry.FIRST
+            self.deadline = now + config.header_timeout
+        else:
+            self.expiry = Expiry.IDLE
+            self.deadline = now + config.keep_alive_timeout
+
+    async def _begin_head(self) -> bytes | None:
         """The first bytes of the next request; None if none comes."""
         forwarder = self.forwarder
-        ready = first  # what a client sends with its connection is there when that is accepted, most of the time
+        ready = self.fresh  # what a client sends with its connection is there when that is accepted, most of the time
         while True:
             if self.early:
                 received = bytes(self.early)
                 self.early.clear()
             else:
-                if first:
-                    self.deadline = trio.current_time() + forwarder.settings.config.header_timeout
-                elif forwarder.draining:
+                if forwarder.draining and not self.fresh:
                     return None
-                else:
-                    self.deadline = trio.current_time() + forwarder.settings.config.keep_alive_timeout
-                self.expiry = Expiry.FIRST if first else Expiry.IDLE
+                self.await_request(trio.current_time())
                 if not ready:
                     await wait_readable(self.socket)
                 ready = False
@@ -220,7 +246,6 @@ class ClientConnection(Client):
             received = received[2:]
             if received:
                 return received
-            first = False
 
     async def _finish_head(self, beginning: bytes, limits: HeadLimits) -> bytes | None:
         """The rest of a head, and what came behind it; None if the client ends its stream within the head."""

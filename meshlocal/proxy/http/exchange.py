@@ -56,6 +56,7 @@ class Exchange:
         head: of the request.
         body: of the request; None if it has none.
         service: what it is for; None until that is known.
+        refusal: what to answer if there is none, or it takes no more requests.
         deadline: when all attempts together must have brought a response's head.
         pick: the instance that answers, or was tried last.
         tier: its tier's name.
@@ -69,51 +70,33 @@ class Exchange:
         outcome: how it is counted.
     """
 
-    __slots__ = (
-        "_plan",
-        "attempts",
-        "body",
-        "connection",
-        "deadline",
-        "end",
-        "error",
-        "following",
-        "head",
-        "idempotent",
-        "outcome",
-        "pick",
-        "problem",
-        "received",
-        "service",
-        "started",
-        "status",
-        "tier",
-    )
+    # Defaults stand in the class: most requests are done before much of this changes.
+    body: RequestBody | None = None
+    service: HttpService | None = None
+    refusal: Answer | None = None
+    deadline = math.inf
+    pick: Pick | None = None
+    following: Pick | None = None
+    tier = ""
+    attempts = 0
+    status = 0
+    error = ""
+    problem: ProtocolError | None = None
+    received = 0
+    end = End.ABORT
+    outcome = Outcome.DRAINED
+    _plan: Plan | None = None
 
     def __init__(self, connection: ClientConnection, head: RequestHead, started: float) -> None:
         self.connection = connection
         self.head = head
         self.started = started
-        self.body: RequestBody | None = None
-        self.service: HttpService | None = None
-        self.deadline = math.inf
-        self.pick: Pick | None = None
-        self.following: Pick | None = None
-        self.tier = ""
-        self.attempts = 0
-        self.status = 0
-        self.error = ""
-        self.problem: ProtocolError | None = None
-        self.received = 0
-        self.end = End.ABORT
-        self.outcome = Outcome.DRAINED
         self.idempotent = head.method in IDEMPOTENT_METHODS or head.idempotency_key
-        self._plan: Plan | None = None
 
     # Without a wait.
 
-    def begin(self) -> Answer | None:
-        """Find its service; what to answer if it cannot be served. `finish` undoes what this counts."""
+    def begin(self) -> None:
+        """Find its service, or set `refusal`. `finish` undoes what this counts."""
         connection = self.connection
         forwarder = connection.forwarder
         if self.head.method == b"CONNECT":
@@ -121,18 +104,23 @@ class Exchange:
         else:
             service = forwarder.find(connection.service, self.head, self.started)
         if isinstance(service, Answer):
-            return service
-        state = service.state
+            self.refusal = service
+        else:
+            self.begin_with(service)
+
+    def begin_with(self, service: HttpService) -> bool:
+        """Begin, for this service; False, and `refusal` is set, if it is full."""
+        connection, state = self.connection, service.state
         if not state.circuit.enter(Limit.REQUESTS):
-            self.outcome = Outcome.LIMITED
-            return answers.TOO_MANY_REQUESTS
+            self.refusal = answers.TOO_MANY_REQUESTS
+            return False
         state.in_use += 1
         self.service = service
         policy = state.policy
         connection.idle_limit = policy.idle_timeout if policy.idle_timeout is not None else math.inf
         self.deadline = self.started + policy.response_deadline
         service.budget.request(self.started)
-        return None
+        return True
 
     def first_attempt(self) -> Attempt | None:
         """Begin with the first instance, on a connection that waits for a request; None if a task has to do it."""
@@ -145,13 +133,18 @@ class Exchange:
         self._take(service, pick)
         return self._reuse(service, pick)
 
-    def finish(self) -> None:
+    def answered(self) -> None:
+        """The response of an attempt without a task went to the client."""
+        assert self.service is not None
+        self.service.state.statistics.attempts[self.tier, ANSWERED] += 1
+
+    def finish(self, now: float) -> None:
         """Its end, however it came. Called once."""
         service = self.service
         if service is not None:
             service.state.in_use -= 1
             service.state.circuit.leave(Limit.REQUESTS)
-        account(self, trio.current_time())
+        account(self, now)
 
     def _take(self, service: HttpService, pick: Pick) -> None:
         state = service.state
@@ -201,11 +194,13 @@ class Exchange:
         """
         try:
             if raised is not None:
+                if attempt is not None:
+                    attempt.release(trio.current_time())
                 raise raised
-            if self.service is None:
-                answer = self.begin()
-                if answer is not None:
-                    return await self.refuse(answer)
+            if self.service is None and self.refusal is None:
+                self.begin()
+            if self.refusal is not None:
+                return await self.refuse(self.refusal)
             service = self.service
             assert service is not None
             if self.head.method == b"CONNECT":

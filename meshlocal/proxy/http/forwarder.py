@@ -124,6 +124,15 @@ class HttpForwarder:
             return answers.UNKNOWN_HOST
         return self._service(key, now, demand=fixed is None)
 
+    def find_known(self, fixed: ServiceKey | None, head: RequestHead, now: float) -> HttpService | None:
+        """The service that a request is for, if it had one before, so that nothing has to be begun or told for it."""
+        key = fixed if fixed is not None else self.settings.service_of(head.host, head.target)
+        service = self._services.get(key) if key is not None else None
+        if service is None or self._table.get(service.state.key) is not service.state:
+            return None
+        service.state.last_used = now
+        return service
+
     def find_tunnel(self, fixed: ServiceKey | None, head: RequestHead, now: float) -> HttpService | Answer:
         """The service that a CONNECT is for, or what to answer instead."""
         key = self.settings.service_of_tunnel(head.host)

@@ -6,9 +6,12 @@ import select
 import socket
 from collections import deque
 from collections.abc import Collection, Iterator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from meshlocal.net.sockets import close
+
+if TYPE_CHECKING:
+    from meshlocal.net.relay_loop import RelayLoop
 
 Place: TypeAlias = "tuple[str, int]"
 """An instance's address and port: what a connection leads to."""
@@ -19,22 +22,30 @@ class Upstream:
 
     Attributes:
         sock: its socket, non-blocking.
+        number: the socket's file descriptor.
         place: where it leads.
         used: it had a response already (A4).
         idle_since: when it was put back.
+        watched: the relay's loop has it.
+        ending: its other side closed it, or it failed.
     """
 
-    __slots__ = ("idle_since", "place", "sock", "used")
+    __slots__ = ("ending", "idle_since", "number", "place", "pool", "sock", "used", "watched")
 
     def __init__(self, sock: socket.socket, place: Place) -> None:
         self.sock = sock
+        self.number = sock.fileno()
         self.place = place
+        self.pool: Pool | None = None
         self.used = False
         self.idle_since = 0.0
+        self.watched = False
+        self.ending = False
 
-    def close(self) -> None:
-        """Close it."""
-        close(self.sock)
+    def on_event(self, mask: int) -> None:
+        """While it waits for a request nothing may come on it: neither its end nor what nobody asked for."""
+        if self.pool is not None:
+            self.pool.drop(self)
 
     def is_silent(self) -> bool:
         """Whether it is open and nothing came on it, as far as this host knows."""
@@ -52,11 +63,18 @@ class Pool:
 
     The one used last is used next, so that those which are too many grow old and are closed. Nobody waits for a
     connection: where none is left, another is made.
+
+    With the relay's loop, a connection that its other side closes, or says something on unasked, is closed as that
+    happens; without, when it is taken, or by the next sweep.
+
+    Args:
+        loop: if there is one.
     """
 
-    __slots__ = ("_idle", "_places")
+    __slots__ = ("_idle", "_loop", "_places")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: RelayLoop | None = None) -> None:
+        self._loop = loop
         self._idle: dict[Place, deque[Upstream]] = {}
         self._places: Collection[Place] | None = None
 
@@ -70,10 +88,25 @@ class Pool:
     def take(self, place: Place) -> Upstream | None:
         """A connection to the instance; None if there is none. It is the caller's."""
         idle = self._idle.get(place)
-        return idle.pop() if idle else None
+        while idle:
+            upstream = idle.pop()
+            if self._loop is not None:
+                self._loop.handlers.pop(upstream.number, None)
+                return upstream
+            if upstream.is_silent():
+                return upstream
+            close(upstream.sock)
+        return None
 
-    def put(self, upstream: Upstream, now: float, limit: int) -> None:
-        """Give a connection back, or close it: if there are `limit` already, or the instance is gone (H2)."""
+    def put(self, upstream: Upstream, now: float, limit: int, *, watched: bool = False) -> None:
+        """Give a connection back, or close it: if there are `limit` already, or the instance is gone (H2).
+
+        Args:
+            upstream: the connection.
+            now: by trio.current_time().
+            limit: unused connections to its instance at most.
+            watched: the loop had it all the time.
+        """
         place = upstream.place
         idle = self._idle.get(place)
         if idle is None:
@@ -86,7 +119,21 @@ class Pool:
             return
         upstream.used = True
         upstream.idle_since = now
+        upstream.pool = self
         idle.append(upstream)
+        if self._loop is not None:
+            self._loop.handlers[upstream.number] = upstream.on_event
+            if not (watched and upstream.watched):
+                # What happened while the loop did not look makes an event now.
+                self._loop.watch(upstream.sock)
+                upstream.watched = True
+
+    def drop(self, upstream: Upstream) -> None:
+        """Close one that waits."""
+        idle = self._idle.get(upstream.place)
+        if idle is not None and upstream in idle:
+            idle.remove(upstream)
+            close(upstream.sock)
 
     def keep_only(self, places: Collection[Place]) -> None:
         """Close the connections to all other places, now and when they are given back (H2)."""

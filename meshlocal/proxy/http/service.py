@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meshlocal.client.services import ServiceState
+from meshlocal.net.relay import current_loop
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import ServiceSnapshot
 from meshlocal.policy.retry import RetryBudget
@@ -24,7 +25,7 @@ class HttpService:
 
     def __init__(self, state: ServiceState, config: HttpConfig) -> None:
         self.state = state
-        self.pool = Pool()
+        self.pool = Pool(current_loop.get())
         self.statistics = HttpStatistics()
         self.budget = self._make_budget(config)
         if state.picker is not None:

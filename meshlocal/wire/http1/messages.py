@@ -96,36 +96,22 @@ class ResponseFlow:
         size: bytes of the body that went on.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_encode",
-        "_framing",
-        "_keep_alive",
-        "_left",
-        "_limits",
-        "_method",
-        "_searched",
-        "any_byte",
-        "complete",
-        "rest",
-        "reusable",
-        "size",
-    )
+    # Defaults stand in the class: most responses are over before much of this changes.
+    any_byte = False
+    complete = False
+    reusable = False
+    rest: bytes | bytearray = b""
+    size = 0
+    _framing = Framing.NONE
+    _chunks: ChunkedBody | None = None
+    _encode = False
+    _keep_alive = False
+    _left = 0
+    _searched = 0
 
     def __init__(self, method: bytes, limits: HeadLimits) -> None:
         self._method = method
         self._limits = limits
-        self._framing = Framing.NONE
-        self._chunks: ChunkedBody | None = None
-        self._encode = False
-        self._keep_alive = False
-        self._left = 0
-        self._searched = 0
-        self.any_byte = False
-        self.complete = False
-        self.reusable = False
-        self.rest: bytes | bytearray = b""
-        self.size = 0
 
     def receive(self, data: bytes) -> ResponseHead | None:
         """Take what came before the final head; gives a head once it is complete, an interim one (1xx) too.
@@ -198,7 +184,8 @@ class ResponseFlow:
         self._framing = framing
         self._keep_alive = head.keep_alive
         first = client_head(head, to_client, extra=extra, close=close, announce_keep_alive=announce)
-        rest, self.rest = bytes(self.rest), b""
+        rest = self.rest if type(self.rest) is bytes else bytes(self.rest)
+        self.rest = b""
         if framing is Framing.NONE:
             self.complete = True
             self.reusable = head.keep_alive and not rest

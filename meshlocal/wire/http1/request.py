@@ -69,26 +69,19 @@ class RequestHead:
         forwarded: it has an X-Forwarded-For or -Proto field.
     """
 
-    __slots__ = (
-        "as_sent",
-        "authority",
-        "block",
-        "chunked",
-        "content_length",
-        "expect_continue",
-        "forwarded",
-        "has_host",
-        "hop_fields",
-        "host",
-        "idempotency_key",
-        "keep_alive",
-        "method",
-        "minor",
-        "options",
-        "raw",
-        "target",
-        "upgrade",
-    )
+    # Defaults stand in the class: most heads differ from them in little.
+    host = b""
+    authority = b""
+    as_sent = True
+    has_host = False
+    content_length: int | None = None
+    chunked = False
+    options: frozenset[bytes] = frozenset()
+    hop_fields = False
+    upgrade = b""
+    expect_continue = False
+    idempotency_key = False
+    forwarded = False
 
     def __init__(self, raw: bytes, method: bytes, target: bytes, minor: int, block: bytes) -> None:
         self.raw = raw
@@ -96,19 +89,7 @@ class RequestHead:
         self.target = target
         self.minor = minor
         self.block = block
-        self.host = b""
-        self.authority = b""
-        self.as_sent = True
-        self.has_host = False
-        self.content_length: int | None = None
-        self.chunked = False
         self.keep_alive = minor == 1
-        self.options: frozenset[bytes] = frozenset()
-        self.hop_fields = False
-        self.upgrade = b""
-        self.expect_continue = False
-        self.idempotency_key = False
-        self.forwarded = False
 
     @property
     def has_body(self) -> bool:
@@ -235,12 +216,21 @@ def parse_content_length(value: bytes) -> int:
     return length
 
 
+_hosts: dict[bytes, bytes] = {}
+"""Hosts by the authorities that came last: there are few."""
+
+
 def _read_authority(head: RequestHead, value: bytes) -> None:
-    match = _HOST.fullmatch(value)
-    if match is None:
-        raise ProtocolError(400, "bad_host", "the host is malformed")
     head.authority = value
-    head.host = match[1]
+    host = _hosts.get(value)
+    if host is None:
+        match = _HOST.fullmatch(value)
+        if match is None:
+            raise ProtocolError(400, "bad_host", "the host is malformed")
+        if len(_hosts) >= 1024:
+            _hosts.clear()
+        host = _hosts[value] = match[1]
+    head.host = host
 
 
 def _read_target(head: RequestHead) -> None:

@@ -49,19 +49,12 @@ class ResponseHead:
         upgrade: the Upgrade field; empty if there is none.
     """
 
-    __slots__ = (
-        "block",
-        "chunked",
-        "content_length",
-        "hop_fields",
-        "keep_alive",
-        "minor",
-        "options",
-        "raw",
-        "reason",
-        "status",
-        "upgrade",
-    )
+    # Defaults stand in the class: most heads differ from them in little.
+    content_length: int | None = None
+    chunked = False
+    options: frozenset[bytes] = frozenset()
+    hop_fields = False
+    upgrade = b""
 
     def __init__(self, raw: bytes, minor: int, status: int, reason: bytes, block: bytes) -> None:
         self.raw = raw
@@ -69,12 +62,7 @@ class ResponseHead:
         self.status = status
         self.reason = reason
         self.block = block
-        self.content_length: int | None = None
-        self.chunked = False
         self.keep_alive = minor == 1
-        self.options: frozenset[bytes] = frozenset()
-        self.hop_fields = False
-        self.upgrade = b""
 
     def framing(self, method: bytes) -> Framing:
         """Where the body ends, for the answer to a request of this method."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from meshlocal.wire.http1.fields import end_to_end, without
+from meshlocal.wire.http1.fields import end_to_end, end_to_end_head, without
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import Framing, ResponseHead
 
@@ -70,9 +70,18 @@ def client_head(
         close: the connection ends after this response.
         announce_keep_alive: the client speaks HTTP/1.0, which wants to be told that the connection stays.
     """
-    as_is = head.minor == 1 and not head.hop_fields and head.status >= 200 and head.status != 204
-    if as_is and framing is not Framing.CHUNKED and not (extra or close or announce_keep_alive):
-        return head.raw
+    status = head.status
+    if head.minor == 1 and head.reason and status >= 200 and status != 204 and not head.upgrade:
+        # Lines are cut out of it and appended: the head stays one piece.
+        whole = end_to_end_head(head.raw, head.options) if head.hop_fields else head.raw
+        if whole is not None:
+            if framing is Framing.CHUNKED:
+                extra += _CHUNKED
+            if close:
+                extra += b"connection: close\r\n"
+            elif announce_keep_alive:
+                extra += b"connection: keep-alive\r\n"
+            return b"%b%b\r\n" % (whole[:-2], extra) if extra else whole
     block = end_to_end(head.block, head.options) if head.hop_fields else head.block
     if head.content_length is not None and (head.status < 200 or head.status == 204):
         block = without(block, (b"content-length",))

@@ -1,0 +1,312 @@
+"""The fast lane: plain requests, served in the place where Trio would sleep.
+
+Theory of operation. Most requests are a head and perhaps a short body, for an instance that has a connection waiting
+and answers at once. To wait for their bytes in a task would cost more than all the rest. So while a connection is idle
+its task sleeps in `Lane.wait`, and its sockets are served by the relay's loop (`meshlocal.net.relay_loop`):
+
+    on_client    bytes from the client: a request begins, and is sent
+    on_upstream  bytes from the instance: they are passed on; at the response's end the connection is idle again
+
+At the first thing that is not plain the task takes over, at whatever point that is: what came of a head, a request
+that was begun, an attempt that was sent, a response half passed on, or that did not come in time. So the lane has no
+rules of its own; what it calls is what the task would call, in the same order, and it knows nothing of retries,
+refusals or deadlines.
+"""
+
+from __future__ import annotations
+
+import math
+import select
+from typing import TYPE_CHECKING
+
+import trio
+from trio.lowlevel import Abort, checkpoint, current_task, wait_task_rescheduled
+
+from meshlocal.proxy.http.attempt import CHUNK, Attempt
+from meshlocal.proxy.http.ends import ClientLeftError, End
+from meshlocal.proxy.http.exchange import Exchange
+from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.messages import RequestBody
+from meshlocal.wire.http1.request import RequestHead, parse_request
+
+if TYPE_CHECKING:
+    from meshlocal.net.relay_loop import RelayLoop
+    from meshlocal.proxy.http.connection import ClientConnection
+
+TURN = 4
+"""Full chunks that the lane passes on in a row; a response that has more of them goes to its task."""
+
+_ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_DEAD = select.EPOLLHUP | select.EPOLLERR
+
+
+class Lane:
+    """One client's connection in the loop.
+
+    Attributes:
+        task: sleeps until there is something for it.
+        received: for the task: what came of a request that it has to begin itself; empty: nothing.
+        exchange: for the task: the request that was begun.
+        attempt: the one that was sent for it.
+        raised: what that met.
+        end: for the task: what becomes of the connection; None if it goes on.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_fd",
+        "_handed_over",
+        "_loop",
+        "_more",
+        "_registered",
+        "attempt",
+        "end",
+        "exchange",
+        "raised",
+        "received",
+        "task",
+    )
+
+    def __init__(self, connection: ClientConnection, loop: RelayLoop) -> None:
+        self._connection = connection
+        self._loop = loop
+        self._fd = connection.socket.fileno()
+        self._registered = False
+        self._more = False
+        self._handed_over = False
+        self.task: trio.lowlevel.Task | None = None
+        self.received = b""
+        self.exchange: Exchange | None = None
+        self.attempt: Attempt | None = None
+        self.raised: Exception | None = None
+        self.end: End | None = None
+
+    async def wait(self) -> None:
+        """Serve requests until there is something for the task. Nothing may have been received that is not served."""
+        self.received = b""
+        self.exchange = self.attempt = self.raised = self.end = None
+        loop = self._loop
+        if not self._registered:
+            loop.watch(self._connection.socket)
+            self._registered = True
+        loop.handlers[self._fd] = self.on_client
+        self._handed_over = False
+        try:
+            # What came while nobody listened makes no event.
+            self._read_client()
+            if self._handed_over:
+                await checkpoint()
+            else:
+                self.task = current_task()
+                await wait_task_rescheduled(self._abandon)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _abandon(self, _: object) -> Abort:
+        self.task = None
+        return Abort.SUCCEEDED
+
+    def _give_up(self) -> None:
+        """The task was cancelled."""
+        self._leave()
+        if self.attempt is not None:
+            self.attempt.release(trio.current_time())
+        if self.exchange is not None:
+            self._connection.exchange = None
+            self.exchange.finish(trio.current_time())
+
+    def _leave(self) -> None:
+        handlers = self._loop.handlers
+        handlers.pop(self._fd, None)
+        if self.attempt is not None:
+            handlers.pop(self.attempt.upstream.number, None)
+            self._connection.forwarder.patience.waiting.pop(self, None)
+
+    def _hand_over(self) -> None:
+        self._leave()
+        self._handed_over = True
+        if self.task is not None:
+            self._loop.finish(self)
+
+    def lose_patience(self) -> None:
+        """See `Waiter.lose_patience`.
+
+        A client that leaves makes an event here too, so that all that is wanted is to be told when the instance's time
+        is over. Once its head came it has the connection's time, which is swept with all others'.
+        """
+        attempt = self.attempt
+        if attempt is None:
+            return
+        if attempt.head_came:
+            self._connection.await_transfer()
+        else:
+            self._connection.forwarder.patience.ask(attempt.deadline, self, attempt)
+
+    def waits_for(self, what: object) -> bool:
+        """See `Waiter.waits_for`."""
+        attempt = self.attempt
+        return attempt is not None and attempt is what and not attempt.head_came and not self._handed_over
+
+    def lose_hope(self) -> None:
+        """See `Waiter.lose_hope`."""
+        if self.attempt is not None:
+            self.attempt.impatient = True
+        self._hand_over()
+
+    # The client.
+
+    def on_client(self, mask: int) -> None:
+        """The client's socket has an event."""
+        if self.exchange is None:
+            self._read_client()
+            return
+        # It sends its next request, or ended its stream, before the response: that has its turn. But a reset ends all.
+        self._more = True
+        if mask & _DEAD:
+            self.lose_hope()
+
+    def _read_client(self) -> None:
+        self._more = False
+        try:
+            received = self._connection.socket.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.end = End.ABORT
+            self._hand_over()
+            return
+        if not received:
+            self.end = End.CLOSE
+            self._hand_over()
+            return
+        try:
+            begun = self._begin(received)
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self.raised = error
+            begun = False
+        if not begun:
+            self.received = received if self.exchange is None else b""
+            self._hand_over()
+
+    def _begin(self, received: bytes) -> bool:
+        """Begin with a request and send it; False if a task has to go on with it, or to begin."""
+        connection = self._connection
+        forwarder = connection.forwarder
+        end = received.find(b"\r\n\r\n") + 4
+        limits = forwarder.settings.limits
+        if end < 4 or end > limits.head or forwarder.draining:
+            return False
+        try:
+            head = parse_request(received if end == len(received) else received[:end], limits)
+        except ProtocolError:
+            return False
+        if not _is_plain(head, len(received) - end):
+            return False
+        now = trio.current_time()
+        service = forwarder.find_known(connection.service, head, now)
+        if service is None:
+            return False
+        body: RequestBody | None = None
+        if end < len(received):
+            policy, config = service.state.policy, forwarder.settings.config
+            if len(received) - end > policy.replay_buffer or (
+                config.max_body is not None and len(received) - end > config.max_body
+            ):
+                return False
+            body = RequestBody(head, limit=None, hold=policy.replay_buffer)
+            body.feed(received[end:])
+        connection.deadline = math.inf
+        connection.begun = False
+        exchange = self.exchange = connection.exchange = Exchange(connection, head, now)
+        exchange.body = body
+        connection.fresh = False
+        if not exchange.begin_with(service):
+            return False
+        attempt = self.attempt = exchange.first_attempt()
+        if attempt is None:
+            return False
+        attempt.start()
+        if attempt.failure is not None or not attempt.is_sent:
+            return False
+        self._loop.handlers[attempt.upstream.number] = self.on_upstream
+        forwarder.patience.add(self, now)
+        return True
+
+    # The instance.
+
+    def on_upstream(self, mask: int) -> None:
+        """The instance's socket has an event."""
+        try:
+            if self._pass_on(mask):
+                self._complete()
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self.raised = error
+            self._hand_over()
+
+    def _pass_on(self, mask: int) -> bool:
+        """Read what came and pass it on; tells whether the response is complete."""
+        attempt, client = self.attempt, self._connection.socket
+        assert attempt is not None
+        sock, flow = attempt.sock, attempt.flow
+        for _ in range(TURN):
+            try:
+                data = sock.recv(CHUNK)
+            except BlockingIOError:
+                return False
+            except OSError:
+                attempt.reset = True
+                data = b""
+            out = attempt.take(data) if data else attempt.end()
+            if out:
+                try:
+                    sent = client.send(out)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:
+                    raise ClientLeftError from None
+                if sent < len(out):
+                    attempt.out = out[sent:]
+                    break
+            if attempt.needs_task:
+                break
+            if mask & _ENDING:
+                attempt.upstream.ending = True
+            if flow.complete:
+                return True
+            if len(data) < CHUNK and not mask & _ENDING:
+                # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
+                if attempt.head_came and self._connection.deadline != math.inf:
+                    self._connection.await_transfer()
+                return False
+        self._hand_over()
+        return False
+
+    def _complete(self) -> None:
+        """The response went to the client: be ready for the next request."""
+        connection, exchange, attempt = self._connection, self.exchange, self.attempt
+        assert exchange is not None
+        assert attempt is not None
+        now = trio.current_time()
+        connection.forwarder.patience.waiting.pop(self, None)
+        self.exchange = self.attempt = connection.exchange = None
+        self._loop.handlers.pop(attempt.upstream.number, None)
+        attempt.complete()
+        attempt.release(now, watched=True)
+        exchange.answered()
+        exchange.finish(now)
+        if exchange.end is not End.KEEP:
+            self.end = exchange.end
+            self._hand_over()
+            return
+        connection.await_request(now)
+        if self._more:
+            self._read_client()
+
+
+def _is_plain(head: RequestHead, behind: int) -> bool:
+    """Whether a request is all there, with `behind` bytes behind its head, and nothing about it wants a task."""
+    return (
+        not (head.chunked or head.expect_continue or head.upgrade or (head.content_length or 0) != behind)
+        and head.method != b"CONNECT"
+    )
