@@ -227,6 +227,10 @@ class ProxyProcess:
 
     def reload(self) -> None:
         """Read the configuration again and apply it, whole or not at all (S2)."""
+        if self.stop.requested.is_set():
+            # Nothing new is listened on any more, and what is under way ends as it began.
+            _log.error("config not applied", problem="draining")
+            return
         try:
             config = self._load()
             proxy = config.proxy

@@ -87,16 +87,16 @@ class Listeners:
     def prepare(self, config: ProxyConfig) -> list[Listener]:
         """Open what `config` has and the current listeners have not; `adopt` takes the result.
 
-        A listener whose address stays keeps its sockets, whatever its service.
+        A listener whose address stays keeps its sockets, whatever its service. Where several have the same address (on
+        port 0), those go on that have the same service, too.
 
         Raises:
             ListenError: an address cannot be listened on. Nothing is left open, and the current listeners go on.
         """
-        at = {(one.configured.host, one.configured.port): one for one in self.current}
+        kept = _keep(self.current, config)
         prepared: list[Listener] = []
         try:
-            for configured in config.listen:
-                there = at.pop((configured.host, configured.port), None)
+            for configured, there in zip(config.listen, kept, strict=True):
                 if there is None:
                     sockets = open_tcp_listeners(configured.host, configured.port)
                     there = Listener(configured, _service_key(config, configured), sockets)
@@ -161,6 +161,28 @@ class Listeners:
                         nursery.start_soon(accept, sock, connections, serve)
         finally:
             listener.close()
+
+
+def _keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | None]:
+    """For each of the config's listeners the current one that goes on as it, if any."""
+    left = list(current)
+
+    def take(configured: ListenAddress, *, same_service: bool) -> Listener | None:
+        for listener in left:
+            before = listener.configured
+            if (before.host, before.port) != (configured.host, configured.port):
+                continue
+            if same_service and listener.service != _service_key(config, configured):
+                continue
+            left.remove(listener)
+            return listener
+        return None
+
+    kept = [take(configured, same_service=True) for configured in config.listen]
+    for position, configured in enumerate(config.listen):
+        if kept[position] is None:
+            kept[position] = take(configured, same_service=False)
+    return kept
 
 
 def _service_key(config: ProxyConfig, configured: ListenAddress) -> ServiceKey | None:
