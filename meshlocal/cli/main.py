@@ -69,7 +69,12 @@ def cli() -> None:
 
 @cli.command()
 @_discovery_option
-@click.option("--listen", multiple=True, metavar="URL", help="tcp://HOST:PORT=SERVICE; port 0: any free one.")
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="URL",
+    help="{tcp,http}://HOST:PORT=SERVICE, or http://HOST:PORT by host; port 0: any.",
+)
 @_place_options
 @click.option("--admin", metavar="HOST:PORT", help="Health, metrics and views; none: nowhere. [127.0.0.1:15000]")
 @click.option("--access-log/--no-access-log", default=None, help="One log line for each connection.")
