@@ -95,8 +95,12 @@ class DiscoveryProcess:
         """What the metrics are made of."""
         # Imported here, as prometheus_client is large: see meshlocal.admin.metrics_page.
         from meshlocal.app.discovery_metrics import DiscoveryCollector
+        from meshlocal.app.process_metrics import ProcessCollector
 
-        return [DiscoveryCollector(self.hub, self.service, self.server, self.readiness, self.websocket)]
+        return [
+            DiscoveryCollector(self.hub, self.service, self.server, self.readiness, self.websocket),
+            ProcessCollector(),
+        ]
 
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status.

@@ -96,11 +96,13 @@ class ProxyProcess:
         """What the metrics are made of."""
         # Imported here, as prometheus_client is large: see meshlocal.admin.metrics_page.
         from meshlocal.app.http_metrics import HttpCollector
+        from meshlocal.app.process_metrics import ProcessCollector
         from meshlocal.app.proxy_metrics import ProxyCollector
 
         return [
             ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness),
             HttpCollector(lambda: self.http),
+            ProcessCollector(),
         ]
 
     def _serve_http(self, config: ProxyConfig) -> None:

@@ -1,0 +1,38 @@
+import os
+
+import trio
+from prometheus_client import CollectorRegistry
+from trio.testing import wait_all_tasks_blocked
+
+from meshlocal.app.process_metrics import ProcessCollector
+
+
+def values(*arguments):
+    registry = CollectorRegistry()
+    collector = ProcessCollector(*arguments)
+    registry.register(collector)
+    return {sample.name: sample.value for metric in registry.collect() for sample in metric.samples}
+
+
+async def test_tasks_and_descriptors_are_counted():
+    before = values()
+    assert before["meshlocal_memory_bytes"] > 1e6
+    async with trio.open_nursery() as inner:
+        for _ in range(3):
+            inner.start_soon(trio.sleep_forever)
+        await wait_all_tasks_blocked()
+        ends = os.pipe()
+        during = values()
+        for end in ends:
+            os.close(end)
+        inner.cancel_scope.cancel()
+    assert during["meshlocal_tasks"] - before["meshlocal_tasks"] == 3
+    assert during["meshlocal_descriptors_open"] - before["meshlocal_descriptors_open"] == 2
+    after = values()
+    assert after["meshlocal_tasks"] == before["meshlocal_tasks"]
+    assert after["meshlocal_descriptors_open"] == before["meshlocal_descriptors_open"]
+
+
+async def test_what_cannot_be_read_is_left_out(tmp_path):
+    (tmp_path / "statm").write_text("")
+    assert values(tmp_path).keys() == {"meshlocal_tasks"}
