@@ -211,6 +211,9 @@ class Exchange:
             if self.body is None and self.head.has_body:
                 await self._begin_body(service)
             return await self._forward(service, attempt)
+        except trio.Cancelled:
+            self.outcome = Outcome.DRAINED
+            raise
         except ClientLeftError:
             self.outcome = Outcome.CUT if self.connection.begun else Outcome.CLIENT_LEFT
             raise
@@ -274,7 +277,8 @@ class Exchange:
                 return await self.refuse(answers.NO_SNAPSHOT)
             self.following = plan.next()
         while True:
-            if self.following is not None:
+            # An attempt that began without a task may have asked for the one after it already.
+            if attempt is None and self.following is not None:
                 self._take(service, self.following)
             pick = self.pick
             if pick is None:
@@ -290,6 +294,8 @@ class Exchange:
                     state.fitness.abandoned(pick.instance)
             if failure is None:
                 return self.end
+            if self.refusal is not None:
+                return await self.refuse(self.refusal)
             self._judge(service, failure, pick)
             if not self._find_next(service, failure, sent):
                 return await self._answer_failure(failure)
@@ -342,7 +348,10 @@ class Exchange:
     async def _connect(self, service: HttpService, pick: Pick) -> socket.socket | None:
         connection, result, state = self.connection, Connected(), service.state
         if not state.circuit.enter(Limit.WAITING):
-            self.error = answers.TOO_MANY_WAITING.reason
+            # That is so for every instance.
+            self.refusal = answers.TOO_MANY_WAITING
+            self.error = self.refusal.reason
+            state.fitness.abandoned(pick.instance)
             return None
         state.statistics.connecting += 1
         try:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import trio
 from trio.lowlevel import Abort, checkpoint, current_task, wait_task_rescheduled
 
+from meshlocal.client.statistics import Outcome
 from meshlocal.proxy.http.attempt import CHUNK, Attempt
 from meshlocal.proxy.http.ends import ClientLeftError, End
 from meshlocal.proxy.http.exchange import Exchange
@@ -114,6 +115,7 @@ class Lane:
             self.attempt.release(trio.current_time())
         if self.exchange is not None:
             self._connection.exchange = None
+            self.exchange.outcome = Outcome.DRAINED
             self.exchange.finish(trio.current_time())
 
     def _leave(self) -> None:
