@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from meshlocal.library.mesh import InstanceSource, Mesh, ServiceWatch, open_mesh
     from meshlocal.library.views import MeshStatistics, PlanStep, ServicePlan, ServiceStatistics
     from meshlocal.policy.config import AttemptOverrides, AttemptPolicy, ServiceConfig
-    from meshlocal.policy.config_health import LimitsConfig
+    from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
     from meshlocal.policy.locality import LeftOut
     from meshlocal.policy.model import (
         Conditions,
@@ -50,6 +50,7 @@ __all__ = [
     "AttemptsFailedError",
     "Conditions",
     "DeadlineError",
+    "EjectionConfig",
     "EndpointKey",
     "Feed",
     "FeedStatus",
@@ -93,22 +94,24 @@ _MODULES = {
     "meshlocal.library.mesh": "InstanceSource Mesh ServiceWatch open_mesh",
     "meshlocal.library.views": "MeshStatistics PlanStep ServicePlan ServiceStatistics",
     "meshlocal.policy.config": "AttemptOverrides AttemptPolicy ServiceConfig",
-    "meshlocal.policy.config_health": "LimitsConfig",
+    "meshlocal.policy.config_health": "EjectionConfig LimitsConfig",
     "meshlocal.policy.locality": "LeftOut",
     "meshlocal.policy.model": "Conditions EndpointKey Instance ModelError ServiceKey ServiceSnapshot make_instance",
     "meshlocal.policy.picker": "Reason",
 }
 
 
-def __getattr__(name: str) -> object:
-    import importlib
+if not TYPE_CHECKING:  # a type checker would take every misspelled name for one of these
 
-    for module, names in _MODULES.items():
-        if name in names.split():
-            value: object = getattr(importlib.import_module(module), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        for module, names in _MODULES.items():
+            if name in names.split():
+                value: object = getattr(importlib.import_module(module), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

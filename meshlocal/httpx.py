@@ -89,6 +89,9 @@ class MeshTransport(httpx.AsyncBaseTransport):
         state = self._mesh._demand(key)
         budget = self._budgets.get(key)
         if budget is None:
+            # Services that nobody follows any more need none, whatever hosts an application was made to ask for.
+            followed = self._mesh._services
+            self._budgets = {each: kept for each, kept in self._budgets.items() if followed.get(each) is not None}
             http = self._mesh._config.http
             budget = self._budgets[key] = RetryBudget(http.retry_percent / 100, http.retry_floor)
         return await Exchange(self._pools, state, budget, request).run()

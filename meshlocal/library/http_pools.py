@@ -65,11 +65,16 @@ class InstancePools:
                 await pool.aclose()
 
     def _on_snapshot(self, snapshot: ServiceSnapshot) -> None:
-        """Retire the pools of instances that discovery removed; what is under way goes on (H2)."""
-        before = self._members.get(snapshot.service, set())
-        self._members[snapshot.service] = now = set(snapshot.instances)
+        """Retire the pools of instances that left, or that nobody follows; what is under way goes on (H2)."""
+        now = set(snapshot.instances)
+        left = self._members.get(snapshot.service, set()) - now
+        for service in list(self._members):
+            if self._mesh._services.get(service) is None:
+                # Nobody follows it any more: what becomes of its instances is not told.
+                left |= self._members.pop(service)
+        self._members[snapshot.service] = now
         tasks = self._mesh._tasks
-        for key in before - now:
+        for key in left:
             if any(key in members for members in self._members.values()):
                 continue
             pool = self._pools.pop(key, None)

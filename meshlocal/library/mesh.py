@@ -1,4 +1,4 @@
-"""`open_mesh`: what a sidecar does, inside an application (behaviour rules A1 to A8, D1, D4, L1, L5, O1 to O5, R1, R2).
+"""`open_mesh`: what a sidecar does, inside an application (rules A1 to A8, D1, D4, D5, H1, L1, L5, O1 to O5, R1, R2).
 
 A mesh is the feed of instances, the table of services and their cursors: the
 very parts that the proxy is made of. Its background tasks live in the block of
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import anyio
 import anyio.lowlevel
 
-from meshlocal.client.feed import Feed, SnapshotSink
+from meshlocal.client.feed import Feed, Refreshable, SnapshotSink
 from meshlocal.client.place import locality_of
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.discovery.feeds import make_feed
@@ -26,6 +26,7 @@ from meshlocal.library.options import MAX_SERVICES, mesh_config
 from meshlocal.library.views import MeshStatistics, ServicePlan, plan_of, statistics_of
 from meshlocal.net.log import get_log
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
+from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.model import NODE, ModelError, ServiceKey, ServiceSnapshot, parse_service_key
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ class Mesh:
     def _open(self, feed: Feed, tasks: TaskGroup) -> None:
         self._feed = feed
         self._tasks = tasks
+        if isinstance(feed, Refreshable):
+            self._services.on_failing = feed.refresh
         tasks.start_soon(feed.run)
         tasks.start_soon(self._drop_unused)
         if self._services.node_unknown:
@@ -224,6 +227,9 @@ async def open_mesh(
     namespace: str | None = None,
     attempts: AttemptPolicy | None = None,
     services: Mapping[str, ServiceConfig] | None = None,
+    ejection: EjectionConfig | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
+    token_file: str | os.PathLike[str] | None = None,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Mesh]:
     """Know the instances of services for as long as the block lasts, nearest first.
@@ -231,8 +237,8 @@ async def open_mesh(
     Nothing is waited for here: the first use of a service waits for its instances (A7). Runs on trio and on asyncio.
 
     Args:
-        sources: discovery servers (`grpc://HOST:PORT`), tried in turn; or one file (`file:PATH`); or one
-            `InstanceSource`.
+        sources: discovery servers (`grpc://HOST:PORT`, over TLS `grpcs://`, over WebSocket `ws://` and `wss://`),
+            tried in turn; or one file (`file:PATH`); or one `InstanceSource`.
         node_name: the node that this application runs on; by default the environment's NODE_NAME (L1).
         prefer: label keys, nearest tier first (L3).
         labels: this application's own labels beside node, such as zone.
@@ -240,6 +246,10 @@ async def open_mesh(
         namespace: the namespace that a service's name without a dot belongs to.
         attempts: how long and how often a request is tried.
         services: what holds for single services, by name.
+        ejection: when an instance on which requests fail is tried last of all, and for how long (H1).
+        ca_file: the authorities, in PEM, of which one must have signed the certificate of a `grpcs://` or `wss://`
+            server; by default those of the system.
+        token_file: a file with the token that is sent to discovery servers, read for each connection.
         rng: for the cursors' first positions and the jitter of reconnects.
 
     Raises:
@@ -261,6 +271,9 @@ async def open_mesh(
         namespace=namespace,
         attempts=attempts,
         services=services,
+        ejection=ejection,
+        ca_file=ca_file,
+        token_file=token_file,
     )
     rng = rng or random.Random()
     mesh = Mesh(config, rng)
@@ -277,6 +290,9 @@ async def open_mesh(
                 mesh._close()
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
+        if failure is not None:
+            # Two failures: neither is lost.
+            raise BaseExceptionGroup("the block of open_mesh and its mesh failed", [failure, group]) from None
         raise _single(group) from None
     if failure is not None:
         raise failure

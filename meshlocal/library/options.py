@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from meshlocal.library.errors import MeshConfigError
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig, resolve_node_name
 from meshlocal.policy.config_build import ConfigError, Layer, build_config
+from meshlocal.policy.config_health import EjectionConfig
 
 MAX_SERVICES = 1000
 """Services that one mesh follows at once: as many as a discovery server takes in one watch."""
@@ -25,14 +27,21 @@ def mesh_config(
     namespace: str | None,
     attempts: AttemptPolicy | None,
     services: Mapping[str, ServiceConfig] | None,
+    ejection: EjectionConfig | None,
+    ca_file: str | os.PathLike[str] | None,
+    token_file: str | os.PathLike[str] | None,
 ) -> ProxyConfig:
     """The configuration that a mesh goes by; its node name is resolved (L1).
 
     Raises:
         MeshConfigError: an argument cannot be used.
     """
+    discovery: dict[str, object] = {"urls": list(urls)}
+    for key, file in (("ca_file", ca_file), ("token_file", token_file)):
+        if file is not None:
+            discovery[key] = os.fspath(file)
     proxy: dict[str, object] = {
-        "discovery": {"urls": list(urls)},
+        "discovery": discovery,
         "node_name": node_name,
         "prefer": list(prefer),
         "labels": dict(labels or {}),
@@ -42,13 +51,26 @@ def mesh_config(
     }
     if attempts is not None:
         proxy["attempts"] = msgspec.to_builtins(attempts)
+    if ejection is not None:
+        proxy["ejection"] = msgspec.to_builtins(ejection)
     if services is not None:
+        if problems := list(_of_no_use(services)):
+            raise MeshConfigError(problems)
         proxy["services"] = {name: msgspec.to_builtins(each) for name, each in services.items()}
     try:
         config = build_config([Layer("", {"proxy": proxy})]).proxy
     except ConfigError as error:
         raise MeshConfigError([_as_argument(f"{each.path}: {each.message}") for each in error.problems]) from None
     return msgspec.structs.replace(config, node_name=resolve_node_name(node_name, environment))
+
+
+def _of_no_use(services: Mapping[str, ServiceConfig]) -> Iterator[str]:
+    """What a service is given that only a proxy does. To pass it over would let its author count on it."""
+    for name, service in services.items():
+        if service.health_check is not None:
+            yield f"services.{name}.health_check: a mesh learns from its own requests only; a proxy checks"
+        if service.failback is not None:
+            yield f"services.{name}.failback: an open stream is its application's to end; a proxy ends them"
 
 
 def _as_argument(problem: str) -> str:

@@ -19,12 +19,16 @@ class FakeSource:
 
     Args:
         services: instances by service, to begin with.
+
+    Attributes:
+        refreshed: the services of which a mesh asked for the whole state anew, as every attempt failed (D5).
     """
 
     def __init__(self, services: Mapping[str, Iterable[Instance]] | None = None) -> None:
         self._services: dict[ServiceKey, ServiceSnapshot] = {}
         self._feeds: list[_FakeFeed] = []
         self._problem: str | None = None
+        self.refreshed: list[str] = []
         for service, instances in (services or {}).items():
             self.set(service, *instances)
 
@@ -87,6 +91,11 @@ class _FakeFeed:
         self.services = list(services)
         for gone in self._sent.keys() - set(services):
             del self._sent[gone]
+        self._wake.set()
+
+    def refresh(self, service: ServiceKey) -> None:
+        self._source.refreshed.append(service)
+        self._sent.pop(service, None)
         self._wake.set()
 
     async def run(self) -> None:

@@ -481,6 +481,27 @@ def test_unused_connections_are_closed_in_time(on_loop: Run) -> None:
     on_loop(main)
 
 
+def test_hosts_that_were_asked_for_once_cost_nothing_for_ever(on_loop: Run) -> None:
+    """What is kept for a service goes when nobody follows it any more: connections, and budgets of retries."""
+
+    async def main() -> None:
+        async with setup() as its:
+            its.source.set("b", its.near.instance)
+            its.source.set("c", its.far.instance)
+            assert (await its.client.get("http://c/")).text == "n2"
+            pools = its.transport._pools
+            assert list(pools._pools) == [its.far.instance.key]
+            for state in list(its.mesh._services):
+                del its.mesh._services._states[state.key]
+            its.mesh._services._tell_followed()
+            assert (await its.client.get("http://b/")).text == "n1"
+            assert set(pools._members) == set(its.transport._budgets) == {"b"}
+            assert list(pools._pools) == [its.near.instance.key]
+            await open_connections(its.far, 0)
+
+    on_loop(main)
+
+
 def test_closing_the_client_closes_the_connections(on_loop: Run) -> None:
     async def main() -> None:
         async with setup() as its:

@@ -12,7 +12,8 @@ import trio
 from trio.testing import MockClock
 
 import meshlocal
-from meshlocal import AttemptOverrides, AttemptPolicy, Outcome, Reason, RequestKey, ServiceConfig
+from meshlocal import AttemptOverrides, AttemptPolicy, EjectionConfig, Outcome, Reason, RequestKey, ServiceConfig
+from meshlocal.policy.config_health import FailbackConfig, HealthCheckConfig
 from meshlocal.testing import FakeSource, Upstream, open_upstream, reset, silent
 
 Run = Callable[[Callable[[], Awaitable[None]]], None]
@@ -445,6 +446,13 @@ def test_a_watched_service_is_in_use(on_loop: Run) -> None:
         ({"sources": ("file:a",), "within": "zone"}, "within: labels has no .zone."),
         ({"sources": ("file:a",), "attempts": AttemptPolicy(deadline=-1)}, "attempts.deadline: expected"),
         ({"sources": ("file:a",), "services": {"b c": ServiceConfig()}}, "services.b c"),
+        ({"sources": ("file:a",), "ejection": EjectionConfig(time=-1)}, "ejection.time: expected"),
+        ({"sources": ("grpcs://b:1",), "ca_file": ""}, "ca_file: is empty"),
+        (
+            {"sources": ("file:a",), "services": {"b": ServiceConfig(health_check=HealthCheckConfig(kind="tcp"))}},
+            "services.b.health_check: a mesh learns from its own requests only",
+        ),
+        ({"sources": ("file:a",), "services": {"b": ServiceConfig(failback=FailbackConfig())}}, "services.b.failback"),
     ],
 )
 async def test_arguments_that_cannot_be_used(arguments: dict[str, object], problem: str) -> None:
@@ -508,6 +516,58 @@ def test_what_the_block_raises_comes_out_as_it_is(on_loop: Run) -> None:
         assert scope.cancelled_caught
 
     on_loop(main)
+
+
+def test_of_two_failures_neither_is_lost(on_loop: Run) -> None:
+    """The block fails while its mesh does: a group tells of both."""
+
+    class Failing:
+        status = meshlocal.FeedStatus()
+
+        def feed(self, sink: meshlocal.SnapshotSink) -> meshlocal.Feed:
+            return self
+
+        def follow(self, services: object) -> None:
+            return
+
+        async def run(self) -> None:
+            raise RuntimeError("a fault in a feed")
+
+    async def block_and_mesh_fail() -> None:
+        async with meshlocal.open_mesh(Failing()):
+            try:
+                await anyio.sleep(100)
+            finally:
+                raise KeyError("the application's")
+
+    async def main() -> None:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await block_and_mesh_fail()
+        assert caught.group_contains(KeyError, match="the application's")
+        assert caught.group_contains(RuntimeError, match="a fault in a feed")
+
+    on_loop(main)
+
+
+async def test_when_every_attempt_fails_discovery_is_asked_again(autojump_clock: MockClock) -> None:
+    """D5, H1: what failed for a while is asked for anew, and comes back; who fails is tried last of all."""
+    source = FakeSource()
+    async with open_upstream(node="n1") as near, open_upstream(node="n2") as far:
+        publish(source, near)
+        near.refuse()
+        ejection = EjectionConfig(failures=1)
+        async with meshlocal.open_mesh(source, node_name="n1", ejection=ejection) as mesh:
+            for _ in range(4):
+                with pytest.raises(meshlocal.AttemptsFailedError):
+                    await greeting(mesh)
+                assert source.refreshed == [] or trio.current_time() > 1
+                await trio.sleep(0.4)
+            assert source.refreshed == ["b"]
+            publish(source, near, far)
+            near.accept()
+            first, last = mesh.plan("b").steps
+            assert (first.instance, first.reason, last.instance) == (far.instance, Reason.LOCAL_EJECTED, near.instance)
+            assert await greeting(mesh) == "n2"
 
 
 def test_from_a_file(on_loop: Run, tmp_path: Path) -> None:
