@@ -3,13 +3,17 @@
 The file is looked at, not watched: one `stat` an interval, following symbolic
 links, so that an atomic replacement by rename, a ConfigMap's swapped link, an
 edit in place and a file that comes late are all seen alike, on every file
-system. A file that changed is read once it looks the same twice in a row, so
-that a writer caught half-way is waited for.
+system. A file that changed is read once it looks the same twice in a row and
+nobody has it open for writing, so that a writer caught half-way is waited for:
+half a file may well parse, and say that there are no instances.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +33,9 @@ _log = get_log(__name__)
 
 POLL_INTERVAL = 0.25
 """Seconds between two looks at the file. A change is published after one to two of them."""
+
+WRITER_LIMIT = 10.0
+"""Seconds for which somebody who has the file open for writing is waited for."""
 
 _Signature = tuple[int, int, int, int]
 
@@ -77,32 +84,48 @@ class FileSource:
         in_sync = False
         settled: _Signature | str | None = None
         done: _Signature | str | None = None
+        waited = 0.0
         while True:
             before, settled = settled, self._look()
-            # The first look counts at once: at start there is no writer to wait for more often than not, and a
-            # half-written file that parses would be read again when it settles.
-            if settled != done and (settled == before or before is None):
+            # The first look counts at once: at start there is no writer to wait for more often than not.
+            fresh = settled != done and (settled == before or before is None)
+            if fresh and waited < WRITER_LIMIT and is_written_to(self._path):
+                waited += self._poll_interval
+            elif fresh:
+                if waited >= WRITER_LIMIT:
+                    _log.warning("somebody keeps the instances file open for writing", file=str(self._path))
+                waited = 0.0
                 done = settled
-                if await self._publish(publisher, in_sync=in_sync) and not in_sync:
-                    in_sync = True
-                    task_status.started()
+                content = await self._read()
+                if self._look() != settled:
+                    # It was written to while it was read.
+                    done = None
+                elif isinstance(content, InstancesFileError):
+                    self._refuse(publisher, content, in_sync=in_sync)
+                else:
+                    self._publish(publisher, content, in_sync=in_sync)
+                    if not in_sync:
+                        in_sync = True
+                        task_status.started()
             await anyio.sleep(self._poll_interval)
 
-    async def _publish(self, publisher: Publisher, *, in_sync: bool) -> bool:
-        """Read the file and publish what it says; false if it cannot be used."""
+    async def _read(self) -> InstancesFile | InstancesFileError:
         try:
-            content = await anyio.to_thread.run_sync(self.load, abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(self.load, abandon_on_cancel=True)
         except InstancesFileError as error:
-            publisher.report(str(error))
-            served = "what it said before" if in_sync else "nothing yet"
-            for problem in str(error).splitlines():
-                _log.error("instances file refused", problem=problem, served=served)
-            return False
+            return error
+
+    def _refuse(self, publisher: Publisher, error: InstancesFileError, *, in_sync: bool) -> None:
+        publisher.report(str(error))
+        served = "what it said before" if in_sync else "nothing yet"
+        for problem in str(error).splitlines():
+            _log.error("instances file refused", problem=problem, served=served)
+
+    def _publish(self, publisher: Publisher, content: InstancesFile, *, in_sync: bool) -> None:
         publisher.report(None)
         publisher.replace({service: index(listed) for service, listed in content.services.items()})
         if in_sync:
             _log.info("instances file read again", file=str(self._path), services=len(content.services))
-        return True
 
     def _look(self) -> _Signature | str:
         """What tells one state of the file from the next; for a file that cannot be looked at, why."""
@@ -111,3 +134,26 @@ class FileSource:
         except OSError as error:
             return error.strerror or str(error)
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def is_written_to(path: Path) -> bool:
+    """Whether somebody has the file open for writing, as far as this process may know.
+
+    The kernel grants a lease for reading only on a file that nobody writes to (fcntl(2), "Leases"). It is given back
+    at once. Who opens the file in that moment waits for that, and the kernel tells of it by a signal, here by one that
+    is ignored if nobody handles it. Only the file's owner and root are given leases, and not on every file system;
+    where there is none, nobody is waited for.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(descriptor)
+    return False

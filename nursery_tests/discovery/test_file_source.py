@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshlocal.discovery.file_source import FileSource
+from meshlocal.discovery.file_source import FileSource, is_written_to
 from meshlocal.discovery.hub import Hub
 from meshlocal.policy.model import ServiceKey
 
@@ -148,3 +148,73 @@ async def test_cancellation_while_reading(tmp_path: Path) -> None:
     finally:
         os.write(writer, b"done")
         os.close(writer)
+
+
+def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with each look at a file."""
+    looks: list[None] = []
+    look = FileSource._look
+
+    def counted(source: FileSource) -> object:
+        looks.append(None)
+        return look(source)
+
+    monkeypatch.setattr(FileSource, "_look", counted)
+    return looks
+
+
+async def test_a_file_that_somebody_is_writing_to_is_waited_for(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3: half a file may parse, and an instance that is not written yet has not gone."""
+    looks = count_looks(monkeypatch)
+    path = tmp_path / "instances.yaml"
+    write(path, content(1, 2))
+    hub = await start(nursery, path)
+    await until(lambda: ports(hub) == [1, 2])
+    with path.open("w") as file:
+        file.write(content(1))
+        file.flush()
+        seen = len(looks)
+        await until(lambda: len(looks) > seen + 20)
+        assert ports(hub) == [1, 2]
+        file.write(content(1, 3)[len(content(1)) :])
+    await until(lambda: ports(hub) == [1, 3])
+
+
+async def test_a_file_that_is_being_written_at_the_start_is_waited_for(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = count_looks(monkeypatch)
+    path = tmp_path / "instances.yaml"
+    hub = Hub([FileSource(path, poll_interval=0.005)], random.Random(0))
+    with path.open("w") as file:
+        file.write(content(1))
+        file.flush()
+        nursery.start_soon(hub.run)
+        await until(lambda: len(looks) > 20)
+        assert ports(hub) is None
+        file.write(content(1, 2)[len(content(1)) :])
+    await until(lambda: ports(hub) == [1, 2])
+
+
+async def test_who_never_closes_it_is_not_waited_for_for_ever(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("meshlocal.discovery.file_source.WRITER_LIMIT", 0.1)
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await until(lambda: ports(hub) == [1])
+    with path.open("w") as file:
+        file.write(content(2))
+        file.flush()
+        await until(lambda: ports(hub) == [2])
+    assert "somebody keeps the instances file open" in caplog.text
+
+
+def test_a_file_that_cannot_be_asked_about_is_not_waited_for(tmp_path: Path) -> None:
+    """Such as one that is not there, or has no leases."""
+    assert not is_written_to(tmp_path / "missing")
+    assert not is_written_to(tmp_path)
+    assert not is_written_to(Path("/dev/null"))

@@ -44,10 +44,11 @@ class Program:
         self._news.set()
         self._news = trio.Event()
 
-    async def printed(self, pattern: str, where: str = "err") -> re.Match[str]:
-        """The first match of a pattern in what the process prints, now or later."""
+    async def printed(self, pattern: str, where: str = "err", start: int = 0) -> re.Match[str]:
+        """The first match of a pattern in what the process prints, now or later, from the character `start` on."""
+        searched = re.compile(pattern)
         with trio.move_on_after(LIMIT):
-            while (found := re.search(pattern, getattr(self, where))) is None and self._open:
+            while (found := searched.search(getattr(self, where), start)) is None and self._open:
                 await self._news.wait()
             if found is not None:
                 return found
@@ -77,8 +78,13 @@ class Processes:
         self._nursery = nursery
         self.folder = folder
 
-    async def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> Program:
-        """Start a program in the test's folder, in an environment without anything of meshlocal's but `env`."""
+    async def start(
+        self, command: Sequence[str], env: Mapping[str, str] | None = None, *, talk: bool = False
+    ) -> Program:
+        """Start a program in the test's folder, in an environment without anything of meshlocal's but `env`.
+
+        With `talk` its standard input is a pipe, else there is none.
+        """
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -87,6 +93,7 @@ class Processes:
         run = partial(
             trio.run_process,
             command,
+            stdin=subprocess.PIPE if talk else b"",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             check=False,

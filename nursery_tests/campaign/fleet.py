@@ -1,0 +1,224 @@
+"""What a fault is tried on: four instances on three pretend nodes, a discovery server and a proxy, each a process."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from nursery_tests.campaign.load import LIMIT, Target
+from nursery_tests.e2e.running import Metrics, Place, Processes, Program
+
+NODES = {"n1a": "n1", "n1b": "n1", "n2": "n2", "n3": "n3"}
+"""Each instance's node."""
+
+LOCAL = frozenset(name for name, node in NODES.items() if node == "n1")
+
+SERVICES = {"tcp": "line", "replay": "line", "get": "http", "post": "http"}
+"""Each service's protocol; every instance serves them all."""
+
+_INSTANCES = "127.0.7."
+_DISCOVERY = "127.0.7.20"
+_PROXY = "127.0.7.30"
+"""Addresses that no client has: a port that is free for a moment is never taken by one (RFC 9293, 3.5)."""
+
+CONFIG = """\
+proxy:
+  node_name: n1
+  listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}{extra}]
+  admin: 127.0.0.1:0
+  discovery: {{urls: [grpc://{discovery}], backoff_max: 0.5, keepalive_interval: 1, keepalive_timeout: 1{cache}}}
+  ejection: {{time: 0.5, max_time: 2}}
+  attempts: {{idle_timeout: {idle}, first_snapshot_wait: 2}}
+  http: {{header_timeout: 1, body_timeout: 1}}
+  drain: {{timeout: 1}}
+  services:
+    replay: {{attempts: {{replay: true, replay_wait: 0.4}}}}
+    get: {{attempts: {{attempt_timeout: 0.4}}}}
+"""
+"""Times are short, so that what follows from a fault does so while somebody watches."""
+
+
+class Taken(NamedTuple):
+    """What the proxy takes while nobody wants anything of it; its pool of connections to instances apart."""
+
+    tasks: int
+    descriptors: int
+    memory: int
+
+
+class Member:
+    """One instance."""
+
+    def __init__(self, fleet: Fleet, name: str, address: str) -> None:
+        self._fleet = fleet
+        self.name = name
+        self.address = address
+        self.ports = (0, 0)
+        self.program: Program | None = None
+
+    async def start(self) -> None:
+        script = str(Path(__file__).with_name("instance.py"))
+        command = [sys.executable, script, self.name, self.address, *map(str, self.ports), str(self._fleet.posts)]
+        self.program = await self._fleet.processes.start([*self._fleet.place.prefix, *command], talk=True)
+        found = await self.program.printed(r"listening (\d+) (\d+)", "out")
+        self.ports = (int(found[1]), int(found[2]))
+
+    async def kill(self) -> None:
+        assert self.program is not None
+        await self.program.killed()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.program is not None
+        self.program.signal(number)
+
+    async def tell(self, command: str) -> dict[str, int]:
+        """Have it do something; returns once it is done."""
+        assert self.program is not None
+        assert self.program.process.stdin is not None
+        said = len(self.program.out)
+        try:
+            await self.program.process.stdin.send_all(f"{command}\n".encode())
+        except trio.BrokenResourceError:
+            raise AssertionError(f"{self.name} has ended: {self.program.err}") from None
+        found = await self.program.printed(rf"done {command.split(maxsplit=1)[0]} (.*)\n", "out", said)
+        answer: dict[str, int] = json.loads(found[1])
+        return answer
+
+
+class Fleet:
+    """All processes.
+
+    Args:
+        processes: starts them.
+        place: where they, and their clients, run.
+        environment: of the proxy and the discovery server.
+        prefix: of the proxy's command.
+        cache: the proxy keeps a cache file.
+        idle: the proxy's limit for silent connections, in seconds.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        place: Place,
+        *,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        cache: bool = False,
+        idle: float = 600,
+    ) -> None:
+        self.processes = processes
+        self.place = place
+        self.folder = processes.folder
+        self.posts = self.folder / "posts"
+        self.posts.touch()
+        self._environment = environment
+        self._prefix = [*place.prefix, *prefix]
+        self._cache = f", cache_file: {self.folder / 'cache'}" if cache else ""
+        self._idle = idle
+        self._ports = {"tcp": 0, "replay": 0, "get": 0}
+        self.members = {name: Member(self, name, f"{_INSTANCES}{number}") for number, name in enumerate(NODES, start=1)}
+        self.discovery: Program | None = None
+        self.discovery_port = 0
+        self.proxy: Program | None = None
+        self.admin = 0
+
+    @property
+    def registry(self) -> str:
+        """The instances file's text."""
+        lines = ["services:"]
+        for service, kind in SERVICES.items():
+            lines.append(f"  {service}:")
+            for member in self.members.values():
+                port = member.ports[kind == "http"]
+                node = NODES[member.name]
+                lines.append(f"    - {{address: {member.address}, port: {port}, labels: {{node: {node}}}}}")
+        return "\n".join(lines) + "\n"
+
+    @property
+    def target(self) -> Target:
+        ports = self._ports
+        return Target(_PROXY, {**ports, "post": ports["get"], "held": ports["tcp"]})
+
+    async def start(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for member in self.members.values():
+                nursery.start_soon(member.start)
+        self.processes.write("instances.yaml", self.registry)
+        await self.start_discovery()
+        await self.start_proxy()
+
+    async def start_discovery(self, file: str = "instances.yaml", *, wait: bool = True) -> None:
+        """Start the discovery server, at the address that it had."""
+        bind = f"{_DISCOVERY}:{self.discovery_port}"
+        command = ["discovery", "--bind", bind, "--source", f"file:{file}", "--admin", "none"]
+        self.discovery = await self.processes.meshlocal(*command, env=self._environment, prefix=self.place.prefix)
+        if wait:
+            found = await self.discovery.printed(r"ready: grpc://[\d.]+:(\d+)", "out")
+            self.discovery_port = int(found[1])
+
+    def configure(self, extra: str = "") -> None:
+        """Write the proxy's configuration."""
+        discovery = f"{_DISCOVERY}:{self.discovery_port}"
+        text = CONFIG.format(
+            host=_PROXY, discovery=discovery, cache=self._cache, idle=self._idle, extra=extra, **self._ports
+        )
+        self.processes.write("proxy.yaml", text)
+
+    async def start_proxy(self, *, wait: bool = True) -> None:
+        """Start the proxy, at the addresses that it had."""
+        self.configure()
+        self.proxy = await self.processes.meshlocal(
+            *("proxy", "--config", "proxy.yaml"), env=self._environment, prefix=self._prefix
+        )
+        if wait:
+            await self.ready()
+
+    async def ready(self) -> str:
+        """The line that the proxy prints once it is ready."""
+        assert self.proxy is not None
+        line = (await self.proxy.printed(r"meshlocal proxy ready: .*\n", "out"))[0]
+        for key, pattern in {"tcp": r":(\d+)=tcp", "replay": r":(\d+)=replay", "get": r" http://[\d.]+:(\d+)"}.items():
+            found = re.search(pattern, line)
+            assert found is not None, line
+            self._ports[key] = int(found[1])
+        self.admin = int(line.split("admin=", 1)[1].split()[0].rpartition(":")[2])
+        return line
+
+    async def metrics(self) -> Metrics:
+        return await self.place.metrics(self.admin)
+
+    async def measured(self, name: str, value: float, **labels: str) -> None:
+        """Wait until a metric has a value."""
+        await self.place.measured(self.admin, lambda metrics: metrics(name, **labels) == value)
+
+    async def taken(self) -> Taken:
+        return _taken(await self.metrics())
+
+    async def settled(self, before: Taken) -> Taken:
+        """What is taken once it is no more than before; or, if it stays more, then."""
+        with trio.move_on_after(LIMIT):
+            while True:
+                metrics = await self.metrics()
+                taken = _taken(metrics)
+                small = taken.tasks <= before.tasks and taken.descriptors <= before.descriptors
+                if small and metrics("discovery_connected"):
+                    return taken
+                await trio.sleep(0.05)
+        return await self.taken()
+
+    def executed(self) -> list[str]:
+        """The IDs of all POSTs that instances got."""
+        return self.posts.read_text().split()
+
+
+def _taken(metrics: Metrics) -> Taken:
+    pooled = metrics("http_pool_connections")
+    return Taken(int(metrics("tasks")), int(metrics("descriptors_open") - pooled), int(metrics("memory_bytes")))
