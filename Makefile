@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test check format bench bench-quick bench-document bench-locality bench-latency bench-scale \
-	bench-policy protos reference lock clean
+	bench-policy bench-kubernetes protos reference lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -49,6 +49,10 @@ bench-latency: $(VENV)/run.stamp
 # Watchers of one discovery server, and what one change costs.
 bench-scale: $(VENV)/run.stamp
 	$(BIN)/python -m bench.watchers
+
+# A cluster's first sync and 1,000 changes a second, with made-up slices.
+bench-kubernetes: $(VENV)/run.stamp
+	$(BIN)/python -m bench.kubernetes
 
 # What a pick and a change cost.
 bench-policy: $(VENV)/run.stamp

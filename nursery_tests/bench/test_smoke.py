@@ -40,6 +40,22 @@ def test_watchers(tmp_path):
     assert figures["connect_cpu_per_watcher"] > 0
 
 
+def test_kubernetes(tmp_path):
+    sizes = ("--services", "4", "--endpoints", "3", "--scales", "1,6", "--rate", "40", "--seconds", "0.5")
+    printed, figures = run("kubernetes", tmp_path, *sizes)
+    small, large = figures["clusters"]
+    assert [(each["services"], each["endpoints"], each["changes"]) for each in (small, large)] == [
+        (4, 12, 20),
+        (24, 72, 20),
+    ]
+    for each in (small, large):
+        # Changes of one slice that came together are published together; no other service is published with them.
+        assert 0 < each["published"] <= each["changes"]
+        assert 0 < each["late"]["p50"] <= each["late"]["last"]
+        assert each["cpu_per_change"] > 0
+    assert printed.count("(goal ≤") == len(figures["goals"]) == 3
+
+
 def test_policy(tmp_path):
     printed, figures = run("policy", tmp_path, "--instances", "20", "--large", "50", "--repeat", "3")
     assert set(figures["change"]) == {"label changed", "instance added", "instance removed"}
