@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test check format bench bench-quick bench-document bench-locality bench-latency bench-scale \
-	bench-policy bench-kubernetes protos reference lock clean
+	bench-policy bench-kubernetes protos reference docs lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -65,6 +65,10 @@ protos: $(VENV)/dev.stamp
 reference: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_reference.py
 
+# The site, in build/site; a link or an anchor that leads nowhere is a failure.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python tools/build_site.py
+
 lock: $(VENV)/dev.stamp
 	$(PIP) install uv
 	$(BIN)/python tools/lock.py
@@ -87,6 +91,11 @@ $(VENV)/dev.stamp: requirements/dev.lock pyproject.toml | $(VENV)/bin/python
 	@$(PIP) install -r requirements/dev.lock
 	@$(PIP) install --no-deps -e .
 	@touch $@ $(VENV)/run.stamp
+
+$(VENV)/docs.stamp: requirements/docs.lock $(VENV)/run.stamp
+	@echo "Installing what the site is built with into $(VENV) ..."
+	@$(PIP) install -r requirements/docs.lock
+	@touch $@
 
 # Without it the benchmarks go on: they say what is missing.
 $(VENV)/bench.stamp: requirements/bench.lock $(VENV)/run.stamp

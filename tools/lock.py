@@ -8,7 +8,9 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"], "bench": ["bench"]}
+EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"], "bench": ["bench"], "docs": ["docs"]}
+CONSTRAINED = {"docs": "dev"}
+"""Installed into one environment with another lock's packages."""
 
 
 def compile_lock(name: str, source: str, extras: list[str], given: str | None = None) -> None:
@@ -17,6 +19,8 @@ def compile_lock(name: str, source: str, extras: list[str], given: str | None = 
     command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
     for extra in extras:
         command += ["--extra", extra]
+    if name in CONSTRAINED:
+        command += ["--constraint", f"requirements/{CONSTRAINED[name]}.lock"]
     subprocess.run([*command, source, "-o", str(output)], cwd=ROOT, check=True, input=given, text=True)
     print(f"wrote {output.relative_to(ROOT)}")
 

@@ -42,7 +42,9 @@ class AttemptOutcome(StrEnum):
     """How an attempt ended. Failures to connect are named by `meshlocal.net.dial.classify_connect_error`."""
 
     CONNECTED = "connected"
+    """tcp: the instance was connected."""
     TIMEOUT = "timeout"
+    """The attempt's time ran out."""
     ABANDONED = "abandoned"
     """The request's deadline came first, or its client left, or the proxy stopped."""
 
