@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import meshlocal
 from meshlocal.admin.messages import Request, Response
@@ -38,10 +39,12 @@ def _watch(process: DiscoveryProcess) -> Response:
     port = process.websocket_sockets[0].getsockname()[1] if process.websocket_sockets else None
     names = [snapshot.service for snapshot in process.hub.snapshots()]
     title = f"meshlocal discovery {meshlocal.__version__}: watch"
-    token = process.config.discovery.tokens_file is not None
-    return Response(
-        200, "text/html; charset=utf-8", watch_page(title, port, names, tls=process.access.tls, token=token)
-    )
+    page = watch_page(title, port, names, tls=process.access.tls, token=_wants_token(process))
+    return Response(200, "text/html; charset=utf-8", page)
+
+
+def _wants_token(process: DiscoveryProcess) -> bool:
+    return process.config.discovery.tokens_file is not None
 
 
 def _readyz(process: DiscoveryProcess) -> Response:
@@ -77,12 +80,27 @@ def _overview(process: DiscoveryProcess) -> Response:
         )
         for each in hub.sources
     )
+    live = process.websocket is not None
     services = (
-        (snapshot.service, len(snapshot.instances), html.code(snapshot.version)) for snapshot in hub.snapshots()
+        (
+            html.link(f"/watch#{quote(snapshot.service)}", snapshot.service) if live else snapshot.service,
+            len(snapshot.instances),
+            html.code(snapshot.version),
+        )
+        for snapshot in hub.snapshots()
     )
+    connections = [f"{process.server.connections} by gRPC"]
+    if process.websocket is not None:
+        connections.append(f"{process.websocket.connections} by WebSocket")
+    secured = [word for word, on in (("over TLS", process.access.tls), ("with a token", _wants_token(process))) if on]
     parts = [
-        html.paragraph("State: ", state),
-        html.paragraph(f"Watches: {hub.watcher_count}. gRPC connections: {process.server.connections}."),
+        html.facts(
+            [
+                ("state", [state]),
+                ("watches", [hub.watcher_count]),
+                ("connections", [", ".join(connections), *secured]),
+            ]
+        ),
         html.heading("Sources"),
         html.table(("Source", "State", "Problem"), sources),
         *_source_tables(hub),

@@ -18,6 +18,7 @@ from meshlocal.admin.server import Route
 from meshlocal.app import html
 from meshlocal.app.views import explain_view, health_view, instance_view
 from meshlocal.client.services import ServiceState
+from meshlocal.client.statistics import Outcome
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
 from meshlocal.policy.health import State
 from meshlocal.policy.model import Instance, ServiceKey
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _SHOWN = 200
 """Instances of a service that the overview page lists; /services has all."""
+
+_REACHED = frozenset({Outcome.SERVED, Outcome.CUT, Outcome.RETURNED, Outcome.DRAINED})
+"""Outcomes of requests that an instance took."""
 
 
 def proxy_routes(process: ProxyProcess) -> Mapping[str, Route]:
@@ -99,10 +103,16 @@ class _ProxyPages:
         service = services.get(ServiceKey(name)) or services.get(config.service_key(ServiceKey(name)))
         if service is None:
             known = ", ".join(services.keys)
+            if not name:
+                return plain(404, f"which service? /explain?service=NAME; there are: {known}")
             return plain(404, f"no listener names a service {name!r}; there are: {known}")
         if service.picker is None:
             return plain(503, f"nothing was heard of {name} yet: discovery has not answered")
-        return json_response(explain_view(service.picker, service.cursors, service.fitness.gate()))
+        view = explain_view(service.picker, service.cursors, service.fitness.gate())
+        # A browser asks for HTML, nothing else does.
+        if "text/html" in request.headers.get("accept", ""):
+            return _plan_page(service.key, view)
+        return json_response(view)
 
     def _service_view(self, service: ServiceState) -> dict[str, Any]:
         view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tiers": {}, "instances": []}
@@ -174,11 +184,18 @@ class _ProxyPages:
         statistics = service.statistics
         first = picker.selector.tiers[0]
         total = sum(statistics.requests.values())
-        near = sum(count for (tier, _, _), count in statistics.requests.items() if tier == first)
+        # Those that reached an instance: one that failed went nowhere.
+        reached = {key: count for key, count in statistics.requests.items() if key.outcome in _REACHED}
+        near = sum(count for key, count in reached.items() if key.tier == first)
+        served = sum(reached.values())
+        bar = [html.share(near, served), f"of {served} requests that reached an instance"]
         sizes = ", ".join(f"{size} in tier {tier}" for tier, size in picker.tier_sizes().items())
         yield html.facts(
             [
-                ("same " + first, [html.share(near, total), f"of {total} requests"] if total else ["no request yet"]),
+                (
+                    "same " + first,
+                    bar if served else ["no request reached an instance"] if total else ["no request yet"],
+                ),
                 ("now", [f"{statistics.open} connections open, {statistics.connecting} clients waiting"]),
                 ("usable", [sizes, html.link(f"/explain?service={quote(service.key)}", "the next request's plan")]),
             ]
@@ -207,6 +224,30 @@ class _ProxyPages:
                 for each in instances[:_SHOWN]
             ),
         )
+
+
+def _plan_page(service: str, view: Mapping[str, Any]) -> Response:
+    """The plan as a table."""
+    steps = (
+        (
+            step["step"],
+            html.code(step["instance"]),
+            step["node"],
+            step["tier"],
+            _why(step["reason"] or ""),
+            step["passed_over"] or ("terminating, and serves still" if step["last_resort"] else None),
+        )
+        for step in view["plan"]
+    )
+    left_out = ((html.code(each["instance"]), each["node"], html.bad(each["why"])) for each in view["left_out"])
+    parts = [
+        html.paragraph("What the next request tries, in this order, while each attempt fails."),
+        html.table(("Step", "Instance", "Node", "Tier", "Why not the first tier", "Why so late"), steps),
+        html.heading("Left out"),
+        html.table(("Instance", "Node", "Why"), left_out),
+    ]
+    title = f"meshlocal proxy {meshlocal.__version__}: plan of {service}, seen from node {view['node'] or 'unknown'}"
+    return Response(200, "text/html; charset=utf-8", html.page(title, ["/", "/services"], parts))
 
 
 def _health(service: ServiceState, instance: Instance, now: float) -> object:

@@ -100,11 +100,15 @@ async def test_requests_by_tier_and_reason() -> None:
     publish(process)
     assert "no request yet" in page(process)
     requests = process.services[B].statistics.requests
+    requests[RequestKey("other", "local_failed", Outcome.FAILED)] = 1
+    assert "no request reached an instance" in page(process)
     requests[RequestKey("node", "", Outcome.SERVED)] = 3
     requests[RequestKey("other", "local_failed", Outcome.SERVED)] = 1
     text = page(process)
     assert "75 %" in text
-    assert "of 4 requests" in text
+    assert "of 4 requests that reached an instance" in text
+    requests[RequestKey("node", "", Outcome.FAILED)] = 5
+    assert "75 %" in page(process), "what failed stayed nowhere"
     assert "<code>local_failed</code>: its instances failed" in text
     found = metrics(process)
     name = "meshlocal_requests_total"

@@ -44,10 +44,10 @@ class Program:
         self._news.set()
         self._news = trio.Event()
 
-    async def printed(self, pattern: str, where: str = "err", start: int = 0) -> re.Match[str]:
+    async def printed(self, pattern: str, where: str = "err", start: int = 0, *, limit: float = LIMIT) -> re.Match[str]:
         """The first match of a pattern in what the process prints, now or later, from the character `start` on."""
         searched = re.compile(pattern)
-        with trio.move_on_after(LIMIT):
+        with trio.move_on_after(limit):
             while (found := searched.search(getattr(self, where), start)) is None and self._open:
                 await self._news.wait()
             if found is not None:
