@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -95,6 +96,9 @@ class _Sink:
         self._holder = holder
         self._number = number
         self._first = True
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        return iter(())
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         self._holder.arrived(self._number, snapshot, first=self._first)

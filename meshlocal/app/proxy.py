@@ -11,6 +11,7 @@ cancels the lifetime nursery.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -273,4 +274,7 @@ def run_proxy(load: LoadConfig) -> int:
         ListenError: an address cannot be listened on.
     """
     process = ProxyProcess(load, Random(), os.environ)
+    # What was made so far stays for ever: the collector's pauses, which stop all traffic, need not go through it.
+    gc.collect()
+    gc.freeze()
     return trio.run(process.run)

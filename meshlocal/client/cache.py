@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,6 +119,10 @@ class SnapshotCache:
                 "starting from the cache file", path=str(self._path), services=len(found), age=round(self._age)
             )
         return found
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        """See `SnapshotSink`."""
+        return self._sink.prepare(snapshot)
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """See `SnapshotSink`: what comes from the feed."""

@@ -6,7 +6,7 @@ server or a file in the same process feeds it; `app` joins the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -16,6 +16,13 @@ from meshlocal.policy.model import ServiceKey, ServiceSnapshot
 
 class SnapshotSink(Protocol):
     """Where snapshots go. Calls never block."""
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        """Do, in steps, what a large snapshot needs done before it is published next.
+
+        A feed need not call it, nor finish what it began: `publish` does what is left, at once.
+        """
+        ...
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """A service's latest state."""

@@ -23,6 +23,7 @@ from meshlocal.policy.limits import Circuit
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
 from meshlocal.policy.picker import Cursors, Pick, Picker, Plan, RandomSource
+from meshlocal.policy.steps import Steps
 
 _log = get_log(__name__)
 
@@ -59,6 +60,7 @@ class ServiceState:
     """
 
     __slots__ = (
+        "_prepared",
         "_warned_ports",
         "changed",
         "circuit",
@@ -100,6 +102,7 @@ class ServiceState:
         self.last_used = 0.0
         self.in_use = 0
         self._warned_ports: frozenset[str] = frozenset()
+        self._prepared: Picker | None = None
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -114,14 +117,23 @@ class ServiceState:
         """The picks of the next request's plan if every attempt fails (R2); none before the first snapshot."""
         return self.picker.preview(self.cursors, self.fitness.gate()) if self.picker is not None else iter(())
 
+    def prepare(self, snapshot: ServiceSnapshot) -> Steps[None]:
+        """Make a snapshot's picker, in steps, for `publish` to swap in."""
+        self._prepared = yield from Picker.in_steps(self.selector, snapshot)
+
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """Swap in the picker of a snapshot."""
         before = self.picker
-        if before is None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared.snapshot is snapshot and prepared.selector is self.selector:
+            self.picker = prepared
+        elif before is None:
             self.picker = Picker.build(self.selector, snapshot)
-            self.first_snapshot.set()
         else:
             self.picker = before.updated(snapshot, diff(before.snapshot, snapshot))
+        if before is None:
+            self.first_snapshot.set()
+        else:
             self.fitness.retain(snapshot.instances)
         if self.changed is not None:
             self.changed(snapshot)
@@ -283,6 +295,11 @@ class ServiceTable:
         )
         state.fitness.on_failing = self._tell_failing
         return state
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        """See `SnapshotSink.prepare`."""
+        state = self._states.get(snapshot.service)
+        return iter(()) if state is None else state.prepare(snapshot)
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """See `SnapshotSink.publish`. A service that is not followed is passed over."""

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle
+from typing import TypeVar
 
 import anyio
+import anyio.lowlevel
 import msgspec
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
@@ -22,11 +24,14 @@ from meshlocal.net.log import get_log
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceKey, ServiceSnapshot, apply
-from meshlocal.wire.discovery_codec import change_from_message, snapshot_from_message
+from meshlocal.policy.steps import STEP, Steps
+from meshlocal.wire.discovery_codec import change_in_steps, snapshot_in_steps
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
 _log = get_log(__name__)
+
+T = TypeVar("T")
 
 SILENCE_FACTOR = 3.0
 """Heartbeat intervals without an event after which a watch is taken for dead."""
@@ -190,7 +195,7 @@ class DiscoveryWatch:
                     event = await events.receive()
                 if event is None:
                     return
-                limit = self._take(event, limit)
+                limit = await self._take(event, limit)
                 if not self.status.connected:
                     self.status.connected = True
                     self.status.problem = None
@@ -198,7 +203,7 @@ class DiscoveryWatch:
                     self._backoff.reset()
                     _log.info("discovery is watched", url=str(url), services=len(self._services))
 
-    def _take(self, event: pb.WatchInstancesResponse, limit: float) -> float:
+    async def _take(self, event: pb.WatchInstancesResponse, limit: float) -> float:
         """Apply one event; returns the seconds that the next may take."""
         kind = event.WhichOneof("event")
         if kind == "heartbeat":
@@ -210,17 +215,23 @@ class DiscoveryWatch:
         if kind == "heartbeat":
             return max(event.heartbeat.interval_ms / 1000 * SILENCE_FACTOR, 1.0)
         if kind == "snapshot":
-            snapshot = snapshot_from_message(event.snapshot, self._refuse)
+            snapshot = await _in_steps(snapshot_in_steps(event.snapshot, self._refuse))
+            changed = len(snapshot.instances)
         elif kind == "change":
             held = self._held.get(ServiceKey(event.change.service))
             if held is None:
                 raise UnexpectedEventError(f"a change came of {event.change.service!r}, of which nothing is held")
-            snapshot = apply(held, change_from_message(event.change, self._refuse))
+            change = await _in_steps(change_in_steps(event.change, self._refuse))
+            snapshot = apply(held, change)
+            changed = len(change.upserted)
         else:
             # An event of a later version of the interface: it is there to be ignored by earlier ones.
             return limit
         if snapshot.service not in self._services:
             raise UnexpectedEventError(f"an event came of {snapshot.service!r}, which is not watched")
+        if changed > max(STEP, len(snapshot.instances) // 4):
+            for _ in self._sink.prepare(snapshot):
+                await anyio.lowlevel.checkpoint()
         self._held[snapshot.service] = snapshot
         self._sink.publish(snapshot)
         return limit
@@ -228,6 +239,17 @@ class DiscoveryWatch:
     def _refuse(self, service: ServiceKey, error: ModelError) -> None:
         self.status.refused_instances += 1
         _log.warning("instance refused", service=service, where=error.where, problem=error.what, url=self.status.source)
+
+
+async def _in_steps(steps: Steps[T]) -> T:
+    """Do what has many steps, and let others go on between them."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        await anyio.lowlevel.checkpoint()
 
 
 class UnexpectedEventError(Exception):

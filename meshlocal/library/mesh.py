@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -118,6 +118,10 @@ class Mesh:
     def statistics(self) -> MeshStatistics:
         """What was counted, and how discovery is doing."""
         return statistics_of(self._services, self._running().status, anyio.current_time())
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        """For the feed: what comes before a large snapshot is published."""
+        return self._services.prepare(snapshot)
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """For the feed: a service's latest state."""

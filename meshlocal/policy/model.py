@@ -27,6 +27,10 @@ SERVICE = "service"
 
 MAX_LABELS = 64
 MAX_LABEL_LENGTH = 1024
+_OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_PLAIN_IPV4 = re.compile(rf"(?:[1-9]|[1-9][0-9]|1[0-9][0-9]|2[01][0-9]|22[0-3])(?:\.{_OCTET}){{3}}")
+"""Addresses of 1.0.0.0 to 223.255.255.255, spelled as they are compared: nearly all there are."""
+
 _SERVICE_KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
@@ -64,7 +68,7 @@ class EndpointKey(NamedTuple):
         return f"{host}:{self.port}"
 
 
-class Conditions(msgspec.Struct, frozen=True):
+class Conditions(msgspec.Struct, frozen=True, gc=False):
     """A registry's word on an instance's fitness, with the meaning of EndpointSlice conditions."""
 
     ready: bool = True
@@ -75,11 +79,13 @@ class Conditions(msgspec.Struct, frozen=True):
 READY = Conditions()
 
 
-class Instance(msgspec.Struct, frozen=True):
+class Instance(msgspec.Struct, frozen=True, gc=False):
     """One running copy of a service: where it listens, and its labels.
 
     Build it with `make_instance`, which checks every field; `labels` must not be changed afterwards.
     """
+
+    # No part of it can refer back to it, so that the garbage collector, whose pauses stop all traffic, need not look.
 
     key: EndpointKey
     labels: Mapping[str, str]
@@ -114,13 +120,8 @@ def make_instance(
     Raises:
         ModelError: the address is no IPv4 or IPv6 address, the port is not within 1 to 65535, or a label is too long.
     """
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        what = "is empty" if not address.strip() else f"{address!r} is neither an IPv4 nor an IPv6 address"
-        raise ModelError("address", what) from None
-    if parsed.is_unspecified or parsed.is_multicast:
-        raise ModelError("address", f"{address!r} is no address of an instance")
+    if not _PLAIN_IPV4.fullmatch(address):
+        address = _canonical(address)
     if not 1 <= port <= 65535:
         raise ModelError("port", f"{port} is not within 1 to 65535")
     labels = dict(labels) if labels else {}
@@ -129,7 +130,18 @@ def make_instance(
     for name, value in labels.items():
         if not name or len(name) + len(value) > MAX_LABEL_LENGTH:
             raise ModelError(f"labels.{name[:64]}", f"empty name, or longer than {MAX_LABEL_LENGTH} characters")
-    return Instance(EndpointKey(str(parsed), port, port_name, protocol or "tcp"), labels, conditions)
+    return Instance(EndpointKey(address, port, port_name, protocol or "tcp"), labels, conditions)
+
+
+def _canonical(address: str) -> str:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        what = "is empty" if not address.strip() else f"{address!r} is neither an IPv4 nor an IPv6 address"
+        raise ModelError("address", what) from None
+    if parsed.is_unspecified or parsed.is_multicast:
+        raise ModelError("address", f"{address!r} is no address of an instance")
+    return str(parsed)
 
 
 class ServiceSnapshot(msgspec.Struct, frozen=True):

@@ -37,6 +37,9 @@ from typing import NamedTuple, Protocol
 
 from meshlocal.policy.locality import LeftOut, Selector
 from meshlocal.policy.model import EndpointKey, Instance, ServiceChange, ServiceSnapshot
+from meshlocal.policy.steps import STEP, Steps, finish
+
+_RUN = 8 * STEP
 
 
 class Reason(StrEnum):
@@ -192,17 +195,29 @@ class Picker:
     @classmethod
     def build(cls, selector: Selector, snapshot: ServiceSnapshot) -> Picker:
         """Place every instance of a snapshot."""
+        return finish(cls.in_steps(selector, snapshot))
+
+    @classmethod
+    def in_steps(cls, selector: Selector, snapshot: ServiceSnapshot) -> Steps[Picker]:
+        """The same, in steps."""
         lists: list[list[Instance]] = [[] for _ in range(2 * len(selector.locality.tiers))]
         node = selector.locality.node
         matching = 0
-        for instance in snapshot.instances.values():
+        for position, instance in enumerate(snapshot.instances.values()):
             number = _group_number(selector, instance)
             if number is not None:
                 lists[number].append(instance)
             if node and instance.node == node:
                 matching += 1
+            if position % STEP == STEP - 1:
+                yield
         groups = []
         for members in lists:
+            if len(members) > _RUN:
+                # Sorted runs are merged by the sort below, which is most of the work that it spares.
+                for start in range(0, len(members), _RUN):
+                    members[start : start + _RUN] = sorted(members[start : start + _RUN], key=_key)
+                    yield
             members.sort(key=_key)
             groups.append(Group([instance.key for instance in members], members) if members else _EMPTY)
         return cls(selector, snapshot, groups, matching)

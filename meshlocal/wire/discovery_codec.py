@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import ip_address
 
 from meshlocal.policy.model import (
@@ -14,9 +14,9 @@ from meshlocal.policy.model import (
     ServiceChange,
     ServiceKey,
     ServiceSnapshot,
-    index,
     make_instance,
 )
+from meshlocal.policy.steps import STEP, Steps, finish
 from meshlocal.wire.pb import discovery_pb2 as pb
 
 OnBadInstance = Callable[[ServiceKey, ModelError], None]
@@ -108,26 +108,48 @@ def heartbeat_event(interval: float, pending: Iterable[ServiceKey]) -> pb.WatchI
 
 def snapshot_from_message(message: pb.ServiceSnapshot, on_bad: OnBadInstance) -> ServiceSnapshot:
     """A service's whole state as a server sent it."""
+    return finish(snapshot_in_steps(message, on_bad))
+
+
+def snapshot_in_steps(message: pb.ServiceSnapshot, on_bad: OnBadInstance) -> Steps[ServiceSnapshot]:
+    """The same, in steps."""
     service = ServiceKey(message.service)
-    instances = index(_instances(service, message.instances, on_bad))
-    return ServiceSnapshot(service, message.version, instances, message.unknown)
+    by_key: dict[EndpointKey, Instance] = {}
+    yield from _read(service, message.instances, on_bad, lambda instance: by_key.setdefault(instance.key, instance))
+    return ServiceSnapshot(service, message.version, by_key, message.unknown)
 
 
 def change_from_message(message: pb.ServiceChange, on_bad: OnBadInstance) -> ServiceChange:
     """A change as a server sent it."""
+    return finish(change_in_steps(message, on_bad))
+
+
+def change_in_steps(message: pb.ServiceChange, on_bad: OnBadInstance) -> Steps[ServiceChange]:
+    """The same, in steps."""
     service = ServiceKey(message.service)
+    upserted: list[Instance] = []
+    yield from _read(service, message.upserted, on_bad, upserted.append)
     return ServiceChange(
         service,
         message.base_version,
         message.version,
-        tuple(_instances(service, message.upserted, on_bad)),
+        tuple(upserted),
         tuple(endpoint_from_message(removed) for removed in message.removed),
     )
 
 
-def _instances(service: ServiceKey, messages: Iterable[pb.Instance], on_bad: OnBadInstance) -> Iterator[Instance]:
+def _read(
+    service: ServiceKey,
+    messages: Sequence[pb.Instance],
+    on_bad: OnBadInstance,
+    add: Callable[[Instance], object],
+) -> Steps[None]:
     for position, message in enumerate(messages):
         try:
-            yield instance_from_message(message)
+            instance = instance_from_message(message)
         except ModelError as error:
             on_bad(service, ModelError(f"instances[{position}].{error.where}", error.what))
+        else:
+            add(instance)
+        if position % STEP == STEP - 1:
+            yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ NOW = 2_000_000_000.0
 class Sink:
     def __init__(self) -> None:
         self.published: list[ServiceSnapshot] = []
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        return iter(())
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         self.published.append(snapshot)

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import trio
 
@@ -60,6 +61,9 @@ class Sink:
     def __init__(self) -> None:
         self.snapshots: list[ServiceSnapshot] = []
         self._changed = anyio.Event()
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        return iter(())
 
     def publish(self, snapshot: ServiceSnapshot) -> None:
         self.snapshots.append(snapshot)
@@ -122,6 +126,48 @@ async def discovery(
 
 def watch(sink: Sink, *urls: DiscoveryUrl, services: tuple[ServiceKey, ...] = (B,)) -> DiscoveryWatch:
     return DiscoveryWatch(urls, services, sink, random.Random(0), QUICK)
+
+
+class SteppingSink(Sink):
+    """Notes what was prepared, and how often another task had its turn by each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = 0
+        self.prepared: list[ServiceSnapshot] = []
+        self.turns_at: list[int] = []
+
+    async def other_task(self) -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+            self.turns += 1
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        for _ in range(10):
+            self.turns_at.append(self.turns)
+            yield
+        self.prepared.append(snapshot)
+
+
+async def test_a_large_snapshot_keeps_nobody_waiting(nursery: trio.Nursery) -> None:
+    """What a snapshot of many instances takes is done in steps, before it is published; a small change has none."""
+    crowd = [make_instance(f"10.1.{number >> 8}.{number & 255}", 9000) for number in range(1000)]
+    sink = SteppingSink()
+    async with discovery({B: model.index(crowd)}) as (url, source):
+        nursery.start_soon(sink.other_task)
+        nursery.start_soon(watch(sink, url).run)
+        first = await sink.until(lambda each: len(each.instances) == 1000)
+        assert sink.prepared == [first]
+        # Tasks whose turn it is run in any order, so that two steps can come between two turns, and no more.
+        assert all(before < after for before, after in zip(sink.turns_at, sink.turns_at[2:], strict=False))
+        assert source.publisher is not None
+        source.publisher.update(B, model.index([*crowd, at(1)]))
+        await sink.until(lambda each: len(each.instances) == 1001)
+        assert sink.prepared == [first]
+        # All are others now: so large a change is prepared as well.
+        source.publisher.update(B, model.index(make_instance(f"10.2.{n >> 8}.{n & 255}", 9000) for n in range(900)))
+        last = await sink.until(lambda each: len(each.instances) == 900)
+        assert sink.prepared[-1] is last
 
 
 async def test_snapshot_changes_and_heartbeats(nursery: trio.Nursery) -> None:

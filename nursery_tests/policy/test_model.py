@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +96,29 @@ def test_label_limits() -> None:
         make_instance("10.0.0.1", 1, labels={str(i): "" for i in range(65)})
     with pytest.raises(ModelError, match=r"labels\.node: .*longer than 1024"):
         make_instance("10.0.0.1", 1, labels={"node": "x" * 1024})
+
+
+@given(
+    st.one_of(
+        st.ip_addresses(v=4).map(str),
+        st.lists(
+            st.sampled_from(["0", "00", "1", "01", "9", "127", "199", "223", "224", "249", "255", "256", "300", ""])
+        )
+        .filter(lambda octets: 3 <= len(octets) <= 5)
+        .map(".".join),
+        st.text("0123456789. \n", max_size=16),
+    )
+)
+def test_common_addresses_take_a_short_cut_that_changes_nothing(text: str) -> None:
+    try:
+        parsed = ipaddress.ip_address(text)
+    except ValueError:
+        parsed = None
+    if parsed is None or parsed.is_unspecified or parsed.is_multicast:
+        with pytest.raises(ModelError, match="address: "):
+            make_instance(text, 1)
+    else:
+        assert make_instance(text, 1).key.address == str(parsed)
 
 
 def test_addresses_have_one_spelling() -> None:

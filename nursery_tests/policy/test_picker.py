@@ -14,6 +14,7 @@ from meshlocal.policy.families import Families
 from meshlocal.policy.locality import LeftOut, Locality, Selector
 from meshlocal.policy.model import Conditions, Instance, ServiceKey, ServiceSnapshot, diff, make_instance
 from meshlocal.policy.picker import Cursors, Pick, Picker, Reason
+from meshlocal.policy.steps import STEP
 
 B = ServiceKey("b")
 N1 = Locality({"node": "n1"})
@@ -319,3 +320,23 @@ def test_an_empty_tier_that_refills_goes_on_where_it_stood() -> None:
     pick = again.plan(cursors).next()
     assert pick is not None
     assert pick.instance.key.address == "10.0.0.2"
+
+
+def test_a_picker_is_built_in_steps() -> None:
+    """However many instances there are, no step handles more than a few, and the result is the same."""
+    crowd = [at(number, f"n{number % 3}") for number in range(5000)]
+    random.Random(1).shuffle(crowd)
+    whole = snapshot(*crowd)
+    steps = Picker.in_steps(Selector(N1), whole)
+    count = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            built = done.value
+            break
+        count += 1
+    assert count >= len(crowd) // STEP
+    expected = [sorted(each.key for each in crowd if (each.node == "n1") is local) for local in (True, False)]
+    assert [list(group.keys) for group in built._groups[:2]] == expected
+    assert built.matching == len(expected[0])
