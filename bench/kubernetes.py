@@ -218,6 +218,9 @@ class _Sink:
         self.services: set[ServiceKey] = set()
         self.news = trio.Event()
 
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        return iter(())
+
     def publish(self, snapshot: ServiceSnapshot) -> None:
         now = trio.current_time()
         self.services.add(snapshot.service)
