@@ -155,7 +155,6 @@ class ClientConnection(Client):
         loop = current_loop.get()
         lane = Lane(self, loop) if loop is not None else None
         while True:
-            received: bytes | None = None
             if lane is not None and not self.early and not forwarder.draining:
                 self.await_request(trio.current_time())
                 await lane.wait()
@@ -166,11 +165,10 @@ class ClientConnection(Client):
                     if ending is not End.KEEP:
                         return ending
                     continue
-                received = lane.received
-            if not received:
-                received = await self._begin_head()
-                if received is None:
-                    return End.CLOSE
+                self.early += lane.received
+            received = await self._begin_head()
+            if received is None:
+                return End.CLOSE
             settings = forwarder.settings
             limits = settings.limits
             try:
@@ -221,6 +219,7 @@ class ClientConnection(Client):
         """The first bytes of the next request; None if none comes."""
         forwarder = self.forwarder
         ready = self.fresh  # what a client sends with its connection is there when that is accepted, most of the time
+        waits = False
         while True:
             if self.early:
                 received = bytes(self.early)
@@ -228,7 +227,10 @@ class ClientConnection(Client):
             else:
                 if forwarder.draining and not self.fresh:
                     return None
-                self.await_request(trio.current_time())
+                if not waits:
+                    # Once: empty lines win no time.
+                    waits = True
+                    self.await_request(trio.current_time())
                 if not ready:
                     await wait_readable(self.socket)
                 ready = False
@@ -240,12 +242,12 @@ class ClientConnection(Client):
                     raise ClientLeftError from None
                 if not received:
                     return None
-            if received[0] != 0x0D or not received.startswith(b"\r\n"):
-                return received
-            # An empty line before a request, from clients that end a body with one (RFC 9112, 2.2).
-            received = received[2:]
-            if received:
-                return received
+            # Empty lines before a request, from clients that end a body with one (RFC 9112, 2.2).
+            start = 0
+            while received.startswith(b"\r\n", start):
+                start += 2
+            if start < len(received):
+                return received[start:] if start else received
 
     async def _finish_head(self, beginning: bytes, limits: HeadLimits) -> bytes | None:
         """The rest of a head, and what came behind it; None if the client ends its stream within the head."""

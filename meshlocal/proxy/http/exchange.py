@@ -156,7 +156,7 @@ class Exchange:
 
     def _reuse(self, service: HttpService, pick: Pick) -> Attempt | None:
         """An attempt on a connection that waits for a request."""
-        upstream = service.pool.take(pick.instance.key[:2])
+        upstream = service.pool.take(pick.instance.key[:2], sure=not self.idempotent)
         if upstream is None:
             return None
         service.statistics.connections_reused += 1
@@ -211,9 +211,6 @@ class Exchange:
             if self.body is None and self.head.has_body:
                 await self._begin_body(service)
             return await self._forward(service, attempt)
-        except trio.Cancelled:
-            self.outcome = Outcome.DRAINED
-            raise
         except ClientLeftError:
             self.outcome = Outcome.CUT if self.connection.begun else Outcome.CLIENT_LEFT
             raise
@@ -226,6 +223,10 @@ class Exchange:
             return await self._answer(Answer.to(error))
         except Exception:
             self.outcome = Outcome.ERROR
+            raise
+        except BaseException:
+            # Cancelled, within a nursery as a group. What ran out of time is told apart by who accounts for it.
+            self.outcome = Outcome.DRAINED
             raise
 
     async def _begin_body(self, service: HttpService) -> None:

@@ -278,7 +278,10 @@ class Lane:
                 return True
             if len(data) < CHUNK and not mask & _ENDING:
                 # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
-                if attempt.head_came and self._connection.deadline != math.inf:
+                if attempt.head_came and (
+                    self._connection.deadline != math.inf or self not in self._connection.forwarder.patience.waiting
+                ):
+                    # It is looked at by the sweep only, from here on or already.
                     self._connection.await_transfer()
                 return False
         self._hand_over()

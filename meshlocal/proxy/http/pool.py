@@ -85,14 +85,20 @@ class Pool:
         """Unused connections by instance."""
         return ((place, len(idle)) for place, idle in self._idle.items())
 
-    def take(self, place: Place) -> Upstream | None:
-        """A connection to the instance; None if there is none. It is the caller's."""
+    def take(self, place: Place, *, sure: bool) -> Upstream | None:
+        """A connection to the instance; None if there is none. It is the caller's.
+
+        Args:
+            place: where it leads.
+            sure: it is looked at once more: what is to be sent on it cannot be sent again (A4).
+        """
         idle = self._idle.get(place)
         while idle:
             upstream = idle.pop()
             if self._loop is not None:
                 self._loop.handlers.pop(upstream.number, None)
-                return upstream
+                if not sure:
+                    return upstream
             if upstream.is_silent():
                 return upstream
             close(upstream.sock)

@@ -28,6 +28,8 @@ async def run_tunnel(exchange: Exchange, state: ServiceState, upstream: socket.s
     The upstream stays the caller's. The exchange's outcome and end are set.
     """
     connection = exchange.connection
+    # Should its time run out, it is reset like any response that stands still.
+    connection.await_transfer()
     await connection.send(first)
     early = bytes(connection.early)
     connection.early.clear()

@@ -54,7 +54,7 @@ class Wire:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
-        self.received = b""
+        self.received: bytes | bytearray = bytearray()
 
     async def __aenter__(self) -> Wire:
         return self
@@ -85,17 +85,20 @@ class Wire:
         """What comes up to and with a mark."""
         while mark not in self.received:
             if not await self.more():
-                raise EndedError(self.received)
+                raise EndedError(bytes(self.received))
         end = self.received.index(mark) + len(mark)
-        found, self.received = self.received[:end], self.received[end:]
+        return self._take(end)
+
+    def _take(self, size: int) -> bytes:
+        found = bytes(self.received[:size])
+        self.received = bytearray(self.received[size:])
         return found
 
     async def exactly(self, size: int) -> bytes:
         while len(self.received) < size:
             if not await self.more():
-                raise EndedError(self.received)
-        found, self.received = self.received[:size], self.received[size:]
-        return found
+                raise EndedError(bytes(self.received))
+        return self._take(size)
 
     async def rest(self) -> bytes:
         """All that comes until the stream ends in good order.
@@ -105,8 +108,7 @@ class Wire:
         """
         while await self.more():
             pass
-        found, self.received = self.received, b""
-        return found
+        return self._take(len(self.received))
 
     async def is_reset(self) -> bool:
         """Wait for the end; tells whether it was a reset, with nothing before it."""
@@ -445,7 +447,11 @@ class Proxy:
 
 
 @pytest.fixture(params=["lane", "tasks"])
-async def proxy(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[Proxy]:
+async def proxy(
+    request: pytest.FixtureRequest, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Proxy]:
+    # Often enough for tests of what runs out of time.
+    monkeypatch.setattr("meshlocal.proxy.http.forwarder._SWEEP_LONGEST", 0.02)
     with open_relay_loop() if request.param == "lane" else nullcontext():
         made = Proxy(nursery)
         await nursery.start(made.serve)

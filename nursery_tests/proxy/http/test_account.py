@@ -1,0 +1,128 @@
+"""What is told of requests: the access log and the metrics (R1)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from meshlocal.app.http_metrics import HttpCollector
+from meshlocal.net.log import JsonFormatter, TextFormatter
+from nursery_tests.proxy.http.conftest import Proxy, Upstream, closes, response, says, until
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The access log, without what differs from run to run."""
+    found = [json.loads(JsonFormatter().format(each)) for each in caplog.records if each.name == "meshlocal.access"]
+    for each in found:
+        assert each.pop("ts")
+        assert each.pop("client").startswith("127.0.0.1:")
+        assert 0 <= each.pop("seconds", 0) < 30
+        assert (each.pop("level"), each.pop("logger"), each.pop("event")) == ("info", "meshlocal.access", "request")
+    return found
+
+
+async def test_access_log(proxy: Proxy, pair: tuple[Upstream, Upstream], caplog: pytest.LogCaptureFixture) -> None:
+    """One line a request, at its end; queries are left out, for they carry secrets."""
+    caplog.set_level(logging.INFO, "meshlocal.access")
+    local, far = pair
+    proxy.configure(access_log=True)
+    async with await proxy.connect() as client:
+        await client.get("/a?secret=1")
+        await client.ask("PUT", "/b", b"hello")
+        local.behaviour = closes
+        await client.get("/c")
+        far.behaviour = closes
+        await client.ask("POST", "/d", b"x")
+        await client.get("/e", host="1.2.3.4")
+        await client.send(b"nonsense\r\n\r\n")
+        await client.rest()
+    await proxy.idle()
+    here = {"service": "b", "host": "b", "instance": f"127.0.0.1:{local.port}", "node": "n1", "tier": "node"}
+    there = {**here, "instance": f"127.0.0.1:{far.port}", "node": "n2", "tier": "other", "reason": "local_failed"}
+    expected = [
+        {**here, "method": "GET", "path": "/a", "status": 200, "sent": 0, "received": 5},
+        {**here, "method": "PUT", "path": "/b", "status": 200, "sent": 5, "received": 5},
+        {**there, "method": "GET", "path": "/c", "status": 200, "sent": 0, "received": 3, "attempts": 2},
+        {**here, "method": "POST", "path": "/d", "status": 502, "sent": 1, "received": 0, "error": "no_response"},
+        {"host": "1.2.3.4", "method": "GET", "path": "/e", "status": 503, "error": "unknown_host", "attempts": 0},
+        {"status": 400, "error": "bad_request_line"},
+    ]
+    outcomes = ["served", "served", "served", "failed", "no_instance", None]
+    got = [{name: value for name, value in line.items() if value is not None} for line in lines(caplog)]
+    assert [line.pop("outcome", None) for line in got] == outcomes
+    for line, wanted in zip(got, expected, strict=True):
+        if "method" in wanted:
+            wanted = {"attempts": 1, "sent": 0, "received": 0, **wanted}
+        if wanted["status"] == 200:
+            line.pop("error", None)
+        assert line == wanted
+
+
+async def test_access_log_is_off_by_default_and_may_be_text(
+    proxy: Proxy, local: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "meshlocal.access")
+    async with await proxy.connect() as client:
+        await client.get("/quiet")
+        assert not caplog.records
+        proxy.configure(access_log=True)
+        await client.get("/told")
+    (record,) = caplog.records
+    text = TextFormatter().format(record)
+    assert "service=b" in text
+    assert "path=/told" in text
+    assert "\n" not in text
+
+
+async def test_metrics(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    local, far = pair
+    proxy.configure(http={"retry_floor": 1, "retry_percent": 0})
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(HttpCollector(lambda: proxy.forwarder))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"meshlocal_http_{name}", {"service": "b", **labels})
+
+    async with await proxy.connect() as client:
+        for _ in range(3):
+            await client.get()
+        local.behaviour = says(response(b"busy", "503 Busy"))
+        assert (await client.get()).status == 200
+        assert (await client.get()).status == 503
+        local.behaviour = closes
+        assert (await client.get()).status == 200
+        await client.get(host="1.2.3.4")
+        assert registry.get_sample_value("meshlocal_http_clients_open") == 1
+    await until(lambda: registry.get_sample_value("meshlocal_http_clients_open") == 0)
+    assert value("responses_total", tier="node", reason="", status="2xx") == 3
+    assert value("responses_total", tier="node", reason="", status="5xx") == 1
+    assert value("responses_total", tier="other", reason="local_failed", status="2xx") == 2
+    assert value("retries_total", cause="status") == 1
+    assert value("retries_refused_total") == 1
+    # The connection that had answered 503 was kept, and then closed by the instance; the fresh one was, too.
+    assert value("retries_total", cause="no_response") == 1
+    assert value("request_seconds_count") == 6
+    assert value("request_seconds_bucket", le="30.0") == 6
+    assert 0 < (value("request_seconds_sum") or 0) < 180
+    assert registry.get_sample_value("meshlocal_http_refused_total", {"reason": "unknown_host"}) == 1
+    assert value("pool_connections") == proxy.pooled
+    assert value("pool_connections_made_total") == local.accepted + far.accepted
+    assert (value("pool_connections_reused_total") or 0) >= 3
+
+
+async def test_failures_are_warned_of_but_not_each(
+    proxy: Proxy, local: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what to look for: the answer, the instance, the last error."""
+    local.refuse()
+    for _ in range(5):
+        assert (await proxy.ask()).status == 502
+    warnings = [each for each in caplog.records if each.name == "meshlocal.proxy.http.forwarder"]
+    assert len(warnings) == 1
+    told = json.loads(JsonFormatter().format(warnings[0]))
+    assert (told["event"], told["answer"], told["last_error"]) == ("request failed", "failed", "refused")
+    assert (told["service"], told["instance"]) == ("b", f"127.0.0.1:{local.port}")
