@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import msgspec
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, wrap_server_stream
+from wsproto.connection import ConnectionState
+from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError
 
 from meshlocal.net.grpc.server import Handler, Routes
@@ -175,13 +177,20 @@ class WebSocketServer:
             return
         self._open += 1
         try:
-            async with trio.open_nursery() as nursery:
-                watched = WatchedStream(stream, self._options.stall_timeout)
-                try:
-                    await self._serve(watched, nursery, peer)
-                finally:
-                    nursery.cancel_scope.cancel()
-                    await trio.aclose_forcefully(stream)
+            watched = WatchedStream(stream, self._options.stall_timeout)
+            try:
+                last_words: bytes | None = None
+                async with trio.open_nursery() as nursery:
+                    try:
+                        last_words = await self._serve(watched, nursery, peer)
+                    finally:
+                        nursery.cancel_scope.cancel()
+                # Now that nobody reads any more.
+                if last_words is not None:
+                    with trio.move_on_after(self._options.close_timeout):
+                        await _part(stream, last_words)
+            finally:
+                await trio.aclose_forcefully(stream)
         except Exception as error:
             # A fault in serving one connection must not end the others.
             if not _is_peers(error):
@@ -191,7 +200,8 @@ class WebSocketServer:
             if not self._open:
                 self._idle.set()
 
-    async def _serve(self, stream: WatchedStream, nursery: trio.Nursery, peer: str) -> None:
+    async def _serve(self, stream: WatchedStream, nursery: trio.Nursery, peer: str) -> bytes | None:
+        """Serve a connection's call; returns what is left to be said to a peer that broke the rules, which is told."""
         options = self._options
         accepted = None
         with trio.move_on_after(options.handshake_timeout) as handshake:
@@ -200,9 +210,9 @@ class WebSocketServer:
             try:
                 accepted = await self._shake_hands(stream, nursery)
             except ConnectionClosed:
-                return
+                return None
         if accepted is None:
-            return
+            return None
         connection, method, handler, codec, metadata = accepted
         ending = Close(wire.NORMAL)
         try:
@@ -216,11 +226,11 @@ class WebSocketServer:
         except Exception:
             log.exception("websocket handler failed", method=method.path, peer=peer)
             ending = Close(wire.INTERNAL, "the handler failed")
-        with trio.move_on_after(options.close_timeout):
-            refused = connection.closed is not None and connection.closed.code == wire.TOO_BIG
-            await connection.aclose(ending.code, ending.reason or None)
-            if refused:
-                await _discard(stream)
+        last_words = _last_words(connection)
+        if last_words is None:
+            with trio.move_on_after(options.close_timeout):
+                await connection.aclose(ending.code, ending.reason or None)
+        return last_words
 
     async def _shake_hands(
         self, stream: WatchedStream, nursery: trio.Nursery
@@ -314,10 +324,31 @@ async def _cancel_at_end(stream: WatchedStream, scope: trio.CancelScope) -> None
     scope.cancel()
 
 
-async def _discard(stream: WatchedStream) -> None:
-    """Read on for a moment: to close with bytes unread would reset the connection before the close code is read."""
+def _last_words(connection: WebSocketConnection) -> bytes | None:
+    """The close frame for a peer that broke the protocol; None if there is no call for one.
+
+    The library sends one itself for a message that is too big (and b"" is left to say), and closes without a word on
+    frames that make no sense: its `closed` then has the code that it should have sent.
+    """
+    closed = connection.closed
+    if closed is None or connection._wsproto.state is ConnectionState.CLOSED:
+        return None
+    if closed.code in (wire.PROTOCOL_ERROR, wire.INVALID):
+        return bytes(FrameProtocol(client=False, extensions=[]).close(closed.code, wire.shortened(closed.reason or "")))
+    return b"" if closed.code == wire.TOO_BIG else None
+
+
+async def _part(stream: trio.abc.Stream, last_words: bytes) -> None:
+    """Say the last words, then read on for a moment.
+
+    To close with bytes unread would reset the connection before the peer has read why.
+    """
     read = 0
     try:
+        if last_words:
+            await stream.send_all(last_words)
+        if isinstance(stream, trio.SocketStream):
+            await stream.send_eof()
         while read < _DRAIN_BYTES and (received := await stream.receive_some()):
             read += len(received)
     except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -204,13 +204,18 @@ class WebSocket:
         await self._send(request)
         rejection: RejectConnection | None = None
         text = b""
+        heard = False
         while True:
             try:
                 data = await self._stream.receive(_READ_SIZE)
             except anyio.EndOfStream:
-                raise RejectedError(0, "the server closed the connection") from None
+                if rejection is not None:
+                    raise _rejected(rejection, text) from None
+                said = "speaks no WebSocket" if heard else "closed the connection"
+                raise RejectedError(0, f"the server {said}") from None
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 raise RejectedError(0, "the connection broke off") from None
+            heard = True
             try:
                 self._protocol.receive_data(data)
             except RemoteProtocolError as error:
@@ -228,7 +233,11 @@ class WebSocket:
                     or (isinstance(event, RejectData) and event.body_finished)
                     or len(text) > _MAX_REJECTION
                 ):
-                    raise RejectedError(rejection.status_code, text[:_MAX_REJECTION].decode("utf-8", "replace").strip())
+                    raise _rejected(rejection, text)
+
+
+def _rejected(rejection: RejectConnection, text: bytes) -> RejectedError:
+    return RejectedError(rejection.status_code, text[:_MAX_REJECTION].decode("utf-8", "replace").strip())
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import trio
 
 
 class WatchedStream(trio.abc.Stream):
-    """A stream whose end can be waited for.
+    """A stream whose end can be waited for. Who made the stream below closes that one: there may be more to say on it.
 
     Args:
         stream: the connection.
@@ -19,10 +19,13 @@ class WatchedStream(trio.abc.Stream):
     def __init__(self, stream: trio.abc.Stream, stall_timeout: float) -> None:
         self._stream = stream
         self._stall_timeout = stall_timeout
+        self._closed = False
         self.ended = trio.Event()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """See `trio.abc.ReceiveStream`."""
+        if self._closed:
+            raise trio.ClosedResourceError("the connection is closed")
         try:
             received = await self._stream.receive_some(max_bytes)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -34,6 +37,8 @@ class WatchedStream(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream`; a peer that does not read in time counts as broken."""
+        if self._closed:
+            raise trio.ClosedResourceError("the connection is closed")
         with trio.move_on_after(self._stall_timeout) as scope:
             await self._stream.send_all(data)
         if scope.cancelled_caught:
@@ -45,6 +50,7 @@ class WatchedStream(trio.abc.Stream):
         await self._stream.wait_send_all_might_not_block()
 
     async def aclose(self) -> None:
-        """Close the connection."""
+        """Nothing is received or sent from now on."""
+        self._closed = True
         self.ended.set()
-        await self._stream.aclose()
+        await trio.lowlevel.checkpoint()

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import re
 import ssl
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import anyio
 import httpx
@@ -24,7 +19,7 @@ from meshlocal.client.link import LinkOptions, open_link
 from meshlocal.httpx import MeshTransport
 from meshlocal.net.websocket_client import ClosedError, WebSocketOptions, open_websocket
 from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.testing import Upstream, http, open_upstream
+from meshlocal.testing import http, open_upstream
 from meshlocal.wire import discovery_websocket as wire
 from meshlocal.wire.discovery_methods import LIST_SERVICES
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -33,78 +28,6 @@ from meshlocal.wire.pb import discovery_pb2 as pb
 LIMIT = 30
 SCHEMES = ["grpc", "ws", "grpcs", "wss"]
 LOOPS = ["trio", "asyncio"]
-TOKEN = "sesame-of-the-tests"
-
-
-class Server(NamedTuple):
-    """A discovery server over an instances file.
-
-    Attributes:
-        urls: by scheme.
-        file: its instances; services of different tests have different names.
-        ca_file: who signed its certificate; None without TLS.
-        token_file: holds a token that it knows; None without tokens.
-    """
-
-    urls: dict[str, str]
-    file: Path
-    ca_file: Path | None
-    token_file: Path | None
-
-    def publish(self, service: str, *upstreams: Upstream) -> None:
-        """Replace the file, as editors do."""
-        lines = [
-            f"    - {{address: 127.0.0.1, port: {each.port}, labels: {{node: {each.instance.node}}}}}"
-            for each in upstreams
-        ]
-        fresh = self.file.with_suffix(".new")
-        fresh.write_text("\n".join(["services:", f"  {service}:" if lines else f"  {service}: []", *lines, ""]))
-        fresh.rename(self.file)
-
-    def mesh(self, scheme: str) -> AbstractAsyncContextManager[meshlocal.Mesh]:
-        url = self.urls[scheme]
-        return meshlocal.open_mesh(url, node_name="n1", ca_file=self.ca_file, token_file=self.token_file)
-
-
-@contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[dict[str, str]]:
-    command = [sys.executable, "-m", "meshlocal", "discovery", "--bind", "127.0.0.1:0"]
-    command += ["--websocket-bind", "127.0.0.1:0", "--source", "file:instances.yaml", *arguments]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MESHLOCAL_")}
-    with subprocess.Popen(command, cwd=folder, env=clean, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            yield {scheme: url for url, scheme in re.findall(r"((grpcs?|wss?)://\S+)", line)}
-        finally:
-            process.terminate()
-            process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("plain")
-    (folder / "instances.yaml").write_text("services: {}\n")
-    with started(folder) as urls:
-        yield Server(urls, folder / "instances.yaml", None, None)
-
-
-@pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("secured")
-    (folder / "instances.yaml").write_text("services: {}\n")
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
-    certificate.private_key_pem.write_to_path(folder / "key.pem")
-    (folder / "tokens").write_text(f"# who may ask\nanother-token\n{TOKEN}\n")
-    (folder / "token").write_text(f"{TOKEN}\n")
-    (folder / "config.yaml").write_text(
-        "discovery: {tls_certificate_file: cert.pem, tls_key_file: key.pem, tokens_file: tokens}\n"
-    )
-    with started(folder, "--config", "config.yaml") as urls:
-        yield Server(urls, folder / "instances.yaml", folder / "ca.pem", folder / "token")
 
 
 @pytest.fixture(params=SCHEMES)
@@ -113,14 +36,14 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest, scheme: str) -> Server:
-    found: Server = request.getfixturevalue("secured" if scheme in ("grpcs", "wss") else "plain")
+def server(request: pytest.FixtureRequest, scheme: str) -> Any:
+    found: Any = request.getfixturevalue("secured" if scheme in ("grpcs", "wss") else "plain")
     assert scheme in found.urls
     return found
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_http_goes_local_first_and_follows_changes(server: Server, scheme: str, loop: str) -> None:
+def test_http_goes_local_first_and_follows_changes(server: Any, scheme: str, loop: str) -> None:
     """O1, A2, D1: plan, watch, statistics and httpx, from what a server publishes."""
 
     async def main() -> None:
@@ -148,7 +71,7 @@ def test_http_goes_local_first_and_follows_changes(server: Server, scheme: str, 
     with_limit(main, loop)
 
 
-def test_streams_go_local_first(server: Server, scheme: str) -> None:
+def test_streams_go_local_first(server: Any, scheme: str) -> None:
     """The same for Trio's streams."""
 
     async def main() -> None:
@@ -169,7 +92,7 @@ def test_streams_go_local_first(server: Server, scheme: str) -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("secure", ["grpcs", "wss"])
-def test_what_keeps_a_client_out(secured: Server, secure: str, loop: str, tmp_path: Path) -> None:
+def test_what_keeps_a_client_out(secured: Any, secure: str, loop: str, tmp_path: Path) -> None:
     """No token, a wrong one, an authority that is not trusted, no TLS: each is said, and nothing is published."""
     wrong, empty, other = tmp_path / "wrong", tmp_path / "empty", tmp_path / "other.pem"
     wrong.write_text("guess")
@@ -209,7 +132,7 @@ def test_what_keeps_a_client_out(secured: Server, secure: str, loop: str, tmp_pa
 
 
 @pytest.mark.parametrize("secure", ["grpcs", "wss"])
-def test_a_token_that_came_late_lets_in(secured: Server, secure: str, tmp_path: Path) -> None:
+def test_a_token_that_came_late_lets_in(secured: Any, secure: str, tmp_path: Path) -> None:
     """The token is read for each connection: who had a wrong one gets in once it is right, with no restart."""
     file = tmp_path / "token"
     file.write_text("guess")
@@ -226,7 +149,7 @@ def test_a_token_that_came_late_lets_in(secured: Server, secure: str, tmp_path: 
                 await anyio.sleep(0.01)
             assert "the token is not known" in str(mesh.statistics().problem)
             assert not mesh.plan(name).heard
-            file.write_text(TOKEN)
+            file.write_text(secured.token)
             watch = mesh.watch(name)
             while not (await anext(watch)).instances:
                 pass
@@ -235,12 +158,12 @@ def test_a_token_that_came_late_lets_in(secured: Server, secure: str, tmp_path: 
     with_limit(main, "trio")
 
 
-def test_a_browsers_token_comes_in_a_subprotocol(secured: Server) -> None:
+def test_a_browsers_token_comes_in_a_subprotocol(secured: Any) -> None:
     """Browsers set no header; the token never stands in a URL, which would be logged."""
     assert secured.ca_file is not None
     url = DiscoveryUrl.parse(secured.urls["wss"])
     context = ssl.create_default_context(cafile=str(secured.ca_file))
-    bearer = wire.BEARER + base64.urlsafe_b64encode(TOKEN.encode()).decode().rstrip("=")
+    bearer = wire.BEARER + base64.urlsafe_b64encode(secured.token.encode()).decode().rstrip("=")
     options = WebSocketOptions(max_message_size=1 << 20, keepalive_interval=LIMIT, keepalive_timeout=LIMIT)
 
     async def main() -> None:
