@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 
 import trio
 
-_done = trio.Event()
+_done: defaultdict[bytes, trio.Event] = defaultdict(trio.Event)
+"""By a page's query: its script is done. What the page waits for with an image, so that its load takes as long."""
 
 PAGE = """<!doctype html>
 <title>waiting</title>
 <link rel="icon" href="data:,">
 <ul id="log"></ul>
 <script src="/page.js"></script>
-<img src="/until-done">
+<img src="/until-done?QUERY">
 """
 
 SCRIPT = """
@@ -44,7 +46,10 @@ const posted = fetch("/tell", {method: "POST", body: "y".repeat(300000)}).then(a
   told => log(`posted ${told.size}`));
 const fetched = Promise.all([...Array(20).keys()].map(number => fetch(`/tell?${number}`).then(answer => answer.json())))
   .then(all => log(`fetched ${all.map(told => told.query).join(" ")}`));
-Promise.all([spoken, heard, posted, fetched]).then(() => { log("all done"); fetch("/done", {method: "POST"}); });
+Promise.all([spoken, heard, posted, fetched]).then(() => {
+  log("all done");
+  fetch("/done" + location.search, {method: "POST"});
+});
 """
 
 
@@ -83,7 +88,8 @@ async def _answer(send, body, kind=b"text/plain", **more):
 
 
 async def _page(scope, receive, send):
-    await _answer(send, PAGE.encode(), b"text/html")
+    page = PAGE.replace("QUERY", scope["query_string"].decode())
+    await _answer(send, page.encode(), b"text/html")
 
 
 async def _script(scope, receive, send):
@@ -103,12 +109,12 @@ async def _events(scope, receive, send):
 
 
 async def _until_done(scope, receive, send):
-    await _done.wait()
+    await _done[scope["query_string"]].wait()
     await _answer(send, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"image/svg+xml")
 
 
 async def _done_now(scope, receive, send):
-    _done.set()
+    _done[scope["query_string"]].set()
     await _answer(send, b"")
 
 

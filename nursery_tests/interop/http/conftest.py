@@ -111,6 +111,7 @@ class Proxy(Process):
         *,
         fixed: Sequence[str] = (),
         name: str = "proxy",
+        access_log: bool = True,
     ) -> None:
         self.file = folder / f"{name}-instances.yaml"
         self.write(instances)
@@ -118,8 +119,8 @@ class Proxy(Process):
         listen = "".join(f"    - http://127.0.0.1:0{suffix}\n" for suffix in ("", *(f"={each}" for each in fixed)))
         indented = "".join(f"  {line}\n" for line in settings.strip("\n").split("\n")) if settings else ""
         config.write_text(
-            f"proxy:\n  node_name: n1\n  admin: 127.0.0.1:0\n  access_log: true\n  listen:\n{listen}{indented}"
-            f"  discovery: {{urls: ['file:{self.file}']}}\nlog: {{format: text}}\n"
+            f"proxy:\n  node_name: n1\n  admin: 127.0.0.1:0\n  access_log: {str(access_log).lower()}\n"
+            f"  listen:\n{listen}{indented}  discovery: {{urls: ['file:{self.file}']}}\nlog: {{format: text}}\n"
         )
         super().__init__([sys.executable, "-m", "meshlocal", "proxy", "--config", str(config)], folder, name)
         ready = self.printed(r"meshlocal proxy ready: .*")[0]
@@ -259,10 +260,11 @@ class Scripted:
                     self.heard.append(heard)
                 heard += data
                 while heard.count(b"\r\n\r\n", answered):
+                    begin = answered
                     answered = heard.index(b"\r\n\r\n", answered) + 4
                     answer = self.answer
                     if callable(answer):
-                        answer(sock, bytes(heard))
+                        answer(sock, bytes(heard[begin:]))
                     else:
                         sock.sendall(answer)
                     if self.closes:
@@ -312,9 +314,9 @@ class Asgi(Process):
 
     def __init__(self, folder: Path, address: str) -> None:
         options = ["--worker-class", "trio", "--workers", "0", "--bind", f"{address}:{PORT}", "--keep-alive", "60"]
-        super().__init__([sys.executable, "-m", "hypercorn", *options, f"file:{HERE}/application.py"], folder, "asgi")
+        super().__init__([sys.executable, "-m", "hypercorn", *options, f"{HERE}/application.py:app"], folder, "asgi")
         self.address = address
-        wait_until(lambda: listens(address), "hypercorn listens")
+        self.printed("Running on")
 
 
 @pytest.fixture(scope="module")
