@@ -235,15 +235,16 @@ def _labels(metric: Metric) -> list[str]:
 
 def proxy_metrics() -> Iterable[Metric]:
     from meshlocal.app.config_loader import load_config
-    from meshlocal.app.proxy import ProxyProcess
+    from meshlocal.app.proxy import Operator, ProxyProcess
+    from meshlocal.app.worker_metrics import WorkersCollector
 
     def load() -> Config:
         listen = ("tcp://127.0.0.1:0=b", "http://127.0.0.1:0")
         return load_config(None, {"proxy.discovery.urls": ("grpc://127.0.0.1:1",), "proxy.listen": listen}, {}, "proxy")
 
-    process = ProxyProcess(load, Random(0), {})
+    process = ProxyProcess(load, Random(0), Operator({}))
     process.feed.status.confirmed_at = trio.current_time()
-    for collector in process.collectors():
+    for collector in (*process.collectors(), WorkersCollector(2, 2, 0)):
         yield from collector.collect()
 
 

@@ -29,7 +29,6 @@ def metrics_route(collectors: Callable[[], Iterable[Collector]]) -> Route:
 
     def route(request: Request) -> Response:
         from prometheus_client import CollectorRegistry
-        from prometheus_client.exposition import choose_encoder
 
         nonlocal registry
         if registry is None:
@@ -37,14 +36,21 @@ def metrics_route(collectors: Callable[[], Iterable[Collector]]) -> Route:
             registry = CollectorRegistry(auto_describe=True)
             for collector in collectors():
                 registry.register(collector)
-        accept = request.headers.get("accept", "")
-        try:
-            # It puts the version asked for into its answer's header.
-            encoder, content_type = choose_encoder(accept if accept.isascii() else "")
-        except (TypeError, ValueError):  # what it raises for a version that is none
-            encoder, content_type = choose_encoder("")
-        names = request.values("name[]")
-        source = registry.restricted_registry(names) if names else registry
-        return Response(200, content_type, encoder(source))
+        return metrics_response(request, registry)
 
     return route
+
+
+def metrics_response(request: Request, registry: CollectorRegistry) -> Response:
+    """A registry's metrics, as the request asks for them (see `metrics_route`)."""
+    from prometheus_client.exposition import choose_encoder
+
+    accept = request.headers.get("accept", "")
+    try:
+        # It puts the version asked for into its answer's header.
+        encoder, content_type = choose_encoder(accept if accept.isascii() else "")
+    except (TypeError, ValueError):  # what it raises for a version that is none
+        encoder, content_type = choose_encoder("")
+    names = request.values("name[]")
+    source = registry.restricted_registry(names) if names else registry
+    return Response(200, content_type, encoder(source))

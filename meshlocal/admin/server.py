@@ -1,8 +1,9 @@
 """The admin server: a few read-only pages over HTTP/1.1, for people, probes and Prometheus.
 
-It is small and strict, and never in the way of traffic: routes are synchronous functions that read state, connections
-are few, and every wait for a client has a deadline. When all places are taken, whoever has been idle the longest makes
-room, so that clients that keep connections open never shut out a probe.
+It is small and strict, and never in the way of traffic: routes are synchronous functions that read state (one that has
+to ask another process is asynchronous), connections are few, and every wait for a client has a deadline. When all
+places are taken, whoever has been idle the longest makes room, so that clients that keep connections open never shut
+out a probe.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -36,13 +37,16 @@ _LINGER_BYTES = 1 << 20
 Route = Callable[[Request], Response]
 """Answers one path's GET and HEAD requests at once; it reads state and does not block."""
 
+AsyncRoute = Callable[[Request], Awaitable[Response]]
+"""The same, of what others know; its waits have deadlines of its own."""
+
 log = get_log(__name__)
 
 
 class AdminServer:
     """Serves routes by their exact paths."""
 
-    def __init__(self, routes: Mapping[str, Route], *, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(self, routes: Mapping[str, Route | AsyncRoute], *, max_connections: int = MAX_CONNECTIONS) -> None:
         self._routes = dict(routes)
         self._limit = max_connections
         self._open: set[_Place] = set()
@@ -115,7 +119,7 @@ class AdminServer:
                 return
             heads = reader.feed(data)
             for head in heads:
-                if not await _send(stream, self._answer(head)):
+                if not await _send(stream, await self._answer(head)):
                     return
                 if not head.keep_alive:
                     await _linger(stream)
@@ -130,14 +134,15 @@ class AdminServer:
                 idle = False
                 deadline = trio.current_time() + HEAD_TIMEOUT
 
-    def _answer(self, head: Head) -> bytes:
+    async def _answer(self, head: Head) -> bytes:
         try:
-            return encode(self._respond(head), to=head)
+            response = self._respond(head)
+            return encode(response if isinstance(response, Response) else await response, to=head)
         except Exception:  # a route's fault is its own; the server and its other routes go on
             log.exception("admin route failed", path=head.request.path)
             return encode(Response.text("this page failed; see the log", 500), to=head)
 
-    def _respond(self, head: Head) -> Response:
+    def _respond(self, head: Head) -> Response | Awaitable[Response]:
         request = head.request
         if request.method not in ("GET", "HEAD"):
             refusal = Response.text(f"{request.method} is not allowed here", 405)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -51,8 +51,53 @@ _log = get_log(__name__)
 LoadConfig = Callable[[], Config]
 """Reads the whole configuration; raises ConfigError."""
 
-_FIXED = ("discovery", "admin")
-"""Sections of `proxy` that only a restart changes."""
+_FIXED = ("discovery", "admin", "workers")
+"""Keys of `proxy` that only a restart changes."""
+
+
+class Superior(Protocol):
+    """Whom a proxy reports to, and who tells it what to do: its operator, or the process above it."""
+
+    async def command(self, process: ProxyProcess, *, task_status: trio.TaskStatus[None]) -> None:
+        """Pass orders on, until cancelled. Started once there is nothing that an order could be lost to."""
+        ...
+
+    async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
+        """The proxy may be sent work; it has these admin addresses."""
+        ...
+
+    def draining(self) -> None:
+        """It stops."""
+        ...
+
+
+class Operator:
+    """Who started the process: gives signals, and reads a line; or a service manager that listens for states.
+
+    Args:
+        environment: for the service manager's socket.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    async def command(self, process: ProxyProcess, *, task_status: trio.TaskStatus[None]) -> None:
+        """Signals (S1, S2)."""
+        await handle_signals(process.stop, process.reload, task_status=task_status)
+
+    async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
+        """One line."""
+        facts, notes = process.standing()
+        self.say_ready([*facts, *(f"admin=http://{bound}" for bound in admin), *notes])
+
+    def say_ready(self, parts: Sequence[str]) -> None:
+        """Print the parts as one line, and tell the service manager."""
+        announce(" ".join(parts))
+        notify_service_manager(self._environment, "READY=1")
+
+    def draining(self) -> None:
+        """Tell the service manager."""
+        notify_service_manager(self._environment, "STOPPING=1")
 
 
 class ProxyProcess:
@@ -61,21 +106,32 @@ class ProxyProcess:
     Args:
         load: reads the configuration: once now, and again on SIGHUP.
         rng: for cursors and backoff.
-        environment: for the service manager's socket.
+        superior: whom it reports to.
+        config: what `load` gave already, if it was asked.
+        worker: which of several it is that listen on the same addresses, such as `1 of 2`; empty: the only one.
 
     Raises:
         ConfigError: the configuration cannot be used.
     """
 
-    def __init__(self, load: LoadConfig, rng: Random, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        load: LoadConfig,
+        rng: Random,
+        superior: Superior,
+        *,
+        config: Config | None = None,
+        worker: str = "",
+    ) -> None:
         self._load = load
-        self._environment = environment
-        self.config = load()
+        self._superior = superior
+        self.worker = worker
+        self.config = config if config is not None else load()
         configure_logging(self.config.log.level, self.config.log.format)
         proxy = self.config.proxy
         self.services = ServiceTable(proxy, locality_of(proxy), rng)
         self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
-        self.listeners = Listeners(self.services, self.forwarder)
+        self.listeners = Listeners(self.services, self.forwarder, shared=bool(worker))
         self.http: HttpForwarder | None = None
         self._lifetime: trio.Nursery | None = None
         self._rng = rng
@@ -173,7 +229,7 @@ class ProxyProcess:
                 self._lifetime = lifetime
                 if self.http is not None:
                     lifetime.start_soon(self.http.run)
-                await lifetime.start(handle_signals, self.stop, self.reload)
+                await lifetime.start(self._take_orders)
                 if self.cache is not None:
                     lifetime.start_soon(self.cache.run)
                 lifetime.start_soon(self.feed.run)
@@ -187,6 +243,9 @@ class ProxyProcess:
                 lifetime.cancel_scope.cancel()
         return 1 if cut else 0
 
+    async def _take_orders(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self._superior.command(self, task_status=task_status)
+
     async def _serve_connections(self, lifetime: trio.Nursery) -> int:
         """Serve until the drain is over; returns how many connections it cut."""
         async with trio.open_nursery() as connections:
@@ -195,7 +254,7 @@ class ProxyProcess:
                 await self.stop.requested.wait()
                 drain = self.config.proxy.drain
                 self.readiness.drain()
-                notify_service_manager(self._environment, "STOPPING=1")
+                self._superior.draining()
                 with trio.move_on_after(drain.delay):
                     await self.stop.now.wait()
                 acceptors.cancel_scope.cancel()
@@ -214,42 +273,38 @@ class ProxyProcess:
             with trio.move_on_at(start + service.policy.first_snapshot_wait):
                 await service.first_snapshot.wait()
         self.readiness.set_ready()
+        await self._superior.ready(self, admin)
+
+    def standing(self) -> tuple[list[str], list[str]]:
+        """What the line says that announces the proxy: what it is and serves, and what is to be noted of it."""
         node = self.services.locality.node or "unknown"
         parts = [f"meshlocal proxy ready: node={node}"]
         for listener in self.listeners.current:
             scheme = listener.configured.scheme
             service_part = f"={listener.service}" if listener.service is not None else ""
             parts += [f"{scheme}://{bound}{service_part}" for bound in listener.bound]
-        parts += [f"admin=http://{bound}" for bound in admin]
-        if self.feed.status.stale:
-            parts.append("(from the cache file)")
+        notes = ["(from the cache file)"] if self.feed.status.stale else []
         if waiting := self.services.waiting():
-            parts.append(f"(nothing heard yet of: {', '.join(waiting)})")
-        announce(" ".join(parts))
-        notify_service_manager(self._environment, "READY=1")
+            notes.append(f"(nothing heard yet of: {', '.join(waiting)})")
+        return parts, notes
 
     def reload(self) -> None:
         """Read the configuration again and apply it, whole or not at all (S2)."""
+        config, problems = read_again(self._load, self.config, self.stop)
+        if config is not None:
+            problems = self.apply(config)
+        for problem in problems:
+            _log.error("config not applied", problem=problem)
+
+    def apply(self, config: Config) -> list[str]:
+        """Apply a configuration that `read_again` let pass; returns what prevents it, empty if it holds now."""
         if self.stop.requested.is_set():
-            # Nothing new is listened on any more, and what is under way ends as it began.
-            _log.error("config not applied", problem="draining")
-            return
+            return ["draining"]
+        proxy = config.proxy
         try:
-            config = self._load()
-            proxy = config.proxy
-            changed = [key for key in _FIXED if getattr(proxy, key) != getattr(self.config.proxy, key)]
-            if changed:
-                names = ", ".join(f"proxy.{key}" for key in changed)
-                _log.error("config not applied", problem=f"{names}: takes a restart to change")
-                return
             prepared = self.listeners.prepare(proxy)
-        except ConfigError as error:
-            for problem in error.problems:
-                _log.error("config not applied", problem=str(problem))
-            return
         except ListenError as error:
-            _log.error("config not applied", problem=f"proxy.listen: {error}")
-            return
+            return [f"proxy.listen: {error}"]
         self.config = config
         configure_logging(config.log.level, config.log.format)
         self.services.reconfigure(proxy, locality_of(proxy))
@@ -264,17 +319,44 @@ class ProxyProcess:
         self._follow(self.services.keys)
         bound = [address for listener in self.listeners.current for address in listener.bound]
         _log.info("config applied", listeners=",".join(bound), services=",".join(self.services.keys))
+        return []
+
+
+def read_again(load: LoadConfig, current: Config, stop: Stop) -> tuple[Config | None, list[str]]:
+    """The configuration as it is now; None and why, if it cannot take the place of the current one (S2)."""
+    if stop.requested.is_set():
+        # Nothing new is listened on any more, and what is under way ends as it began.
+        return None, ["draining"]
+    try:
+        config = load()
+    except ConfigError as error:
+        return None, [str(problem) for problem in error.problems]
+    changed = [key for key in _FIXED if getattr(config.proxy, key) != getattr(current.proxy, key)]
+    if changed:
+        names = ", ".join(f"proxy.{key}" for key in changed)
+        return None, [f"{names}: takes a restart to change"]
+    return config, []
+
+
+def freeze_garbage_collector() -> None:
+    """What was made so far stays for ever: the collector's pauses, which stop all traffic, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def run_proxy(load: LoadConfig) -> int:
-    """Run a proxy in this process; returns its exit status.
+    """Run a proxy in this process, or in `proxy.workers` processes below it; returns its exit status.
 
     Raises:
         ConfigError: the configuration cannot be used.
         ListenError: an address cannot be listened on.
     """
-    process = ProxyProcess(load, Random(), os.environ)
-    # What was made so far stays for ever: the collector's pauses, which stop all traffic, need not go through it.
-    gc.collect()
-    gc.freeze()
+    config = load()
+    if config.proxy.workers > 1:
+        # Imported here: most proxies are one process.
+        from meshlocal.app.workers import Supervisor
+
+        return trio.run(Supervisor(load, config, Random(), Operator(os.environ)).run)
+    process = ProxyProcess(load, Random(), Operator(os.environ), config=config)
+    freeze_garbage_collector()
     return trio.run(process.run)

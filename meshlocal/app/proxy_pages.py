@@ -150,6 +150,9 @@ class _ProxyPages:
             yield "node", [node, html.bad("no instance of any watched service is on it")]
         else:
             yield "node", [node]
+        if process.worker:
+            told = f"{process.worker}, which this page is of; /metrics adds up all, /workers lists them, ?worker= asks"
+            yield "worker", [f"{told} another"]
         reason = process.readiness.reason
         yield "state", [html.bad(f"not ready: {reason}") if reason else html.good("ready")]
         age = feed.age(trio.current_time())

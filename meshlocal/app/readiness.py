@@ -25,6 +25,11 @@ class Readiness:
         if not self.draining:
             self.reason = ""
 
+    def wait_for(self, waiting_for: str) -> None:
+        """Not ready for now, for this reason, unless it drains already."""
+        if not self.draining:
+            self.reason = waiting_for
+
     def drain(self) -> None:
         """Never ready again (S1)."""
         self.draining = True

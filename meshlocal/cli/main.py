@@ -78,6 +78,7 @@ def cli() -> None:
 @_place_options
 @click.option("--admin", metavar="HOST:PORT", help="Health, metrics and views; none: nowhere. [127.0.0.1:15000]")
 @click.option("--access-log/--no-access-log", default=None, help="One log line for each connection.")
+@click.option("--workers", type=int, metavar="N", help="Processes that share the listeners. [1]")
 @_config_option
 @_log_options
 def proxy(
@@ -85,6 +86,7 @@ def proxy(
     listen: tuple[str, ...],
     admin: str | None,
     access_log: bool | None,
+    workers: int | None,
     config_file: Path | None,
     log_level: str | None,
     log_format: str | None,
@@ -100,6 +102,7 @@ def proxy(
         "proxy.listen": listen,
         "proxy.admin": admin,
         "proxy.access_log": access_log,
+        "proxy.workers": workers,
         "log.level": log_level,
         "log.format": log_format,
         **_place_flags(**place),

@@ -70,11 +70,19 @@ class ListenError(Exception):
         self.errno = number
 
 
-def open_tcp_listeners(host: str, port: int, backlog: int = BACKLOG) -> list[socket.socket]:
+def open_tcp_listeners(
+    host: str, port: int, backlog: int | None = BACKLOG, *, shared: bool = False
+) -> list[socket.socket]:
     """Listen on an address: one socket, or two for `localhost` and for the empty host, which means every address.
 
     Of those two families one may be missing on the host. Both get the same port, also when `port` is 0 and the
     system chooses it. No name but `localhost` is known: nothing here asks a resolver.
+
+    Args:
+        backlog: connections that may wait; None: the sockets are only bound, and do not listen. That keeps an address
+            for those that are opened as `shared` with it, and fails if somebody else listens there.
+        shared: several sockets may listen on the address (SO_REUSEPORT), of which the system chooses one for each
+            connection. Anybody else who does not share is refused, and refuses this.
 
     Returns:
         Non-blocking listening sockets, the IPv4 one first; the caller closes them.
@@ -85,13 +93,13 @@ def open_tcp_listeners(host: str, port: int, backlog: int = BACKLOG) -> list[soc
     if not 0 <= port <= 65535:
         raise ListenError(f"{host}:{port}", "the port is not within 0 to 65535")
     if host == "localhost":
-        return _open_both(("127.0.0.1", "::1"), port, backlog)
+        return _open_both(("127.0.0.1", "::1"), port, backlog, shared)
     if host == "":
-        return _open_both(("0.0.0.0", "::"), port, backlog)
-    return [_open(host, port, backlog)]
+        return _open_both(("0.0.0.0", "::"), port, backlog, shared)
+    return [_open(host, port, backlog, shared)]
 
 
-def _open_both(hosts: tuple[str, str], port: int, backlog: int) -> list[socket.socket]:
+def _open_both(hosts: tuple[str, str], port: int, backlog: int | None, shared: bool) -> list[socket.socket]:
     for tries_left in reversed(range(_PORT_TRIES)):
         listeners: list[socket.socket] = []
         absent: ListenError | None = None
@@ -99,7 +107,7 @@ def _open_both(hosts: tuple[str, str], port: int, backlog: int) -> list[socket.s
             for host in hosts:
                 try:
                     wanted = listeners[0].getsockname()[1] if listeners else port
-                    listeners.append(_open(host, wanted, backlog))
+                    listeners.append(_open(host, wanted, backlog, shared))
                 except ListenError as error:
                     if error.errno not in _FAMILY_ABSENT:
                         raise
@@ -119,7 +127,7 @@ def _open_both(hosts: tuple[str, str], port: int, backlog: int) -> list[socket.s
     raise AssertionError("the last try returns or raises")
 
 
-def _open(host: str, port: int, backlog: int) -> socket.socket:
+def _open(host: str, port: int, backlog: int | None, shared: bool) -> socket.socket:
     shown = format_address((host, port))
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
@@ -133,12 +141,15 @@ def _open(host: str, port: int, backlog: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # Accepted connections inherit it, which spares each a system call.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(sockaddr)
-        listener.listen(backlog)
+        if backlog is not None:
+            listener.listen(backlog)
     except socket.gaierror as error:
         raise ListenError(shown, error.strerror or "the address is not usable") from error
     except OSError as error:

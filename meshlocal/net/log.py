@@ -36,6 +36,14 @@ _MAX_DEPTH = 6
 _LARGEST_INT = 2**64
 
 
+_common: dict[str, object] = {}
+
+
+def label_process(**fields: object) -> None:
+    """Put these fields into every record from now on: which of several processes it comes from."""
+    _common.update(fields)
+
+
 class Log:
     """Where a module's events go. `event` is a fixed phrase; what varies goes into fields."""
 
@@ -67,7 +75,7 @@ class Log:
     def log(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
         """Log at a level of the standard library (`logging.INFO`, ...)."""
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, exc_info=exc_info, extra={_FIELDS: fields}, stacklevel=3)
+            self._logger.log(level, event, exc_info=exc_info, extra={_FIELDS: {**fields, **_common}}, stacklevel=3)
 
 
 def get_log(name: str) -> Log:

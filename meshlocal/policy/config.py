@@ -16,7 +16,7 @@ from msgspec import UNSET, Meta, UnsetType
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
-from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status
+from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status, Workers
 from meshlocal.policy.model import NODE, ServiceKey
 
 
@@ -232,6 +232,13 @@ class ProxyConfig(Section, frozen=True):
     admin: Annotated[
         SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
     ] = SocketAddress("127.0.0.1", 15000)
+    workers: Annotated[
+        Workers,
+        Meta(
+            description="Processes that share the listeners, for machines with cores to spare; each picks, counts"
+            " limits and watches discovery on its own. 1: one process, with no other above it."
+        ),
+    ] = 1
     attempts: Annotated[AttemptPolicy, Meta(description="How long and how often a request is tried.")] = AttemptPolicy()
     services: Annotated[
         Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")

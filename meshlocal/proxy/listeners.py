@@ -75,10 +75,19 @@ class Listeners:
         services: where a listener's service is looked up for each connection.
         forwarder: serves the connections of tcp listeners.
         http: serves those of http listeners; may be set later, before there are any.
+        shared: other processes listen on the same addresses (see `open_tcp_listeners`).
     """
 
-    def __init__(self, services: ServiceTable, forwarder: TcpForwarder, http: HttpServer | None = None) -> None:
+    def __init__(
+        self,
+        services: ServiceTable,
+        forwarder: TcpForwarder,
+        http: HttpServer | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
         self._services = services
+        self._shared = shared
         self._forwarder = forwarder
         self.http = http
         self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
@@ -93,13 +102,13 @@ class Listeners:
         Raises:
             ListenError: an address cannot be listened on. Nothing is left open, and the current listeners go on.
         """
-        kept = _keep(self.current, config)
+        kept = keep(self.current, config)
         prepared: list[Listener] = []
         try:
             for configured, there in zip(config.listen, kept, strict=True):
                 if there is None:
-                    sockets = open_tcp_listeners(configured.host, configured.port)
-                    there = Listener(configured, _service_key(config, configured), sockets)
+                    sockets = open_tcp_listeners(configured.host, configured.port, shared=self._shared)
+                    there = Listener(configured, service_key(config, configured), sockets)
                 prepared.append(there)
         except BaseException:
             self.discard(prepared)
@@ -123,7 +132,7 @@ class Listeners:
                 listener.accepting.cancel()
         for listener, configured in zip(prepared, config.listen, strict=True):
             listener.configured = configured
-            listener.service = _service_key(config, configured)
+            listener.service = service_key(config, configured)
             if listener not in before:
                 self._start(listener)
 
@@ -163,7 +172,7 @@ class Listeners:
             listener.close()
 
 
-def _keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | None]:
+def keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | None]:
     """For each of the config's listeners the current one that goes on as it, if any."""
     left = list(current)
 
@@ -172,7 +181,7 @@ def _keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | N
             before = listener.configured
             if (before.host, before.port) != (configured.host, configured.port):
                 continue
-            if same_service and listener.service != _service_key(config, configured):
+            if same_service and listener.service != service_key(config, configured):
                 continue
             left.remove(listener)
             return listener
@@ -185,5 +194,6 @@ def _keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | N
     return kept
 
 
-def _service_key(config: ProxyConfig, configured: ListenAddress) -> ServiceKey | None:
+def service_key(config: ProxyConfig, configured: ListenAddress) -> ServiceKey | None:
+    """The registry's name of a listener's service; None if it routes each request."""
     return config.service_key(configured.service) if configured.service is not None else None

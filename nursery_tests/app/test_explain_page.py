@@ -11,7 +11,7 @@ import pytest
 
 from meshlocal.admin.messages import Request, Response
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import ProxyProcess
+from meshlocal.app.proxy import Operator, ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.policy import model
 from meshlocal.policy.config import Config
@@ -31,7 +31,7 @@ def make() -> Callable[[], ProxyProcess]:
         }
         return load_config(None, flags, {}, "proxy")
 
-    return lambda: ProxyProcess(load, random.Random(0), {})
+    return lambda: ProxyProcess(load, random.Random(0), Operator({}))
 
 
 @pytest.mark.parametrize("asked", ["b", "b.shop"])

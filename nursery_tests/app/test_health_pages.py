@@ -10,7 +10,7 @@ import pytest
 
 from meshlocal.admin.messages import Request
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import ProxyProcess
+from meshlocal.app.proxy import Operator, ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.cli.lookup import _explanation
 from meshlocal.policy import model
@@ -33,7 +33,7 @@ async def process() -> ProxyProcess:
         }
         return load_config(None, flags, {}, "proxy")
 
-    made = ProxyProcess(load, random.Random(0), {})
+    made = ProxyProcess(load, random.Random(0), Operator({}))
     made.services.publish(ServiceSnapshot(B, "1", model.index([LOCAL, REMOTE])))
     for _ in range(3):
         made.services[B].fitness.failed(LOCAL, "refused")

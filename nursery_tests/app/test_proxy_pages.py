@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from meshlocal.admin.messages import Request, Response
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import ProxyProcess
+from meshlocal.app.proxy import Operator, ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy import model
@@ -30,7 +30,7 @@ def make_process(node: str = "n1") -> ProxyProcess:
         }
         return load_config(None, flags, {}, "proxy")
 
-    return ProxyProcess(load, random.Random(0), {})
+    return ProxyProcess(load, random.Random(0), Operator({}))
 
 
 def publish(process: ProxyProcess, service: ServiceKey = B, *, unknown: bool = False, node: str = "n1") -> None:

@@ -436,3 +436,34 @@ async def test_cancelled_while_waiting_and_while_pausing(
             assert scope.cancelled_caught
     assert listener.fileno() != -1
     assert len(paused.script) == 97
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("localhost", marks=needs_ipv6)])
+def test_an_address_that_is_kept_is_shared_by_those_who_mean_to(stack: ExitStack, host: str) -> None:
+    """Bound without listening: nobody is served, two can listen, and whoever does not share is refused."""
+    kept = open_tcp_listeners(host, 0, None)
+    port = kept[0].getsockname()[1]
+    for each in kept:
+        stack.enter_context(each)
+        assert not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    for _ in range(2):
+        for each in open_tcp_listeners(host, port, shared=True):
+            stack.enter_context(each)
+            assert each.getsockname()[1] == port
+            assert each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    before = open_files()
+    for backlog in (None, 10):
+        with pytest.raises(ListenError, match="Address already in use"):
+            open_tcp_listeners(host, port, backlog)
+    assert open_files() == before
+
+
+def test_an_address_that_somebody_listens_on_cannot_be_kept_or_shared(stack: ExitStack) -> None:
+    [taken] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    with pytest.raises(ListenError, match="Address already in use"):
+        open_tcp_listeners("127.0.0.1", port, None)
+    with pytest.raises(ListenError, match="Address already in use"):
+        open_tcp_listeners("127.0.0.1", port, shared=True)

@@ -1,0 +1,105 @@
+"""The admin pages of a proxy of several processes: its own, those that add all workers up, and those of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import trio
+from prometheus_client import CollectorRegistry
+
+from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.metrics_page import metrics_response
+from meshlocal.admin.server import AsyncRoute, Route
+from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
+from meshlocal.app.worker_channel import Measure, Metrics, Show
+from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
+
+if TYPE_CHECKING:
+    from meshlocal.app.workers import Supervisor, Worker
+
+
+def worker_routes(supervisor: Supervisor) -> Mapping[str, Route | AsyncRoute]:
+    """Every page, by path."""
+    pages = _WorkerPages(supervisor)
+    return {
+        "/": pages.of_one,
+        "/livez": livez,
+        "/readyz": lambda request: readyz(supervisor.readiness),
+        "/metrics": pages.metrics,
+        "/config": lambda request: json_response(config_view(supervisor.config)),
+        "/services": pages.of_one,
+        "/explain": pages.of_one,
+        "/workers": pages.workers,
+    }
+
+
+class _WorkerPages:
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._totals = Totals()
+        supervisor.on_end = self._totals.forget
+
+    async def metrics(self, request: Request) -> Response:
+        """What all workers count, added up."""
+        supervisor = self._supervisor
+        measured: dict[int, Metrics] = {}
+        async with trio.open_nursery() as nursery:
+            for worker in supervisor.workers.values():
+                if worker.announced is not None:
+                    nursery.start_soon(self._measure, worker, measured)
+        # One that ended meanwhile was counted when it did.
+        measured = {number: found for number, found in sorted(measured.items()) if number in supervisor.workers}
+        registry = CollectorRegistry(auto_describe=True)
+        registry.register(Fixed(self._totals.merge(measured)))
+        registry.register(WorkersCollector(len(self._ready()), supervisor.count, supervisor.restarts))
+        return metrics_response(request, registry)
+
+    async def _measure(self, worker: Worker, measured: dict[int, Metrics]) -> None:
+        from meshlocal.app.workers import WorkerGoneError
+
+        try:
+            found = await worker.ask(Measure())
+        except WorkerGoneError:
+            return
+        assert isinstance(found, list)
+        measured[worker.number] = found
+
+    async def of_one(self, request: Request) -> Response:
+        """A page of the worker that `?worker=` names, else of the first that may be sent work."""
+        from meshlocal.app.workers import WorkerGoneError
+
+        ready = self._ready()
+        wanted = request.values("worker")
+        if wanted:
+            ready = [worker for worker in ready if str(worker.number) == wanted[0]]
+        for worker in ready:
+            try:
+                response = await worker.ask(Show(request))
+            except WorkerGoneError:
+                continue
+            assert isinstance(response, Response)
+            return response
+        return plain(503, f"no worker {wanted[0]} is ready" if wanted else "no worker is ready")
+
+    def workers(self, request: Request) -> Response:
+        """The workers, and what became of them."""
+        supervisor = self._supervisor
+        living = supervisor.workers
+        return json_response(
+            {
+                "restarts": supervisor.restarts,
+                "workers": [
+                    {
+                        "worker": number,
+                        "pid": living[number].process.pid if number in living else None,
+                        "ready": number in living and living[number].announced is not None,
+                    }
+                    for number in range(1, supervisor.count + 1)
+                ],
+            }
+        )
+
+    def _ready(self) -> list[Worker]:
+        workers = self._supervisor.workers
+        return [workers[number] for number in sorted(workers) if workers[number].announced is not None]
