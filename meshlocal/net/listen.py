@@ -212,6 +212,27 @@ async def accept_loop(
             await trio.lowlevel.checkpoint()
 
 
+def accept_queued(listener: socket.socket, handler_nursery: trio.Nursery, handle: Handle) -> None:
+    """Accept what waits now, for the last time: what is left in the queue when a listener closes is reset.
+
+    Handlers start as in `accept_loop`; what the system cannot give any more is left.
+    """
+    for _ in range(BACKLOG):
+        try:
+            client, peer = listener.accept()
+        except OSError as error:
+            if error.errno in _IGNORED_ERRNOS:
+                continue
+            return
+        try:
+            client.setblocking(False)
+            handler_nursery.start_soon(handle, client, peer)
+        except BaseException:
+            # The nursery has ended, for one: then everything has.
+            client.close()
+            raise
+
+
 def _is_free_below(ceiling: int, listener: socket.socket) -> bool:
     """Whether the next descriptor that the kernel gives is below `ceiling`."""
     try:

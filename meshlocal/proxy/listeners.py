@@ -13,7 +13,7 @@ import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.descriptors import connections_ceiling
-from meshlocal.net.listen import accept_loop, open_tcp_listeners
+from meshlocal.net.listen import accept_loop, accept_queued, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.addresses import ListenAddress
@@ -169,6 +169,9 @@ class Listeners:
                     for sock in listener.sockets:
                         nursery.start_soon(accept, sock, connections, serve)
         finally:
+            # Their clients know no better than that they are connected.
+            for sock in listener.sockets:
+                accept_queued(sock, connections, serve)
             listener.close()
 
 

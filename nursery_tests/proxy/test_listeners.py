@@ -129,6 +129,43 @@ async def test_listeners_that_go_stop_accepting_and_close(listeners: Listeners) 
     assert staying.sockets[0].fileno() == -1
 
 
+@pytest.mark.parametrize("end", ["drain", "reload"])
+async def test_who_waits_in_the_queue_of_a_listener_that_goes_is_served(listeners: Listeners, end: str) -> None:
+    """S1, S2: its client knows no better than that it is connected."""
+    served: list[object] = []
+    gone = trio.Event()
+
+    class Server:
+        async def serve(self, service: object, client: socket.socket, peer: object) -> None:
+            served.append(service)
+            await gone.wait()
+            client.send(b"served")
+            client.close()
+
+    listeners.http = Server()
+    (listener,) = adopt(listeners, config("http://127.0.0.1:0"))
+    port = listener.sockets[0].getsockname()[1]
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as acceptors:
+            listeners.start(acceptors, connections)
+            await trio.testing.wait_all_tasks_blocked()
+            clients = [connect(port) for _ in range(3)]
+            # Nothing has run since that could have accepted them.
+            if end == "reload":
+                adopt(listeners, config())
+            else:
+                acceptors.cancel_scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            assert listener.sockets[0].fileno() == -1
+            acceptors.cancel_scope.cancel()
+        gone.set()
+        for client in clients:
+            with trio.fail_after(10):
+                assert await client.receive_some(10) == b"served"
+            await client.aclose()
+    assert len(served) == 3
+
+
 async def test_a_connection_whose_service_is_gone_is_reset(listeners: Listeners) -> None:
     """Accepted while the config lost it: nothing is known that it could be forwarded by."""
     async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:

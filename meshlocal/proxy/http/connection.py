@@ -32,6 +32,9 @@ CHUNK = 65536
 LINGER = 2.0
 """Seconds, after a last answer, for the client to read it and close."""
 
+DRAIN_GRACE = 0.5
+"""Seconds that a drain leaves to a client whose next request may be on its way (RFC 9112, 9.6)."""
+
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 
 
@@ -104,9 +107,9 @@ class ClientConnection(Client):
         return self.expiry is Expiry.IDLE and self.exchange is None
 
     def has_input(self) -> bool:
-        """Something came on it that was not read yet, or its end."""
+        """Something came on it that was not read yet."""
         try:
-            return bool(self.early) or self.socket.recv(1, socket.MSG_PEEK) is not None
+            return bool(self.early or self.socket.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 
@@ -213,11 +216,10 @@ class ClientConnection(Client):
             self.deadline = now + config.header_timeout
         else:
             self.expiry = Expiry.IDLE
-            self.deadline = now + config.keep_alive_timeout
+            self.deadline = now + (DRAIN_GRACE if self.forwarder.draining else config.keep_alive_timeout)
 
     async def _begin_head(self) -> bytes | None:
         """The first bytes of the next request; None if none comes."""
-        forwarder = self.forwarder
         ready = self.fresh  # what a client sends with its connection is there when that is accepted, most of the time
         waits = False
         while True:
@@ -225,8 +227,6 @@ class ClientConnection(Client):
                 received = bytes(self.early)
                 self.early.clear()
             else:
-                if forwarder.draining and not self.fresh:
-                    return None
                 if not waits:
                     # Once: empty lines win no time.
                     waits = True

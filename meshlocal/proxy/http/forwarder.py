@@ -19,7 +19,7 @@ from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.account import log_refused
 from meshlocal.proxy.http.answers import Answer
-from meshlocal.proxy.http.connection import ClientConnection
+from meshlocal.proxy.http.connection import DRAIN_GRACE, ClientConnection
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.settings import HttpSettings
 from meshlocal.proxy.http.waiting import Patience
@@ -58,6 +58,7 @@ class HttpForwarder:
         self.settings = HttpSettings(config)
         self.access_log = config.access_log
         self.draining = False
+        self._drain_begins = trio.Event()
         self.drained = 0
         self.refused: defaultdict[str, int] = defaultdict(int)
         self.patience = Patience()
@@ -109,11 +110,17 @@ class HttpForwarder:
             service.reconfigure(config.http)
 
     def drain(self) -> None:
-        """Let every connection end with the response under way, and close those without one (S1)."""
+        """Let every connection end with its next response, or soon if no request comes (S1).
+
+        Its client may be sending one at this moment, and could not know what became of it if the connection closed:
+        so it gets the time to, and the answer says that the connection closes.
+        """
         self.draining = True
+        now = trio.current_time()
         for connection in self._connections:
-            if connection.is_idle and not connection.has_input():
-                connection.expire()
+            if connection.is_idle:
+                connection.await_request(now)
+        self._drain_begins.set()
 
     # The service of a request.
 
@@ -165,13 +172,18 @@ class HttpForwarder:
                 config.pool_idle_timeout,
                 *(service.state.policy.idle_timeout or _SWEEP_LONGEST * 4 for service in self._services.values()),
             )
-            await trio.sleep(min(max(min(limits) / 4, _SWEEP_SHORTEST), _SWEEP_LONGEST))
+            pause = min(max(min(limits) / 4, _SWEEP_SHORTEST), _SWEEP_LONGEST)
+            if self.draining:
+                await trio.sleep(min(pause, DRAIN_GRACE / 4))
+            else:
+                with trio.move_on_after(pause):
+                    await self._drain_begins.wait()
             self.sweep(trio.current_time())
 
     def sweep(self, now: float) -> None:
         """End what ran out of time; forget services and close connections to instances that nobody used for long."""
         for connection in list(self._connections):
-            if connection.deadline <= now or (
+            if (connection.deadline <= now and not (connection.is_idle and connection.has_input())) or (
                 connection.counters is not None and connection.counters.last_activity + connection.idle_limit <= now
             ):
                 connection.expire()

@@ -93,8 +93,8 @@ class Lane:
         loop.handlers[self._fd] = self.on_client
         self._handed_over = False
         try:
-            # What came while nobody listened makes no event.
-            self._read_client()
+            # What came while nobody listened makes no event, nor does an end behind it.
+            self._read_client(more=True)
             if self._handed_over:
                 await checkpoint()
             else:
@@ -161,18 +161,21 @@ class Lane:
     def on_client(self, mask: int) -> None:
         """The client's socket has an event."""
         if self.exchange is None:
-            self._read_client()
+            # An end that came with the request makes no event of its own.
+            self._read_client(more=bool(mask & _ENDING))
             return
         # It sends its next request, or ended its stream, before the response: that has its turn. But a reset ends all.
         self._more = True
         if mask & _DEAD:
             self.lose_hope()
 
-    def _read_client(self) -> None:
-        self._more = False
+    def _read_client(self, *, more: bool) -> None:
+        """Read, and begin with what came; `more`: there may be something behind it."""
+        self._more = more
         try:
             received = self._connection.socket.recv(CHUNK)
         except BlockingIOError:
+            self._more = False
             return
         except OSError:
             self.end = End.ABORT
@@ -306,7 +309,7 @@ class Lane:
             return
         connection.await_request(now)
         if self._more:
-            self._read_client()
+            self._read_client(more=True)
 
 
 def _is_plain(head: RequestHead, behind: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import nullcontext, suppress
 
@@ -31,6 +32,7 @@ from nursery_tests.proxy.http.conftest import (
 )
 
 GET = b"GET / HTTP/1.1\r\nhost: b\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nhi"
 
 
 def descriptors() -> int:
@@ -201,6 +203,68 @@ async def test_drain(proxy: Proxy, local: Upstream, kept: bool) -> None:
             assert await client.rest() == b""
     await proxy.idle()
     assert proxy.forwarder.drained == 0
+    assert_nothing_is_left(proxy)
+
+
+async def test_a_request_that_comes_just_after_a_drain_began(proxy: Proxy, local: Upstream) -> None:
+    """S1: its client could not know; it is answered, and told that the connection ends."""
+    async with await proxy.connect() as client, await proxy.connect() as late, await proxy.connect() as ending:
+        await client.get()
+        await late.get()
+        # The response that is under way when the drain begins said already that the connection stays.
+        go_on = trio.Event()
+
+        async def behaviour(upstream: Upstream, served: Served) -> None:
+            await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\na")
+            await go_on.wait()
+            await served.send(b"b")
+
+        local.behaviour = behaviour
+        await ending.send(GET)
+        await ending.until(b"\r\n\r\na")
+        local.behaviour = ok
+        await drain(proxy)
+        await client.send(POST)
+        answer = await client.response()
+        assert (answer.body, answer.fields["connection"]) == (b"local", "close")
+        assert await client.rest() == b""
+        go_on.set()
+        assert await ending.exactly(1) == b"b"
+        await ending.send(POST)
+        answer = await ending.response()
+        assert (answer.body, answer.fields["connection"]) == (b"local", "close")
+        # Who says nothing is not waited for.
+        assert await late.rest() == b""
+    await proxy.idle()
+    assert_nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_client_that_ends_its_stream_with_its_request(
+    proxy: Proxy, local: Upstream, kept: bool, held: bool
+) -> None:
+    """A8: it is answered; and its connection ends then, also where its end came together with the request."""
+    go_on = trio.Event()
+
+    async def behaviour(upstream: Upstream, served: Served) -> None:
+        if held:
+            await go_on.wait()
+        await ok(upstream, served)
+
+    async with await proxy.connect() as client:
+        if kept:
+            await client.get()
+        local.behaviour = behaviour
+        # Nothing else runs between the two.
+        client.stream.socket._sock.send(GET)  # type: ignore[attr-defined] - without a checkpoint
+        client.stream.socket.shutdown(socket.SHUT_WR)
+        if held:
+            await until(lambda: len(local.heads) == 1 + kept)
+            go_on.set()
+        assert (await client.response()).body == b"local"
+        assert await client.rest() == b""
+    await proxy.idle()
     assert_nothing_is_left(proxy)
 
 
