@@ -58,6 +58,14 @@ bench-kubernetes: $(VENV)/run.stamp
 bench-policy: $(VENV)/run.stamp
 	$(BIN)/python -m bench.policy
 
+# Every fault under load, each for SOAK seconds; soak-document also puts the table into docs/reliability.md.
+SOAK ?= 10
+soak: $(VENV)/dev.stamp
+	$(BIN)/python -m nursery_tests.campaign --seconds $(SOAK)
+
+soak-document: $(VENV)/dev.stamp
+	$(BIN)/python -m nursery_tests.campaign --seconds $(SOAK) --document
+
 protos: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_protos.py
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import trio
 
-from nursery_tests.campaign.groups import GROUPS, SEED, try_group
+from nursery_tests.campaign.campaign import Row
+from nursery_tests.campaign.groups import GROUPS, SEED, lacks, try_group
 from nursery_tests.campaign.report import put, table
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "reliability.md"
@@ -25,8 +26,13 @@ def main() -> int:
     parser.add_argument("--document", action="store_true", help="write the table into docs/reliability.md")
     asked = parser.parse_args()
     seconds = min(asked.seconds, LONGEST)
-    rows = []
+    rows: list[Row] = []
+    failed = False
     for name in asked.group or GROUPS:
+        if why := lacks(GROUPS[name]):
+            print(f"{name}: {why}", file=sys.stderr, flush=True)
+            failed = True
+            continue
         with tempfile.TemporaryDirectory(prefix="meshlocal-campaign-") as folder:
             found = trio.run(try_group, GROUPS[name], Path(folder), seconds, asked.only, asked.seed)
         print(table(found), flush=True)
@@ -34,7 +40,7 @@ def main() -> int:
             for problem in row.problems:
                 print(f"{row.fault.name}: {problem}", file=sys.stderr, flush=True)
         rows += found
-    failed = any(row.problems for row in rows)
+    failed = failed or any(row.problems for row in rows)
     if asked.document and not failed:
         DOCUMENT.write_text(put(DOCUMENT.read_text(), table(rows)))
     return int(failed)

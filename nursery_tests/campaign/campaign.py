@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import trio
@@ -104,8 +104,8 @@ async def try_fault(fault: Fault, fleet: Fleet, load: Load, seconds: float, rng:
         try:
             await fault.run(scene)
             await load.home(LOCAL)
-        except AssertionError as error:
-            problems.append(str(error)[:3000])
+        except* AssertionError as errors:
+            problems += [str(error)[:3000] for error in _leaves(errors)]
         over = trio.current_time()
         await load.more(AFTER)
     if limit.cancelled_caught:
@@ -128,6 +128,14 @@ async def try_fault(fault: Fault, fleet: Fleet, load: Load, seconds: float, rng:
     if row.memory > MEMORY:
         problems.append(f"{row.memory} bytes more are in use")
     return row
+
+
+def _leaves(errors: BaseExceptionGroup[AssertionError]) -> Iterator[BaseException]:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def _judge(scene: Scene, over: float, executed: list[str]) -> list[str]:

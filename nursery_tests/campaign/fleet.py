@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,16 +31,17 @@ _PROXY = "127.0.7.30"
 CONFIG = """\
 proxy:
   node_name: n1
-  listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}{extra}]
+  listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}{listen}]
   admin: 127.0.0.1:0
   discovery: {{urls: [grpc://{discovery}], backoff_max: 0.5, keepalive_interval: 1, keepalive_timeout: 1{cache}}}
   ejection: {{time: 0.5, max_time: 2}}
   attempts: {{idle_timeout: {idle}, first_snapshot_wait: 2}}
-  http: {{header_timeout: 1, body_timeout: 1}}
+  http: {{header_timeout: 1, body_timeout: 1, keep_alive_timeout: {idle}}}
   drain: {{timeout: 1}}
   services:
     replay: {{attempts: {{replay: true, replay_wait: 0.4}}}}
     get: {{attempts: {{attempt_timeout: 0.4}}}}
+    tcp: {{{policy}}}
 """
 """Times are short, so that what follows from a fault does so while somebody watches."""
 
@@ -123,12 +124,17 @@ class Fleet:
         self._prefix = [*place.prefix, *prefix]
         self._cache = f", cache_file: {self.folder / 'cache'}" if cache else ""
         self._idle = idle
-        self._ports = {"tcp": 0, "replay": 0, "get": 0}
+        self._ports = {key: self._free_port() for key in ("tcp", "replay", "get")}
         self.members = {name: Member(self, name, f"{_INSTANCES}{number}") for number, name in enumerate(NODES, start=1)}
         self.discovery: Program | None = None
         self.discovery_port = 0
         self.proxy: Program | None = None
         self.admin = 0
+
+    def _free_port(self) -> int:
+        with self.place.inside(), socket.create_server((_PROXY, 0)) as reserved:
+            port: int = reserved.getsockname()[1]
+            return port
 
     @property
     def registry(self) -> str:
@@ -164,11 +170,16 @@ class Fleet:
             found = await self.discovery.printed(r"ready: grpc://[\d.]+:(\d+)", "out")
             self.discovery_port = int(found[1])
 
-    def configure(self, extra: str = "") -> None:
-        """Write the proxy's configuration."""
-        discovery = f"{_DISCOVERY}:{self.discovery_port}"
+    def configure(self, *, more: bool = False) -> None:
+        """Write the proxy's configuration; another one, with a listener and a limit more, if asked for."""
         text = CONFIG.format(
-            host=_PROXY, discovery=discovery, cache=self._cache, idle=self._idle, extra=extra, **self._ports
+            host=_PROXY,
+            discovery=f"{_DISCOVERY}:{self.discovery_port}",
+            cache=self._cache,
+            idle=self._idle,
+            listen=f", tcp://{_PROXY}:0=post" if more else "",
+            policy="limits: {connections: 500}" if more else "",
+            **self._ports,
         )
         self.processes.write("proxy.yaml", text)
 
@@ -185,10 +196,6 @@ class Fleet:
         """The line that the proxy prints once it is ready."""
         assert self.proxy is not None
         line = (await self.proxy.printed(r"meshlocal proxy ready: .*\n", "out"))[0]
-        for key, pattern in {"tcp": r":(\d+)=tcp", "replay": r":(\d+)=replay", "get": r" http://[\d.]+:(\d+)"}.items():
-            found = re.search(pattern, line)
-            assert found is not None, line
-            self._ports[key] = int(found[1])
         self.admin = int(line.split("admin=", 1)[1].split()[0].rpartition(":")[2])
         return line
 

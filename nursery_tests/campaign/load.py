@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Final, NamedTuple
@@ -72,12 +71,9 @@ class Load:
         done: IDs of POSTs that were answered, since `restart`.
     """
 
-    def __init__(
-        self, target: Target, connect: Callable[[str, int], Awaitable[trio.SocketStream]], workers: Collection[str]
-    ) -> None:
+    def __init__(self, target: Target, connect: Callable[[str, int], Awaitable[trio.SocketStream]]) -> None:
         self.target = target
         self._connect = connect
-        self._workers = workers
         self._ids = count(1)
         self._busy = 0
         self._open = 0
@@ -86,19 +82,15 @@ class Load:
         self._last: dict[str, list[str]] = {}
         self.restart()
 
-    @property
-    def kinds(self) -> Collection[str]:
-        return self._workers
-
     def restart(self) -> None:
-        self.tallies = {kind: Tally() for kind in self._workers}
+        self.tallies = {kind: Tally() for kind in WORKERS}
         self.failures: list[Failure] = []
         self.done: list[str] = []
-        self._last = {kind: [] for kind in self._workers}
+        self._last = {kind: [] for kind in WORKERS}
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            for kind in self._workers:
+            for kind in WORKERS:
                 for _ in range(WORKERS[kind]):
                     nursery.start_soon(self._work, kind)
 
@@ -115,7 +107,7 @@ class Load:
 
     async def home(self, names: Set[str]) -> None:
         """Wait until requests of every kind go to these, to each of them and to no other."""
-        self._last = {kind: [] for kind in self._workers}
+        self._last = {kind: [] for kind in WORKERS}
         await self._until(
             lambda: all(
                 # A connection that is held stays where it is (A5).
@@ -278,14 +270,3 @@ class Client:
         except trio.BrokenResourceError:
             raise ClientError("cut" if received else "reset") from None
         return received
-
-
-async def connect(host: str, port: int) -> trio.SocketStream:
-    """Connect from this process's network."""
-    sock = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        await sock.connect((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketStream(sock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from nursery_tests.e2e.namespaces import inside_namespace
 from nursery_tests.e2e.running import LIMIT, Place, Processes
 
 
@@ -123,20 +123,8 @@ class Node(Place):
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        _enter(self._file)
-        try:
+        with inside_namespace(self._file):
             yield
-        finally:
-            _enter(_OWN_NETWORK)
-
-
-_OWN_NETWORK = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _enter(namespace: int) -> None:
-    if _libc.setns(namespace, 0x40000000):  # CLONE_NEWNET; os.setns is there from Python 3.12 on
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 class Network:

@@ -1,0 +1,123 @@
+"""Clients that misbehave. Others notice nothing, and nothing of them stays behind (A8)."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from nursery_tests.campaign.campaign import Fault, Scene
+from nursery_tests.campaign.load import LIMIT
+
+MISBEHAVING = 5
+"""Clients of each kind at a time."""
+
+_TCP_REPAIR = 19  # linux/tcp.h
+
+HEAD = b"POST /bad HTTP/1.1\r\nHost: get\r\nContent-Length: 100\r\n\r\n"
+"""To the service of GETs, so that nobody looks for it among the load's POSTs."""
+
+Act = Callable[[Scene, trio.SocketStream, bytes], Awaitable[None]]
+
+
+async def _misbehave(scene: Scene, act: Act, said: dict[str, list[bytes]]) -> None:
+    """Have clients come and act, one after the other, for as long as the fault lasts."""
+    target = scene.fleet.target
+
+    async def come(kind: str, data: bytes) -> None:
+        while True:
+            stream = await scene.fleet.place.connect(target.host, target.ports[kind])
+            try:
+                await act(scene, stream, data)
+            except trio.BrokenResourceError:
+                pass
+            finally:
+                await trio.aclose_forcefully(stream)
+            await trio.sleep(0.02)
+
+    with trio.move_on_after(scene.seconds):
+        async with trio.open_nursery() as nursery:
+            for kind, datas in said.items():
+                for data in datas:
+                    for _ in range(MISBEHAVING):
+                        nursery.start_soon(come, kind, data)
+
+
+_PARTS = {"tcp": [b"", b"half"], "replay": [b"", b"half"], "get": [b"", HEAD[:20], HEAD, HEAD + b"half"]}
+
+
+async def stall(scene: Scene) -> None:
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        await stream.send_all(data)
+        await trio.sleep_forever()
+
+    await _misbehave(scene, act, _PARTS)
+
+
+async def trickle(scene: Scene) -> None:
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        for at in range(len(data)):
+            await stream.send_all(data[at : at + 1])
+            await trio.sleep(0.03)
+
+    slowly = HEAD + b"x" * 50
+    await _misbehave(scene, act, {"tcp": [b"a line that takes its time"], "replay": [b"likewise"], "get": [slowly]})
+
+
+async def never_read(scene: Scene) -> None:
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        while True:
+            await stream.send_all(data)
+
+    get = b"GET /bad HTTP/1.1\r\nHost: get\r\n\r\n" * 20
+    await _misbehave(scene, act, {"tcp": [b"a line\n" * 200], "replay": [b"a line\n" * 200], "get": [get]})
+
+
+async def half_close(scene: Scene) -> None:
+    answered = 0
+
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        nonlocal answered
+        await stream.send_all(data)
+        await stream.send_eof()
+        answer = b""
+        with trio.fail_after(LIMIT):
+            async for part in stream:
+                answer += part
+        # Who ends its own stream may be listening still (A8).
+        assert b" bad\n" in answer, (data, answer)
+        answered += 1
+
+    get = b"GET /bad HTTP/1.1\r\nHost: get\r\n\r\n"
+    await _misbehave(scene, act, {"tcp": [b"bad\n"], "replay": [b"bad\n"], "get": [get]})
+    assert answered >= MISBEHAVING * 3
+
+
+async def resets(scene: Scene) -> None:
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        await stream.send_all(data)
+        await trio.sleep(scene.rng.uniform(0, 0.05))
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    await _misbehave(scene, act, _PARTS)
+
+
+async def vanish(scene: Scene) -> None:
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        await stream.send_all(data)
+        # As if its machine had lost power: the kernel forgets the connection without a word (CRIU needs that).
+        stream.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+
+    await _misbehave(scene, act, _PARTS)
+
+
+FAULTS = (
+    Fault("clients stall", "nothing fails; they are ended in time", stall),
+    Fault("clients trickle", "nothing fails", trickle),
+    Fault("clients never read", "nothing fails, memory stays bounded", never_read),
+    Fault("clients half-close", "nothing fails, and they get their answers (A8)", half_close),
+    Fault("clients reset", "nothing fails, nothing of them stays (A8)", resets),
+    Fault("clients vanish", "nothing fails; they are ended in time", vanish),
+)
