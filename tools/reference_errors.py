@@ -257,7 +257,9 @@ def _statuses() -> Iterator[tuple[str, str, str]]:
     ):
         yield f"`{code.name}`", str(base + code), when
     yield f"`{StatusCode.UNAVAILABLE.name}`", str(websocket.GOING_AWAY), "the server is going away: watch another one"
+    yield "", "1002", "a frame breaks RFC 6455"
     yield "", str(websocket.UNSUPPORTED), "a text frame where messages are binary, or the other way round"
     yield "", str(websocket.INVALID), "a message that cannot be read"
-    yield "", str(websocket.POLICY), "more was sent than one request"
+    yield "", str(websocket.POLICY), "no request came in time, or a second one did"
     yield "", str(websocket.TOO_BIG), "a message is over its size limit"
+    yield "`UNKNOWN`", str(websocket.INTERNAL), "a fault in the server"

@@ -110,11 +110,15 @@ class TcpForwarder:
         finally:
             del self._connections[connection]
             upstream = connection.result.upstream
-            end = close if outcome is Outcome.SERVED else abort
-            # Nobody but this task ever waits for them.
-            end(sock, awaited=False)
+            if outcome is Outcome.SERVED:
+                close(sock)
+            else:
+                abort(sock)
             if upstream is not None:
-                end(upstream, awaited=False)
+                if outcome is Outcome.SERVED:
+                    close(upstream)
+                else:
+                    abort(upstream)
             self._account(connection, outcome)
 
     async def _forward(self, connection: Connection, sock: socket.socket) -> Outcome:

@@ -2,7 +2,11 @@
 
 A block is run or checked by its language. One that is not has a comment right before it that says why:
 
-    <!-- not run: needs a cluster -->
+    <!-- not run: needs a program that draws -->
+
+Or the page says so once, for all of its blocks in some languages:
+
+    <!-- sh, console not run: needs a cluster -->
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ PAGES = {
     for path in sorted([ROOT / "README.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")])
 }
 
+_PAGE_MARK = re.compile(r"^<!-- (?P<languages>[a-z, ]+) not run: (?P<why>[^\n]+) -->$", re.MULTILINE)
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>not run: [^\n]+) -->\n+)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
@@ -43,11 +48,13 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     text = PAGES[page].read_text()
+    exempt = {each: mark["why"] for mark in _PAGE_MARK.finditer(text) for each in mark["languages"].split(", ")}
     found = []
     for match in _BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("language")) + 1
         body = match["text"].replace("\n" + match["indent"], "\n").removeprefix(match["indent"])
-        found.append(Block(page, line, match["language"], body, (match["mark"] or "").removeprefix("not run: ")))
+        mark = (match["mark"] or "").removeprefix("not run: ") or exempt.get(match["language"], "")
+        found.append(Block(page, line, match["language"], body, mark))
     return found
 
 
@@ -61,7 +68,7 @@ class Step(NamedTuple):
 
 def steps(block: Block) -> list[Step]:
     """The commands of an `sh` block, all as one; of a `console` block, each after its `$`."""
-    if block.language == "sh":
+    if block.language != "console":
         return [Step(str(block), block.text, None)]
     found = []
     for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
