@@ -86,6 +86,13 @@ class DiscoveryAccess:
     def _load_certificate(self, context: ssl.SSLContext) -> None:
         config = self._config
         assert config.tls_certificate_file is not None
+        for key in ("tls_certificate_file", "tls_key_file"):
+            file = getattr(config, key)
+            try:
+                # What ssl says of a file that is missing does not say which.
+                Path(file).open("rb").close()
+            except OSError as error:
+                raise _problem(key, file, error) from None
         try:
             context.load_cert_chain(config.tls_certificate_file, config.tls_key_file)
         except (OSError, ValueError) as error:
