@@ -150,12 +150,18 @@ async def connect(client: Waiting, service: ServiceState, result: Connected) -> 
     policy = service.policy
     if result.deadline is None:
         result.deadline = trio.current_time() + policy.deadline
+    connecting: Connecting | None = None
+    if service.picker is not None:
+        # An instance on this host answers at once, so that nothing waits, and nothing needs a scope to wait in.
+        connecting = _begin_next(service, result)
+        if result.upstream is not None:
+            return
     with trio.move_on_at(result.deadline) as deadline:
         if service.picker is None:
             with trio.move_on_after(policy.first_snapshot_wait):
                 await client.watched(service.first_snapshot.wait)
         if not client.left:
-            await _attempt_in_turn(client, service, result)
+            await _attempt_in_turn(client, service, result, connecting)
     if result.upstream is not None:
         return
     if client.left:
@@ -166,45 +172,85 @@ async def connect(client: Waiting, service: ServiceState, result: Connected) -> 
         result.outcome = Outcome.FAILED if result.attempts else Outcome.NO_INSTANCE
 
 
-async def _attempt_in_turn(client: Waiting, service: ServiceState, result: Connected) -> None:
-    plan = result.plan = result.plan or service.plan()
-    if plan is None:
-        return
-    statistics, fitness = service.statistics, service.fitness
-    tiers = service.tiers
-    while service.policy.max_attempts is None or result.attempts < service.policy.max_attempts:
-        pick = plan.next()
-        if pick is None:
-            return
-        result.pick = pick
-        result.attempts += 1
-        result.tier = tier = tiers[pick.tier]
-        statistics.picks[tier, pick.reason or ""] += 1
+async def _attempt_in_turn(
+    client: Waiting, service: ServiceState, result: Connected, connecting: Connecting | None
+) -> None:
+    """Attempt until one has connected; `connecting` is an attempt that has begun."""
+    while True:
+        if connecting is None:
+            if result.failures:
+                # An instance that fails at once must not keep the others' tasks waiting, nor cancellation.
+                await trio.lowlevel.checkpoint()
+            before = result.attempts
+            connecting = _begin_next(service, result)
+            if result.upstream is not None or result.attempts == before:
+                return
+            if connecting is None:
+                continue
+        pick = result.pick
+        assert pick is not None
         error = ""
         try:
-            error = result.error = await try_instance(client, service, pick, result)
+            error = await _finish_waiting(client, service, pick, connecting, result)
         finally:
             # One that was cancelled, by the deadline or because its client left, counts too.
-            if result.upstream is not None:
-                statistics.attempts[tier, AttemptOutcome.CONNECTED] += 1
-                fitness.connected(pick.instance)
-            elif error:
-                statistics.attempts[tier, error] += 1
-                fitness.failed(pick.instance, error)
-            else:
-                statistics.attempts[tier, AttemptOutcome.ABANDONED] += 1
-                fitness.abandoned(pick.instance)
+            _count(service, pick, result, error)
         if result.upstream is not None or client.left:
             return
-        result.failures.append(FailedAttempt(pick, result.error, result.errno))
-        # An instance that fails at once must not keep the others' tasks waiting, nor cancellation.
-        await trio.lowlevel.checkpoint()
+        connecting = None
+
+
+def _begin_next(service: ServiceState, result: Connected) -> Connecting | None:
+    """Begin with the next instance of the plan, if one is left.
+
+    Returns:
+        What has to be waited for; None if it connected, or failed, at once.
+    """
+    plan = result.plan = result.plan or service.plan()
+    if plan is None:
+        return None
+    limit = service.policy.max_attempts
+    if limit is not None and result.attempts >= limit:
+        return None
+    pick = plan.next()
+    if pick is None:
+        return None
+    result.pick = pick
+    result.attempts += 1
+    result.tier = tier = service.tiers[pick.tier]
+    service.statistics.picks[tier, pick.reason or ""] += 1
+    begun = _begin(pick, result)
+    if not isinstance(begun, str):
+        return begun
+    _count(service, pick, result, begun)
+    return None
+
+
+def _count(service: ServiceState, pick: Pick, result: Connected, error: str) -> None:
+    """Count how an attempt ended, and tell what it shows of the instance."""
+    attempts, fitness, tier = service.statistics.attempts, service.fitness, result.tier
+    if result.upstream is not None:
+        result.error = ""
+        attempts[tier, AttemptOutcome.CONNECTED] += 1
+        fitness.connected(pick.instance)
+    elif error:
+        attempts[tier, error] += 1
+        result.error = error
+        result.failures.append(FailedAttempt(pick, error, result.errno))
+        fitness.failed(pick.instance, error)
+    else:
+        attempts[tier, AttemptOutcome.ABANDONED] += 1
+        fitness.abandoned(pick.instance)
 
 
 async def try_instance(client: Waiting, service: ServiceState, pick: Pick, result: Connected) -> str:
     """Try one instance; the socket goes into `result`. Returns how it failed, in a word."""
-    policy = service.policy
-    limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
+    begun = _begin(pick, result)
+    return begun if isinstance(begun, str) else await _finish_waiting(client, service, pick, begun, result)
+
+
+def _begin(pick: Pick, result: Connected) -> Connecting | str:
+    """Begin to connect to an instance: how that failed at once, empty if it did not; or what has to be waited for."""
     key = pick.instance.key
     result.errno = 0
     try:
@@ -212,22 +258,35 @@ async def try_instance(client: Waiting, service: ServiceState, pick: Pick, resul
     except OSError as error:
         result.errno = error.errno or 0
         return classify_connect_error(error)
+    return connecting if connecting.pending else _finish(connecting, result)
+
+
+def _finish(connecting: Connecting, result: Connected) -> str:
     try:
-        if connecting.pending:
-            await _wait_connected(client, connecting.socket, limit)
-            if client.left:
-                return ""
         connecting.finish()
-        result.upstream = connecting.socket
-    except TimeoutError:
-        return AttemptOutcome.TIMEOUT
     except OSError as error:
+        connecting.socket.close()
         result.errno = error.errno or 0
         return classify_connect_error(error)
-    finally:
-        if result.upstream is None:
-            connecting.socket.close()
+    result.upstream = connecting.socket
     return ""
+
+
+async def _finish_waiting(
+    client: Waiting, service: ServiceState, pick: Pick, connecting: Connecting, result: Connected
+) -> str:
+    policy = service.policy
+    limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
+    connected = False
+    try:
+        await _wait_connected(client, connecting.socket, limit)
+        connected = not client.left
+    except TimeoutError:
+        return AttemptOutcome.TIMEOUT
+    finally:
+        if not connected:
+            connecting.socket.close()
+    return _finish(connecting, result) if connected else ""
 
 
 async def _wait_connected(client: Waiting, upstream: socket.socket, limit: float) -> None:

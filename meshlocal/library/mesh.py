@@ -24,6 +24,7 @@ from meshlocal.discovery.feeds import make_feed
 from meshlocal.library.errors import MeshClosedError, MeshConfigError, TooManyServicesError
 from meshlocal.library.options import MAX_SERVICES, mesh_config
 from meshlocal.library.views import MeshStatistics, ServicePlan, plan_of, statistics_of
+from meshlocal.net.groups import single
 from meshlocal.net.log import get_log
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
@@ -296,15 +297,7 @@ async def open_mesh(
     except BaseExceptionGroup as group:
         if failure is not None:
             # Two failures: neither is lost.
-            raise BaseExceptionGroup("the block of open_mesh and its mesh failed", [failure, group]) from None
-        raise _single(group) from None
+            raise BaseExceptionGroup("the block of open_mesh and its mesh failed", [failure, single(group)]) from None
+        raise single(group) from None
     if failure is not None:
         raise failure
-
-
-def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a group holds if that is one exception, however deep; else the group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

@@ -27,22 +27,26 @@ def format_address(sockaddr: object) -> str:
     return f"unix:{sockaddr}"
 
 
-def close(sock: socket.socket) -> None:
-    """Close a socket, waking tasks that wait for it with trio.ClosedResourceError. Closing twice is harmless."""
+def close(sock: socket.socket, *, awaited: bool = True) -> None:
+    """Close a socket, waking tasks that wait for it with trio.ClosedResourceError. Closing twice is harmless.
+
+    `awaited` false spares the search for such tasks, and two system calls with it: for who knows that there are none.
+    """
     if sock.fileno() != -1:
-        trio.lowlevel.notify_closing(sock)
+        if awaited:
+            trio.lowlevel.notify_closing(sock)
         told = on_close.get()
         if told is not None:
             told(sock)
         sock.close()
 
 
-def abort(sock: socket.socket) -> None:
+def abort(sock: socket.socket, *, awaited: bool = True) -> None:
     """Close a TCP connection with a reset instead of a clean end: what was not yet sent is dropped (RFC 9293, 3.10.5).
 
-    Wakes tasks that wait for it with trio.ClosedResourceError. Harmless on a closed socket.
+    Wakes tasks that wait for it with trio.ClosedResourceError; `awaited` as in `close`. Harmless on a closed socket.
     """
     if sock.fileno() != -1:
         with suppress(OSError):  # not TCP, or dead already: closing is all that is left
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        close(sock)
+        close(sock, awaited=awaited)

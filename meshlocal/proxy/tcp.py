@@ -110,15 +110,11 @@ class TcpForwarder:
         finally:
             del self._connections[connection]
             upstream = connection.result.upstream
-            if outcome is Outcome.SERVED:
-                close(sock)
-            else:
-                abort(sock)
+            end = close if outcome is Outcome.SERVED else abort
+            # Nobody but this task ever waits for them.
+            end(sock, awaited=False)
             if upstream is not None:
-                if outcome is Outcome.SERVED:
-                    close(upstream)
-                else:
-                    abort(upstream)
+                end(upstream, awaited=False)
             self._account(connection, outcome)
 
     async def _forward(self, connection: Connection, sock: socket.socket) -> Outcome:

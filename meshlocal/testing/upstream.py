@@ -12,6 +12,7 @@ from typing import TypeAlias
 import anyio
 from anyio.abc import TaskGroup
 
+from meshlocal.net.groups import single
 from meshlocal.policy.model import NODE, Instance, make_instance
 from meshlocal.testing.http import HttpRequest
 
@@ -239,6 +240,11 @@ async def open_upstream(
             except Exception as error:  # noqa: BLE001 - raised below: the task group would wrap it in a group
                 failure = error
             tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if failure is not None:
+            # Two failures: neither is lost.
+            raise BaseExceptionGroup("the test and its upstream failed", [failure, single(group)]) from None
+        raise single(group) from None
     finally:
         upstream._close()
     if failure is not None:
