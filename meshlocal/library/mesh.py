@@ -1,4 +1,4 @@
-"""`open_mesh`: what a sidecar does, inside an application (rules A1 to A8, D1, D4, D5, H1, L1, L5, O1 to O5, R1, R2).
+"""`open_mesh`: what a sidecar does, inside an application (rules A1 to A8, D1 to D5, H1, L1 to L6, O1 to O5, R1, R2).
 
 A mesh is the feed of instances, the table of services and their cursors: the
 very parts that the proxy is made of. Its background tasks live in the block of
@@ -12,10 +12,12 @@ import os
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 
 from meshlocal.client.feed import Feed, Refreshable, SnapshotSink
 from meshlocal.client.place import locality_of
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     import trio
     from anyio.abc import TaskGroup
+
+    from meshlocal.client.cache import SnapshotCache
 
 _log = get_log(__name__)
 
@@ -59,6 +63,7 @@ class Mesh:
         self._services = ServiceTable(config, locality_of(config), rng)
         self._services.on_followed = self._follow
         self._feed: Feed | None = None
+        self._cache: SnapshotCache | None = None
         self._tasks: TaskGroup | None = None
         self._changed: dict[ServiceKey, anyio.Event] = {}
         self._listeners: dict[Callable[[ServiceSnapshot], None], None] = {}
@@ -152,6 +157,8 @@ class Mesh:
 
     def _follow(self, services: list[ServiceKey]) -> None:
         if self._feed is not None:
+            if self._cache is not None and self._cache.recall(services):
+                self._cache.mark_stale()
             self._feed.follow(services)
 
     async def _wait_changed(self, key: ServiceKey) -> None:
@@ -175,9 +182,21 @@ class Mesh:
         while True:  # noqa: ASYNC110 - what it waits for is the passing of time itself
             await anyio.sleep(self._services.drop_unused(anyio.current_time()))
 
+    async def _open_cache(self, file: str) -> SnapshotCache:
+        # Imported here: few have a cache file.
+        from meshlocal.client.cache import SnapshotCache
+
+        self._cache = SnapshotCache(Path(file), self, lambda: self._services.keys)
+        # In a thread nothing may be passed on; no service is followed yet, so that nothing is.
+        await anyio.to_thread.run_sync(self._cache.load)
+        return self._cache
+
     def _open(self, feed: Feed, tasks: TaskGroup) -> None:
         self._feed = feed
         self._tasks = tasks
+        if self._cache is not None:
+            self._cache.status = feed.status
+            tasks.start_soon(self._cache.run)
         if isinstance(feed, Refreshable):
             self._services.on_failing = feed.refresh
         tasks.start_soon(feed.run)
@@ -235,11 +254,13 @@ async def open_mesh(
     ejection: EjectionConfig | None = None,
     ca_file: str | os.PathLike[str] | None = None,
     token_file: str | os.PathLike[str] | None = None,
+    cache_file: str | os.PathLike[str] | None = None,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Mesh]:
     """Know the instances of services for as long as the block lasts, nearest first.
 
-    Nothing is waited for here: the first use of a service waits for its instances (A7). Runs on trio and on asyncio.
+    Nothing of discovery is waited for here: the first use of a service waits for its instances (A7). Runs on trio and
+    on asyncio.
 
     Args:
         sources: discovery servers (`grpc://HOST:PORT`, over TLS `grpcs://`, over WebSocket `ws://` and `wss://`),
@@ -255,6 +276,8 @@ async def open_mesh(
         ca_file: the authorities, in PEM, of which one must have signed the certificate of a `grpcs://` or `wss://`
             server; by default those of the system.
         token_file: a file with the token that is sent to discovery servers, read for each connection.
+        cache_file: a file that keeps the last snapshots over a restart, one for each mesh, in a directory that exists
+            (D2).
         rng: for the cursors' first positions and the jitter of reconnects.
 
     Raises:
@@ -279,10 +302,13 @@ async def open_mesh(
         ejection=ejection,
         ca_file=ca_file,
         token_file=token_file,
+        cache_file=cache_file,
     )
     rng = rng or random.Random()
     mesh = Mesh(config, rng)
-    feed = own[0].feed(mesh) if own else make_feed(config.discovery, (), mesh, rng)
+    file = config.discovery.cache_file
+    sink: SnapshotSink = mesh if file is None else await mesh._open_cache(file)
+    feed = own[0].feed(sink) if own else make_feed(config.discovery, (), sink, rng)
     failure: Exception | None = None
     try:
         async with anyio.create_task_group() as tasks:

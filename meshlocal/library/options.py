@@ -30,6 +30,7 @@ def mesh_config(
     ejection: EjectionConfig | None,
     ca_file: str | os.PathLike[str] | None,
     token_file: str | os.PathLike[str] | None,
+    cache_file: str | os.PathLike[str] | None,
 ) -> ProxyConfig:
     """The configuration that a mesh goes by; its node name is resolved (L1).
 
@@ -37,7 +38,7 @@ def mesh_config(
         MeshConfigError: an argument cannot be used.
     """
     discovery: dict[str, object] = {"urls": list(urls)}
-    for key, file in (("ca_file", ca_file), ("token_file", token_file)):
+    for key, file in (("ca_file", ca_file), ("token_file", token_file), ("cache_file", cache_file)):
         if file is not None:
             discovery[key] = os.fspath(file)
     proxy: dict[str, object] = {

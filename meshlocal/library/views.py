@@ -94,6 +94,7 @@ class MeshStatistics(msgspec.Struct, frozen=True):
         age: seconds since what is known was last known to be current; None if nothing ever came (D1).
         reconnects: how often the connection to discovery was lost, or could not be made.
         refused_instances: instances left out because a field of theirs made no sense.
+        stale: what is known came from the cache file, and was not confirmed since (D2).
         services: the services in use.
     """
 
@@ -105,6 +106,7 @@ class MeshStatistics(msgspec.Struct, frozen=True):
     age: float | None
     reconnects: int
     refused_instances: int
+    stale: bool
     services: Mapping[str, ServiceStatistics]
 
 
@@ -138,6 +140,7 @@ def statistics_of(services: ServiceTable, feed: FeedStatus, now: float) -> MeshS
         age=feed.age(now),
         reconnects=feed.reconnects,
         refused_instances=feed.refused_instances,
+        stale=feed.stale,
         services={
             state.key: ServiceStatistics(
                 requests=dict(state.statistics.requests),

@@ -121,6 +121,7 @@ class _FakeFeed:
         if problem is not None:
             return
         self.status.confirmed_at = anyio.current_time()
+        self.status.stale = False
         for service in self.services:
             snapshot = self._source._snapshot(service)
             if self._sent.get(service) != snapshot:

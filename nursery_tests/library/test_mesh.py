@@ -448,6 +448,7 @@ def test_a_watched_service_is_in_use(on_loop: Run) -> None:
         ({"sources": ("file:a",), "services": {"b c": ServiceConfig()}}, "services.b c"),
         ({"sources": ("file:a",), "ejection": EjectionConfig(time=-1)}, "ejection.time: expected"),
         ({"sources": ("grpcs://b:1",), "ca_file": ""}, "ca_file: is empty"),
+        ({"sources": ("file:a",), "cache_file": "c"}, "cache_file: an instances file needs none"),
         (
             {"sources": ("file:a",), "services": {"b": ServiceConfig(health_check=HealthCheckConfig(kind="tcp"))}},
             "services.b.health_check: a mesh learns from its own requests only",
@@ -568,6 +569,52 @@ async def test_when_every_attempt_fails_discovery_is_asked_again(autojump_clock:
             first, last = mesh.plan("b").steps
             assert (first.instance, first.reason, last.instance) == (far.instance, Reason.LOCAL_EJECTED, near.instance)
             assert await greeting(mesh) == "n2"
+
+
+def test_what_was_known_outlives_a_restart(tmp_path: Path) -> None:
+    """D2: with a cache file a mesh begins with what was known, says that it is stale, and then what discovery says."""
+    file = tmp_path / "cache"
+    one, two = meshlocal.make_instance("10.0.0.1", 1), meshlocal.make_instance("10.0.0.2", 1)
+
+    async def main() -> None:
+        source = FakeSource({"b": [one]})
+        async with meshlocal.open_mesh(source, cache_file=file) as mesh:
+            await mesh.wait_heard("b")
+            assert not mesh.statistics().stale
+        source.go_away()
+        source.set("b", two)
+        async with meshlocal.open_mesh(source, cache_file=file) as mesh:
+            assert [step.instance.key for step in mesh.plan("b").steps] == [one.key]
+            assert not mesh.plan("c").heard
+            told = mesh.statistics()
+            assert (told.stale, told.connected) == (True, False)
+            assert told.age is not None
+            watch = mesh.watch("b")
+            assert set((await anext(watch)).instances) == {one.key}
+            source.come_back()
+            assert set((await anext(watch)).instances) == {two.key}
+            assert not mesh.statistics().stale
+        async with meshlocal.open_mesh("grpc://127.0.0.1:1", cache_file=str(file)) as mesh:
+            assert [step.instance.key for step in mesh.plan("b").steps] == [two.key]
+            assert mesh.statistics().stale
+
+    # A thread writes the file: no clock that jumps.
+    for loop in ("trio", "asyncio"):
+        file.unlink(missing_ok=True)
+        anyio.run(main, backend=loop)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk" * 100])
+async def test_a_cache_file_that_cannot_be_used_is_as_good_as_none(content: bytes | None, tmp_path: Path) -> None:
+    """D2: whatever stands in it, and even if nothing can be written there, the mesh opens."""
+    file = tmp_path / "cache" if content is not None else tmp_path / "missing" / "cache"
+    if content is not None:
+        file.write_bytes(content)
+    async with meshlocal.open_mesh(
+        FakeSource({"b": [meshlocal.make_instance("10.0.0.1", 1)]}), cache_file=file
+    ) as mesh:
+        await mesh.wait_heard("b")
+        assert len(mesh.plan("b").steps) == 1
 
 
 def test_from_a_file(on_loop: Run, tmp_path: Path) -> None:

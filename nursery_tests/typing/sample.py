@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import assert_type
 
 import httpx
@@ -36,6 +37,7 @@ def plans(mesh: meshlocal.Mesh) -> None:
 def counts(mesh: meshlocal.Mesh) -> None:
     told = assert_type(mesh.statistics(), meshlocal.MeshStatistics)
     assert_type(told.age, float | None)
+    assert_type(told.stale, bool)
     of = assert_type(told.services["b"], meshlocal.ServiceStatistics)
     for key, count in of.requests.items():
         assert_type(key, meshlocal.RequestKey)
@@ -93,6 +95,7 @@ async def opens() -> None:
         services={"b": meshlocal.ServiceConfig(limits=meshlocal.LimitsConfig(requests=10))},
         ca_file="ca.pem",
         token_file="token",
+        cache_file=Path("cache"),
     )
     async with opened as mesh:
         assert_type(mesh, meshlocal.Mesh)
