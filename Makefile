@@ -13,7 +13,7 @@ demo: $(VENV)/run.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
-check: $(VENV)/dev.stamp
+check: $(VENV)/dev.stamp $(VENV)/docs.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -22,6 +22,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_reference.py --check
 	$(BIN)/python tools/check_manifests.py
 	$(BIN)/hadolint deploy/container/Containerfile
+	$(BIN)/python tools/build_site.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

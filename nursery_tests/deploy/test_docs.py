@@ -1,17 +1,14 @@
-"""What the pages on deployment show works: kustomizations, configurations, source URLs and command lines."""
+"""What the pages on deployment show works: kustomizations, configurations, source URLs. More: nursery_tests/docs."""
 
 import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 
 from meshlocal.app.config_loader import load_config
-from meshlocal.cli.main import cli
 from meshlocal.policy.addresses import SourceUrl
 from meshlocal.policy.kubernetes_options import _OPTIONS
 
@@ -101,36 +98,3 @@ def test_configurations_are_good(page, tmp_path):
                 file = tmp_path / Path(name).name
                 file.write_text(text)
                 load_config(file, {}, {}, role)
-
-
-@pages
-def test_command_lines_are_meshlocals(page):
-    """Every `meshlocal COMMAND ...` parses; nothing runs."""
-    lines = [line for text in blocks(page, "sh", "console") for line in text.replace("\\\n", " ").splitlines()]
-    commands = [
-        re.sub(r"^.*?(?<![-/\w.])(?=(/\S*/)?meshlocal (proxy|discovery|get|explain|demo|--version))", "", line)
-        for line in lines
-    ]
-    commands = [line for line in commands if re.match(r"(/\S*/)?meshlocal ", line)]
-    assert len(commands) >= 3
-    for line in commands:
-        _, name, *arguments = shlex.split(line, comments=True)
-        if name == "--version":
-            continue
-        try:
-            cli.commands[name].make_context(name, arguments)
-        except click.UsageError as error:
-            pytest.fail(f"{line}: {error.format_message()}")
-
-
-@pages
-def test_what_a_page_links_to_is_there(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        assert (page.parent / target).exists(), target
-
-
-@pages
-def test_metrics_that_a_page_names_exist(page):
-    reference = (ROOT / "docs" / "metrics.md").read_text()
-    named = set(re.findall(r"\bmeshlocal_[a-z_]+\b", page.read_text()))
-    assert {name for name in named if f"`{name}`" not in reference} == set()
