@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
 from nursery_tests.campaign.campaign import Fault, Scene
+from nursery_tests.campaign.fleet import CONNECTIONS
 from nursery_tests.campaign.load import LIMIT
 
 MISBEHAVING = 5
@@ -28,13 +31,10 @@ async def _misbehave(scene: Scene, act: Act, said: dict[str, list[bytes]]) -> No
 
     async def come(kind: str, data: bytes) -> None:
         while True:
-            stream = await scene.fleet.place.connect(target.host, target.ports[kind])
-            try:
-                await act(scene, stream, data)
-            except trio.BrokenResourceError:
-                pass
-            finally:
-                await trio.aclose_forcefully(stream)
+            # Some are reset because there are too many of them.
+            with suppress(trio.BrokenResourceError, ConnectionResetError):
+                async with await scene.fleet.place.connect(target.host, target.ports[kind]) as stream:
+                    await act(scene, stream, data)
             await trio.sleep(0.02)
 
     with trio.move_on_after(scene.seconds):
@@ -112,6 +112,45 @@ async def vanish(scene: Scene) -> None:
 
     await _misbehave(scene, act, _PARTS)
 
+
+FLOOD = 200
+"""Connections beyond what the limits allow."""
+
+SLOW = 0.1
+
+
+async def flood(scene: Scene) -> None:
+    fleet = scene.fleet
+    # Each request takes its time, so that many are under way.
+    for member in fleet.members.values():
+        await member.tell(f"slow {SLOW}")
+    scene.allow("tcp", ["reset"], math.inf, "are more than there may be")
+    scene.allow("get", ["503"], math.inf, "are more than there may be")
+    get = b"GET /bad HTTP/1.1\r\nHost: get\r\n\r\n"
+
+    async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
+        await stream.send_all(data)
+        while await stream.receive_some(65536):
+            await stream.send_all(get)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_misbehave, scene, act, {"tcp": [b"bad"] * (FLOOD // MISBEHAVING), "get": [get] * 6})
+        metrics = await fleet.place.measured(
+            fleet.admin,
+            lambda metrics: min(metrics("limit_refused_total", service=service) for service in ("tcp", "get")) > 0,
+        )
+        assert metrics("connections_open", service="tcp") <= CONNECTIONS
+    for member in fleet.members.values():
+        await member.tell("work")
+
+
+LIMITS = (
+    Fault(
+        "more clients come than the limits allow",
+        "who is too many is refused at once with a reason; other services notice nothing; memory stays bounded",
+        flood,
+    ),
+)
 
 FAULTS = (
     Fault("clients stall", "nothing fails; they are ended in time", stall),

@@ -23,6 +23,12 @@ LOCAL = frozenset(name for name, node in NODES.items() if node == "n1")
 SERVICES = {"tcp": "line", "replay": "line", "get": "http", "post": "http"}
 """Each service's protocol; every instance serves them all."""
 
+CONNECTIONS = 20
+"""Connections that the service `tcp` takes, where there are limits."""
+
+REQUESTS = 8
+"""Requests that the service `get` takes at once, likewise."""
+
 _INSTANCES = "127.0.7."
 _DISCOVERY = "127.0.7.20"
 _PROXY = "127.0.7.30"
@@ -40,7 +46,7 @@ proxy:
   drain: {{timeout: 1}}
   services:
     replay: {{attempts: {{replay: true, replay_wait: 0.4}}}}
-    get: {{attempts: {{attempt_timeout: 0.4}}}}
+    get: {{attempts: {{attempt_timeout: 0.4}}{http_policy}}}
     tcp: {{{policy}}}
 """
 """Times are short, so that what follows from a fault does so while somebody watches."""
@@ -102,6 +108,7 @@ class Fleet:
         environment: of the proxy and the discovery server.
         prefix: of the proxy's command.
         cache: the proxy keeps a cache file.
+        limits: the services `tcp` and `get` have low limits.
         idle: the proxy's limit for silent connections, in seconds.
     """
 
@@ -113,6 +120,7 @@ class Fleet:
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         cache: bool = False,
+        limits: bool = False,
         idle: float = 600,
     ) -> None:
         self.processes = processes
@@ -124,6 +132,7 @@ class Fleet:
         self._prefix = [*place.prefix, *prefix]
         self._cache = f", cache_file: {self.folder / 'cache'}" if cache else ""
         self._idle = idle
+        self._limits = limits
         self._ports = {key: self._free_port() for key in ("tcp", "replay", "get")}
         self.members = {name: Member(self, name, f"{_INSTANCES}{number}") for number, name in enumerate(NODES, start=1)}
         self.discovery: Program | None = None
@@ -178,7 +187,8 @@ class Fleet:
             cache=self._cache,
             idle=self._idle,
             listen=f", tcp://{_PROXY}:0=post" if more else "",
-            policy="limits: {connections: 500}" if more else "",
+            policy=f"limits: {{connections: {CONNECTIONS if self._limits else 500}}}" if more or self._limits else "",
+            http_policy=f", limits: {{requests: {REQUESTS}}}" if self._limits else "",
             **self._ports,
         )
         self.processes.write("proxy.yaml", text)

@@ -56,6 +56,7 @@ GROUPS = {
     "ports": Group(faults_host.WITHOUT_PORTS, namespace=True, root=True),
     "clock": Group(faults_host.CLOCK, {"cache": True}, clock=True),
     "clients": Group(faults_clients.FAULTS, {"idle": 1.5}, root=True),
+    "limits": Group(faults_clients.LIMITS, {"limits": True}),
     "proxy": Group(faults_proxy.FAULTS, {"cache": True}),
 }
 

@@ -207,8 +207,8 @@ class Instance:
                     nursery.start_soon(self._accept_one, kind, listener)
 
     async def _accept_one(self, kind: str, listener: trio.socket.SocketType) -> None:
-        # It may be closed before the cancellation gets here.
-        with suppress(trio.ClosedResourceError):
+        # It may be closed before the cancellation gets here: EBADF, or Trio's word for it.
+        with suppress(trio.ClosedResourceError, OSError):
             while True:
                 sock, _ = await listener.accept()
                 self._serve(kind, sock)
