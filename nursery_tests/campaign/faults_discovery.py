@@ -9,7 +9,7 @@ from signal import SIGCONT, SIGSTOP
 import trio
 
 from nursery_tests.campaign.campaign import BROKEN, Fault, Scene
-from nursery_tests.campaign.fleet import Fleet
+from nursery_tests.campaign.fleet import DISCOVERY, Fleet
 
 
 async def killed(scene: Scene) -> None:
@@ -20,6 +20,28 @@ async def killed(scene: Scene) -> None:
     await scene.hold()
     await fleet.start_discovery()
     await fleet.measured("discovery_connected", 1)
+
+
+async def one_of_two_killed(scene: Scene) -> None:
+    fleet = scene.fleet
+    assert fleet.discovery is not None
+    second = await fleet.start_server(1)
+    said = len(fleet.proxy.err) if fleet.proxy is not None else 0
+    await fleet.discovery.killed()
+    assert fleet.proxy is not None
+    await fleet.proxy.printed(rf"discovery is watched.*{DISCOVERY[1]}", start=said)
+    # It is the second that tells of changes now.
+    whole = fleet.registry
+    fleet.processes.write("instances.yaml", whole.replace("node: n3", "node: n1"))
+    await fleet.measured("instances", 3, service="tcp", tier="node")
+    await scene.hold()
+    fleet.processes.write("instances.yaml", whole)
+    await fleet.measured("instances", 2, service="tcp", tier="node")
+    await fleet.start_discovery()
+    await second.killed()
+    await fleet.proxy.printed(
+        rf"(?s)discovery is watched.*{DISCOVERY[1]}.*discovery is watched.*{DISCOVERY[0]}", start=said
+    )
 
 
 async def frozen(scene: Scene) -> None:
@@ -74,7 +96,7 @@ async def garbage(scene: Scene) -> None:
     fleet = scene.fleet
     assert fleet.discovery is not None
     await fleet.discovery.killed()
-    host, port = "127.0.7.20", fleet.discovery_port
+    host, port = DISCOVERY[0], fleet.discovery_ports[0]
     heard = 0
     enough = trio.Event()
 
@@ -181,6 +203,7 @@ async def absent_at_start_with_cache(scene: Scene) -> None:
 
 FAULTS = (
     Fault("discovery is killed, and comes back", "nothing fails (D1)", killed),
+    Fault("one of two discovery servers is killed", "nothing fails; the other one tells of changes", one_of_two_killed),
     Fault("discovery is frozen", "nothing fails; it is found out by pings (D1)", frozen),
     Fault(
         "discovery is restarted without its registry",

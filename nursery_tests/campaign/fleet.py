@@ -30,7 +30,8 @@ REQUESTS = 8
 """Requests that the service `get` takes at once, likewise."""
 
 _INSTANCES = "127.0.7."
-_DISCOVERY = "127.0.7.20"
+DISCOVERY = ("127.0.7.20", "127.0.7.21")
+"""The second server is started by who wants it."""
 _PROXY = "127.0.7.30"
 """Addresses that no client has: a port that is free for a moment is never taken by one (RFC 9293, 3.5)."""
 
@@ -39,7 +40,7 @@ proxy:
   node_name: n1
   listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}{listen}]
   admin: 127.0.0.1:0
-  discovery: {{urls: [grpc://{discovery}], backoff_max: 0.5, keepalive_interval: 1, keepalive_timeout: 1{cache}}}
+  discovery: {{urls: [{discovery}], backoff_max: 0.5, keepalive_interval: 1, keepalive_timeout: 1{cache}}}
   ejection: {{time: 0.5, max_time: 2}}
   attempts: {{idle_timeout: {idle}, first_snapshot_wait: 2}}
   http: {{header_timeout: 1, body_timeout: 1, keep_alive_timeout: {idle}}}
@@ -133,15 +134,15 @@ class Fleet:
         self._cache = f", cache_file: {self.folder / 'cache'}" if cache else ""
         self._idle = idle
         self._limits = limits
-        self._ports = {key: self._free_port() for key in ("tcp", "replay", "get")}
+        self._ports = {key: self._free_port(_PROXY) for key in ("tcp", "replay", "get")}
         self.members = {name: Member(self, name, f"{_INSTANCES}{number}") for number, name in enumerate(NODES, start=1)}
         self.discovery: Program | None = None
-        self.discovery_port = 0
+        self.discovery_ports = tuple(self._free_port(host) for host in DISCOVERY)
         self.proxy: Program | None = None
         self.admin = 0
 
-    def _free_port(self) -> int:
-        with self.place.inside(), socket.create_server((_PROXY, 0)) as reserved:
+    def _free_port(self, host: str) -> int:
+        with self.place.inside(), socket.create_server((host, 0)) as reserved:
             port: int = reserved.getsockname()[1]
             return port
 
@@ -171,19 +172,25 @@ class Fleet:
         await self.start_proxy()
 
     async def start_discovery(self, file: str = "instances.yaml", *, wait: bool = True) -> None:
-        """Start the discovery server, at the address that it had."""
-        bind = f"{_DISCOVERY}:{self.discovery_port}"
+        """Start the discovery server."""
+        self.discovery = await self.start_server(0, file, wait=wait)
+
+    async def start_server(self, number: int, file: str = "instances.yaml", *, wait: bool = True) -> Program:
+        """Start the first or the second discovery server."""
+        bind = f"{DISCOVERY[number]}:{self.discovery_ports[number]}"
         command = ["discovery", "--bind", bind, "--source", f"file:{file}", "--admin", "none"]
-        self.discovery = await self.processes.meshlocal(*command, env=self._environment, prefix=self.place.prefix)
+        server = await self.processes.meshlocal(*command, env=self._environment, prefix=self.place.prefix)
         if wait:
-            found = await self.discovery.printed(r"ready: grpc://[\d.]+:(\d+)", "out")
-            self.discovery_port = int(found[1])
+            await server.printed("ready: ", "out")
+        return server
 
     def configure(self, *, more: bool = False) -> None:
         """Write the proxy's configuration; another one, with a listener and a limit more, if asked for."""
         text = CONFIG.format(
             host=_PROXY,
-            discovery=f"{_DISCOVERY}:{self.discovery_port}",
+            discovery=", ".join(
+                f"grpc://{host}:{port}" for host, port in zip(DISCOVERY, self.discovery_ports, strict=True)
+            ),
             cache=self._cache,
             idle=self._idle,
             listen=f", tcp://{_PROXY}:0=post" if more else "",

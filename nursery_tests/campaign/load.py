@@ -15,7 +15,7 @@ import trio
 LIMIT = 20.0
 """Seconds within which what must happen has to; reached only by a failure."""
 
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds after which a client gives its request up."""
 
 PAUSE = 0.01
