@@ -166,8 +166,9 @@ async def test_an_unknown_service_is_said(cli: Cli, discovery: str, processes: A
     proxy = await processes.meshlocal("proxy", "--discovery", discovery, "--listen", "tcp://127.0.0.1:0=zz", *UNUSED)
     port = int((await proxy.printed(r"tcp://127.0.0.1:(\d+)=zz", "out"))[1])
     await proxy.printed("no registry knows the service")
-    async with await here.connect("127.0.0.1", port) as stream:
-        with trio.fail_after(20), pytest.raises(trio.BrokenResourceError):
+    # The reset can come so soon that the client's connect finds it.
+    with trio.fail_after(20), pytest.raises((trio.BrokenResourceError, ConnectionResetError)):
+        async with await here.connect("127.0.0.1", port) as stream:
             await stream.receive_some(1)
     await proxy.printed('"outcome":"no_instance"')
 
