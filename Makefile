@@ -28,7 +28,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side by side with HAProxy, nginx and Envoy, as far as they are installed: 15 minutes; bench-quick: 2.
+# Side by side with HAProxy, nginx and Envoy, as far as they are installed: 12 minutes; bench-quick: 3.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench
 
@@ -39,9 +39,9 @@ bench-quick: $(VENV)/bench.stamp
 bench-document: $(VENV)/bench.stamp
 	$(BIN)/python -m bench --document
 
-# What local-first gives, and what a failover costs.
+# What local-first gives, and what a failover costs, into docs/performance.md too.
 bench-locality: $(VENV)/bench.stamp
-	$(BIN)/python -m bench.locality
+	$(BIN)/python -m bench.locality --document
 
 # Latency direct and through the proxy, on the same node and away from it.
 bench-latency: $(VENV)/run.stamp

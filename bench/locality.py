@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from bench import report
+from bench import page, report
 from bench.delay import delaying, verify
 from bench.generator import Generator
 from bench.latency import connects, exchanges
-from bench.machine import describe, raise_file_limit
+from bench.machine import describe, describe_line, raise_file_limit
 from bench.peers import ENVOY, HAPROXY, MESHLOCAL, NGINX, OWN_NODE, Instance, Job, Peer, present, started
 from bench.processes import free_port, instances_file, meshlocal, module, port_in, stop
 from bench.rounds import OURS
@@ -58,6 +58,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rate", type=int, default=400, help="connections a second in these [400]")
     parser.add_argument("--phase", type=float, default=2.0, help="seconds before, during and after each outage [2]")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
+    parser.add_argument("--document", action="store_true", help="put the figures into docs/performance.md")
     return parser.parse_args()
 
 
@@ -250,7 +251,11 @@ def main() -> None:
     print(locality_table(near))
     over = failover(asked)
     print(f"\n{failover_table(over)}")
-    report.write("locality", machine, {"locality": near, "failover": {**over, "goals": goals(over)}}, asked.output)
+    judged = goals(over)
+    report.write("locality", machine, {"locality": near, "failover": {**over, "goals": judged}}, asked.output)
+    if asked.document:
+        parts = [f"{describe_line(machine)}.\n", locality_table(near), failover_table(over), page.verdicts(judged)]
+        page.write({"locality": "\n".join(parts)})
 
 
 if __name__ == "__main__":
