@@ -10,9 +10,9 @@ from enum import Enum
 from pathlib import Path
 
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.discovery import service
 from meshlocal.library import errors, http_errors
 from meshlocal.net import dial
+from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.health import Cause, State
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.picker import Reason
@@ -132,7 +132,7 @@ def interface_page() -> str:
 
 {_table(("method", "takes", "gives", ""), rows)}
 A gRPC path is the package, the service and the method: `/{package[1]}.Discovery/{methods[0][1]}`.
-A watch takes up to {service.MAX_SUBSCRIPTIONS} services.
+A watch takes up to {ServerLimitsConfig().subscriptions} services (`discovery.limits.subscriptions`).
 
 ## Over WebSocket
 

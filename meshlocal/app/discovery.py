@@ -26,6 +26,7 @@ from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
 from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.limits import ServerLimits
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.grpc.health import HealthStatus
@@ -38,6 +39,7 @@ from meshlocal.net.sockets import close, format_address
 from meshlocal.policy.addresses import SocketAddress
 from meshlocal.policy.config import Config, DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.wire.discovery_methods import SERVICE_NAME
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
 
@@ -71,7 +73,8 @@ class DiscoveryProcess:
         configure_logging(self.config.log.level, self.config.log.format)
         config = self.config.discovery
         self.hub = Hub(make_sources(config, rng, environment), rng)
-        self.service = DiscoveryService(self.hub, config.heartbeat_interval)
+        self.limits = ServerLimits(config.limits)
+        self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits)
         self.websocket_sockets: list[socket.socket] = []
         self.health = HealthStatus()
         self._set_health(serving=False)
@@ -80,14 +83,19 @@ class DiscoveryProcess:
         handlers = {**guarded, **self.health.handlers()}
         names = sorted({method.service for method in handlers})
         self.server = GrpcServer(
-            {**handlers, **Reflection(names).handlers()},
+            self.limits.guard({**handlers, **Reflection(names).handlers()}),
             GrpcOptions(
+                max_message_size=config.limits.message_size,
                 keepalive_interval=config.keepalive_interval,
                 keepalive_timeout=config.keepalive_timeout,
-                stall_timeout=config.keepalive_interval,
+                stall_timeout=config.limits.stall_timeout,
+                send_timeout=config.limits.stall_timeout,
+                receive_rate=config.limits.bytes_per_second,
+                receive_burst=_receive_burst(config.limits),
             ),
+            max_connections=config.limits.connections,
         )
-        self.websocket = _websocket_server(config, guarded) if config.websocket_bind else None
+        self.websocket = _websocket_server(config, self.limits.guard(guarded)) if config.websocket_bind else None
         self.readiness = Readiness("waiting for the sources")
         self.stop = Stop()
 
@@ -98,7 +106,7 @@ class DiscoveryProcess:
         from meshlocal.app.process_metrics import ProcessCollector
 
         return [
-            DiscoveryCollector(self.hub, self.service, self.server, self.readiness, self.websocket),
+            DiscoveryCollector(self.hub, self.service, self.limits, self.server, self.readiness, self.websocket),
             ProcessCollector(),
         ]
 
@@ -214,10 +222,18 @@ def _websocket_server(config: DiscoveryServerConfig, handlers: Routes) -> WebSoc
     options = WebSocketOptions(
         keepalive_interval=config.keepalive_interval,
         keepalive_timeout=config.keepalive_timeout,
-        stall_timeout=config.keepalive_interval,
+        stall_timeout=config.limits.stall_timeout,
+        max_message_size=config.limits.message_size,
+        receive_rate=config.limits.bytes_per_second,
+        receive_burst=_receive_burst(config.limits),
         origins=config.websocket_origins,
     )
-    return WebSocketServer(handlers, options)
+    return WebSocketServer(handlers, options, max_connections=config.limits.connections)
+
+
+def _receive_burst(limits: ServerLimitsConfig) -> int:
+    # The largest request, and what goes around it.
+    return limits.message_size + 65_536
 
 
 def run_discovery(load: Callable[[], Config]) -> int:

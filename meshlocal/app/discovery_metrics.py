@@ -12,6 +12,7 @@ import meshlocal
 from meshlocal.app.proxy_metrics import gauge
 from meshlocal.app.readiness import Readiness
 from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.limits import Limited, ServerLimits
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import source_details
 from meshlocal.net.grpc.server import GrpcServer
@@ -27,12 +28,14 @@ class DiscoveryCollector(Collector):
         self,
         hub: Hub,
         service: DiscoveryService,
+        limits: ServerLimits,
         server: GrpcServer,
         readiness: Readiness,
         websocket: WebSocketServer | None = None,
     ) -> None:
         self._hub = hub
         self._service = service
+        self._limits = limits
         self._server = server
         self._readiness = readiness
         self._websocket = websocket
@@ -47,6 +50,8 @@ class DiscoveryCollector(Collector):
         yield gauge("meshlocal_watchers", "Watches under way.", self._hub.watcher_count)
         yield _counter("meshlocal_changes", "Changes of a service's instances.", self._hub.changes)
         yield _counter("meshlocal_events_sent", "Events sent to watchers.", self._service.events_sent)
+        yield gauge("meshlocal_subscriptions", "Services that all watches follow.", self._limits.subscriptions)
+        yield self._limited()
         instances = GaugeMetricFamily("meshlocal_service_instances", "Instances known.", labels=["service"])
         for snapshot in self._hub.snapshots():
             instances.add_metric([snapshot.service], len(snapshot.instances))
@@ -58,6 +63,26 @@ class DiscoveryCollector(Collector):
             healthy.add_metric([state.source.name], state.problem is None)
         yield from (in_sync, healthy)
         yield from _source_details(self._hub)
+
+    def _limited(self) -> Metric:
+        counts = dict(self._limits.refused)
+        servers: list[GrpcServer | WebSocketServer] = [self._server]
+        if self._websocket is not None:
+            servers.append(self._websocket)
+        for server in servers:
+            counts[Limited.CONNECTIONS] += server.crowding.refused
+            counts[Limited.STALL] += server.stalled
+            counts[Limited.BYTES] += server.paused
+        if self._websocket is not None:
+            counts[Limited.MESSAGE_SIZE] += self._websocket.too_large
+        metric = CounterMetricFamily(
+            "meshlocal_discovery_limited",
+            "What a limit refused, cut off or made wait, by its key under discovery.limits.",
+            labels=["limit"],
+        )
+        for limit, count in counts.items():
+            metric.add_metric([limit], count)
+        return metric
 
 
 def _source_details(hub: Hub) -> Iterable[Metric]:

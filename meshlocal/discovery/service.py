@@ -9,6 +9,7 @@ from typing import TypeAlias
 import trio
 
 from meshlocal.discovery.hub import Hub, Update
+from meshlocal.discovery.limits import ServerLimits
 from meshlocal.net.grpc.server import Routes, unary
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.policy.model import (
@@ -31,9 +32,6 @@ from meshlocal.wire.discovery_methods import (
 )
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
-
-MAX_SUBSCRIPTIONS = 1000
-"""Services that one watch may follow."""
 
 _ENCODED = 64
 _Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
@@ -76,9 +74,11 @@ class DiscoveryService:
     Args:
         hub: what is served.
         heartbeat_interval: the longest silence on a watch, in seconds.
+        limits: how much of it is taken on; the defaults if not given.
     """
 
-    def __init__(self, hub: Hub, heartbeat_interval: float) -> None:
+    def __init__(self, hub: Hub, heartbeat_interval: float, limits: ServerLimits | None = None) -> None:
+        self._limits = limits or ServerLimits()
         self._hub = hub
         self._heartbeat_interval = heartbeat_interval
         self._encoded = EncodedEvents()
@@ -156,7 +156,8 @@ class DiscoveryService:
         request = await call.receive()
         if request is None:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
-        with self._hub.watch(_subscriptions(request)) as watcher:
+        wanted = len(request.subscriptions)
+        with self._limits.watch(call.peer, wanted), self._hub.watch(_subscriptions(request)) as watcher:
             resumed = True
             while not self._draining:
                 updates = watcher.take()
@@ -173,11 +174,8 @@ class DiscoveryService:
 
 
 def _subscriptions(request: pb.WatchInstancesRequest) -> dict[ServiceKey, str]:
-    if not 1 <= len(request.subscriptions) <= MAX_SUBSCRIPTIONS:
-        count = len(request.subscriptions)
-        raise GrpcError(
-            StatusCode.INVALID_ARGUMENT, f"subscriptions: {count} of them; a watch takes 1 to {MAX_SUBSCRIPTIONS}"
-        )
+    if not request.subscriptions:
+        raise GrpcError(StatusCode.INVALID_ARGUMENT, "subscriptions: none; a watch takes at least one")
     subscriptions: dict[ServiceKey, str] = {}
     for position, subscription in enumerate(request.subscriptions):
         service = _service_key(f"subscriptions[{position}].service", subscription.service)

@@ -22,11 +22,13 @@ from wsproto.connection import ConnectionState
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError
 
+from meshlocal.net.crowding import Crowding
 from meshlocal.net.grpc.server import Handler, Routes
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.websocket_stream import WatchedStream
+from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire import discovery_websocket as wire
 from meshlocal.wire.discovery_websocket import Close, Codec
 from meshlocal.wire.grpc.method import Method
@@ -47,8 +49,10 @@ class WebSocketOptions(msgspec.Struct, frozen=True, kw_only=True):
         handshake_timeout: from the connection to the handshake's end, and from there to the request.
         keepalive_interval: between pings.
         keepalive_timeout: that a ping's answer may take.
-        stall_timeout: that the peer may take to read what is sent to it.
+        stall_timeout: that the peer may take to read what is sent to it, of a long message the next 64 KiB.
         close_timeout: that the peer may take to answer a close.
+        receive_rate: bytes read in a second, beyond `receive_burst`; more wait in the peer. None: as many as come.
+        receive_burst: bytes read at once after a while without.
         origins: of pages that may connect, beside those of the host that they connect to.
     """
 
@@ -58,6 +62,8 @@ class WebSocketOptions(msgspec.Struct, frozen=True, kw_only=True):
     keepalive_timeout: float = 10.0
     stall_timeout: float = 30.0
     close_timeout: float = 2.0
+    receive_rate: float | None = None
+    receive_burst: int = 2 << 20
     origins: tuple[str, ...] = ()
 
 
@@ -109,6 +115,10 @@ class WebSocketServer:
 
     Attributes:
         draining: the server goes away; calls that end because of it end with 1001.
+        crowding: how many connections were refused because there were `max_connections`.
+        stalled: connections that ended because the client did not read.
+        paused: times that a client was made to wait with what it sends.
+        too_large: requests that were refused for their size.
     """
 
     def __init__(
@@ -116,7 +126,10 @@ class WebSocketServer:
     ) -> None:
         self._routes = {method.path: (method, handler) for method, handler in handlers.items()}
         self._options = options or WebSocketOptions()
-        self._max_connections = max_connections
+        self.crowding = Crowding("websocket", max_connections)
+        self.stalled = 0
+        self.paused = 0
+        self.too_large = 0
         self._open = 0
         self._idle = trio.Event()
         self._accepting: set[trio.CancelScope] = set()
@@ -171,13 +184,12 @@ class WebSocketServer:
 
     async def serve_stream(self, stream: trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection to its end, and close it."""
-        if self._open >= self._max_connections:
-            log.warning("websocket connection refused: too many are open", peer=peer, limit=self._max_connections)
+        if not self.crowding.has_room(self._open, peer):
             await trio.aclose_forcefully(stream)
             return
         self._open += 1
         try:
-            watched = WatchedStream(stream, self._options.stall_timeout)
+            watched = WatchedStream(stream, self._options.stall_timeout, self._bucket(), self._count_pause)
             try:
                 last_words: bytes | None = None
                 async with trio.open_nursery() as nursery:
@@ -190,6 +202,7 @@ class WebSocketServer:
                     with trio.move_on_after(self._options.close_timeout):
                         await _part(stream, last_words)
             finally:
+                self.stalled += watched.stalled
                 await trio.aclose_forcefully(stream)
         except Exception as error:
             # A fault in serving one connection must not end the others.
@@ -199,6 +212,13 @@ class WebSocketServer:
             self._open -= 1
             if not self._open:
                 self._idle.set()
+
+    def _count_pause(self) -> None:
+        self.paused += 1
+
+    def _bucket(self) -> TokenBucket | None:
+        rate = self._options.receive_rate
+        return TokenBucket(rate, self._options.receive_burst, trio.current_time()) if rate is not None else None
 
     async def _serve(self, stream: WatchedStream, nursery: trio.Nursery, peer: str) -> bytes | None:
         """Serve a connection's call; returns what is left to be said to a peer that broke the rules, which is told."""
@@ -227,6 +247,8 @@ class WebSocketServer:
             log.exception("websocket handler failed", method=method.path, peer=peer)
             ending = Close(wire.INTERNAL, "the handler failed")
         last_words = _last_words(connection)
+        refused = connection.closed
+        self.too_large += refused is not None and refused.code == wire.TOO_BIG
         if last_words is None:
             with trio.move_on_after(options.close_timeout):
                 await connection.aclose(ending.code, ending.reason or None)

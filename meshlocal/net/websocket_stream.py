@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
+
+from meshlocal.policy.rates import TokenBucket
+
+_PIECE = 65_536
 
 
 class WatchedStream(trio.abc.Stream):
@@ -10,22 +16,39 @@ class WatchedStream(trio.abc.Stream):
 
     Args:
         stream: the connection.
-        stall_timeout: seconds that the peer may take to read what is sent to it.
+        stall_timeout: seconds that the peer may take to read what is sent to it, of a long message the next 64 KiB.
+        bucket: how many bytes may come; None: any number.
+        on_pause: called each time that the peer is made to wait with what it sends.
 
     Attributes:
         ended: the peer ended its side, or the connection is over.
+        stalled: the peer did not read in time.
     """
 
-    def __init__(self, stream: trio.abc.Stream, stall_timeout: float) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        stall_timeout: float,
+        bucket: TokenBucket | None = None,
+        on_pause: Callable[[], object] = bool,
+    ) -> None:
         self._stream = stream
         self._stall_timeout = stall_timeout
+        self._bucket = bucket
+        self._on_pause = on_pause
+        self._pause = 0.0
         self._closed = False
         self.ended = trio.Event()
+        self.stalled = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """See `trio.abc.ReceiveStream`."""
         if self._closed:
             raise trio.ClosedResourceError("the connection is closed")
+        if self._pause:
+            self._on_pause()
+            await trio.sleep(self._pause)
+            self._pause = 0.0
         try:
             received = await self._stream.receive_some(max_bytes)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -33,17 +56,25 @@ class WatchedStream(trio.abc.Stream):
             raise
         if not received:
             self.ended.set()
+        if self._bucket is not None:
+            self._pause = self._bucket.spend(len(received), trio.current_time())
         return received
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream`; a peer that does not read in time counts as broken."""
         if self._closed:
             raise trio.ClosedResourceError("the connection is closed")
-        with trio.move_on_after(self._stall_timeout) as scope:
-            await self._stream.send_all(data)
-        if scope.cancelled_caught:
-            self.ended.set()
-            raise trio.BrokenResourceError("the peer reads nothing")
+        left = memoryview(data)
+        while True:
+            with trio.move_on_after(self._stall_timeout) as scope:
+                await self._stream.send_all(left[:_PIECE])
+            if scope.cancelled_caught:
+                self.stalled = True
+                self.ended.set()
+                raise trio.BrokenResourceError("the peer reads nothing")
+            left = left[_PIECE:]
+            if not left:
+                return
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream`."""

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status, Workers
@@ -324,6 +325,9 @@ class DiscoveryServerConfig(Section, frozen=True):
     keepalive_timeout: Annotated[
         Seconds, Meta(description="Seconds that a ping's answer may take before the connection is given up.")
     ] = 10.0
+    limits: Annotated[
+        ServerLimitsConfig, Meta(description="How much the server takes on, of all clients and of each.")
+    ] = ServerLimitsConfig()
     drain: Annotated[DrainConfig, Meta(description="How the server stops.")] = DrainConfig()
 
 

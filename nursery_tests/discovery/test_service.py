@@ -15,7 +15,7 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 from meshlocal.client.link import LinkOptions
 from meshlocal.client.websocket_link import Answers, WebSocketLink
 from meshlocal.discovery.hub import Hub, Update
-from meshlocal.discovery.service import MAX_SUBSCRIPTIONS, DiscoveryService, EncodedEvents
+from meshlocal.discovery.service import DiscoveryService, EncodedEvents
 from meshlocal.discovery.source import Instances, Publisher
 from meshlocal.discovery.websocket import WebSocketServer
 from meshlocal.net.grpc.client import Channel, channel_over
@@ -301,8 +301,7 @@ async def test_a_watcher_that_reads_late_gets_the_latest(serving: Serving, autoj
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (pb.WatchInstancesRequest(), "subscriptions: 0 of them"),
-        (subscribe(*(f"s{i}" for i in range(MAX_SUBSCRIPTIONS + 1))), "subscriptions: 1001 of them"),
+        (pb.WatchInstancesRequest(), "subscriptions: none"),
         (subscribe("b", "c", "b"), r"subscriptions\[2\]\.service: 'b' stands twice"),
         (subscribe("b", "no good"), r"subscriptions\[1\]\.service: 'no good' is no service name"),
     ],

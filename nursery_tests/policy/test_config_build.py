@@ -23,6 +23,7 @@ from meshlocal.policy.config import (
     ServiceConfig,
 )
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
+from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig, RouteConfig
 
@@ -109,6 +110,18 @@ FULL: dict[str, Any] = {
         "heartbeat_interval": 1,
         "keepalive_interval": 2,
         "keepalive_timeout": 3,
+        "limits": {
+            "connections": 1,
+            "watchers": 2,
+            "client_watchers": 3,
+            "subscriptions": 4,
+            "all_subscriptions": 5,
+            "message_size": 4096,
+            "client_calls_per_second": 7,
+            "client_calls_burst": 8,
+            "bytes_per_second": 9000,
+            "stall_timeout": 10,
+        },
         "drain": {"timeout": 0},
     },
     "log": {"level": "debug", "format": "json"},
@@ -216,6 +229,18 @@ def test_every_key() -> None:
             heartbeat_interval=1.0,
             keepalive_interval=2.0,
             keepalive_timeout=3.0,
+            limits=ServerLimitsConfig(
+                connections=1,
+                watchers=2,
+                client_watchers=3,
+                subscriptions=4,
+                all_subscriptions=5,
+                message_size=4096,
+                client_calls_per_second=7,
+                client_calls_burst=8,
+                bytes_per_second=9000,
+                stall_timeout=10.0,
+            ),
             drain=DrainConfig(timeout=0.0),
         ),
         log=LogConfig(level="debug", format="json"),

@@ -8,6 +8,7 @@ All state changes are synchronous, so a cancelled call leaves no frame half writ
 - A stream holds at most one window of data that its call has not taken; the connection's window covers all streams.
 - Calls stop sending DATA at `SEND_MARK` bytes in the outgoing buffer. What the reader answers by itself (PING,
   SETTINGS, refused streams) stops growing at `READ_MARK`, when the reader stops reading.
+- What comes beyond `receive_rate` waits in the peer: a flood of small frames costs this side no more than that.
 - A peer that takes no bytes for `stall_timeout`, or answers no PING for `keepalive_timeout`, loses the connection.
 """
 
@@ -34,6 +35,7 @@ from h2.events import (
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream
+from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http2_error
 from meshlocal.wire.http2 import GoAway, Headers, Http2Error, Http2Protocol
 
@@ -85,6 +87,12 @@ class Connection:
 
     def on_end(self) -> None:
         """The connection is ending: `closed_reason` was set, and every stream failed."""
+
+    def on_stall(self) -> None:
+        """The peer did not read in time: a call's failure, or the connection's end, comes of it."""
+
+    def on_pause(self) -> None:
+        """The peer sends more than `receive_rate`, and is made to wait."""
 
     def stream_closed(self) -> None:
         """A stream was closed by its call."""
@@ -164,6 +172,9 @@ class Connection:
         """Read until the connection ends, and return the reason."""
         options = self.options
         interval = math.inf if options.keepalive_interval is None else options.keepalive_interval
+        bucket = None
+        if options.receive_rate is not None:
+            bucket = TokenBucket(options.receive_rate, options.receive_burst, anyio.current_time())
         pinged = False
         try:
             while True:
@@ -182,6 +193,9 @@ class Connection:
                     pinged = True
                     self.protocol.ping(_KEEPALIVE)
                 self.kick()
+                if bucket is not None and (pause := bucket.spend(len(data), anyio.current_time())):
+                    self.on_pause()
+                    await anyio.sleep(pause)
         except anyio.EndOfStream:
             self._peer_reads = False
             return "closed by the peer" + ("" if self.settings_received else ", which said nothing in HTTP/2")
@@ -206,6 +220,7 @@ class Connection:
                 with anyio.move_on_after(self.options.stall_timeout) as scope:
                     await self._transport.send(chunk)
                 if scope.cancelled_caught:
+                    self.on_stall()
                     reason = f"stalled: the peer took nothing for {self.options.stall_timeout:g} s"
                     return
                 if len(outgoing) < SEND_MARK:

@@ -24,5 +24,12 @@ class GrpcOptions:
     """The connection is over if nothing, not even the PING's answer, came this long after a PING."""
     stall_timeout: float = 30.0
     """The connection is over if the peer takes none of the bytes on offer for this long."""
+    send_timeout: float | None = None
+    """A call is over, RESOURCE_EXHAUSTED, if the peer's windows do not take a response, or its next 64 KiB, in this
+    long. None: it waits for as long as it takes."""
+    receive_rate: float | None = None
+    """Bytes read in a second, beyond `receive_burst`; more wait in the peer. None: as many as come."""
+    receive_burst: int = 2 * DEFAULT_MAX_MESSAGE_SIZE
+    """Bytes read at once after a while without."""
     gzip: bool = False
     """Compress sent messages of 1 KiB and more (a server: if the client accepts it)."""

@@ -12,6 +12,7 @@ import anyio
 import trio
 from h2.errors import ErrorCodes
 
+from meshlocal.net.crowding import Crowding
 from meshlocal.net.grpc.connection import Connection
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.servercall import ServerCall
@@ -111,6 +112,12 @@ class _ServerConnection(Connection):
         if self._last_stream_id != MAX_STREAM_ID and not self._handlers:
             self.end("drained")
 
+    def on_stall(self) -> None:
+        self._server.stalled += 1
+
+    def on_pause(self) -> None:
+        self._server.paused += 1
+
     def on_goaway(self, goaway: GoAway) -> None:
         if not self._handlers:
             self.end("the peer sent GOAWAY")
@@ -133,10 +140,17 @@ class GrpcServer:
     A handler takes a `ServerCall`. It is cancelled when the client resets the call or disconnects, or the call's
     deadline passes. GrpcError becomes the call's status; any other exception becomes UNKNOWN, without its text, and is
     logged. Neither touches another call.
+
+    Attributes:
+        crowding: how many connections were refused because there were `max_connections`.
+        stalled: calls and connections that ended because the client did not read.
+        paused: times that a client was made to wait with what it sends.
     """
 
     def __init__(self, handlers: Routes, options: GrpcOptions | None = None, *, max_connections: int = 4096) -> None:
-        self._max_connections = max_connections
+        self.crowding = Crowding("grpc", max_connections)
+        self.stalled = 0
+        self.paused = 0
         self.options = options or GrpcOptions()
         self.draining = anyio.Event()
         """Set by `drain`. Long-lived calls watch it (`ServerCall.draining`)."""
@@ -204,8 +218,7 @@ class GrpcServer:
 
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""
-        if len(self._connections) >= self._max_connections:
-            log.warning("grpc connection refused: too many are open", peer=peer, limit=self._max_connections)
+        if not self.crowding.has_room(len(self._connections), peer):
             await stream.aclose()
             return
         connection = _ServerConnection(adapt(stream), self, peer)

@@ -167,7 +167,7 @@ class ServerCall(Generic[Req, Resp]):
         if stream.failure is not None or stream.local_ended:
             return
         if stream.partial:
-            stream.close(ErrorCodes.CANCEL if code is StatusCode.DEADLINE_EXCEEDED else ErrorCodes.INTERNAL_ERROR)
+            stream.close(_RESETS.get(code, ErrorCodes.INTERNAL_ERROR))
             return
         fields: list[tuple[bytes, bytes]] = []
         if not self._headers_sent:
@@ -196,5 +196,11 @@ def _status_in(error: Exception) -> GrpcError | None:
         first = first.exceptions[0]
     return first if isinstance(first, GrpcError) else None
 
+
+_RESETS = {
+    StatusCode.DEADLINE_EXCEEDED: ErrorCodes.CANCEL,
+    StatusCode.RESOURCE_EXHAUSTED: ErrorCodes.ENHANCE_YOUR_CALM,
+}
+"""What stands for a status that cannot be sent any more."""
 
 _RESPONSE = ((b"content-type", b"application/grpc"), (b"grpc-accept-encoding", ACCEPT_ENCODING))

@@ -7,6 +7,7 @@ outgoing buffer. Nothing that a call does in sending is cut in half by its cance
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,14 @@ import anyio
 import anyio.lowlevel
 from h2.errors import ErrorCodes
 
-from meshlocal.wire.grpc.status import GrpcError
+from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.http2 import Headers, Http2Error
 
 if TYPE_CHECKING:
     from meshlocal.net.grpc.connection import Connection
+
+_PROGRESS = 65_536
+"""Bytes of a message that `send_timeout` is for: a long one has that time for each so many."""
 
 
 class Stream:
@@ -128,7 +132,9 @@ class Stream:
 
     async def _send_data(self, data: bytes, end_stream: bool) -> None:
         connection = self.connection
+        timeout = connection.options.send_timeout
         position = 0
+        since, due = 0, math.inf
         while True:
             if self.failure is not None:
                 raise self.failure
@@ -139,7 +145,13 @@ class Stream:
             left = len(data) - position
             size = min(left, connection.sendable(self.id)) if left else 0
             if left and not size:
-                await connection.wait_sendable(self)
+                if timeout is not None and (due == math.inf or position - since >= _PROGRESS):
+                    since, due = position, anyio.current_time() + timeout
+                with anyio.CancelScope(deadline=due) as scope:
+                    await connection.wait_sendable(self)
+                if scope.cancelled_caught:
+                    connection.on_stall()
+                    raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"too little was read for {timeout:g} s")
                 continue
             last = size == left
             chunk = data if size == len(data) else memoryview(data)[position : position + size]

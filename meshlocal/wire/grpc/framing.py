@@ -13,6 +13,13 @@ DEFAULT_MAX_MESSAGE_SIZE = 4 * 1024 * 1024
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
+class MessageTooLargeError(GrpcError):
+    """RESOURCE_EXHAUSTED: a message is larger than this side takes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(StatusCode.RESOURCE_EXHAUSTED, message)
+
+
 def encode_message(payload: bytes, *, compress: bool = False) -> bytes:
     """A message with its prefix, gzip-compressed if asked."""
     if compress:
@@ -57,8 +64,8 @@ class MessageDecoder:
         """The next whole message; None until more bytes come.
 
         Raises:
-            GrpcError: INTERNAL, malformed or compressed against the headers. RESOURCE_EXHAUSTED, over the limit:
-                known from the prefix, before the message is held.
+            GrpcError: INTERNAL, malformed or compressed against the headers.
+            MessageTooLargeError: over the limit: known from the prefix, before the message is held.
         """
         if len(self._buffer) < PREFIX.size:
             return None
@@ -68,7 +75,7 @@ class MessageDecoder:
         if flag and not self._gzip:
             raise GrpcError(StatusCode.INTERNAL, "compressed message, but grpc-encoding names no compression")
         if length > self._max_size:
-            raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"message of {length} bytes, limit {self._max_size}")
+            raise MessageTooLargeError(f"message of {length} bytes, limit {self._max_size}")
         end = PREFIX.size + length
         if len(self._buffer) < end:
             return None
@@ -93,7 +100,7 @@ def _decompress(payload: bytes, max_size: int) -> bytes:
     except zlib.error as error:
         raise GrpcError(StatusCode.INTERNAL, f"message is not valid gzip: {error}") from None
     if len(message) > max_size:
-        raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"message decompresses to more than the limit of {max_size}")
+        raise MessageTooLargeError(f"message decompresses to more than the limit of {max_size}")
     if not decompressor.eof or decompressor.unused_data:
         raise GrpcError(StatusCode.INTERNAL, "message is not exactly one gzip member")
     return message
