@@ -35,6 +35,7 @@ _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")
 
 _SWEEP_LONGEST = 30.0
+_SWEEP_SHORTEST = 0.1
 _WARNING_INTERVAL = 5.0
 
 SETTLED = 1.0
@@ -279,7 +280,8 @@ class TcpForwarder:
         One task looks at all connections, so that a byte that moves costs a connection no timer.
         """
         while True:  # noqa: ASYNC110 - what it waits for is the passing of time itself
-            await trio.sleep(self._cut_idle(trio.current_time()))
+            # Not for each by itself: many that expire one by one would each cost a look at all.
+            await trio.sleep(max(self._cut_idle(trio.current_time()), _SWEEP_SHORTEST))
 
     def _cut_idle(self, now: float) -> float:
         """Cut what is idle; returns the seconds until one more can be."""

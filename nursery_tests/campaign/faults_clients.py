@@ -17,6 +17,9 @@ from nursery_tests.campaign.load import LIMIT
 MISBEHAVING = 5
 """Clients of each kind at a time."""
 
+AGAIN = 0.1
+"""Seconds until each comes again."""
+
 _TCP_REPAIR = 19  # linux/tcp.h
 
 HEAD = b"POST /bad HTTP/1.1\r\nHost: get\r\nContent-Length: 100\r\n\r\n"
@@ -35,7 +38,7 @@ async def _misbehave(scene: Scene, act: Act, said: dict[str, list[bytes]]) -> No
             with suppress(trio.BrokenResourceError, ConnectionResetError):
                 async with await scene.fleet.place.connect(target.host, target.ports[kind]) as stream:
                     await act(scene, stream, data)
-            await trio.sleep(0.02)
+            await trio.sleep(AGAIN)
 
     with trio.move_on_after(scene.seconds):
         async with trio.open_nursery() as nursery:

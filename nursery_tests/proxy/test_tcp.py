@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config import AttemptPolicy
@@ -221,6 +221,22 @@ async def test_an_upstream_reset_reaches_the_client_as_a_reset(proxy: Any, nurse
         await stream.aclose()
     await finish(proxy)
     assert proxy.requests == {RequestKey("node", "", Outcome.CUT): 1}
+
+
+async def test_many_that_expire_one_by_one_cost_few_looks(
+    proxy: Any, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1: each look is at all connections."""
+    looks = []
+
+    def cut_idle(now: float) -> float:
+        looks.append(now)
+        return 0.001
+
+    monkeypatch.setattr(proxy.forwarder, "_cut_idle", cut_idle)
+    with trio.move_on_after(10):
+        await proxy.forwarder.sweep_idle()
+    assert 10 <= len(looks) <= 101
 
 
 async def test_idle_connections_are_cut(proxy: Any, upstream: Any, nursery: trio.Nursery) -> None:
