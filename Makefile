@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check format bench bench-quick bench-document bench-locality bench-latency bench-scale \
+.PHONY: demo test fuzz check format bench bench-quick bench-document bench-locality bench-latency bench-scale \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
 demo: $(VENV)/run.stamp
@@ -12,6 +12,11 @@ demo: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest
+
+# The fuzz tests with new examples, 2,000 for each test.
+FUZZ := nursery_tests/fuzz $(shell find nursery_tests -name test_fuzz.py)
+fuzz: $(VENV)/dev.stamp
+	MESHLOCAL_TESTS_PROFILE=fuzz $(BIN)/pytest $(FUZZ)
 
 check: $(VENV)/dev.stamp $(VENV)/docs.stamp
 	$(BIN)/ruff format --check .
