@@ -82,7 +82,7 @@ def checks(asked: argparse.Namespace) -> list[str]:
         port = found[1].ports["b"]
         pairs = [
             (load.h2load_rate(port, 32, 1000, 2), fixed_rate(port, GET, 1000, 2, http=True)["mean"])
-            for _ in range(asked.rounds)
+            for _ in range(min(asked.rounds, 2))
         ]
     theirs, ours = (median(column) * 1e6 for column in zip(*pairs, strict=True))
     return [f"GET at 1,000 a second, mean: h2load {theirs:.1f} µs, bench.generator {ours:.1f} µs"]
