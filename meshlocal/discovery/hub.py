@@ -12,6 +12,12 @@ way from that snapshot to the latest in one step (D4). The hub remembers a few
 past snapshots of each service, which share all instances that did not change,
 so that a watcher that resumes from one of them is sent a change too (D1).
 
+A watcher that waits may leave a function behind that passes on what there is, at
+once and without waiting. One task of the hub calls those of all that are marked, a
+few at a time; what changes meanwhile reaches those whose turn is yet to come in the
+same step. That spares thousands of tasks their waking up, which costs more than what
+they would do.
+
 A service can be spoken of when some source in sync knows it, or when all
 sources are in sync and none does (D3).
 """
@@ -19,11 +25,12 @@ sources are in sync and none does (D3).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
+import anyio.lowlevel
 
 from meshlocal.discovery.source import Instances, Source
 from meshlocal.net.log import get_log
@@ -41,6 +48,10 @@ HISTORY = 16
 
 _RESTART_INITIAL = 0.5
 _RESTART_MAXIMUM = 30.0
+_SWEEP = 16
+
+Push = Callable[[], bool]
+"""Passes on what a watcher has to take, without waiting; False: the watcher's own task is to do it."""
 
 
 class Update(NamedTuple):
@@ -137,6 +148,9 @@ class Hub:
         self._rng = rng
         self._services: dict[ServiceKey, _Service] = {}
         self._synced = anyio.Event()
+        self._marked: OrderedDict[Watcher, None] = OrderedDict()
+        self._some_marked = anyio.Event()
+        self._pushing = False
         self.changes = 0
         self.watcher_count = 0
 
@@ -152,12 +166,36 @@ class Hub:
     async def run(self, *, task_status: trio.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run every source, for ever. Started at once: watchers may come before the sources are in sync."""
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._push)
             for state in self.sources:
                 tasks.start_soon(self._supervise, state)
             task_status.started()
             if not self.sources:
                 self._synced.set()
                 await anyio.sleep_forever()
+
+    async def _push(self) -> None:
+        """Pass on what watchers have to take."""
+        self._pushing = True
+        try:
+            while True:
+                while self._marked:
+                    for _ in range(min(_SWEEP, len(self._marked))):
+                        self._marked.popitem(last=False)[0]._pass_on()
+                    await anyio.lowlevel.checkpoint()
+                self._some_marked = anyio.Event()
+                await self._some_marked.wait()
+        finally:
+            self._pushing = False
+            for watcher in self._marked:
+                watcher._wake.set()
+
+    def _enqueue(self, watcher: Watcher) -> bool:
+        if not self._pushing:
+            return False
+        self._marked[watcher] = None
+        self._some_marked.set()
+        return True
 
     async def _supervise(self, state: SourceState) -> None:
         backoff = Backoff(_RESTART_INITIAL, _RESTART_MAXIMUM, self._rng)
@@ -274,7 +312,7 @@ class Watcher:
         pending: its services of which nobody in sync can speak yet.
     """
 
-    __slots__ = ("_held", "_hub", "_marked", "_resume", "_wake", "pending")
+    __slots__ = ("_held", "_hub", "_marked", "_push", "_resume", "_wake", "pending")
 
     def __init__(self, hub: Hub, subscriptions: Mapping[ServiceKey, str]) -> None:
         self._hub = hub
@@ -282,22 +320,39 @@ class Watcher:
         self._held: dict[ServiceKey, ServiceSnapshot] = {}
         self._marked = dict.fromkeys(subscriptions)
         self._wake = anyio.Event()
+        self._push: Push | None = None
         self.pending = set(subscriptions)
 
     def _mark(self, service: ServiceKey) -> None:
         self._marked[service] = None
-        self._wake.set()
+        if self._push is None or not self._hub._enqueue(self):
+            self._wake.set()
 
-    async def wait(self) -> None:
-        """Wait until there may be something to take."""
-        await self._wake.wait()
+    def _pass_on(self) -> None:
+        if self._push is None or not self._push():
+            self._wake.set()
+
+    async def wait(self, push: Push | None = None) -> None:
+        """Wait until there may be something to take; or, with a `push`, until that returns False.
+
+        `push` is called when there may be something to take, as long as this waits, by a task of the hub's. It must
+        neither wait nor raise.
+        """
+        self._push = push
+        try:
+            await self._wake.wait()
+        finally:
+            self._push = None
+            self._hub._marked.pop(self, None)
 
     def take(self) -> list[Update]:
         """The way from what the watcher holds to the latest state, for each service that changed.
 
         What is returned counts as held from now on.
         """
-        self._wake = anyio.Event()
+        # One that is not set may be waited for at this moment, by a watcher whose `push` calls this.
+        if self._wake.is_set():
+            self._wake = anyio.Event()
         marked, self._marked = self._marked, {}
         updates: list[Update] = []
         for service in marked:

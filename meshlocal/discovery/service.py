@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import trio
 
-from meshlocal.discovery.hub import Hub, Update
+from meshlocal.discovery.hub import Hub, Update, Watcher
 from meshlocal.discovery.limits import ServerLimits
 from meshlocal.net.grpc.server import Routes, unary
 from meshlocal.net.grpc.servercall import ServerCall
@@ -159,8 +159,9 @@ class DiscoveryService:
         wanted = len(request.subscriptions)
         with self._limits.watch(call.peer, wanted), self._hub.watch(_subscriptions(request)) as watcher:
             resumed = True
+            pusher = _Pusher(self, call, watcher)
             while not self._draining:
-                updates = watcher.take()
+                updates = [*pusher.take_left(), *watcher.take()]
                 for update in updates:
                     await call.send_encoded(self._encoded.encode(update))
                 # The first round ends with a heartbeat too, which tells one that resumed that it is current.
@@ -168,9 +169,43 @@ class DiscoveryService:
                     resumed = False
                     await call.send(heartbeat_event(self._heartbeat_interval, watcher.pending))
                 self.events_sent += max(1, len(updates))
+                # What is pushed meanwhile does not put the heartbeat off: one may be sent too soon, never too late.
                 with trio.move_on_after(self._heartbeat_interval):
-                    await watcher.wait()
+                    await watcher.wait(pusher.push)
         raise GrpcError(StatusCode.UNAVAILABLE, "this server is going away; watch another one")
+
+
+class _Pusher:
+    """Sends a waiting watch its updates from the hub's task, as far as they can be sent at once."""
+
+    def __init__(self, service: DiscoveryService, call: _Call, watcher: Watcher) -> None:
+        self._service = service
+        self._call = call
+        self._watcher = watcher
+        self._left: list[Update] = []
+
+    def push(self) -> bool:
+        """See `hub.Push`."""
+        if self._left:
+            return False
+        updates = self._watcher.take()
+        for position, update in enumerate(updates):
+            if not self._try(update):
+                self._left = updates[position:]
+                return False
+            self._service.events_sent += 1
+        return True
+
+    def _try(self, update: Update) -> bool:
+        try:
+            return self._call.try_send_encoded(self._service._encoded.encode(update))
+        except Exception:  # noqa: BLE001 - the watch's own task meets it again, and ends with it
+            return False
+
+    def take_left(self) -> list[Update]:
+        """What was taken, and is still to be sent."""
+        left, self._left = self._left, []
+        return left
 
 
 def _subscriptions(request: pb.WatchInstancesRequest) -> dict[ServiceKey, str]:

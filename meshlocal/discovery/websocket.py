@@ -100,6 +100,10 @@ class WebSocketCall:
         """Send one response that was serialized before."""
         await self._connection.send_message(self._codec.encode_serialized(payload, self._method.response_type))
 
+    def try_send_encoded(self, payload: bytes) -> bool:
+        """Never without waiting."""
+        return False
+
     async def send_last(self, response: Any) -> None:
         """Send the last response."""
         await self.send(response)

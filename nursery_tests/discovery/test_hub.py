@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
@@ -264,6 +265,71 @@ async def test_a_wait_that_is_cancelled_loses_nothing(nursery: trio.Nursery) -> 
         source.publisher.update(B, listed(at(2)))
         await watcher.wait()
         assert len(watcher.take()) == 1
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_push_spares_a_waiting_watcher_its_waking_up(nursery: trio.Nursery) -> None:
+    """D4: what there is to take is passed on while the watcher waits, the latest only, until it cannot be."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1))})
+    source.started()
+    pushed: list[tuple[bool, list[Update]]] = []
+    woken = 0
+
+    async def follow(watcher: Watcher, results: list[bool]) -> None:
+        nonlocal woken
+
+        def push() -> bool:
+            pushed.append((results[0], watcher.take() if results[0] else []))
+            return results.pop(0)
+
+        while results:
+            await watcher.wait(push)
+            woken += 1
+            watcher.take()
+
+    with hub.watch({B: ""}) as watcher:
+        (first,) = watcher.take()
+        nursery.start_soon(follow, watcher, [True, True, False])
+        await wait_all_tasks_blocked()
+        for rounds in ((2, 3, 4), (5,)):
+            for last in rounds:
+                source.publisher.update(B, listed(at(last)))
+            assert not pushed[1:] or len(rounds) == 1, "nothing is passed on by the one who publishes"
+            await wait_all_tasks_blocked()
+        assert woken == 0
+        ((_, (one,)), (_, (two,))) = pushed
+        assert one.base is first.latest
+        assert two.base is one.latest
+        assert [addresses(each.latest) for each in (one, two)] == [["10.0.0.4"], ["10.0.0.5"]]
+        source.publisher.update(B, listed(at(6)))
+        await wait_all_tasks_blocked()
+        assert (woken, len(pushed)) == (1, 3)
+        # Nobody waits any more: no push, and nothing is left that would call one.
+        source.publisher.update(B, listed(at(7)))
+        await wait_all_tasks_blocked()
+        assert len(pushed) == 3
+        assert [addresses(each.latest) for each in watcher.take()] == [["10.0.0.7"]]
+    assert hub.watcher_count == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_push_in_time_with_a_wait_that_ends_loses_nothing(nursery: trio.Nursery) -> None:
+    """A watcher that stops waiting after it was marked, before its turn, finds the change itself."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1))})
+    source.started()
+    with hub.watch({B: ""}) as watcher:
+        watcher.take()
+        with trio.CancelScope() as scope:
+            nursery.start_soon(watcher.wait)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+            source.publisher.update(B, listed(at(2)))
+            await watcher.wait(lambda: pytest.fail("it does not wait any more"))
+        assert [addresses(each.latest) for each in watcher.take()] == [["10.0.0.2"]]
     nursery.cancel_scope.cancel()
 
 

@@ -18,8 +18,9 @@ from meshlocal.discovery.hub import Hub, Update
 from meshlocal.discovery.service import DiscoveryService, EncodedEvents
 from meshlocal.discovery.source import Instances, Publisher
 from meshlocal.discovery.websocket import WebSocketServer
-from meshlocal.net.grpc.client import Channel, channel_over
-from meshlocal.net.grpc.server import GrpcServer
+from meshlocal.net.grpc.client import Channel, channel_over, open_channel
+from meshlocal.net.grpc.server import GrpcServer, ServerCall
+from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.net.websocket_client import WebSocket, WebSocketOptions, websocket_over
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
@@ -296,6 +297,89 @@ async def test_a_watcher_that_reads_late_gets_the_latest(serving: Serving, autoj
                 events += 1
                 version = event.snapshot.version or event.change.version or version
             assert events <= 4
+
+
+async def test_a_change_is_passed_on_to_all_who_wait() -> None:
+    """Over sockets: each of many watchers gets each step, and none of their tasks is woken for it."""
+    count, steps = 40, 5
+    source = HeldSource()
+    hub = Hub([source], random.Random(0))
+    service = DiscoveryService(hub, 1000.0)
+    listeners = open_tcp_listeners("127.0.0.1", 0)
+    got: list[list[str]] = [[] for _ in range(count)]
+    beats = 0
+    news = trio.Event()
+
+    async def watch(number: int) -> None:
+        nonlocal news, beats
+        async with (
+            open_channel("127.0.0.1", listeners[0].getsockname()[1]) as channel,
+            channel.call(WATCH_INSTANCES) as call,
+        ):
+            await call.send(subscribe("b"), end=True)
+            async for event in call:
+                if event.HasField("change") or event.HasField("snapshot"):
+                    instances = event.change.upserted if event.HasField("change") else event.snapshot.instances
+                    got[number] += addresses(instances)
+                else:
+                    beats += 1
+                news.set()
+                news = trio.Event()
+
+    async def until_all(expected: list[str]) -> None:
+        with trio.fail_after(20):
+            while any(each != expected for each in got):
+                await news.wait()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hub.run)
+        await nursery.start(GrpcServer(service.handlers()).serve, listeners)
+        source.update("b", at(1))
+        source.sync.set()
+        for number in range(count):
+            nursery.start_soon(watch, number)
+        await until_all(["10.0.0.1"])
+        with trio.fail_after(20):
+            while beats < count:  # a heartbeat ends each one's first round
+                await news.wait()
+        await wait_all_tasks_blocked()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ServerCall, "send_encoded", None)
+            for step in range(2, 2 + steps):
+                source.update("b", *(at(last) for last in range(1, step + 1)))
+                await until_all([f"10.0.0.{last}" for last in range(1, step + 1)])
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_event_that_cannot_be_sent_ends_its_watch_only(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails for a watch while it waits is that watch's own failure, and no source's or other watch's."""
+    encode = EncodedEvents.encode
+
+    def encode_all_but_c(self: EncodedEvents, update: Update) -> bytes:
+        if update.latest.service == "c" and len(update.latest.instances) > 1:
+            raise ValueError("no such event")
+        return encode(self, update)
+
+    monkeypatch.setattr(EncodedEvents, "encode", encode_all_but_c)
+    async with serving() as served:
+        served.source.update("b", at(1))
+        served.source.update("c", at(1))
+        await served.in_sync()
+        async with served.channel.call(WATCH_INSTANCES) as good, served.channel.call(WATCH_INSTANCES) as bad:
+            for call, service in ((good, "b"), (bad, "c")):
+                await call.send(subscribe(service), end=True)
+                assert addresses((await call.receive()).snapshot.instances) == ["10.0.0.1"]
+                assert (await call.receive()).HasField("heartbeat")
+            await wait_all_tasks_blocked()
+            served.source.update("c", at(1), at(2))
+            with pytest.raises(GrpcError) as caught:
+                await bad.receive()
+            assert caught.value.code is StatusCode.UNKNOWN
+            served.source.update("b", at(1), at(2))
+            assert addresses((await good.receive()).change.upserted) == ["10.0.0.2"]
+    assert "no such event" in caplog.text
 
 
 @pytest.mark.parametrize(

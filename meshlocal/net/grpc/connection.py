@@ -34,7 +34,7 @@ from h2.events import (
 
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
-from meshlocal.net.grpc.transport import ByteStream
+from meshlocal.net.grpc.transport import ByteStream, TrioByteStream
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http2_error
 from meshlocal.wire.http2 import GoAway, Headers, Http2Error, Http2Protocol
@@ -61,6 +61,7 @@ class Connection:
         self.closed_reason: str | None = None
         self.settings_received = False
         self._transport = transport
+        self._send_nowait = transport.send_nowait if isinstance(transport, TrioByteStream) else _never_now
         self._ending = False
         self._peer_reads = True
         self._read_scope = anyio.CancelScope()
@@ -108,6 +109,20 @@ class Connection:
         if self._write_wanted is not None:
             self._write_wanted.set()
             self._write_wanted = None
+
+    def flush(self) -> None:
+        """Write what there is at once, as far as that goes without waiting; the writer does the rest."""
+        # A writer that waits for something to write has nothing under way: no bytes can overtake its own.
+        if self._write_wanted is not None and not self._ending:
+            self._write_nowait()
+        if self.protocol.outgoing:
+            self.kick()
+
+    def _write_nowait(self) -> None:
+        outgoing = self.protocol.outgoing
+        with memoryview(outgoing) as view, view[:CHUNK] as chunk:
+            sent = self._send_nowait(chunk)
+        del outgoing[:sent]
 
     def acknowledge(self, stream_id: int, size: int) -> None:
         """Data was consumed: give the peer its windows back."""
@@ -215,14 +230,17 @@ class Connection:
                         return
                     self._write_wanted = anyio.Event()
                     await self._write_wanted.wait()
-                chunk = bytes(memoryview(outgoing)[:CHUNK])
-                del outgoing[: len(chunk)]
-                with anyio.move_on_after(self.options.stall_timeout) as scope:
-                    await self._transport.send(chunk)
-                if scope.cancelled_caught:
-                    self.on_stall()
-                    reason = f"stalled: the peer took nothing for {self.options.stall_timeout:g} s"
-                    return
+                # Nearly always that is all; a deadline and a switch of tasks cost more than the write itself.
+                self._write_nowait()
+                if outgoing:
+                    chunk = bytes(memoryview(outgoing)[:CHUNK])
+                    del outgoing[: len(chunk)]
+                    with anyio.move_on_after(self.options.stall_timeout) as scope:
+                        await self._transport.send(chunk)
+                    if scope.cancelled_caught:
+                        self.on_stall()
+                        reason = f"stalled: the peer took nothing for {self.options.stall_timeout:g} s"
+                        return
                 if len(outgoing) < SEND_MARK:
                     self._wake_senders()
                     if self._read_wanted is not None:
@@ -309,6 +327,10 @@ class Connection:
         )
         if (sender := self._senders.get(stream.id)) is not None:
             sender.set()
+
+
+def _never_now(data: bytes | memoryview) -> int:
+    return 0
 
 
 def _describe(error: Exception) -> str:

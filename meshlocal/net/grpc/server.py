@@ -17,7 +17,7 @@ from meshlocal.net.grpc.connection import Connection
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.grpc.stream import Stream
-from meshlocal.net.grpc.transport import ByteStream, adapt
+from meshlocal.net.grpc.transport import ByteStream, TrioByteStream, adapt
 from meshlocal.net.listen import Handle, accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
@@ -214,7 +214,8 @@ class GrpcServer:
         stream: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
         if ssl_context is not None:
             stream = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
-        await self.serve_stream(stream, format_address(peer))
+        transport = TrioByteStream(stream, None if ssl_context is not None else client)
+        await self.serve_stream(transport, format_address(peer))
 
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""

@@ -114,6 +114,10 @@ class ServerCall(Generic[Req, Resp]):
         """Send one response that was serialized before: a fan-out serializes once."""
         await self._send(payload, checkpoint=True)
 
+    def try_send_encoded(self, payload: bytes) -> bool:
+        """The same without waiting, if that is possible: all of it, or none, False. `send_encoded` then says why."""
+        return self._headers_sent and self._stream.try_send_data(self._encode(payload))
+
     async def send_last(self, response: Resp) -> None:
         """Send the last response: what follows is the status, which goes in the same write."""
         await self._send(response.SerializeToString(), checkpoint=False)
@@ -121,8 +125,10 @@ class ServerCall(Generic[Req, Resp]):
     async def _send(self, payload: bytes, *, checkpoint: bool) -> None:
         if not self._headers_sent:
             self.send_initial_metadata()
-        compress = self._gzip and len(payload) >= COMPRESS_FROM
-        await self._stream.send_data(encode_message(payload, compress=compress), checkpoint=checkpoint)
+        await self._stream.send_data(self._encode(payload), checkpoint=checkpoint)
+
+    def _encode(self, payload: bytes) -> bytes:
+        return encode_message(payload, compress=self._gzip and len(payload) >= COMPRESS_FROM)
 
     # What the server calls.
 

@@ -130,6 +130,20 @@ class Stream:
         finally:
             self._sending = False
 
+    def try_send_data(self, data: bytes) -> bool:
+        """Send data without waiting, all of it or, False, none. What forbids it is for `send_data` to say."""
+        connection = self.connection
+        if self._sending or self.partial or self.local_ended or self.peer_refuses or self.failure is not None:
+            return False
+        if not data or connection.sendable(self.id) < len(data):
+            return False
+        try:
+            connection.protocol.send_data(self.id, data)
+        except Http2Error:
+            return False
+        connection.flush()
+        return True
+
     async def _send_data(self, data: bytes, end_stream: bool) -> None:
         connection = self.connection
         timeout = connection.options.send_timeout

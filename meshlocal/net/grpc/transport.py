@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import anyio
@@ -28,12 +29,18 @@ class ByteStream(Protocol):
 
 
 class TrioByteStream:
-    """A trio stream with the methods of an anyio one."""
+    """A trio stream with the methods of an anyio one.
 
-    __slots__ = ("_stream",)
+    Args:
+        stream: the stream.
+        plain: the non-blocking socket right below it, if nothing stands between them: no TLS.
+    """
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    __slots__ = ("_plain", "_stream")
+
+    def __init__(self, stream: trio.abc.Stream, plain: socket.socket | None = None) -> None:
         self._stream = stream
+        self._plain = plain
 
     async def receive(self, max_bytes: int = 65_536, /) -> bytes:
         """Receive at least one byte. Raises anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError."""
@@ -47,6 +54,18 @@ class TrioByteStream:
         """Send all bytes. Raises anyio.BrokenResourceError, anyio.ClosedResourceError."""
         with _Translated():
             await self._stream.send_all(item)
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Send what the peer's system takes at once; returns how many bytes that was. Not while a `send` is under way.
+
+        0 where that cannot be done or failed: `send` then tells why.
+        """
+        if self._plain is None:
+            return 0
+        try:
+            return self._plain.send(data)
+        except OSError:
+            return 0
 
     async def aclose(self) -> None:
         """Close the stream."""

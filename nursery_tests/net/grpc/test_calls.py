@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import socket
 from typing import Any
 
 import anyio
@@ -12,8 +13,10 @@ import trio
 from google.protobuf.wrappers_pb2 import BytesValue, StringValue
 from trio.testing import wait_all_tasks_blocked
 
+from meshlocal.net.grpc.client import channel_over
 from meshlocal.net.grpc.options import GrpcOptions
-from meshlocal.net.grpc.server import ServerCall, unary
+from meshlocal.net.grpc.server import GrpcServer, ServerCall, unary
+from meshlocal.net.grpc.transport import TrioByteStream
 from meshlocal.wire.grpc.framing import encode_message
 from meshlocal.wire.grpc.method import Method
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -233,6 +236,65 @@ async def test_an_encoded_payload_is_sent_as_it_is_and_compressed_if_accepted(co
     ):
         assert [each.value async for each in call] == [b"a" * 5000] * 2
         assert (b"grpc-encoding", b"gzip") in call._stream.headers
+
+
+@pytest.mark.parametrize("plain", [True, False])
+async def test_what_is_sent_at_once_keeps_its_place(plain: bool) -> None:
+    """Messages sent without waiting, and those that had to wait, come in order, to a peer that reads late too."""
+    count, size = 400, 5000
+    at_once = 0
+    rest = trio.Event()
+
+    async def handler(call: Chat) -> None:
+        nonlocal at_once
+        call.send_initial_metadata()
+        for number in range(count):
+            payload = BytesValue(value=b"%d " % number + bytes(size)).SerializeToString()
+            if call.try_send_encoded(payload):
+                at_once += 1
+            else:
+                rest.set()
+                await call.send_encoded(payload)
+            if not number % 10:
+                await trio.lowlevel.checkpoint()
+
+    near, far = socket.socketpair()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ours = trio.SocketStream(trio.socket.from_stdlib_socket(near))
+    theirs = trio.SocketStream(trio.socket.from_stdlib_socket(far))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(GrpcServer({STREAM: handler}).serve_stream, TrioByteStream(theirs, far if plain else None))
+        async with channel_over(ours) as channel, channel.call(STREAM) as call:
+            await call.send(BytesValue(value=b"go"), end=True)
+            with trio.fail_after(20):
+                await rest.wait()
+            got = [int(each.value.split()[0]) async for each in call]
+        nursery.cancel_scope.cancel()
+    assert got == list(range(count))
+    assert 0 < at_once < count
+
+
+async def test_nothing_is_sent_at_once_before_the_headers_or_after_the_end(connect: Any) -> None:
+    said: list[bool] = []
+    left = trio.Event()
+
+    async def handler(call: Chat) -> None:
+        payload = BytesValue(value=b"x").SerializeToString()
+        said.append(call.try_send_encoded(payload))
+        call.send_initial_metadata()
+        said.append(call.try_send_encoded(payload))
+        with trio.CancelScope(shield=True):
+            await left.wait()
+            await wait_all_tasks_blocked()
+        said.append(call.try_send_encoded(payload))
+
+    async with connect({STREAM: handler}) as link:
+        async with link.channel.call(STREAM) as call:
+            await call.send(BytesValue(), end=True)
+            await call.receive()
+        left.set()
+        await wait_all_tasks_blocked()
+    assert said == [False, True, False]
 
 
 async def test_a_handlers_crash_is_logged_and_costs_its_call_only(
