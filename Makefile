@@ -88,7 +88,7 @@ lock: $(VENV)/dev.stamp
 	$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("meshlocal needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

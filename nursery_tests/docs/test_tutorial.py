@@ -28,17 +28,11 @@ def script(followed: list[Step]) -> str:
 
 def newcomers_tree(folder: Path) -> Path:
     """The repository as a newcomer has it; with the environment that the tests run in, so that nothing is fetched."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
     tree = folder / "meshlocal"
-    for name in listed.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).symlink_to(ROOT / name)
+    tree.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name not in (".git", ".venv", "build"):
+            (tree / entry.name).symlink_to(entry)
     (tree / ".venv").symlink_to(sys.prefix)
     return tree
 
