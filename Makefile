@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test fuzz check format bench bench-quick bench-document bench-locality bench-latency bench-scale \
+.PHONY: demo test fuzz check format bench bench-quick bench-document bench-locality bench-latency bench-scale bench-restart \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
 demo: $(VENV)/run.stamp
@@ -55,6 +55,10 @@ bench-latency: $(VENV)/run.stamp
 # Watchers of one discovery server, and what one change costs.
 bench-scale: $(VENV)/run.stamp
 	$(BIN)/python -m bench.watchers
+
+# A discovery server is killed under 2,000 watchers, and comes back.
+bench-restart: $(VENV)/run.stamp
+	$(BIN)/python -m bench.restart
 
 # A cluster's first sync and 1,000 changes a second, with made-up slices.
 bench-kubernetes: $(VENV)/run.stamp

@@ -56,6 +56,14 @@ def test_kubernetes(tmp_path):
     assert printed.count("(goal ≤") == len(figures["goals"]) == 3
 
 
+def test_restart(tmp_path):
+    """D1: every watcher comes back, and none forgets its last state meanwhile."""
+    _, figures = run("restart", tmp_path, "--watchers", "6", "--instances", "3", "--down", "0.2")
+    assert figures["lost_their_state"] == 0
+    assert sum(figures["in_sync_each_second"]) == 6
+    assert figures["in_sync_after"]["first"] <= figures["in_sync_after"]["last"]
+
+
 def test_policy(tmp_path):
     printed, figures = run("policy", tmp_path, "--instances", "20", "--large", "50", "--repeat", "3")
     assert set(figures["change"]) == {"label changed", "instance added", "instance removed"}
