@@ -60,6 +60,7 @@ class ServiceState:
     """
 
     __slots__ = (
+        "_ports",
         "_prepared",
         "_warned_ports",
         "changed",
@@ -102,6 +103,7 @@ class ServiceState:
         self.last_used = 0.0
         self.in_use = 0
         self._warned_ports: frozenset[str] = frozenset()
+        self._ports: frozenset[str] = frozenset()
         self._prepared: Picker | None = None
 
     @property
@@ -124,13 +126,17 @@ class ServiceState:
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """Swap in the picker of a snapshot."""
         before = self.picker
+        look_at_ports = True
         prepared, self._prepared = self._prepared, None
         if prepared is not None and prepared.snapshot is snapshot and prepared.selector is self.selector:
             self.picker = prepared
         elif before is None:
             self.picker = Picker.build(self.selector, snapshot)
         else:
-            self.picker = before.updated(snapshot, diff(before.snapshot, snapshot))
+            change = diff(before.snapshot, snapshot)
+            self.picker = before.updated(snapshot, change)
+            # To look through all instances for other names costs as much as all else that a small change takes.
+            look_at_ports = not self._ports.issuperset(instance.key.port_name for instance in change.upserted)
         if before is None:
             self.first_snapshot.set()
         else:
@@ -139,7 +145,9 @@ class ServiceState:
             self.changed(snapshot)
         if snapshot.unknown and (before is None or not before.snapshot.unknown):
             _log.warning("no registry knows the service", service=self.key)
-        ports = self.picker.port_names()
+        if not look_at_ports:
+            return
+        ports = self._ports = self.picker.port_names()
         if len(ports) > 1 and ports != self._warned_ports:
             self._warned_ports = ports
             _log.warning(
@@ -158,6 +166,7 @@ class ServiceState:
         self.fitness.health.policy = ejection
         self.fitness.spill = config.spill
         self.circuit.limits = config.limits
+        self._ports = frozenset()
         if self.picker is not None:
             self.picker = Picker.build(selector, self.picker.snapshot)
 
