@@ -151,7 +151,7 @@ async def connect(client: Waiting, service: ServiceState, result: Connected) -> 
     if result.deadline is None:
         result.deadline = trio.current_time() + policy.deadline
     connecting: Connecting | None = None
-    if service.picker is not None:
+    if service.picker is not None and not client.left:
         # An instance on this host answers at once, so that nothing waits, and nothing needs a scope to wait in.
         connecting = _begin_next(service, result)
         if result.upstream is not None:
