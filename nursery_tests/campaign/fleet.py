@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import trio
 
 from nursery_tests.campaign.load import LIMIT, Target
 from nursery_tests.e2e.running import Metrics, Place, Processes, Program
+from nursery_tests.ports import free_port
 
 NODES = {"n1a": "n1", "n1b": "n1", "n2": "n2", "n3": "n3"}
 """Each instance's node."""
@@ -142,9 +142,8 @@ class Fleet:
         self.admin = 0
 
     def _free_port(self, host: str) -> int:
-        with self.place.inside(), socket.create_server((host, 0)) as reserved:
-            port: int = reserved.getsockname()[1]
-            return port
+        with self.place.inside():
+            return free_port(host)
 
     @property
     def registry(self) -> str:

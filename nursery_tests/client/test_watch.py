@@ -28,6 +28,7 @@ from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_i
 from meshlocal.wire.discovery_codec import heartbeat_event, instance_to_message
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.pb import discovery_pb2 as pb
+from nursery_tests.ports import free_port
 
 SCHEME = ContextVar("scheme", default="grpc")
 B, C = ServiceKey("b"), ServiceKey("c")
@@ -213,8 +214,7 @@ async def test_loss_of_discovery_keeps_what_is_known_and_resumes(nursery: trio.N
 
 async def test_an_unreachable_server_is_waited_for(nursery: trio.Nursery) -> None:
     """D1: discovery that is not there at the start is served from once it comes."""
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
+    port = free_port()
     sink = Sink()
     following = watch(sink, DiscoveryUrl(SCHEME.get(), "127.0.0.1", port))
     nursery.start_soon(following.run)
@@ -336,7 +336,7 @@ async def test_age_counts_from_the_last_word_while_registries_are_away(nursery: 
 
 def test_watch_runs_on_asyncio() -> None:
     """The watch is a library's too: it runs in any anyio app."""
-    port = anyio.run(_free_port, backend="asyncio")
+    port = free_port()
 
     async def main() -> None:
         sink = Sink()
@@ -348,11 +348,6 @@ def test_watch_runs_on_asyncio() -> None:
         assert not following.status.connected
 
     anyio.run(main, backend="asyncio")
-
-
-async def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        return int(reserved.getsockname()[1])
 
 
 async def test_asked_again_it_gets_the_whole_from_another_connection(nursery: trio.Nursery) -> None:
@@ -390,7 +385,7 @@ async def test_asked_again_it_turns_to_the_next_server(nursery: trio.Nursery) ->
 async def test_asked_again_while_discovery_is_away_it_keeps_what_it_has(nursery: trio.Nursery) -> None:
     """D1, D5."""
     sink = Sink()
-    following = watch(sink, DiscoveryUrl(SCHEME.get(), "127.0.0.1", await _free_port()))
+    following = watch(sink, DiscoveryUrl(SCHEME.get(), "127.0.0.1", free_port()))
     nursery.start_soon(following.run)
     await until(lambda: following.status.reconnects >= 1)
     following.refresh(B)

@@ -15,14 +15,10 @@ from subprocess import PIPE
 import pytest
 import yaml
 
+from nursery_tests.ports import free_port
+
 MESHLOCAL = str(Path(sys.executable).with_name("meshlocal"))
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 class Pods:

@@ -8,7 +8,6 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 import trustme
+
+from nursery_tests.ports import free_port
 
 INSTANCES = """\
 zone: z1
@@ -175,8 +176,7 @@ async def test_an_unknown_service_is_said(cli: Cli, discovery: str, processes: A
 
 async def test_discovery_that_comes_late_is_served_from(cli: Cli, processes: Any, here: Any) -> None:
     """A7, D1: a proxy starts without its discovery, holds a request for it, and serves it once it comes."""
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
+    port = free_port()
     instance = await processes.instance("n1", "127.0.0.1", 0)
     at = int((await instance.printed(r"listening (\d+)", "out"))[1])
     (cli.folder / "instances.yaml").write_text(f"services: {{b: [{{address: 127.0.0.1, port: {at}}}]}}")
@@ -202,8 +202,7 @@ async def test_discovery_that_comes_late_is_served_from(cli: Cli, processes: Any
 
 
 async def test_discovery_that_cannot_be_reached_is_said(cli: Cli) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        refusing = f"grpc://127.0.0.1:{reserved.getsockname()[1]}"
+    refusing = f"grpc://127.0.0.1:{free_port()}"
     line = f"meshlocal: cannot reach discovery {refusing}: connection refused\n"
     assert await cli.failed("explain", "b", "--discovery", refusing) == line
     err = await cli.failed("get", "services", "--discovery", refusing, "--discovery", "grpc://nowhere.invalid:1")
@@ -260,8 +259,7 @@ async def test_output_that_goes_nowhere(cli: Cli, shell: str) -> None:
 
 @pytest.mark.parametrize("shell", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
 async def test_a_proxy_serves_without_anybody_listening_to_it(cli: Cli, processes: Any, here: Any, shell: str) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as reserved:
-        port = reserved.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "meshlocal", "proxy", "--discovery", "file:missing.yaml", *TCP]
     proxy = await processes.start(["sh", "-c", f'exec "$@" {shell}', "sh", *command, "--admin", f"127.0.0.1:{port}"])
     with trio.fail_after(20):

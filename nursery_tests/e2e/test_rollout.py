@@ -19,6 +19,8 @@ import pytest
 import trio
 import trustme
 
+from nursery_tests.ports import free_port
+
 _spec = importlib.util.spec_from_file_location(
     "kubernetes_apiserver", Path(__file__).parents[1] / "discovery" / "kubernetes" / "apiserver.py"
 )
@@ -154,26 +156,11 @@ class HttpLoad:
         self.news = trio.Event()
 
 
-def free_ports(count):
-    """Ports that are free on every address that is used."""
-    with_all = []
-    while len(with_all) < count:
-        sockets = [socket.create_server((next(iter(NAMES)), 0))]
-        port = sockets[0].getsockname()[1]
-        with suppress(OSError):
-            sockets += [socket.create_server((address, port)) for address in list(NAMES)[1:]]
-            with_all.append(port)
-        for sock in sockets:
-            sock.close()
-    return with_all
-
-
 class Rollout:
     """Everything that takes part."""
 
     def __init__(self, nursery, server):
-        http, grpc = free_ports(2)
-        self.ports = {"http": http, "grpc": grpc}
+        self.ports = {"http": free_port(*NAMES), "grpc": free_port(*NAMES)}
         self.nursery, self.server = nursery, server
         self.instances = {}
         self._events = iter(())

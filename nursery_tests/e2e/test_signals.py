@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
 import pytest
 import trio
+
+from nursery_tests.ports import free_port
 
 LIMIT = 20
 
@@ -286,8 +287,3 @@ async def refuses(port: int) -> None:
                 return
             await stream.aclose()
             await trio.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        return int(reserved.getsockname()[1])

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from meshlocal.net.dial import classify_connect_error, dial_tcp, usable_families
+from nursery_tests.ports import free_port
 
 
 @pytest.fixture
@@ -51,18 +52,10 @@ async def test_ipv6_is_dialled_too(stack: ExitStack) -> None:
         assert sock.getpeername()[:2] == ("::1", port)
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        assert isinstance(port, int)
-        return port
-
-
 @pytest.mark.usefixtures("nothing_left_open")
 async def test_a_refusal_is_an_error_and_closes() -> None:
     with pytest.raises(ConnectionRefusedError) as caught:
-        await dial_tcp("127.0.0.1", unused_port())
+        await dial_tcp("127.0.0.1", free_port())
     assert classify_connect_error(caught.value) == "refused"
 
 
@@ -74,7 +67,7 @@ async def test_nothing_is_ever_looked_up(monkeypatch: pytest.MonkeyPatch, addres
 
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     with pytest.raises(OSError, match=r"is no IP address|[Nn]o such device|no interface"):
-        await dial_tcp(address, unused_port())
+        await dial_tcp(address, free_port())
 
 
 class Slow(socket.socket):
@@ -168,7 +161,9 @@ async def test_a_late_answer_is_waited_for(stack: ExitStack, monkeypatch: pytest
 
 
 async def test_a_socket_that_connected_to_itself_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = unused_port()
+    # One of those from which the kernel chooses.
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
     made: list[socket.socket] = []
 
     class Bound(socket.socket):

@@ -144,9 +144,3 @@ class Upstreams:
 @pytest.fixture
 def upstream(nursery: trio.Nursery) -> Upstreams:
     return Upstreams(nursery)
-
-
-def closed_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        return int(reserved.getsockname()[1])

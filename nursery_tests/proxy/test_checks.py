@@ -28,6 +28,7 @@ from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_i
 from meshlocal.proxy.checkers import CheckFailed, make_check
 from meshlocal.proxy.checks import HealthChecks
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
+from nursery_tests.ports import free_port
 
 B = ServiceKey("b")
 LIMIT = 20
@@ -66,11 +67,6 @@ async def silent(stream: trio.SocketStream) -> None:
     await trio.sleep_forever()
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        return int(reserved.getsockname()[1])
-
-
 async def outcome(port: int, **config: Any) -> str | None:
     """How one check fails; None if it passes."""
     with trio.fail_after(LIMIT):
@@ -89,7 +85,7 @@ async def test_tcp_passes_where_a_connection_lasts(nursery: trio.Nursery) -> Non
 
 async def test_tcp_fails_where_connections_are_refused_or_reset(nursery: trio.Nursery) -> None:
     """H3."""
-    assert await outcome(closed_port(), kind="tcp") == "refused"
+    assert await outcome(free_port(), kind="tcp") == "refused"
     assert await outcome(await listen(nursery, reset), kind="tcp") == "reset"
 
 
@@ -133,7 +129,7 @@ async def test_http_asks_for_what_is_configured(nursery: trio.Nursery) -> None:
 
 async def test_http_fails_where_nothing_can_be_had(nursery: trio.Nursery) -> None:
     """H3."""
-    assert await outcome(closed_port(), kind="http") == "refused"
+    assert await outcome(free_port(), kind="http") == "refused"
     assert await outcome(await listen(nursery, reset), kind="http") == "reset"
 
 
@@ -148,7 +144,7 @@ async def test_grpc_goes_by_the_health_service(nursery: trio.Nursery) -> None:
     assert await outcome(port, kind="grpc") is None
     assert await outcome(port, kind="grpc", service="a.B") == "NOT_SERVING"
     assert await outcome(port, kind="grpc", service="a.C") == "no service 'a.C' here"
-    assert await outcome(closed_port(), kind="grpc") == "refused"
+    assert await outcome(free_port(), kind="grpc") == "refused"
     assert await outcome(await listen(nursery, saying(b"HTTP/1.1 400 Bad\r\n\r\n")), kind="grpc") is not None
     nursery.cancel_scope.cancel()
 

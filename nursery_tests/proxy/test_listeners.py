@@ -18,6 +18,7 @@ from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.locality import Locality
 from meshlocal.proxy.listeners import Listener, Listeners
 from meshlocal.proxy.tcp import TcpForwarder
+from nursery_tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +44,6 @@ async def listeners() -> AsyncIterator[Listeners]:
 def adopt(listeners: Listeners, wanted: ProxyConfig) -> list[Listener]:
     listeners.adopt(listeners.prepare(wanted), wanted)
     return listeners.current
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        return int(reserved.getsockname()[1])
 
 
 def connect(port: int) -> trio.SocketStream:

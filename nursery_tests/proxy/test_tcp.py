@@ -18,6 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, make_instance
+from nursery_tests.ports import free_port
 
 LIMIT = 20
 
@@ -49,8 +50,7 @@ def silent() -> Iterator[Instance]:
 
 
 def refusing(node: str | None = "n1", address: str = "127.0.0.1") -> Instance:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        return make_instance(address, reserved.getsockname()[1], labels={"node": node} if node else {})
+    return make_instance(address, free_port(), labels={"node": node} if node else {})
 
 
 async def finish(proxy: Any) -> None:
