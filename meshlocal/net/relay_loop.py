@@ -17,7 +17,9 @@ write, so that a short read needs no second one to find the buffer empty (epoll(
 to an end of its source gives way after `TURN` chunks.
 
 What else wants its sockets served in that place does it with `watch`: its handlers are called for each event, and must
-neither wait nor raise; `finish` lets a task of its go on.
+neither wait nor raise; `finish` lets a task of its go on. What such a handler sends, it sends `at_end` of the turn,
+after those of all other sockets that have an event now: to wake a process that sleeps costs its sender more than all
+else in a send, and who gets several messages in a row is woken once.
 
 The one thing that Trio does not offer is the file descriptor of its epoll instance; `trio_epoll` finds it. Where it
 cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and says so.
@@ -53,6 +55,9 @@ _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLE
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _BATCH = 256
+
+_ROUND = 32
+"""Calls that may wait for the end of a turn: those who wait for them wait no longer than that many take."""
 
 
 class _Flow:
@@ -119,6 +124,8 @@ class RelayLoop(trio.abc.Instrument):
         self._again: list[_Flow] = []
         self.handlers: dict[int, Callable[[int], None]] = {}
         self._finished: list[Waiter] = []
+        self._last: list[Callable[[], None]] = []
+        self._turning = False
         self._sleeping = False
         self._urgent = False
         self._scratch = bytearray(CHUNK)
@@ -163,6 +170,16 @@ class RelayLoop(trio.abc.Instrument):
         For as long as the socket is open, which its holder closes with `sockets.close` or `abort`.
         """
         self._register(sock.fileno(), _READ_EVENTS)
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call this once the handlers of the other sockets were called; at once, if no turn is under way.
+
+        It must neither wait nor raise. No task runs before it.
+        """
+        if self._turning:
+            self._last.append(call)
+        else:
+            call()
 
     def finish(self, waiter: Waiter) -> None:
         """Let a task go on; from a handler or from another task."""
@@ -279,12 +296,16 @@ class RelayLoop(trio.abc.Instrument):
             events = []
         self._now = trio.current_time()
         flows = self._flows
+        last = self._last
+        self._turning = True
         for fd, mask in events:
             found = flows.get(fd)
             if found is None:
                 handler = self.handlers.get(fd)
                 if handler is not None:
                     handler(mask)
+                    if len(last) >= _ROUND:
+                        self._end_round()
                 else:
                     trio_ready = trio_ready or fd == self._trio
                 continue
@@ -296,10 +317,19 @@ class RelayLoop(trio.abc.Instrument):
                     reading.ending = True
                 if not reading.rest and not reading.ended:
                     self._serve(reading)
+        if last:
+            self._end_round()
+        self._turning = False
         for flow in again:
             if not flow.rest and not flow.ended and not flow.pair.done:
                 self._serve(flow)
         return trio_ready
+
+    def _end_round(self) -> None:
+        last = self._last
+        for call in last:  # which may add to it
+            call()
+        last.clear()
 
     def _serve(self, flow: _Flow) -> None:
         if flow.pair.done:

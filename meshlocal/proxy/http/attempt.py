@@ -257,7 +257,7 @@ class Attempt:
             ProtocolError: the rest of the request's body is malformed.
         """
         try:
-            if not self.started:
+            if not self.started and self.failure is None:
                 self.start()
             if self.failure is None and not self.is_sent and not self.head_came:
                 # Imported here: many proxies see no large body in all their life.

@@ -131,7 +131,8 @@ class Exchange:
         if pick is None:
             return None
         self._take(service, pick)
-        return self._reuse(service, pick)
+        # Who sends on it looks at it then, if it has to be sure.
+        return self._reuse(service, pick, sure=False)
 
     def answered(self) -> None:
         """The response of an attempt without a task went to the client."""
@@ -154,9 +155,9 @@ class Exchange:
         self.tier = tier = state.tiers[pick.tier]
         state.statistics.picks[tier, pick.reason or ""] += 1
 
-    def _reuse(self, service: HttpService, pick: Pick) -> Attempt | None:
+    def _reuse(self, service: HttpService, pick: Pick, *, sure: bool) -> Attempt | None:
         """An attempt on a connection that waits for a request."""
-        upstream = service.pool.take(pick.instance.key[:2], sure=not self.idempotent)
+        upstream = service.pool.take(pick.instance.key[:2], sure=sure)
         if upstream is None:
             return None
         service.statistics.connections_reused += 1
@@ -333,7 +334,7 @@ class Exchange:
     async def _attempt(self, service: HttpService, pick: Pick, attempt: Attempt | None) -> tuple[Failure | None, bool]:
         """Try one instance; returns how that failed, and whether some of the request may have reached it."""
         if attempt is None:
-            attempt = self._reuse(service, pick)
+            attempt = self._reuse(service, pick, sure=not self.idempotent)
         if attempt is not None:
             failure = await attempt.run()
             if failure is not Failure.STALE or self._decide(failure, attempt.sent) is not Decision.SAME:

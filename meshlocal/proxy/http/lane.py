@@ -7,6 +7,8 @@ its task sleeps in `Lane.wait`, and its sockets are served by the relay's loop (
     on_client    bytes from the client: a request begins, and is sent
     on_upstream  bytes from the instance: they are passed on; at the response's end the connection is idle again
 
+Requests, and responses that came in one piece, are sent at the end of the loop's turn (`RelayLoop.at_end`).
+
 At the first thing that is not plain the task takes over, at whatever point that is: what came of a head, a request
 that was begun, an attempt that was sent, a response half passed on, or that did not come in time. So the lane has no
 rules of its own; what it calls is what the task would call, in the same order, and it knows nothing of retries,
@@ -23,6 +25,7 @@ import trio
 from trio.lowlevel import Abort, checkpoint, current_task, wait_task_rescheduled
 
 from meshlocal.client.statistics import Outcome
+from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.attempt import CHUNK, Attempt
 from meshlocal.proxy.http.ends import ClientLeftError, End
 from meshlocal.proxy.http.exchange import Exchange
@@ -231,26 +234,46 @@ class Lane:
         attempt = self.attempt = exchange.first_attempt()
         if attempt is None:
             return False
-        attempt.start()
-        if attempt.failure is not None or not attempt.is_sent:
-            return False
         self._loop.handlers[attempt.upstream.number] = self.on_upstream
         forwarder.patience.add(self, now)
+        self._loop.at_end(self._send_request)
         return True
+
+    def _send_request(self) -> None:
+        attempt = self.attempt
+        if self._handed_over or attempt is None:
+            return
+        try:
+            if not (attempt.exchange.idempotent or attempt.upstream.is_silent()):
+                # What is to be sent on it could not be sent again (A4).
+                attempt.failure = Failure.STALE
+            else:
+                attempt.start()
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self.raised = error
+            self._hand_over()
+            return
+        if attempt.failure is not None or not attempt.is_sent:
+            self._hand_over()
 
     # The instance.
 
     def on_upstream(self, mask: int) -> None:
         """The instance's socket has an event."""
+        attempt = self.attempt
+        if attempt is not None and not attempt.started:
+            # Its end, or what nobody asked for, before the request was sent: not the connection to send it on.
+            attempt.failure = Failure.STALE
+            self._hand_over()
+            return
         try:
-            if self._pass_on(mask):
-                self._complete()
+            self._pass_on(mask)
         except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
             self.raised = error
             self._hand_over()
 
-    def _pass_on(self, mask: int) -> bool:
-        """Read what came and pass it on; tells whether the response is complete."""
+    def _pass_on(self, mask: int) -> None:
+        """Read what came and pass it on."""
         attempt, client = self.attempt, self._connection.socket
         assert attempt is not None
         sock, flow = attempt.sock, attempt.flow
@@ -258,11 +281,17 @@ class Lane:
             try:
                 data = sock.recv(CHUNK)
             except BlockingIOError:
-                return False
+                return
             except OSError:
                 attempt.reset = True
                 data = b""
             out = attempt.take(data) if data else attempt.end()
+            if flow.complete and not attempt.needs_task:
+                if mask & _ENDING:
+                    attempt.upstream.ending = True
+                attempt.out = out
+                self._loop.at_end(self._send_rest)
+                return
             if out:
                 try:
                     sent = client.send(out)
@@ -277,8 +306,6 @@ class Lane:
                 break
             if mask & _ENDING:
                 attempt.upstream.ending = True
-            if flow.complete:
-                return True
             if len(data) < CHUNK and not mask & _ENDING:
                 # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
                 if attempt.head_came and (
@@ -286,9 +313,33 @@ class Lane:
                 ):
                     # It is looked at by the sweep only, from here on or already.
                     self._connection.await_transfer()
-                return False
+                return
         self._hand_over()
-        return False
+
+    def _send_rest(self) -> None:
+        """Send what completes the response."""
+        attempt = self.attempt
+        if self._handed_over or attempt is None:
+            return
+        out = attempt.out
+        try:
+            sent = self._connection.socket.send(out) if out else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.raised = ClientLeftError()
+            self._hand_over()
+            return
+        if sent < len(out):
+            attempt.out = out[sent:]
+            self._hand_over()
+            return
+        attempt.out = b""
+        try:
+            self._complete()
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self.raised = error
+            self._hand_over()
 
     def _complete(self) -> None:
         """The response went to the client: be ready for the next request."""
