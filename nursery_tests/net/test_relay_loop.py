@@ -331,3 +331,60 @@ async def play(schedule: list[tuple[str, str]], *, looped: bool) -> tuple[object
 @given(schedule=steps)
 async def test_every_schedule_ends_as_on_the_plain_path(schedule: list[tuple[str, str]]) -> None:
     assert await play(schedule, looped=True) == await play(schedule, looped=False)
+
+
+async def test_the_end_of_a_turn_comes_after_all_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But no more than `_ROUND` wait for it."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        pairs = [tcp_pair() for _ in range(5)]
+        for pair in pairs:
+            for sock in pair:
+                stack.enter_context(sock)
+        told: list[str] = []
+
+        def serve(number: int, sock: socket.socket) -> Callable[[int], None]:
+            def handler(mask: int) -> None:
+                assert sock.recv(10) == b"x"
+                told.append(f"event {number}")
+                loop.at_end(lambda: told.append(f"end {number}"))
+
+            return handler
+
+        async def turn() -> list[str]:
+            told.clear()
+            for ours, _ in pairs:
+                ours.send(b"x")
+            await until(lambda: len(told) == 10)
+            return list(told)
+
+        for number, (_, theirs) in enumerate(pairs):
+            loop.watch(theirs)
+            loop.handlers[theirs.fileno()] = serve(number, theirs)
+        await trio.lowlevel.checkpoint()
+        assert await turn() == [f"{what} {number}" for what in ("event", "end") for number in range(5)]
+        monkeypatch.setattr(relay_loop, "_ROUND", 2)
+        assert [each[:3] for each in await turn()] == ["eve", "eve", "end", "end"] * 2 + ["eve", "end"]
+        # From a task it is done at once.
+        loop.at_end(lambda: told.append("at once"))
+        assert told[-1] == "at once"
+
+
+async def test_what_is_done_at_the_end_of_a_turn_may_add_to_it() -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        ours, theirs = tcp_pair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        told: list[int] = []
+
+        def again() -> None:
+            told.append(len(told))
+            if len(told) < 3:
+                loop.at_end(again)
+
+        loop.watch(theirs)
+        loop.handlers[theirs.fileno()] = lambda mask: loop.at_end(again)
+        ours.send(b"x")
+        await until(lambda: len(told) == 3)
+        assert told == [0, 1, 2]
