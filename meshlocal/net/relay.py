@@ -11,8 +11,8 @@ Theory of operation. Each direction reads from its *source* and writes to its *s
 A relay that ended in one of the latter two is *failed*. Its caller resets the other connection (`sockets.abort`)
 instead of closing it, so that a truncated stream never looks like one that ended.
 
-Backpressure: a direction holds at most one chunk, and reads again only when all of it is written. Memory: nothing is
-held per direction while it waits for data; the chunk buffer is one per trio run, used only between two awaits.
+Backpressure: a direction holds at most what one read gave, and reads again only when all of it is written. Memory:
+nothing is held per direction while it waits for data; the buffer is one per trio run, used only between two awaits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from meshlocal.net.relay_loop import RelayLoop
 
 CHUNK = 65536
-"""The most bytes that one direction holds."""
+"""The most bytes that one read of `copy` gives, and so the most that one direction of it holds."""
 
 TURN = 16
 """Full chunks that one direction moves in a row before other tasks get their turn."""

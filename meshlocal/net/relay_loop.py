@@ -11,10 +11,12 @@ Everything stays in one thread and under the rule of structured concurrency: a c
 its relay has ended, cancelling it takes the sockets out of the loop at once, and no other task, thread or lock is
 involved.
 
-A direction reads until a short read, writes at once, and keeps what the sink would not take, at most `CHUNK` bytes;
-until that is gone it reads no more. Edge-triggered events come again whenever something changed after the last read or
-write, so that a short read needs no second one to find the buffer empty (epoll(7), Q9). A direction that never comes
-to an end of its source gives way after `TURN` chunks.
+A direction reads, writes at once, and keeps what the sink would not take; until that is gone it reads no more.
+Edge-triggered events come again whenever something changed after the last read or write, so that a read that did not
+fill its space needs no second one to find the socket empty (epoll(7), Q9). After one that did, the direction gives way
+to all others before it goes on. Its reads grow, from `FIRST` to `LARGEST` bytes, for as long as its sink takes each of
+them whole, and are small again when it does not: so what is held for a slow reader is little, and for one that stalls
+amid a fast transfer `LARGEST` at most.
 
 What else wants its sockets served in that place does it with `watch`: its handlers are called for each event, and must
 neither wait nor raise; `finish` lets a task of its go on. What such a handler sends, it sends `at_end` of the turn,
@@ -28,6 +30,7 @@ cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and s
 from __future__ import annotations
 
 import errno
+import mmap
 import select
 import socket
 import time
@@ -38,22 +41,27 @@ from typing import Protocol
 import trio
 
 from meshlocal.net.log import get_log
-from meshlocal.net.relay import CHUNK, RelayCounters, RelayResult, RelayState, Side, current_loop
+from meshlocal.net.relay import RelayCounters, RelayResult, RelayState, Side, current_loop
 from meshlocal.net.sockets import on_close
 
 _log = get_log(__name__)
 
-TURN = 8
-"""Full chunks that one direction moves before others get their turn."""
+FIRST = 128 * 1024
+"""Bytes that a direction's first read may give: larger than most messages, whose end needs no second one then."""
+
+LARGEST = 1024 * 1024
+"""Bytes that one read may give, and the most that a direction holds."""
 
 LINGER = 0.002
 """Seconds that a task whose relay came to a clean end may have to wait for Trio to wake for another reason."""
 
 _READ_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-_ALL_EVENTS = _READ_EVENTS | select.EPOLLOUT
+_FLOW_EVENTS = _READ_EVENTS | select.EPOLLPRI
+_ALL_EVENTS = _FLOW_EVENTS | select.EPOLLOUT
+_BYTES = select.EPOLLIN
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
-_ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_SPLIT = select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _BATCH = 256
 
 _ROUND = 32
@@ -64,24 +72,52 @@ class _Flow:
     """One direction.
 
     Attributes:
+        space: where its next read goes: as much of the loop's buffer as it may fill, which is `limit` bytes.
         rest: what the sink would not take yet; empty if nothing is held.
-        ending: the source said that its end or its failure is near, so a short read is not its last one.
+        ready: it reads when bytes come: nothing is held, and it has not ended.
+        split: something ends a read before all is read: the source's end or failure, or urgent data (tcp(7)), which
+            both paths leave out. So this direction reads until there is nothing.
         ended: nothing more is moved this way.
         armed: the loop has been told to hear when the sink takes bytes again.
         twin: the other direction.
     """
 
-    __slots__ = ("armed", "ended", "ending", "pair", "rest", "side", "sink", "source", "twin")
+    __slots__ = (
+        "armed",
+        "counters",
+        "ended",
+        "limit",
+        "outward",
+        "pair",
+        "ready",
+        "receive",
+        "rest",
+        "send",
+        "side",
+        "sink",
+        "source",
+        "space",
+        "split",
+        "twin",
+    )
 
     twin: _Flow
 
-    def __init__(self, pair: _Pair, side: Side, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, pair: _Pair, side: Side, source: socket.socket, sink: socket.socket, space: memoryview) -> None:
         self.pair = pair
         self.side = side
         self.source = source
         self.sink = sink
+        # What each message needs is one look-up away.
+        self.counters = pair.state.counters
+        self.outward = side == "client"
+        self.receive = source.recv_into
+        self.send = sink.send
+        self.space = space
+        self.limit = len(space)
         self.rest: memoryview | bytes = b""
-        self.ending = False
+        self.ready = True
+        self.split = False
         self.ended = False
         self.armed = False
 
@@ -118,9 +154,10 @@ class RelayLoop(trio.abc.Instrument):
     def __init__(self, trio_epoll: int) -> None:
         self._trio = trio_epoll
         self._token = trio.lowlevel.current_trio_token()
+        self._clock = trio.lowlevel.current_clock().current_time
         self._epoll = select.epoll()
-        self._flows: dict[int, tuple[_Flow, _Flow]] = {}
-        """By the file descriptor of a socket: the direction that reads from it, and the one that writes to it."""
+        self._flows: dict[int, _Flow] = {}
+        """By the file descriptor of a socket: the direction that reads from it, whose twin writes to it."""
         self._again: list[_Flow] = []
         self.handlers: dict[int, Callable[[int], None]] = {}
         self._finished: list[Waiter] = []
@@ -128,8 +165,8 @@ class RelayLoop(trio.abc.Instrument):
         self._turning = False
         self._sleeping = False
         self._urgent = False
-        self._scratch = bytearray(CHUNK)
-        self._view = memoryview(self._scratch)
+        self._view = _buffer(LARGEST)
+        self._first = self._view[:FIRST]
         self._now = 0.0
         try:
             self._epoll.register(trio_epoll, select.EPOLLIN)
@@ -192,20 +229,21 @@ class RelayLoop(trio.abc.Instrument):
         self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray
     ) -> _Pair:
         pair = _Pair(RelayState(counters), (client.fileno(), upstream.fileno()))
-        there, back = _Flow(pair, "client", client, upstream), _Flow(pair, "upstream", upstream, client)
+        there = _Flow(pair, "client", client, upstream, self._first)
+        back = _Flow(pair, "upstream", upstream, client, self._first)
         there.twin, back.twin = back, there
-        self._now = trio.current_time()
+        self._now = self._clock()
         client_fd, upstream_fd = pair.fds
-        self._flows[client_fd] = there, back
-        self._flows[upstream_fd] = back, there
+        self._flows[client_fd] = there
+        self._flows[upstream_fd] = back
         try:
             # A client has most likely said something already. What it said before the registration is read here, and
             # what comes later is an event.
             there.rest = bytes(early)
             self._move(there)
             if not pair.done:
-                self._register(client_fd, _ALL_EVENTS if back.armed else _READ_EVENTS)
-                self._register(upstream_fd, _ALL_EVENTS if there.armed else _READ_EVENTS)
+                self._register(client_fd, _ALL_EVENTS if back.armed else _FLOW_EVENTS)
+                self._register(upstream_fd, _ALL_EVENTS if there.armed else _FLOW_EVENTS)
         except BaseException:
             self._remove(pair)
             raise
@@ -229,9 +267,8 @@ class RelayLoop(trio.abc.Instrument):
         """A task closes a socket: its relay, if it has one, ends."""
         fd = sock.fileno()
         self.handlers.pop(fd, None)
-        flows = self._flows.get(fd)
-        if flows is not None and flows[0].source is sock:
-            flow = flows[0]
+        flow = self._flows.get(fd)
+        if flow is not None and flow.source is sock:
             flow.pair.state.fail(flow.side, errno.EBADF)
             self._finish(flow.pair)
             self._reschedule()
@@ -259,14 +296,15 @@ class RelayLoop(trio.abc.Instrument):
         remaining = timeout
         while not self._turn(0 if self._again else remaining):
             now = time.perf_counter()
+            remaining = until - now
             if self._finished:
                 told = min(told, now + LINGER)
-            if self._finished and (self._urgent or now >= told):
-                self._reschedule()
-                # Trio computed its timeout before it called, and would sleep for all of it.
-                self._token.run_sync_soon(_nothing)
-                return
-            remaining = min(until, told) - now
+                if self._urgent or now >= told:
+                    self._reschedule()
+                    # Trio computed its timeout before it called, and would sleep for all of it.
+                    self._token.run_sync_soon(_nothing)
+                    return
+                remaining = min(until, told) - now
             if now >= until:
                 if trio.lowlevel.current_statistics().seconds_to_next_deadline <= 0:
                     self._token.run_sync_soon(_nothing)
@@ -294,13 +332,13 @@ class RelayLoop(trio.abc.Instrument):
             events = self._epoll.poll(timeout, _BATCH)
         except InterruptedError:  # pragma: no cover - PEP 475 retries, unless a signal handler raised
             events = []
-        self._now = trio.current_time()
-        flows = self._flows
+        self._now = now = self._clock()
+        flows, view = self._flows, self._view
         last = self._last
         self._turning = True
         for fd, mask in events:
-            found = flows.get(fd)
-            if found is None:
+            flow = flows.get(fd)
+            if flow is None:
                 handler = self.handlers.get(fd)
                 if handler is not None:
                     handler(mask)
@@ -308,21 +346,41 @@ class RelayLoop(trio.abc.Instrument):
                         self._end_round()
                 else:
                     trio_ready = trio_ready or fd == self._trio
-                continue
-            reading, writing = found
-            if mask & _WRITABLE and writing.rest:
-                self._serve(writing)
-            if mask & _READABLE:
-                if mask & _ENDING:
-                    reading.ending = True
-                if not reading.rest and not reading.ended:
-                    self._serve(reading)
+            elif mask == _BYTES and flow.ready:
+                # What nearly every message is, so it is `_move` without a call.
+                try:
+                    size = -1
+                    try:
+                        size = flow.receive(flow.space)
+                        sent = flow.send(view[:size]) if size else 0
+                    except OSError as error:
+                        self._stopped(flow, size, error)
+                        continue
+                    if 0 < size == sent < flow.limit:
+                        counters = flow.counters
+                        counters.last_activity = now
+                        if flow.outward:
+                            counters.client_to_upstream += sent
+                        else:
+                            counters.upstream_to_client += sent
+                    else:
+                        self._after(flow, size, sent)
+                except Exception:  # noqa: BLE001 - see `_fault`
+                    self._fault(flow)
+            else:
+                writing = flow.twin
+                if mask & _WRITABLE and writing.rest:
+                    self._serve(writing)
+                if mask & _READABLE:
+                    if mask & _SPLIT:
+                        flow.split = True
+                    if flow.ready:
+                        self._serve(flow)
         if last:
             self._end_round()
         self._turning = False
         for flow in again:
-            if not flow.rest and not flow.ended and not flow.pair.done:
-                self._serve(flow)
+            self._serve(flow)
         return trio_ready
 
     def _end_round(self) -> None:
@@ -336,76 +394,92 @@ class RelayLoop(trio.abc.Instrument):
             return
         try:
             self._move(flow)
-        except Exception:  # noqa: BLE001 - a fault of ours in one relay must not take Trio's sleep from all others
-            _log.exception("relay failed by a fault in the proxy")
-            flow.pair.state.fail(flow.side, errno.EIO)
-            self._finish(flow.pair)
+        except Exception:  # noqa: BLE001 - see `_fault`
+            self._fault(flow)
+
+    def _fault(self, flow: _Flow) -> None:
+        """In the place of an exception: a fault of ours in one relay must not take Trio's sleep from all others."""
+        _log.exception("relay failed by a fault in the proxy")
+        flow.pair.state.fail(flow.side, errno.EIO)
+        self._finish(flow.pair)
 
     def _move(self, flow: _Flow) -> None:
-        """Move what there is to move one way."""
-        source, sink = flow.source, flow.sink
-        moved = 0
-        turns = TURN
-        try:
-            if flow.rest:
-                moved = self._send_rest(flow)
-                if flow.rest or flow.ended:
-                    return
-            scratch, view = self._scratch, self._view
-            while True:
-                try:
-                    size = source.recv_into(scratch)
-                except BlockingIOError:
-                    return
-                except OSError as error:
-                    flow.pair.state.fail(flow.side, error.errno or errno.EIO)
-                    self._finish(flow.pair)
-                    return
-                if not size:
-                    self._end(flow)
-                    return
-                try:
-                    sent = sink.send(view[:size])
-                except BlockingIOError:
-                    sent = 0
-                except OSError as error:
-                    self._sink_failed(flow, error)
-                    return
-                moved += sent
-                if sent < size:
-                    # A copy of its own, for the scratch buffer belongs to all.
-                    flow.rest = memoryview(bytes(view[sent:size]))
-                    self._arm(flow)
-                    return
-                if size < CHUNK and not flow.ending:
-                    return
-                turns -= 1
-                if not turns:
-                    self._again.append(flow)
-                    return
-        finally:
-            if moved:
-                counters = flow.pair.state.counters
-                counters.last_activity = self._now
-                if flow.side == "client":
-                    counters.client_to_upstream += moved
-                else:
-                    counters.upstream_to_client += moved
+        """Move what there is to move one way, or as much as one read gives."""
+        if flow.rest:
+            self._send_rest(flow)
+        while flow.ready:
+            size = -1
+            try:
+                size = flow.receive(flow.space)
+                sent = flow.send(self._view[:size]) if size else 0
+            except OSError as error:
+                self._stopped(flow, size, error)
+                return
+            if not 0 < size == sent < flow.limit:
+                self._after(flow, size, sent)
+                return
+            self._count(flow, sent)
+            if not flow.split:
+                return
 
-    def _send_rest(self, flow: _Flow) -> int:
+    def _count(self, flow: _Flow, sent: int) -> None:
+        if not sent:
+            return
+        counters = flow.counters
+        counters.last_activity = self._now
+        if flow.outward:
+            counters.client_to_upstream += sent
+        else:
+            counters.upstream_to_client += sent
+
+    def _stopped(self, flow: _Flow, size: int, error: OSError) -> None:
+        """A read failed, or the write of the `size` bytes that it gave, if it is not -1."""
+        if isinstance(error, BlockingIOError):
+            if size > 0:
+                self._hold(flow, 0, size)
+        elif size < 0:
+            flow.pair.state.fail(flow.side, error.errno or errno.EIO)
+            self._finish(flow.pair)
+        else:
+            self._sink_failed(flow, error)
+
+    def _after(self, flow: _Flow, size: int, sent: int) -> None:
+        """What comes after a read that gave the source's end, or more than the sink took, or all that it may."""
+        self._count(flow, sent)
+        if not size:
+            self._end(flow)
+        elif sent < size:
+            self._hold(flow, sent, size)
+        else:
+            if size < LARGEST:
+                flow.limit = min(2 * size, LARGEST)
+                flow.space = self._view[: flow.limit]
+            self._again.append(flow)
+
+    def _hold(self, flow: _Flow, sent: int, size: int) -> None:
+        """Keep what the sink did not take of a read."""
+        # A copy of its own, for the buffer belongs to all.
+        flow.rest = memoryview(bytes(self._view[sent:size]))
+        flow.ready = False
+        flow.space = self._first
+        flow.limit = len(self._first)
+        self._arm(flow)
+
+    def _send_rest(self, flow: _Flow) -> None:
         try:
-            sent = flow.sink.send(flow.rest)
+            sent = flow.send(flow.rest)
         except BlockingIOError:
             sent = 0
         except OSError as error:
             self._sink_failed(flow, error)
-            return 0
+            return
+        self._count(flow, sent)
         if sent == len(flow.rest):
             flow.rest = b""
+            flow.ready = True
         else:
             flow.rest = memoryview(flow.rest)[sent:]
             self._arm(flow)
-        return sent
 
     def _arm(self, flow: _Flow) -> None:
         """Hear when the sink takes bytes again. Most sinks are never full, and their sockets make no such events.
@@ -420,6 +494,7 @@ class RelayLoop(trio.abc.Instrument):
     def _end(self, flow: _Flow) -> None:
         """The source's end: pass it on."""
         flow.ended = True
+        flow.ready = False
         state = flow.pair.state
         if state.failed is None:
             # Otherwise the source died while the other direction wrote to it: its last bytes end here, not its stream.
@@ -435,6 +510,7 @@ class RelayLoop(trio.abc.Instrument):
     def _sink_failed(self, flow: _Flow, error: OSError) -> None:
         """The sink is dead. What it sent before is still delivered, so the other direction goes on to its end."""
         flow.ended = True
+        flow.ready = False
         flow.rest = b""
         flow.pair.state.fail(flow.twin.side, error.errno or errno.EIO)
         # A dead socket gives what it received and then its end. Should this one be alive after all (the system had no
@@ -453,6 +529,16 @@ class RelayLoop(trio.abc.Instrument):
             # Both ends know of a clean end already, so that what is left to do can wait for Trio's next turn: waking it
             # costs as much as moving two messages. A failed one has a side yet to be reset.
             self._urgent = self._urgent or pair.state.failed is not None
+
+
+def _buffer(size: int) -> memoryview:
+    """Memory whose place in its pages makes copies into it and out of it fast.
+
+    A copy in the kernel takes four times as long if its target lies 16 bytes further in a page than its source (AMD's
+    `rep movsb`). The kernel's own buffers mostly begin with a page, and large blocks of malloc 16 bytes into one.
+    """
+    middle = mmap.PAGESIZE // 2
+    return memoryview(mmap.mmap(-1, middle + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[middle:]
 
 
 def trio_epoll() -> int | None:

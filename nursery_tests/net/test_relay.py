@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshlocal.net import relay as relay_module
+from meshlocal.net import relay_loop
 from meshlocal.net.relay import CHUNK, TURN, RelayCounters, RelayResult, copy, relay
 from meshlocal.net.relay_loop import open_relay_loop
 from meshlocal.net.sockets import abort, close
@@ -86,8 +87,18 @@ def stream(sock: socket.socket) -> Iterator[trio.SocketStream]:
         yield trio.SocketStream(own)
 
 
+@contextmanager
+def reads(first: int, largest: int) -> Iterator[None]:
+    """Relay loops that are opened meanwhile read no more than that at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relay_loop, "FIRST", first)
+        patch.setattr(relay_loop, "LARGEST", largest)
+        yield
+
+
 both_kinds = pytest.mark.parametrize("make", [unix_pair, tcp_pair])
 STALL = 0
+SIZES = [(relay_loop.FIRST, relay_loop.LARGEST), (CHUNK, 2 * CHUNK), (1000, 5000)]
 moves = st.lists(st.sampled_from([STALL, 1, 100, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK]), max_size=5)
 
 
@@ -118,14 +129,20 @@ async def read(sock: socket.socket, steps: list[int], into: bytearray) -> None:
 
 @both_kinds
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(up=moves, down=moves, app_reads=moves, server_reads=moves, small=st.booleans())
+@given(up=moves, down=moves, app_reads=moves, server_reads=moves, small=st.booleans(), sizes=st.sampled_from(SIZES))
 async def test_every_byte_arrives_whatever_the_schedule(
-    make: Callable[[], Pair], up: list[int], down: list[int], app_reads: list[int], server_reads: list[int], small: bool
+    make: Callable[[], Pair],
+    up: list[int],
+    down: list[int],
+    app_reads: list[int],
+    server_reads: list[int],
+    small: bool,
+    sizes: tuple[int, int],
 ) -> None:
     upward, downward = random.Random(1).randbytes(sum(up)), random.Random(2).randbytes(sum(down))
     at_server, at_app = bytearray(), bytearray()
     # Not on TCP: its window probes against buffers that small take real time.
-    with setup(make, 4096 if small and make is unix_pair else 0) as made:
+    with reads(*sizes), setup(make, 4096 if small and make is unix_pair else 0) as made:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write, made.app, upward, up)
             nursery.start_soon(write, made.server, downward, down)
@@ -347,13 +364,15 @@ def unread(sock: socket.socket) -> int:
     return size
 
 
-async def test_a_stalled_reader_holds_one_chunk_and_no_more() -> None:
-    with setup() as made:
+@pytest.mark.parametrize("sizes", SIZES)
+async def test_a_stalled_reader_holds_one_read_and_no_more(path: str, sizes: tuple[int, int]) -> None:
+    most = CHUNK if path == "copy" else sizes[1]
+    with reads(*sizes), setup() as made:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.relay)
             pushed = await fill(made)
             held = pushed - unread(made.upstream) - made.counters.upstream_to_client
-            assert 0 < held <= CHUNK
+            assert 0 < held <= most
             assert unread(made.app) == made.counters.upstream_to_client
             # The other direction does not mind, and the stalled one goes on where it stopped.
             made.app.send(b"hello")
@@ -381,6 +400,7 @@ async def test_an_idle_relay_keeps_no_buffer() -> None:
                 each.server.send(bytes(CHUNK))
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert all(each.counters.client_to_upstream == CHUNK for each in made)
+            assert all(each.counters.upstream_to_client == CHUNK for each in made)
             after, _ = tracemalloc.get_traced_memory()
             # The one buffer that all share, and what tasks cost.
             assert after - before - CHUNK < count * 24 * 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import socket
 import threading
@@ -192,18 +194,23 @@ async def test_a_socket_may_be_relayed_twice() -> None:
         assert line.server.recv(10) == b"later"
 
 
-async def test_a_fault_in_one_relay_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+class Faulty(RelayCounters):
+    """Fails when the second byte of a client is counted."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: float) -> None:
+        if name == "client_to_upstream" and value == 2:
+            raise AssertionError("a fault")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_fault_in_one_relay_leaves_the_others(*, ends: bool, caplog: pytest.LogCaptureFixture) -> None:
     with ExitStack() as stack:
         loop = opened(stack)
         faulty, sound = stack.enter_context(Line()), stack.enter_context(Line())
-        whole = RelayLoop._move
-
-        def move(self: RelayLoop, flow: relay_loop._Flow) -> None:
-            if flow.source is faulty.client and faulty.counters.client_to_upstream == 1:
-                raise AssertionError("a fault")
-            whole(self, flow)
-
-        monkeypatch.setattr(RelayLoop, "_move", move)
+        faulty.counters = Faulty(trio.current_time())
         results: list[RelayResult] = []
 
         async def run() -> None:
@@ -215,11 +222,116 @@ async def test_a_fault_in_one_relay_leaves_the_others(monkeypatch: pytest.Monkey
             faulty.app.send(b"1")
             await until(lambda: faulty.counters.client_to_upstream == 1)
             faulty.app.send(b"2")
+            if ends:  # an event that is not served like most
+                faulty.app.shutdown(socket.SHUT_WR)
             await until(lambda: bool(results))
             assert (results[0].failed, results[0].reason) == ("client", "other")
+            assert "relay failed by a fault in the proxy" in caplog.text
             async with Echo(sound) as echo:
                 await until(lambda: echo.rounds >= 3)
         assert len(loop) == 0
+
+
+class Fickle(socket.socket):
+    """A socket that takes what it likes, and notes how much it is asked for.
+
+    Attributes:
+        takes: how many bytes its next sends take at most; -1 is a refusal. After those it takes all.
+        asked: the most that each of its reads could have given.
+    """
+
+    takes: list[int]
+    asked: list[int]
+
+    @classmethod
+    def instead_of(cls, sock: socket.socket, takes: list[int]) -> Fickle:
+        made = cls(fileno=sock.detach())
+        made.takes, made.asked = list(takes), []
+        return made
+
+    def recv_into(self, buffer: memoryview, *_: int) -> int:  # type: ignore[override]  # narrower
+        self.asked.append(len(buffer))
+        return super().recv_into(buffer)
+
+    def send(self, data: bytes | memoryview, *_: int) -> int:  # type: ignore[override]  # narrower
+        most = self.takes.pop(0) if self.takes else len(data)
+        if most < 0:
+            raise BlockingIOError
+        return super().send(data[:most])
+
+
+def reads(monkeypatch: pytest.MonkeyPatch, first: int, largest: int) -> None:
+    """Relay loops that are opened from now on read no more than that at a time."""
+    monkeypatch.setattr(relay_loop, "FIRST", first)
+    monkeypatch.setattr(relay_loop, "LARGEST", largest)
+
+
+async def test_reads_grow_while_their_sink_takes_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads(monkeypatch, 1000, 5000)
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+        line.client = client = Fickle.instead_of(line.client, [])
+        # It takes all of six reads, nothing of the seventh, and a part of that when it is offered again.
+        line.upstream = Fickle.instead_of(line.upstream, [5000] * 6 + [-1, 100])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            client.asked.clear()
+            line.app.send(bytes(30000))
+            await until(lambda: line.counters.client_to_upstream == 30000)
+            nursery.cancel_scope.cancel()
+        assert client.asked[:8] == [1000, 2000, 4000, 5000, 5000, 5000, 5000, 1000]
+
+
+async def test_between_two_full_reads_all_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads(monkeypatch, 1000, 1000)
+    with ExitStack() as stack:
+        opened(stack)
+        long, short = stack.enter_context(Line()), stack.enter_context(Line())
+        moved = 0
+
+        class Noting(RelayCounters):
+            def __setattr__(self, name: str, value: float) -> None:
+                nonlocal moved
+                if name == "client_to_upstream" and value:
+                    moved = long.counters.client_to_upstream
+                super().__setattr__(name, value)
+
+        short.counters = Noting(trio.current_time())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(long.relay)
+            nursery.start_soon(short.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            long.app.send(bytes(50000))
+            short.app.send(b"x")
+            await until(lambda: long.counters.client_to_upstream == 50000 and moved > 0)
+            nursery.cancel_scope.cancel()
+        assert moved <= 2000
+
+
+async def test_bytes_after_urgent_data_are_not_left_behind() -> None:
+    """A read ends before urgent data (tcp(7)), though there is more to read."""
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(2):
+                line.app.send(b"before")
+                line.app.send(b"!", socket.MSG_OOB)
+                line.app.send(b"after")
+                before = line.counters.client_to_upstream
+                await until(lambda before=before: line.counters.client_to_upstream == before + 11)  # type: ignore[misc]
+            nursery.cancel_scope.cancel()
+        assert line.server.recv(100) == b"beforeafter" * 2
+
+
+def test_the_buffer_lies_in_the_middle_of_a_page() -> None:
+    view = relay_loop._buffer(1000)
+    assert len(view) == 1000
+    assert ctypes.addressof(ctypes.c_char.from_buffer(view)) % mmap.PAGESIZE == mmap.PAGESIZE // 2
 
 
 async def test_without_trios_epoll_the_plain_path_serves_and_it_is_said(
@@ -251,19 +363,29 @@ async def test_after_it_is_closed_nothing_of_it_is_left() -> None:
 
 ENDS = ("app", "server")
 steps = st.lists(
-    st.tuples(st.sampled_from(ENDS), st.sampled_from(["send", "send much", "read", "half-close", "reset"])),
+    st.tuples(
+        st.sampled_from(ENDS), st.sampled_from(["send", "send much", "send urgent", "read", "half-close", "reset"])
+    ),
     max_size=8,
 )
+takes = st.lists(st.sampled_from([-1, -1, 1, 500, 100000]), max_size=12)
 
 
-async def play(schedule: list[tuple[str, str]], *, looped: bool) -> tuple[object, ...]:
-    """Go through a schedule; what both ends got, how the relay ended, and what it counted."""
+async def play(
+    schedule: list[tuple[str, str]], *, looped: bool, takes: tuple[list[int], list[int]] = ([], [])
+) -> tuple[object, ...]:
+    """Go through a schedule; what both ends got, how the relay ended, and what it counted.
+
+    `takes` is how much the relay's sockets take at a time, the client's and the upstream's.
+    """
     got = {end: bytearray() for end in ENDS}
     broken: set[str] = set()
     results: list[RelayResult] = []
     sent_by = dict.fromkeys(ENDS, 0)
     with open_relay_loop() if looped else nullcontext(), Line() as line:
         sockets = {"app": line.app, "server": line.server}
+        line.client = Fickle.instead_of(line.client, takes[0])
+        line.upstream = Fickle.instead_of(line.upstream, takes[1])
 
         def read(end: str) -> None:
             if end in broken or sockets[end].fileno() == -1:
@@ -298,6 +420,9 @@ async def play(schedule: list[tuple[str, str]], *, looped: bool) -> tuple[object
                         sent_by[end] += sock.send(f"{end} {sent_by[end]};".encode())
                     elif step == "send much":
                         sent_by[end] += sock.send(end.encode() * 5000)
+                    elif step == "send urgent":
+                        sock.send(b"?!", socket.MSG_OOB)
+                        sent_by[end] += 1 + sock.send(b"so")
                     elif step == "read":
                         read(end)
                     elif step == "half-close":
@@ -327,10 +452,21 @@ async def play(schedule: list[tuple[str, str]], *, looped: bool) -> tuple[object
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(schedule=steps)
-async def test_every_schedule_ends_as_on_the_plain_path(schedule: list[tuple[str, str]]) -> None:
-    assert await play(schedule, looped=True) == await play(schedule, looped=False)
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(schedule=steps, client=takes, upstream=takes, largest=st.sampled_from([500, 4000, relay_loop.LARGEST]))
+async def test_every_schedule_ends_as_on_the_plain_path(
+    schedule: list[tuple[str, str]],
+    client: list[int],
+    upstream: list[int],
+    largest: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        reads(patch, min(500, largest), largest)
+        assert await play(schedule, looped=True, takes=(client, upstream)) == await play(schedule, looped=False)
 
 
 async def test_the_end_of_a_turn_comes_after_all_events(monkeypatch: pytest.MonkeyPatch) -> None:
