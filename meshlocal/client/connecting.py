@@ -147,18 +147,30 @@ async def connect(client: Waiting, service: ServiceState, result: Connected) -> 
 
     Called again with the same result, it goes on where it was: with the rest of the plan, and of the time.
     """
-    policy = service.policy
+    connecting = begin(client, service, result)
+    if result.upstream is None:
+        await go_on(client, service, result, connecting)
+
+
+def begin(client: Waiting, service: ServiceState, result: Connected) -> Connecting | None:
+    """The part of `connect` that waits for nothing: an instance on this host answers at once.
+
+    Returns:
+        An attempt that has begun and is for `go_on`, which has to be called unless `result` has an upstream.
+    """
     if result.deadline is None:
-        result.deadline = trio.current_time() + policy.deadline
-    connecting: Connecting | None = None
-    if service.picker is not None and not client.left:
-        # An instance on this host answers at once, so that nothing waits, and nothing needs a scope to wait in.
-        connecting = _begin_next(service, result)
-        if result.upstream is not None:
-            return
+        result.deadline = trio.current_time() + service.policy.deadline
+    if service.picker is None or client.left:
+        return None
+    return _begin_next(service, result)
+
+
+async def go_on(client: Waiting, service: ServiceState, result: Connected, connecting: Connecting | None) -> None:
+    """The other part of `connect`: all that has to be waited for."""
+    assert result.deadline is not None
     with trio.move_on_at(result.deadline) as deadline:
         if service.picker is None:
-            with trio.move_on_after(policy.first_snapshot_wait):
+            with trio.move_on_after(service.policy.first_snapshot_wait):
                 await client.watched(service.first_snapshot.wait)
         if not client.left:
             await _attempt_in_turn(client, service, result, connecting)

@@ -12,11 +12,16 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from typing import NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
+from meshlocal.net.relay import current_loop
 from meshlocal.net.sockets import format_address
+
+if TYPE_CHECKING:
+    from meshlocal.net.relay_loop import RelayLoop
 
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn."""
@@ -58,6 +63,13 @@ _FAMILY_ABSENT = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROT
 
 Handle = Callable[[socket.socket, object], Awaitable[None]]
 """Serves one connection: the non-blocking socket, which it must close, and the peer's address."""
+
+Take = Callable[[socket.socket, object], bool]
+"""Starts the task of one connection; if it raises, the socket is the caller's again, who closes it.
+
+Tells whether the task has to make its first step at once. Otherwise that may wait a little, where there is a relay
+loop: see `RelayLoop.started`.
+"""
 
 
 class ListenError(Exception):
@@ -168,26 +180,50 @@ async def accept_loop(
     on_error: Callable[[OSError], object],
     ceiling: int = sys.maxsize,
 ) -> NoReturn:
-    """Accept for ever, and start `handle(client, peer)` in the nursery for each connection.
+    """Accept for ever, and start `handle(client, peer)` in the nursery for each connection: see `accept_each`."""
+    await accept_each(listener, partial(_start, handler_nursery, handle), on_error=on_error, ceiling=ceiling)
 
-    `client` is non-blocking, has the listener's options (with them TCP_NODELAY), and belongs to `handle`. Connections
-    that failed before they were accepted are passed over. When descriptors or memory run out, `on_error` gets the error
-    (it may come ten times a second), and accepting goes on after `CAPACITY_PAUSE`. The listener stays the caller's, who
-    closes it after cancelling this.
+
+def _start(nursery: trio.Nursery, handle: Handle, client: socket.socket, peer: object) -> bool:
+    nursery.start_soon(handle, client, peer)
+    return True
+
+
+async def accept_each(
+    listener: socket.socket,
+    take: Take,
+    *,
+    on_error: Callable[[OSError], object],
+    ceiling: int = sys.maxsize,
+) -> NoReturn:
+    """Accept for ever, and have each connection taken.
+
+    It is non-blocking, has the listener's options (with them TCP_NODELAY), and belongs to whom `take` gives it.
+    Connections that failed before they were accepted are passed over. When descriptors or memory run out, `on_error`
+    gets the error (it may come ten times a second), and accepting goes on after `CAPACITY_PAUSE`. The listener stays
+    the caller's, who closes it after cancelling this.
 
     Descriptors from `ceiling` on are left for other uses: while no lower one is free, as little is accepted as when
     none is left at all. Clients wait in the listener's queue meanwhile.
 
+    Where there is a relay loop, it accepts in the place where Trio would sleep, and this task sleeps until something
+    else than a connection comes of it: a pass of Trio's own epoll and a switch to this task would cost a connection
+    more than its accept.
+
     Raises:
         OSError: another error of accept(2): the listener is of no use.
     """
+    loop = current_loop.get()
+    spare = ceiling - _NEAR_CEILING
     while True:
         for _ in range(ACCEPT_BATCH):
             try:
                 client, peer = listener.accept()
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(listener)
-                break
+                if loop is None:
+                    await trio.lowlevel.wait_readable(listener)
+                    break
+                number = await _LoopAcceptor(loop, listener, take, spare).run()
             except OSError as error:
                 if error.errno in _IGNORED_ERRNOS:
                     continue
@@ -196,13 +232,10 @@ async def accept_loop(
                 on_error(error)
                 await trio.sleep(CAPACITY_PAUSE)
                 break
-            try:
-                client.setblocking(False)
-                handler_nursery.start_soon(handle, client, peer)
-            except BaseException:
-                client.close()
-                raise
-            if client.fileno() >= ceiling - _NEAR_CEILING:
+            else:
+                number = client.fileno()
+                _give(client, peer, take)
+            if number >= spare:
                 # What was accepted gets its turn first, and takes the descriptors that it needs.
                 await trio.lowlevel.checkpoint()
                 while not _is_free_below(ceiling, listener):
@@ -212,10 +245,10 @@ async def accept_loop(
             await trio.lowlevel.checkpoint()
 
 
-def accept_queued(listener: socket.socket, handler_nursery: trio.Nursery, handle: Handle) -> None:
+def accept_queued(listener: socket.socket, take: Take) -> None:
     """Accept what waits now, for the last time: what is left in the queue when a listener closes is reset.
 
-    Handlers start as in `accept_loop`; what the system cannot give any more is left.
+    Connections are taken as in `accept_each`; what the system cannot give any more is left.
     """
     for _ in range(BACKLOG):
         try:
@@ -224,13 +257,73 @@ def accept_queued(listener: socket.socket, handler_nursery: trio.Nursery, handle
             if error.errno in _IGNORED_ERRNOS:
                 continue
             return
+        _give(client, peer, take)
+
+
+def _give(client: socket.socket, peer: object, take: Take) -> bool:
+    try:
+        client.setblocking(False)
+        return take(client, peer)
+    except BaseException:
+        # The nursery has ended, for one: then everything has.
+        client.close()
+        raise
+
+
+class _LoopAcceptor:
+    """Accepts in the relay loop, one connection a turn, while its task sleeps in `run`.
+
+    Whatever does not go smoothly wakes the task, which accepts again and finds out for itself.
+    """
+
+    def __init__(self, loop: RelayLoop, listener: socket.socket, take: Take, spare: int) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._take = take
+        self._spare = spare
+        self._number = -1
+        self._raised: BaseException | None = None
+        self.task: trio.lowlevel.Task | None = None
+
+    async def run(self) -> int:
+        """Accept until there is something for the task. Returns the descriptor of the last connection, -1 if none."""
+        self._loop.listen(self._listener, self._on_event)
+        self.task = trio.lowlevel.current_task()
         try:
-            client.setblocking(False)
-            handler_nursery.start_soon(handle, client, peer)
-        except BaseException:
-            # The nursery has ended, for one: then everything has.
-            client.close()
-            raise
+            await trio.lowlevel.wait_task_rescheduled(self._abandon)
+        finally:
+            self._loop.unlisten(self._listener)
+        if self._raised is not None:
+            raise self._raised
+        return self._number
+
+    def _abandon(self, _: object) -> trio.lowlevel.Abort:
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _on_event(self, _: int) -> None:
+        try:
+            client, peer = self._listener.accept()
+        except BlockingIOError:
+            return  # another process that shares the listener, or its client, was faster
+        except OSError as error:
+            if error.errno not in _IGNORED_ERRNOS:
+                self._hand_over()
+            return
+        self._number = client.fileno()
+        try:
+            soon = _give(client, peer, self._take)
+        except BaseException as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self._raised = error
+            self._hand_over()
+            return
+        self._loop.started(soon=soon)
+        if self._number >= self._spare:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._loop.unlisten(self._listener)
+        self._loop.finish(self)
 
 
 def _is_free_below(ceiling: int, listener: socket.socket) -> bool:

@@ -21,7 +21,8 @@ amid a fast transfer `LARGEST` at most.
 What else wants its sockets served in that place does it with `watch`: its handlers are called for each event, and must
 neither wait nor raise; `finish` lets a task of its go on. What such a handler sends, it sends `at_end` of the turn,
 after those of all other sockets that have an event now: to wake a process that sleeps costs its sender more than all
-else in a send, and who gets several messages in a row is woken once.
+else in a send, and who gets several messages in a row is woken once. `listen` is `watch` for sockets from which
+connections are accepted: their handler may start a task for each, and `begin` to relay before that has made a step.
 
 The one thing that Trio does not offer is the file descriptor of its epoll instance; `trio_epoll` finds it. Where it
 cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and says so.
@@ -53,7 +54,8 @@ LARGEST = 1024 * 1024
 """Bytes that one read may give, and the most that a direction holds."""
 
 LINGER = 0.002
-"""Seconds that a task whose relay came to a clean end may have to wait for Trio to wake for another reason."""
+"""Seconds that a task for which nothing waits may have to wait for Trio to wake for another reason: one whose relay
+came to a clean end, or that was started for a connection for which there is nothing to do yet."""
 
 _READ_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _FLOW_EVENTS = _READ_EVENTS | select.EPOLLPRI
@@ -103,7 +105,7 @@ class _Flow:
 
     twin: _Flow
 
-    def __init__(self, pair: _Pair, side: Side, source: socket.socket, sink: socket.socket, space: memoryview) -> None:
+    def __init__(self, pair: Pair, side: Side, source: socket.socket, sink: socket.socket, space: memoryview) -> None:
         self.pair = pair
         self.side = side
         self.source = source
@@ -122,16 +124,35 @@ class _Flow:
         self.armed = False
 
 
-class _Pair:
-    """Two connections that are one to their users."""
+class Pair:
+    """Two connections that are one to their users.
 
-    __slots__ = ("done", "fds", "state", "task")
+    Attributes:
+        state: what the relay has come to.
+        done: it has ended.
+        task: waits for that.
+    """
 
-    def __init__(self, state: RelayState, fds: tuple[int, int]) -> None:
+    __slots__ = ("_loop", "done", "fds", "state", "task")
+
+    def __init__(self, loop: RelayLoop, state: RelayState, fds: tuple[int, int]) -> None:
+        self._loop = loop
         self.state = state
         self.fds = fds
         self.done = False
         self.task: trio.lowlevel.Task | None = None
+
+    async def join(self) -> RelayResult:
+        """Wait for the end. Cancellation is the end, too."""
+        if not self.done:
+            self.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abandon)
+        return self.state.result()
+
+    def _abandon(self, _: object) -> trio.lowlevel.Abort:
+        self.task = None
+        self._loop._remove(self)
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class Waiter(Protocol):
@@ -148,7 +169,8 @@ class RelayLoop(trio.abc.Instrument):
         trio_epoll: the file descriptor of Trio's epoll instance.
 
     Attributes:
-        handlers: by the file descriptor of a socket that `watch` was called for, what is called with its events.
+        handlers: by the file descriptor of a socket that `watch` or `listen` was called for, what is called with its
+            events.
     """
 
     def __init__(self, trio_epoll: int) -> None:
@@ -164,6 +186,7 @@ class RelayLoop(trio.abc.Instrument):
         self._last: list[Callable[[], None]] = []
         self._turning = False
         self._sleeping = False
+        self._started = False
         self._urgent = False
         self._view = _buffer(LARGEST)
         self._first = self._view[:FIRST]
@@ -189,17 +212,7 @@ class RelayLoop(trio.abc.Instrument):
     ) -> RelayResult:
         """See `meshlocal.net.relay.relay`."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        pair = self._add(client, upstream, counters, early)
-        if not pair.done:
-            pair.task = trio.lowlevel.current_task()
-
-            def abandon(_: object) -> trio.lowlevel.Abort:
-                pair.task = None
-                self._remove(pair)
-                return trio.lowlevel.Abort.SUCCEEDED
-
-            await trio.lowlevel.wait_task_rescheduled(abandon)
-        return pair.state.result()
+        return await self.begin(client, upstream, counters, early).join()
 
     def watch(self, sock: socket.socket) -> None:
         """Call the socket's handler, if there is one at the time, when bytes come or its peer ends: once an edge.
@@ -218,6 +231,29 @@ class RelayLoop(trio.abc.Instrument):
         else:
             call()
 
+    def listen(self, listener: socket.socket, handler: Callable[[int], None]) -> None:
+        """Call the handler once a turn while connections wait to be accepted, until `unlisten`.
+
+        Not once an edge: a handler that takes one connection at a time never has to ask whether there is another.
+        """
+        fd = listener.fileno()
+        self._register(fd, select.EPOLLIN)
+        self.handlers[fd] = handler
+
+    def unlisten(self, listener: socket.socket) -> None:
+        """The end of `listen`."""
+        fd = listener.fileno()
+        if self.handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def started(self, *, soon: bool) -> None:
+        """A handler has started a task, or several; `soon`: it has work to do that waits for nothing.
+
+        Otherwise it makes its first step when Trio wakes for another reason, within `LINGER`, as others their last.
+        """
+        self._started = True
+        self._urgent = self._urgent or soon
+
     def finish(self, waiter: Waiter) -> None:
         """Let a task go on; from a handler or from another task."""
         self._finished.append(waiter)
@@ -225,10 +261,11 @@ class RelayLoop(trio.abc.Instrument):
         if not self._sleeping:
             self._reschedule()
 
-    def _add(
-        self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray
-    ) -> _Pair:
-        pair = _Pair(RelayState(counters), (client.fileno(), upstream.fileno()))
+    def begin(
+        self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray = b""
+    ) -> Pair:
+        """Begin to relay, for a task that will `join` the pair. Whoever closes one of the sockets ends it."""
+        pair = Pair(self, RelayState(counters), (client.fileno(), upstream.fileno()))
         there = _Flow(pair, "client", client, upstream, self._first)
         back = _Flow(pair, "upstream", upstream, client, self._first)
         there.twin, back.twin = back, there
@@ -256,7 +293,7 @@ class RelayLoop(trio.abc.Instrument):
             # The socket went through an earlier relay, and was not closed after it.
             self._epoll.modify(fd, events)
 
-    def _remove(self, pair: _Pair) -> None:
+    def _remove(self, pair: Pair) -> None:
         # The sockets stay registered until their holder closes them: an event of one that is not in the table is
         # passed over, and comes once.
         pair.done = True
@@ -283,12 +320,13 @@ class RelayLoop(trio.abc.Instrument):
             # Trio has tasks to run, and comes back at once.
             self._turn(0)
             self._reschedule()
+            self._started = self._urgent = False
             return
         self._sleeping = True
         try:
             self._sleep(timeout)
         finally:
-            self._sleeping = self._urgent = False
+            self._sleeping = self._started = self._urgent = False
 
     def _sleep(self, timeout: float) -> None:
         until = time.perf_counter() + timeout
@@ -297,7 +335,7 @@ class RelayLoop(trio.abc.Instrument):
         while not self._turn(0 if self._again else remaining):
             now = time.perf_counter()
             remaining = until - now
-            if self._finished:
+            if self._started or self._finished:
                 told = min(told, now + LINGER)
                 if self._urgent or now >= told:
                     self._reschedule()
@@ -522,7 +560,7 @@ class RelayLoop(trio.abc.Instrument):
         else:
             self._again.append(flow.twin)
 
-    def _finish(self, pair: _Pair) -> None:
+    def _finish(self, pair: Pair) -> None:
         if not pair.done:
             self._remove(pair)
             self._finished.append(pair)

@@ -13,7 +13,7 @@ import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.descriptors import connections_ceiling
-from meshlocal.net.listen import accept_loop, accept_queued, open_tcp_listeners
+from meshlocal.net.listen import accept_each, accept_queued, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.addresses import ListenAddress
@@ -152,27 +152,30 @@ class Listeners:
             self._nurseries[0].start_soon(self._accept, listener, self._nurseries[1])
 
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
-        async def serve(client: socket.socket, peer: object) -> None:
-            service = self._services.get(listener.service) if listener.service is not None else None
-            if listener.configured.scheme == "http" and self.http is not None:
-                await self.http.serve(listener.service, client, peer)
-            elif service is None:
-                # Between its accept and this task's first step the config lost the service.
-                abort(client)
-            else:
-                await self._forwarder.serve(service, client, peer)
-
-        accept = partial(accept_loop, on_error=listener.on_accept_error, ceiling=connections_ceiling())
+        take = partial(self._take, listener, connections)
+        accept = partial(accept_each, on_error=listener.on_accept_error, ceiling=connections_ceiling())
         try:
             with listener.accepting:
                 async with trio.open_nursery() as nursery:
                     for sock in listener.sockets:
-                        nursery.start_soon(accept, sock, connections, serve)
+                        nursery.start_soon(accept, sock, take)
         finally:
             # Their clients know no better than that they are connected.
             for sock in listener.sockets:
-                accept_queued(sock, connections, serve)
+                accept_queued(sock, take)
             listener.close()
+
+    def _take(self, listener: Listener, connections: trio.Nursery, client: socket.socket, peer: object) -> bool:
+        """See `meshlocal.net.listen.Take`."""
+        if listener.configured.scheme == "http" and self.http is not None:
+            connections.start_soon(self.http.serve, listener.service, client, peer)
+            return True
+        service = self._services.get(listener.service) if listener.service is not None else None
+        if service is None:
+            # The config lost the service, and its listeners are about to go.
+            abort(client)
+            return False
+        return self._forwarder.take(connections, service, client, peer)
 
 
 def keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | None]:

@@ -5,6 +5,13 @@ have ended, and counts. Whatever ends it in another way, a failure on either
 side, an idle limit, a drain that ran out of time, resets the client's
 connection rather than closing it: a stream that was cut must not look complete.
 
+What need not be waited for is not waited for. Where there is a relay loop, a
+connection is accepted in it and its task is started; and before that task has
+made a step, an instance on this host is connected and the client's first bytes
+are on their way (`TcpForwarder.take`). All of it belongs to the task from the
+start: it goes on from what was begun, and of a connection that is over by then
+nothing is left to it but to close and to count.
+
 An instance that was connected and reset the connection before it said a word has
 failed as much as one that could not be connected, and is ejected for it (H1).
 That a connect succeeded says nothing of such an instance then: its next
@@ -16,20 +23,23 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import trio
 
-from meshlocal.client.connecting import Client, Connected, FailedAttempt, connect
-from meshlocal.client.fitness import Fitness
+from meshlocal.client.connecting import Client, Connected, FailedAttempt, begin, go_on
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, relay
+from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, current_loop, relay
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.health import Cause
 from meshlocal.policy.limits import Limit
-from meshlocal.policy.model import Instance
 from meshlocal.proxy.replay import Overture, Verdict
+
+if TYPE_CHECKING:
+    from meshlocal.net.dial import Connecting
+    from meshlocal.net.relay_loop import Pair
 
 _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")
@@ -51,22 +61,56 @@ class Connection:
 
     Attributes:
         service: what it is for.
+        client: who made it, and the socket.
         peer: the client's address.
+        started: when it was accepted, by trio.current_time().
+        scope: its cancellation ends the connection.
         result: the instance that serves it, and how it was found.
         counters: bytes moved; None until an instance is connected.
         cut: why the proxy ended it, if it did.
+        entered: the limits that it counts in.
+        begun: the search for an instance was.
+        seeking: and goes on.
+        connecting: the attempt that it waits for, if there is one.
+        connected: when it got its instance; None while it has none.
+        relay: is under way with that, or was.
+        fault: of ours, met before its task had made a step.
     """
 
-    __slots__ = ("counters", "cut", "peer", "result", "scope", "service", "started")
+    __slots__ = (
+        "begun",
+        "client",
+        "connected",
+        "connecting",
+        "counters",
+        "cut",
+        "entered",
+        "fault",
+        "peer",
+        "relay",
+        "result",
+        "scope",
+        "seeking",
+        "service",
+        "started",
+    )
 
-    def __init__(self, service: ServiceState, peer: object, started: float) -> None:
+    def __init__(self, service: ServiceState, sock: socket.socket, peer: object, started: float) -> None:
         self.service = service
+        self.client = Client(sock)
         self.peer = peer
         self.started = started
         self.scope = trio.CancelScope()
         self.result = Connected()
         self.counters: RelayCounters | None = None
         self.cut = ""
+        self.entered: list[Limit] = []
+        self.begun = False
+        self.seeking = False
+        self.connecting: Connecting | None = None
+        self.connected: float | None = None
+        self.relay: Pair | None = None
+        self.fault: Exception | None = None
 
 
 class TcpForwarder:
@@ -95,85 +139,160 @@ class TcpForwarder:
     def __iter__(self) -> Iterator[Connection]:
         return iter(self._connections)
 
-    async def serve(self, service: ServiceState, sock: socket.socket, peer: object) -> None:
-        """Serve one accepted connection to its end; the socket is closed or reset then."""
-        connection = Connection(service, peer, trio.current_time())
+    def take(self, nursery: trio.Nursery, service: ServiceState, sock: socket.socket, peer: object) -> bool:
+        """Serve an accepted connection to its end, in a task of its own, by which the socket is closed or reset then.
+
+        Returns:
+            Whether there is something for the task to do now: see `meshlocal.net.listen.Take`.
+        """
+        connection = Connection(service, sock, peer, trio.current_time())
+        nursery.start_soon(self._serve, connection)
         self._connections[connection] = None
+        loop = current_loop.get()
+        if loop is None:
+            return True
+        try:
+            self._begin(connection)
+            upstream = connection.result.upstream
+            if upstream is None or service.policy.replay or self._is_doubted(connection):
+                return True
+            assert connection.counters is not None
+            connection.relay = loop.begin(sock, upstream, connection.counters)
+        except Exception as error:  # noqa: BLE001 - here is no place to raise; the task does
+            connection.fault = error
+            return True
+        return False
+
+    async def _serve(self, connection: Connection) -> None:
         outcome = Outcome.DRAINED
         try:
-            with connection.scope:
-                outcome = await self._forward(connection, sock)
-            if connection.scope.cancelled_caught:
-                outcome = Outcome.RETURNED if connection.cut == RETURNED else Outcome.CUT
+            relay = connection.relay
+            if relay is not None and relay.done:
+                # Nothing is left to wait for, or to cancel.
+                outcome = await self._forward(connection)
+            else:
+                with connection.scope:
+                    outcome = await self._forward(connection)
+                if connection.scope.cancelled_caught:
+                    outcome = Outcome.RETURNED if connection.cut == RETURNED else Outcome.CUT
         except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
             outcome = Outcome.ERROR
-            _log.exception("connection failed by a fault in the proxy", service=service.key)
+            _log.exception("connection failed by a fault in the proxy", service=connection.service.key)
         finally:
-            del self._connections[connection]
-            upstream = connection.result.upstream
-            end = close if outcome is Outcome.SERVED else abort
-            # Nobody but this task ever waits for them.
-            end(sock, awaited=False)
-            if upstream is not None:
-                end(upstream, awaited=False)
-            self._account(connection, outcome)
+            self._finish(connection, outcome)
 
-    async def _forward(self, connection: Connection, sock: socket.socket) -> Outcome:
-        circuit = connection.service.circuit
-        if not circuit.enter(Limit.CONNECTIONS):
-            return self._refuse(connection, Limit.CONNECTIONS)
-        try:
-            if not circuit.enter(Limit.REQUESTS):
-                return self._refuse(connection, Limit.REQUESTS)
-            try:
-                return await self._serve_request(connection, sock)
-            finally:
-                circuit.leave(Limit.REQUESTS)
-        finally:
-            circuit.leave(Limit.CONNECTIONS)
+    def _finish(self, connection: Connection, outcome: Outcome) -> None:
+        """Let go of all that a connection has, and count it."""
+        del self._connections[connection]
+        if connection.connecting is not None:
+            # A fault of ours came before its task could wait for it.
+            close(connection.connecting.socket, awaited=False)
+        if connection.seeking:
+            self._end_search(connection)
+        if connection.connected is not None:
+            self._disconnect(connection)
+        for limit in connection.entered:
+            connection.service.circuit.leave(limit)
+        upstream = connection.result.upstream
+        end = close if outcome is Outcome.SERVED else abort
+        # Nobody but this task ever waits for them.
+        end(connection.client.socket, awaited=False)
+        if upstream is not None:
+            end(upstream, awaited=False)
+        self._account(connection, outcome)
 
-    def _refuse(self, connection: Connection, limit: Limit) -> Outcome:
+    def _begin(self, connection: Connection) -> None:
+        """Count it, and look for an instance as far as that waits for nothing."""
+        connection.begun = True
+        if self._enter(connection, Limit.CONNECTIONS) and self._enter(connection, Limit.REQUESTS):
+            self._seek(connection)
+
+    def _enter(self, connection: Connection, limit: Limit) -> bool:
+        if connection.service.circuit.enter(limit):
+            connection.entered.append(limit)
+            return True
         connection.result.error = f"limit_{limit}"
-        return Outcome.LIMITED
+        connection.result.outcome = Outcome.LIMITED
+        return False
 
-    async def _serve_request(self, connection: Connection, sock: socket.socket) -> Outcome:
+    def _seek(self, connection: Connection) -> None:
+        """Look for an instance, or for the next; `_connect` waits for what comes of it."""
         service, result = connection.service, connection.result
-        client = Client(sock)
-        overture = Overture(client, service.policy) if service.policy.replay else None
-        while True:
-            if not service.circuit.enter(Limit.WAITING):
-                return self._refuse(connection, Limit.WAITING)
-            service.statistics.connecting += 1
+        if not self._enter(connection, Limit.WAITING):
+            return
+        service.statistics.connecting += 1
+        connection.seeking = True
+        connection.connecting = begin(connection.client, service, result)
+        if result.upstream is not None:
+            self._end_search(connection)
+            self._connected(connection)
+
+    def _end_search(self, connection: Connection) -> None:
+        connection.seeking = False
+        connection.service.statistics.connecting -= 1
+        connection.entered.remove(Limit.WAITING)
+        connection.service.circuit.leave(Limit.WAITING)
+
+    async def _connect(self, connection: Connection) -> bool:
+        """Wait for an instance; False if there is none, for the reason in the result's `outcome`."""
+        result = connection.result
+        if connection.seeking:
+            connecting, connection.connecting = connection.connecting, None
             try:
-                await connect(client, service, result)
+                await go_on(connection.client, connection.service, result, connecting)
             finally:
-                service.statistics.connecting -= 1
-                service.circuit.leave(Limit.WAITING)
-            if result.upstream is None:
+                self._end_search(connection)
+            if result.upstream is not None:
+                self._connected(connection)
+        return result.upstream is not None
+
+    def _connected(self, connection: Connection) -> None:
+        """It has an instance from now on; each wants a `_disconnect`."""
+        service, pick = connection.service, connection.result.pick
+        assert pick is not None
+        now = trio.current_time()
+        connection.counters = RelayCounters(now)
+        connection.connected = now
+        service.statistics.open += 1
+        service.fitness.begin(pick.instance)
+
+    def _disconnect(self, connection: Connection) -> None:
+        service, pick = connection.service, connection.result.pick
+        assert pick is not None
+        connection.connected = None
+        service.statistics.open -= 1
+        service.fitness.end(pick.instance)
+
+    async def _forward(self, connection: Connection) -> Outcome:
+        """All that is left to do, to its end."""
+        result, client = connection.result, connection.client
+        if connection.fault is not None:
+            raise connection.fault
+        if not connection.begun:
+            self._begin(connection)
+        overture: Overture | None = None
+        ended: RelayResult | None = None
+        while ended is None:
+            if not await self._connect(connection):
                 assert result.outcome is not None
                 return result.outcome
-            assert result.pick is not None
-            instance = result.pick.instance
-            connection.counters = RelayCounters(trio.current_time())
-            service.statistics.open += 1
-            service.fitness.begin(instance)
-            try:
-                if overture is None:
-                    ended = await self._relay(connection, sock, result.upstream, client.early)
-                    break
-                verdict = await self._play(connection, overture)
-                if client.left:
-                    return Outcome.CLIENT_LEFT
-                if verdict.moves:
-                    continue
-                if verdict.ended:
-                    ended = await copy_back(sock, result.upstream, connection.counters)
-                else:
-                    ended = await self._relay(connection, sock, result.upstream, client.early[verdict.sent :])
+            upstream, counters = result.upstream, connection.counters
+            assert upstream is not None
+            assert counters is not None
+            if connection.relay is not None or not (overture or connection.service.policy.replay):
+                ended = await self._relay(connection, client.early)
                 break
-            finally:
-                service.fitness.end(instance)
-                service.statistics.open -= 1
+            overture = overture or Overture(client, connection.service.policy)
+            verdict = await self._play(connection, overture)
+            if client.left:
+                return Outcome.CLIENT_LEFT
+            if verdict.moves:
+                self._disconnect(connection)
+                self._seek(connection)
+            elif verdict.ended:
+                ended = await copy_back(client.socket, upstream, counters)
+            else:
+                ended = await self._relay(connection, client.early[verdict.sent :])
         if ended.failed is not None:
             connection.cut = f"{ended.failed} {ended.reason}"
             return Outcome.CUT
@@ -210,37 +329,50 @@ class TcpForwarder:
             result.upstream = None
         return verdict
 
-    async def _relay(
-        self, connection: Connection, sock: socket.socket, upstream: socket.socket, early: bytes | bytearray
-    ) -> RelayResult:
+    async def _relay(self, connection: Connection, early: bytes | bytearray) -> RelayResult:
         """Relay, and tell what the connection shows of its instance (H1)."""
-        fitness, counters, pick = connection.service.fitness, connection.counters, connection.result.pick
+        sock, upstream, counters = connection.client.socket, connection.result.upstream, connection.counters
+        assert upstream is not None
         assert counters is not None
-        assert pick is not None
-        began = trio.current_time()
         ended: RelayResult | None = None
         try:
-            if fitness.is_doubted(pick.instance):
+            if connection.relay is not None:
+                ended = await connection.relay.join()
+            elif self._is_doubted(connection):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._settle, fitness, pick.instance)
+                    nursery.start_soon(self._settle, connection)
                     ended = await relay(sock, upstream, counters, early=early)
                     nursery.cancel_scope.cancel()
             else:
                 ended = await relay(sock, upstream, counters, early=early)
         finally:
-            silent = not counters.upstream_to_client
-            if ended is None or (silent and ended.failed == "client"):
-                fitness.abandoned(pick.instance)
-            elif not silent or ended.failed is None or ended.first_end is not None:
-                fitness.worked(pick.instance)
-            elif trio.current_time() - began < SETTLED:
-                fitness.failed(pick.instance, ended.reason, Cause.RESET)
+            self._judge(connection, counters, ended)
         assert ended is not None
         return ended
 
-    async def _settle(self, fitness: Fitness, instance: Instance) -> None:
+    def _judge(self, connection: Connection, counters: RelayCounters, ended: RelayResult | None) -> None:
+        fitness, pick = connection.service.fitness, connection.result.pick
+        assert pick is not None
+        assert connection.connected is not None
+        silent = not counters.upstream_to_client
+        if ended is None or (silent and ended.failed == "client"):
+            fitness.abandoned(pick.instance)
+        elif not silent or ended.failed is None or ended.first_end is not None:
+            fitness.worked(pick.instance)
+        elif trio.current_time() - connection.connected < SETTLED:
+            fitness.failed(pick.instance, ended.reason, Cause.RESET)
+
+    def _is_doubted(self, connection: Connection) -> bool:
+        """Whether it has to live for a while to show that its instance works."""
+        pick = connection.result.pick
+        assert pick is not None
+        return connection.service.fitness.is_doubted(pick.instance)
+
+    async def _settle(self, connection: Connection) -> None:
+        pick = connection.result.pick
+        assert pick is not None
         await trio.sleep(SETTLED)
-        fitness.worked(instance)
+        connection.service.fitness.worked(pick.instance)
 
     def _account(self, connection: Connection, outcome: Outcome) -> None:
         service, result = connection.service, connection.result

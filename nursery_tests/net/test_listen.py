@@ -7,15 +7,23 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import trio
 import trio.testing
 
 from meshlocal.net import listen
-from meshlocal.net.listen import ACCEPT_BATCH, ListenError, accept_loop, open_tcp_listeners
+from meshlocal.net.listen import (
+    ACCEPT_BATCH,
+    ListenError,
+    accept_each,
+    accept_loop,
+    accept_queued,
+    open_tcp_listeners,
+)
+from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 
 
 def has_ipv6() -> bool:
@@ -155,6 +163,14 @@ def no_error(error: OSError) -> None:
     raise AssertionError(error)
 
 
+@pytest.fixture(params=["loop", "tasks"])
+async def accepting(request: pytest.FixtureRequest) -> AsyncIterator[RelayLoop | None]:
+    """With a relay loop, in which connections are accepted then, and without."""
+    with open_relay_loop() if request.param == "loop" else nullcontext() as loop:
+        yield loop
+
+
+@pytest.mark.usefixtures("accepting")
 async def test_accepted_sockets_are_non_blocking_with_nodelay(stack: ExitStack) -> None:
     [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
     seen: list[object] = []
@@ -175,6 +191,7 @@ async def test_accepted_sockets_are_non_blocking_with_nodelay(stack: ExitStack) 
     assert listener.fileno() != -1  # the caller's to close
 
 
+@pytest.mark.usefixtures("accepting")
 async def test_unix_listeners_are_served_too(stack: ExitStack) -> None:
     listener = stack.enter_context(socket.socket(socket.AF_UNIX))
     listener.bind(b"")  # the kernel chooses an abstract name
@@ -283,7 +300,9 @@ async def test_nothing_is_accepted_while_no_descriptor_below_the_ceiling_is_free
 
 _FEW_DESCRIPTORS = """
 import os, resource, socket, sys, trio
+from contextlib import nullcontext
 from meshlocal.net.listen import accept_loop, open_tcp_listeners
+from meshlocal.net.relay_loop import open_relay_loop
 LIMIT, CEILING = 100, 70
 resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, LIMIT))
 
@@ -314,17 +333,19 @@ async def handle(client, peer):
 async def main():
     [listener] = open_tcp_listeners("127.0.0.1", 0)
     print(listener.getsockname()[1], flush=True)
-    async with trio.open_nursery() as nursery:
-        await accept_loop(listener, nursery, handle, on_error=failed, ceiling=CEILING)
+    with open_relay_loop() if sys.argv[1] == "loop" else nullcontext():
+        async with trio.open_nursery() as nursery:
+            await accept_loop(listener, nursery, handle, on_error=failed, ceiling=CEILING)
 
 open_now, told = 0, False
 trio.run(main)
 """
 
 
-def test_descriptors_from_the_ceiling_on_are_left_to_others(stack: ExitStack) -> None:
+@pytest.mark.parametrize("path", ["loop", "tasks"])
+def test_descriptors_from_the_ceiling_on_are_left_to_others(stack: ExitStack, path: str) -> None:
     """More clients than descriptors: some wait in the queue, those above the ceiling stay free, and none is lost."""
-    command = [sys.executable, "-c", _FEW_DESCRIPTORS]
+    command = [sys.executable, "-c", _FEW_DESCRIPTORS, path]
     server = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     stack.callback(server.kill)
     assert server.stdout is not None
@@ -436,6 +457,176 @@ async def test_cancelled_while_waiting_and_while_pausing(
             assert scope.cancelled_caught
     assert listener.fileno() != -1
     assert len(paused.script) == 97
+
+
+def dial(stack: ExitStack, listener: socket.socket, count: int) -> list[socket.socket]:
+    """Connections that wait in the listener's queue: nothing has run that could have accepted them."""
+    return [stack.enter_context(socket.create_connection(listener.getsockname(), timeout=30)) for _ in range(count)]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not holds():  # noqa: ASYNC110 - what the kernel brings about sets no event
+            await trio.sleep(0.001)
+
+
+class Taken:
+    """Takes connections without a task for each; holds them until the end."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self.peers: list[object] = []
+
+    def __call__(self, client: socket.socket, peer: object) -> bool:
+        self._stack.enter_context(client)
+        self.peers.append(peer)
+        return False
+
+
+async def test_every_connection_is_taken_once_also_across_a_stop(stack: ExitStack, accepting: RelayLoop | None) -> None:
+    """S1: what was not accepted when the acceptor was cancelled is for `accept_queued`, and nothing for both."""
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    taken = Taken(stack)
+    names: list[object] = []
+    for some in (1, 2, 3):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: accept_each(listener, taken, on_error=no_error))
+            names += [each.getsockname() for each in dial(stack, listener, 3 * ACCEPT_BATCH)]
+            await until(lambda some=some: len(taken.peers) >= some * ACCEPT_BATCH)  # type: ignore[misc]
+            names += [each.getsockname() for each in dial(stack, listener, 1)]
+            nursery.cancel_scope.cancel()
+        if accepting is not None:
+            assert not accepting.handlers
+        accept_queued(listener, taken)
+        assert sorted(map(str, taken.peers)) == sorted(map(str, names))
+
+
+async def test_a_stopped_acceptor_leaves_connections_in_the_queue(
+    stack: ExitStack, accepting: RelayLoop | None
+) -> None:
+    """A listener is heard by nobody while nobody accepts, and by the next who does."""
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    first, second = Taken(stack), Taken(stack)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: accept_each(listener, first, on_error=no_error))
+        dial(stack, listener, 1)
+        await until(lambda: len(first.peers) == 1)
+        nursery.cancel_scope.cancel()
+    dial(stack, listener, 1)
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(first.peers) == 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: accept_each(listener, second, on_error=no_error))
+        await until(lambda: len(second.peers) == 1)
+        nursery.cancel_scope.cancel()
+    assert len(first.peers) == 1
+
+
+class Flaky:
+    """A real listener that first fails some of its accepts."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.errors: list[int] = []
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.errors:
+            number = self.errors.pop(0)
+            raise OSError(number, os.strerror(number))
+        return self._listener.accept()
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+
+async def test_exhaustion_met_in_the_loop_is_waited_out(
+    stack: ExitStack, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The task hears of it, pauses, and the loop goes on."""
+    with open_relay_loop():
+        [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+        flaky, taken = Flaky(listener), Taken(stack)
+        errors: list[tuple[float, int | None]] = []
+
+        def failed(error: OSError) -> None:
+            errors.append((trio.current_time(), error.errno))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: accept_each(flaky, taken, on_error=failed))  # type: ignore[arg-type]
+            await trio.testing.wait_all_tasks_blocked()
+            start = trio.current_time()
+            # The first is met in the loop, the next two by the task.
+            flaky.errors = [errno.EMFILE] * 3
+            dial(stack, listener, 2)
+            await until(lambda: len(taken.peers) == 2)
+            # What failed before it was accepted ends nothing.
+            flaky.errors = [errno.ECONNABORTED, errno.EPROTO]
+            dial(stack, listener, 1)
+            await until(lambda: len(taken.peers) == 3)
+            nursery.cancel_scope.cancel()
+    assert [number for _, number in errors] == [errno.EMFILE] * 2
+    assert errors[1][0] - errors[0][0] == pytest.approx(0.1)
+    assert errors[0][0] == pytest.approx(start, abs=0.05)
+
+
+async def test_a_broken_listener_met_in_the_loop_is_an_error(stack: ExitStack) -> None:
+    with open_relay_loop() as loop:
+        assert loop is not None
+        [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+        flaky = Flaky(listener)
+        with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="Invalid argument")):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    lambda: accept_each(flaky, Taken(stack), on_error=no_error)  # type: ignore[arg-type]
+                )
+                await trio.testing.wait_all_tasks_blocked()
+                flaky.errors = [errno.EINVAL] * 2
+                dial(stack, listener, 1)
+        assert not loop.handlers
+
+
+async def test_a_connection_that_cannot_be_taken_in_the_loop_is_closed(stack: ExitStack) -> None:
+    """What raised there is raised by the task, and the socket does not stay behind."""
+    with open_relay_loop():
+        [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+        given: list[socket.socket] = []
+
+        def refuse(client: socket.socket, _: object) -> bool:
+            given.append(client)
+            raise RuntimeError("no more")
+
+        with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="no more")):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: accept_each(listener, refuse, on_error=no_error))
+                await trio.testing.wait_all_tasks_blocked()
+                dial(stack, listener, 1)
+        assert [each.fileno() for each in given] == [-1]
+
+
+@pytest.mark.parametrize("soon", [True, False])
+async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(stack: ExitStack, soon: bool) -> None:
+    """Whether they have to at once, or may wait a little."""
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    served = trio.Event()
+
+    async def serve(client: socket.socket) -> None:
+        client.close()
+        served.set()
+
+    with open_relay_loop():
+        async with trio.open_nursery() as nursery:
+
+            def take(client: socket.socket, _: object) -> bool:
+                nursery.start_soon(serve, client)
+                return soon
+
+            nursery.start_soon(lambda: accept_each(listener, take, on_error=no_error))
+            await trio.testing.wait_all_tasks_blocked()
+            dial(stack, listener, 1)
+            # Nothing but the deadline, far away, would wake Trio.
+            with trio.fail_after(30):
+                await served.wait()
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("localhost", marks=needs_ipv6)])

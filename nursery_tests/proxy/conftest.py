@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import nullcontext
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ import trio
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.statistics import RequestKey
 from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.net.relay_loop import open_relay_loop
 from meshlocal.policy import model
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
@@ -72,6 +74,8 @@ class Proxy:
         self.listeners = Listeners(self.table, self.forwarder)
         self.acceptors: trio.Nursery | None = None
         self.connections: trio.Nursery | None = None
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
         self._version = 0
 
     def configure(self, policy: AttemptPolicy, **service: object) -> None:
@@ -84,10 +88,14 @@ class Proxy:
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self.listeners.adopt(self.listeners.prepare(self.config), self.config)
-        async with trio.open_nursery() as self.connections, trio.open_nursery() as self.acceptors:
-            self.listeners.start(self.acceptors, self.connections)
-            task_status.started()
-            await trio.sleep_forever()
+        try:
+            with self.scope:
+                async with trio.open_nursery() as self.connections, trio.open_nursery() as self.acceptors:
+                    self.listeners.start(self.acceptors, self.connections)
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:
+            self.ended.set()
 
     def publish(self, instances: Iterable[Instance | Upstream], *, unknown: bool = False) -> None:
         self._version += 1
@@ -122,11 +130,16 @@ class Proxy:
         return dict(self.table[B].statistics.requests)
 
 
-@pytest.fixture
-async def proxy(nursery: trio.Nursery) -> Proxy:
-    made = Proxy(nursery)
-    await nursery.start(made.serve)
-    return made
+@pytest.fixture(params=["loop", "tasks"])
+async def proxy(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[Proxy]:
+    """With the relay loop that a whole process has, and without."""
+    with open_relay_loop() if request.param == "loop" else nullcontext():
+        made = Proxy(nursery)
+        await nursery.start(made.serve)
+        yield made
+        # Nothing may be left of it while the loop goes.
+        made.scope.cancel()
+        await made.ended.wait()
 
 
 class Upstreams:

@@ -322,3 +322,114 @@ async def test_removed_instances_keep_their_connections(proxy: Any, upstream: An
     assert await stream.receive_some(64) == b""
     await stream.aclose()
     await finish(proxy)
+
+
+@contextmanager
+def half_taken(proxy: Any) -> Iterator[socket.socket]:
+    """A client whose connection was taken by the forwarder, while its task has not made a step."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, peer = listener.accept()
+    accepted.setblocking(False)
+    client.settimeout(LIMIT)
+    with client:
+        client.send(b"hello")
+        proxy.forwarder.take(proxy.connections, proxy.table["b"], accepted, peer)
+        yield client
+
+
+def ends_in_reset(client: socket.socket) -> bool:
+    try:
+        while client.recv(64):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+def left_over(proxy: Any) -> list[int]:
+    """What counts as under way."""
+    service = proxy.table["b"]
+    circuits = [*service.circuit.now.values(), *proxy.table.circuit.now.values()]
+    under_way = sum(service.fitness.under_way.values())
+    return [len(proxy.forwarder), service.statistics.open, service.statistics.connecting, under_way, *circuits]
+
+
+@pytest.mark.parametrize("begun", ["connected", "connecting", "waiting"])
+async def test_a_drain_reaches_connections_whose_task_has_not_made_a_step(
+    proxy: Any, upstream: Any, begun: str
+) -> None:
+    """S1: what was begun for it, an attempt or a relay, is the task's to end."""
+    with silent() as instance:
+        if begun == "connected":
+            proxy.publish([await upstream("local", "n1")])
+        elif begun == "connecting":
+            proxy.publish([instance])
+        with half_taken(proxy) as client:
+            assert len(proxy.forwarder) == 1
+            proxy.connections.cancel_scope.cancel()
+            await finish(proxy)
+            assert ends_in_reset(client)
+    assert not any(left_over(proxy))
+    assert proxy.forwarder.drained == 1
+
+
+async def test_cut_before_its_task_has_made_a_step(proxy: Any, upstream: Any) -> None:
+    """A1: as the idle sweep does, which may come at any time."""
+    proxy.publish([await upstream("local", "n1")])
+    with half_taken(proxy) as client:
+        (connection,) = proxy.forwarder
+        connection.scope.cancel()
+        await finish(proxy)
+        assert ends_in_reset(client)
+    assert not any(left_over(proxy))
+    assert proxy.requests == {RequestKey(*(("node", "") if connection.result.pick else ("", "")), Outcome.CUT): 1}
+
+
+async def test_a_fault_of_ours_costs_its_connection_only(
+    proxy: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever it is met; the acceptor goes on."""
+    local = await upstream("local", "n1")
+    proxy.publish([local])
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    for place in ("meshlocal.proxy.tcp.begin", "meshlocal.proxy.tcp.RelayCounters"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, broken)
+            assert await proxy.ask() == ""
+        await finish(proxy)
+        assert not any(left_over(proxy))
+    assert await proxy.ask() == "local"
+    await finish(proxy)
+    assert proxy.requests == {
+        RequestKey("", "", Outcome.ERROR): 1,
+        RequestKey("node", "", Outcome.ERROR): 1,
+        RequestKey("node", "", Outcome.SERVED): 1,
+    }
+    assert [record.message for record in caplog.records] == ["connection failed by a fault in the proxy"] * 2
+
+
+async def test_many_short_connections_at_once(proxy: Any, upstream: Any) -> None:
+    """Accepted in whatever order and batches: each gets its own answer, and all are counted."""
+    proxy.publish([await upstream("local", "n1")])
+    answers: list[bytes] = []
+
+    async def ask(number: int) -> None:
+        async with await proxy.connect() as stream:
+            words = str(number).encode() * 100
+            await stream.send_all(words)
+            await stream.send_eof()
+            answers.append(b"".join([data async for data in stream]))
+            assert answers[-1] == b"local\n" + words
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            for number in range(200):
+                nursery.start_soon(ask, number)
+    await finish(proxy)
+    assert len(answers) == 200
+    assert proxy.requests == {RequestKey("node", "", Outcome.SERVED): 200}
+    assert not any(left_over(proxy))

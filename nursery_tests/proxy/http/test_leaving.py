@@ -56,7 +56,8 @@ def assert_nothing_is_left(proxy: Proxy) -> None:
     loop = current_loop.get()
     if loop is not None:
         assert len(loop) == 0
-        assert len(loop.handlers) == proxy.pooled
+        listening = {sock.fileno() for listener in proxy.listeners.current for sock in listener.sockets}
+        assert len(loop.handlers.keys() - listening) == proxy.pooled
 
 
 async def switch(upstream: Upstream, served: Served) -> bool:
