@@ -517,6 +517,7 @@ class RelayLoop(trio.abc.Instrument):
             flow.ready = True
         else:
             flow.rest = memoryview(flow.rest)[sent:]
+            flow.ready = False
             self._arm(flow)
 
     def _arm(self, flow: _Flow) -> None:

@@ -284,6 +284,20 @@ async def test_reads_grow_while_their_sink_takes_them_whole(monkeypatch: pytest.
         assert client.asked[:8] == [1000, 2000, 4000, 5000, 5000, 5000, 5000, 1000]
 
 
+@pytest.mark.parametrize("taken", [[-1], [3], [-1, 3, -1]])
+async def test_what_was_read_before_goes_first(taken: list[int]) -> None:
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+        line.upstream = Fickle.instead_of(line.upstream, taken)
+        line.app.send(b" and the rest")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay, line.client, line.upstream, line.counters, b"the beginning")
+            await until(lambda: line.counters.client_to_upstream == 26)
+            nursery.cancel_scope.cancel()
+        assert line.server.recv(100) == b"the beginning and the rest"
+
+
 async def test_between_two_full_reads_all_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     reads(monkeypatch, 1000, 1000)
     with ExitStack() as stack:
