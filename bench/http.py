@@ -25,6 +25,7 @@ ROWS = [
     Row("GET, 32 connections", "http-32", "rate", "1000/s", 1e-3, more=True, closed=True),
     Row("GET, 32 connections, p50", "http-32", "p50", "µs", 1e6),
     Row("GET, 32 connections, p99", "http-32", "p99", "µs", 1e6),
+    Row("GET, 32 connections, no two heads alike", "http-heads", "rate", "1000/s", 1e-3, more=True, closed=True),
     Row("GET, 256 connections", "http-256", "rate", "1000/s", 1e-3, more=True, closed=True),
     Row("GET, 256 connections, p99", "http-256", "p99", "ms", 1e3),
     *(
@@ -33,6 +34,7 @@ ROWS = [
         for share in ("p50", "p90", "p99", "p99.9")
     ),
     Row("CPU of a GET", "http-32", "cpu_per_request", "µs", 1e6),
+    Row("CPU of a GET, no two heads alike", "http-heads", "cpu_per_request", "µs", 1e6),
 ]
 
 
@@ -58,8 +60,8 @@ def upstreams(folder: Path) -> Iterator[tuple[Job, Running]]:
         yield Job(services, http=True), Running(DIRECT, process.pid, {"b": near})
 
 
-def gets(port: int, connections: int, seconds: int) -> Metrics:
-    return of_load(load.wrk_http(port, connections, seconds))
+def gets(port: int, connections: int, seconds: int, *, alike: bool = True) -> Metrics:
+    return of_load(load.wrk_http(port, connections, seconds, alike=alike))
 
 
 def workloads(asked: argparse.Namespace) -> list[Workload]:
@@ -68,6 +70,7 @@ def workloads(asked: argparse.Namespace) -> list[Workload]:
         Workload(f"http-{count}", "b", partial(gets, connections=count, seconds=asked.seconds))
         for count in CONNECTIONS[: 2 if asked.quick else None]
     ]
+    found.append(Workload("http-heads", "b", partial(gets, connections=32, seconds=asked.seconds, alike=False)))
     for rate in RATES:
         run = partial(fixed_rate, payload=GET, rate=rate, seconds=asked.rate_seconds, http=True)
         found.append(Workload(f"http-rate-{rate}", "b", run))

@@ -27,6 +27,7 @@ PACKAGES = {
 
 _ECHO = Path(__file__).with_name("echo.lua")
 _REPORT = Path(__file__).with_name("report.lua")
+_HEADS = Path(__file__).with_name("heads.lua")
 _SYSTEM_PATHS = "/usr/sbin:/sbin"
 
 
@@ -82,9 +83,11 @@ def wrk_echo(port: int, size: int, connections: int, seconds: int, *, close: boo
     return _wrk(port, connections, seconds, _ECHO, environment)
 
 
-def wrk_http(port: int, connections: int, seconds: int) -> Load:
-    """GET requests, one after another on each connection."""
-    return _wrk(port, connections, seconds, _REPORT, {})
+def wrk_http(port: int, connections: int, seconds: int, *, alike: bool = True) -> Load:
+    """GET requests, one after another on each connection; with the same head, or each with one of its own."""
+    if alike:
+        return _wrk(port, connections, seconds, _REPORT, {})
+    return _wrk(port, connections, seconds, _HEADS, {"HEADS_REPORT": str(_REPORT)})
 
 
 def _wrk(port: int, connections: int, seconds: int, script: Path, environment: dict[str, str]) -> Load:

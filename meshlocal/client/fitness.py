@@ -53,7 +53,7 @@ class Fitness:
 
     def gate(self) -> Admission | None:
         """What a plan that begins now must ask; None while every instance is fit and none can be full."""
-        if self.spill is None and not len(self.health):
+        if self.spill is None and not self.health.unfit:
             return None
         return Admission(self.health, anyio.current_time(), self.spill, self.under_way)
 
@@ -66,9 +66,9 @@ class Fitness:
 
     def worked(self, instance: Instance) -> None:
         """It answered a request, with whatever answer, or kept its connection for a while."""
-        if self.feedback.failing:
+        if self.feedback.failures:
             self.feedback.succeeded()
-        if not self.health.quiet and self.health.succeeded(_place(instance.key), anyio.current_time()):
+        if self.health.known and self.health.succeeded(_place(instance.key), anyio.current_time()):
             self._say_readmitted(instance.key, "answered")
 
     def failed(self, instance: Instance, error: str, cause: Cause = Cause.CONNECT) -> None:

@@ -171,12 +171,13 @@ class RelayLoop(trio.abc.Instrument):
     Attributes:
         handlers: by the file descriptor of a socket that `watch` or `listen` was called for, what is called with its
             events.
+        time: `trio.current_time`, at a fraction of its cost.
     """
 
     def __init__(self, trio_epoll: int) -> None:
         self._trio = trio_epoll
+        self.time = trio.lowlevel.current_clock().current_time
         self._token = trio.lowlevel.current_trio_token()
-        self._clock = trio.lowlevel.current_clock().current_time
         self._epoll = select.epoll()
         self._flows: dict[int, _Flow] = {}
         """By the file descriptor of a socket: the direction that reads from it, whose twin writes to it."""
@@ -269,7 +270,7 @@ class RelayLoop(trio.abc.Instrument):
         there = _Flow(pair, "client", client, upstream, self._first)
         back = _Flow(pair, "upstream", upstream, client, self._first)
         there.twin, back.twin = back, there
-        self._now = self._clock()
+        self._now = self.time()
         client_fd, upstream_fd = pair.fds
         self._flows[client_fd] = there
         self._flows[upstream_fd] = back
@@ -370,7 +371,7 @@ class RelayLoop(trio.abc.Instrument):
             events = self._epoll.poll(timeout, _BATCH)
         except InterruptedError:  # pragma: no cover - PEP 475 retries, unless a signal handler raised
             events = []
-        self._now = now = self._clock()
+        self._now = now = self.time()
         flows, view = self._flows, self._view
         last = self._last
         self._turning = True

@@ -22,32 +22,33 @@ class Feedback:
 
     Attributes:
         asked: how often it was time to ask.
+        failures: attempts that failed since one succeeded.
     """
 
-    __slots__ = ("_failures", "_next", "_rng", "_since", "asked")
+    __slots__ = ("_next", "_rng", "_since", "asked", "failures")
 
     def __init__(self, rng: UniformSource) -> None:
         self._rng = rng
         self._since = 0.0
-        self._failures = 0
+        self.failures = 0
         self._next = 0.0
         self.asked = 0
 
     @property
     def failing(self) -> bool:
         """The last attempt failed."""
-        return self._failures > 0
+        return self.failures > 0
 
     def succeeded(self) -> None:
         """An attempt succeeded."""
-        self._failures = 0
+        self.failures = 0
 
     def failed(self, now: float) -> bool:
         """An attempt failed; tells whether to ask now."""
-        if not self._failures:
+        if not self.failures:
             self._since = now
-        self._failures += 1
-        if self._failures < ENOUGH or now - self._since < PATIENCE or now < self._next:
+        self.failures += 1
+        if self.failures < ENOUGH or now - self._since < PATIENCE or now < self._next:
             return False
         self._next = now + INTERVAL * self._rng.uniform(1.0, 1.5)
         self.asked += 1

@@ -108,33 +108,35 @@ class Health:
     Attributes:
         policy: may be replaced at any time.
         total: ejections so far, by cause.
+        known: what is remembered of any instance; for others to see whether there is something.
+        unfit: those that are not admitted, likewise.
     """
 
-    __slots__ = ("_records", "_rng", "_unfit", "policy", "total")
+    __slots__ = ("_rng", "known", "policy", "total", "unfit")
 
     def __init__(self, policy: EjectionConfig, rng: UniformSource) -> None:
         self.policy = policy
         self.total = dict.fromkeys(Cause, 0)
         self._rng = rng
-        self._records: dict[Place, _Record] = {}
-        self._unfit: dict[Place, _Record] = {}
+        self.known: dict[Place, _Record] = {}
+        self.unfit: dict[Place, _Record] = {}
 
     @property
     def quiet(self) -> bool:
         """Nothing is remembered of any instance: a success need not be told."""
-        return not self._records
+        return not self.known
 
     def __len__(self) -> int:
         """How many instances are not admitted."""
-        return len(self._unfit)
+        return len(self.unfit)
 
     def is_admitted(self, place: Place) -> bool:
         """Whether the instance comes in its place of the order."""
-        return place not in self._unfit
+        return place not in self.unfit
 
     def standing(self, place: Place, now: float) -> Standing:
         """How the instance stands."""
-        record = self._records.get(place)
+        record = self.known.get(place)
         if record is None:
             return Standing(State.ADMITTED)
         timed = record.state in (State.EJECTED, State.TRIAL)
@@ -143,14 +145,14 @@ class Health:
 
     def is_due(self, place: Place, now: float) -> bool:
         """Whether a request that comes to the instance would be its trial."""
-        record = self._unfit.get(place)
+        record = self.unfit.get(place)
         return record is not None and record.state is not State.FAILING and now >= record.until
 
     def claim(self, place: Place, now: float) -> bool:
         """Make the calling request the instance's trial, if it is time for one; tells whether it is."""
         if not self.is_due(place, now):
             return False
-        record = self._unfit[place]
+        record = self.unfit[place]
         record.state = State.TRIAL
         record.until = now + self.policy.time
         return True
@@ -164,9 +166,9 @@ class Health:
         limit = self.policy.failures
         if limit is None:
             return None
-        record = self._records.get(place)
+        record = self.known.get(place)
         if record is None:
-            record = self._records[place] = _Record()
+            record = self.known[place] = _Record()
         if record.state is State.ADMITTED:
             record.failures += 1
             record.cause = cause
@@ -180,7 +182,7 @@ class Health:
 
     def is_doubted(self, place: Place) -> bool:
         """Whether a shallow success of the instance would change nothing."""
-        record = self._records.get(place)
+        record = self.known.get(place)
         return record is not None and record.cause is Cause.RESET
 
     def succeeded(self, place: Place, now: float, *, shallow: bool = False) -> bool:
@@ -191,29 +193,29 @@ class Health:
             now: the time.
             shallow: all that is known is that it could be connected.
         """
-        record = self._records.get(place)
+        record = self.known.get(place)
         if record is None or record.state is State.FAILING or (shallow and record.cause is Cause.RESET):
             return False
         return self._admit(place, record, now)
 
     def abandoned(self, place: Place, now: float) -> None:
         """A request left the instance without a verdict: if it was the trial, the next request may try."""
-        record = self._unfit.get(place)
+        record = self.unfit.get(place)
         if record is not None and record.state is State.TRIAL:
             record.state = State.EJECTED
             record.until = now
 
     def checks_failed(self, place: Place) -> bool:
         """The instance's checks failed; tells whether it was in another state until now."""
-        record = self._records.get(place)
+        record = self.known.get(place)
         if record is None:
-            record = self._records[place] = _Record()
+            record = self.known[place] = _Record()
         if record.state is State.FAILING:
             return False
         record.state = State.FAILING
         record.cause = Cause.CHECK
         record.failures = 0
-        self._unfit[place] = record
+        self.unfit[place] = record
         self.total[Cause.CHECK] += 1
         return True
 
@@ -225,22 +227,22 @@ class Health:
             now: the time.
             shallow: all that is known is that it could be connected.
         """
-        record = self._unfit.get(place)
+        record = self.unfit.get(place)
         if record is None or (shallow and record.cause is Cause.RESET):
             return False
         return self._admit(place, record, now)
 
     def unchecked(self, now: float) -> None:
         """There are no more checks: nobody else could readmit what they found failing."""
-        for place, record in list(self._unfit.items()):
+        for place, record in list(self.unfit.items()):
             if record.state is State.FAILING:
                 self._admit(place, record, now)
 
     def retain(self, places: Collection[Place]) -> None:
         """Forget the instances that are not among these."""
-        for place in [place for place in self._records if place not in places]:
-            del self._records[place]
-            self._unfit.pop(place, None)
+        for place in [place for place in self.known if place not in places]:
+            del self.known[place]
+            self.unfit.pop(place, None)
 
     def _eject(self, place: Place, record: _Record, now: float, cause: Cause) -> float:
         policy = self.policy
@@ -252,17 +254,17 @@ class Health:
         record.ejections += 1
         record.lasted = lasts * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
         record.until = now + record.lasted
-        self._unfit[place] = record
+        self.unfit[place] = record
         self.total[cause] += 1
         return record.lasted
 
     def _admit(self, place: Place, record: _Record, now: float) -> bool:
-        was_unfit = self._unfit.pop(place, None) is not None
+        was_unfit = self.unfit.pop(place, None) is not None
         record.failures = 0
         record.cause = None
         if was_unfit:
             record.state = State.ADMITTED
             record.readmitted = now
         if not record.ejections or (not was_unfit and now - record.readmitted > record.lasted):
-            del self._records[place]
+            del self.known[place]
         return was_unfit

@@ -23,7 +23,7 @@ class Circuit:
     """The counts of one service, or of the whole proxy.
 
     Args:
-        limits: may be replaced at any time; what is under way stays.
+        limits: what may be under way.
         whole: the proxy's, of a service's.
 
     Attributes:
@@ -31,7 +31,7 @@ class Circuit:
         refused: what was refused because of the limits here.
     """
 
-    __slots__ = ("limits", "now", "refused", "whole")
+    __slots__ = ("_limits", "_most", "now", "refused", "whole")
 
     def __init__(self, limits: LimitsConfig, whole: Circuit | None = None) -> None:
         self.limits = limits
@@ -39,14 +39,30 @@ class Circuit:
         self.now = dict.fromkeys(Limit, 0)
         self.refused = dict.fromkeys(Limit, 0)
 
+    @property
+    def limits(self) -> LimitsConfig:
+        """What may be under way. May be replaced at any time; what is under way stays."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: LimitsConfig) -> None:
+        self._limits = limits
+        self._most: dict[Limit, int | None] = {what: getattr(limits, what) for what in Limit}
+
     def enter(self, what: Limit) -> bool:
         """Count one more, here and in the whole; False if there is no room. Each True wants a `leave`."""
-        limit: int | None = getattr(self.limits, what)
-        if limit is not None and self.now[what] >= limit:
+        most = self._most[what]
+        if most is not None and self.now[what] >= most:
             self.refused[what] += 1
             return False
-        if self.whole is not None and not self.whole.enter(what):
-            return False
+        whole = self.whole
+        if whole is not None:
+            # Not by a call of its own: every request passes here.
+            most = whole._most[what]
+            if most is not None and whole.now[what] >= most:
+                whole.refused[what] += 1
+                return False
+            whole.now[what] += 1
         self.now[what] += 1
         return True
 
@@ -54,4 +70,4 @@ class Circuit:
         """One less."""
         self.now[what] -= 1
         if self.whole is not None:
-            self.whole.leave(what)
+            self.whole.now[what] -= 1

@@ -149,6 +149,15 @@ class Cursors:
         self._stands[number] = (group, at)
         return at
 
+    def take(self, number: int, group: Group) -> int:
+        """The index of the instance that comes next, in a group that is not empty; the cursor is set one past it."""
+        stand = self._stands.get(number)
+        at = stand[1] if stand is not None and stand[0] is group else self.position(number, group)
+        following = at + 1 if at + 1 < len(group.keys) else 0
+        if following != at:
+            self._stands[number] = (group, following)
+        return at
+
     def advance(self, number: int, group: Group, tried: int) -> None:
         """Set the cursor one past the instance just tried."""
         following = tried + 1
@@ -160,6 +169,10 @@ class Rotation(Protocol):
 
     def position(self, number: int, group: Group) -> int:
         """See `Cursors.position`."""
+        ...
+
+    def take(self, number: int, group: Group) -> int:
+        """See `Cursors.take`."""
         ...
 
     def advance(self, number: int, group: Group, tried: int) -> None:
@@ -285,7 +298,8 @@ class Picker:
 
     def _pick(self, number: int, instance: Instance) -> Pick:
         tier = number % self._tiers
-        return Pick(instance, tier, self._leave if tier else None, number >= self._tiers)
+        # As Pick(...) does, without a call of Python's own: every request passes here.
+        return tuple.__new__(Pick, (instance, tier, self._leave if tier else None, number >= self._tiers, None))
 
 
 class Plan:
@@ -294,7 +308,7 @@ class Plan:
     A walk belongs to the picker that it began with: a snapshot that comes meanwhile does not change it.
     """
 
-    __slots__ = ("_cursors", "_gate", "_number", "_picker", "_taken", "_tried")
+    __slots__ = ("_cursors", "_first", "_gate", "_number", "_picker", "_taken", "_tried")
 
     def __init__(self, picker: Picker, cursors: Rotation, gate: Gate | None = None) -> None:
         self._picker = picker
@@ -302,19 +316,33 @@ class Plan:
         self._gate = None if gate is None else _Gated(gate, picker)
         self._number = 0
         self._taken = 0
+        # One address and port can stand under several port names; it is one instance to a request.
         self._tried: set[tuple[str, int]] = set()
+        self._first: EndpointKey | None = None
 
     def next(self) -> Pick | None:
         """Take the next instance and step the cursor past it (O2)."""
         groups = self._picker._groups
         gate = self._gate
+        first = self._first
+        if first is not None:
+            self._tried.add(first[:2])
+        elif gate is None:
+            # Most requests need no other instance.
+            for number, group in enumerate(groups):
+                if group.keys:
+                    at = self._cursors.take(number, group)
+                    self._number = number
+                    self._taken = 1
+                    self._first = group.keys[at]
+                    return self._picker._pick(number, group.instances[at])
+            return None
         while self._number < len(groups):
             group = groups[self._number]
             size = len(group.keys)
             if self._taken < size:
                 at = self._cursors.position(self._number, group)
                 for _ in range(size):
-                    # One address and port can stand under several port names; it is one instance to a request.
                     place = group.keys[at][:2]
                     if place not in self._tried and (gate is None or gate.lets_pass(place, self._number)):
                         self._tried.add(place)
@@ -385,6 +413,11 @@ class _Shadow:
     def position(self, number: int, group: Group) -> int:
         at = self._moved.get(number)
         return self._cursors.position(number, group) if at is None else at
+
+    def take(self, number: int, group: Group) -> int:
+        at = self.position(number, group)
+        self.advance(number, group, at)
+        return at
 
     def advance(self, number: int, group: Group, tried: int) -> None:
         self._moved[number] = tried + 1 if tried + 1 < len(group.keys) else 0

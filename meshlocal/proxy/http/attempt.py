@@ -60,32 +60,57 @@ class Attempt:
         deadline: when the instance must have answered.
     """
 
-    # Defaults stand in the class: most attempts are over before much of this changes.
-    scope: trio.CancelScope | None = None
-    failure: Failure | None = None
-    started = False
-    sent = False
-    unsent = b""
-    out = b""
-    head_came = False
-    streaming = False
-    expecting = False
-    impatient = False
-    reset = False
-    _switch: ResponseHead | None = None
-    _close_client = False
-    _counted = False
-    _unread = False
-    _wait_first = True
+    __slots__ = (
+        "_close_client",
+        "_counted",
+        "_switch",
+        "_unread",
+        "_wait_first",
+        "connection",
+        "deadline",
+        "exchange",
+        "expecting",
+        "failure",
+        "flow",
+        "head_came",
+        "impatient",
+        "out",
+        "reset",
+        "scope",
+        "sent",
+        "service",
+        "sock",
+        "started",
+        "streaming",
+        "unsent",
+        "upstream",
+    )
 
     def __init__(self, exchange: Exchange, service: HttpService, upstream: Upstream) -> None:
+        connection = exchange.connection
         self.exchange = exchange
-        self.connection = exchange.connection
+        self.connection = connection
         self.service = service
         self.upstream = upstream
         self.sock = upstream.sock
-        self.flow = ResponseFlow(exchange.head.method, exchange.connection.forwarder.settings.limits)
+        self.flow = ResponseFlow(exchange.head.method, connection.forwarder.settings.heads)
         self.deadline = exchange.deadline
+        self.scope: trio.CancelScope | None = None
+        self.failure: Failure | None = None
+        self.started = False
+        self.sent = False
+        self.unsent = b""
+        self.out = b""
+        self.head_came = False
+        self.streaming = False
+        self.expecting = False
+        self.impatient = False
+        self.reset = False
+        self._switch: ResponseHead | None = None
+        self._close_client = False
+        self._counted = False
+        self._unread = False
+        self._wait_first = True
 
     # Without a wait.
 

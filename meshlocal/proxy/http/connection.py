@@ -20,7 +20,7 @@ from meshlocal.proxy.http.ends import ClientLeftError, End
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.proxy.http.lane import Lane
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished, parse_request
+from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished
 from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ class ClientConnection(Client):
         expired: it was cut because that did not come.
         exchange: the request under way.
         counters: bytes moved, once it is a tunnel.
-        idle_limit: seconds that a response may stand still.
     """
 
     __slots__ = (
@@ -79,7 +78,6 @@ class ClientConnection(Client):
         "expiry",
         "forwarder",
         "fresh",
-        "idle_limit",
         "peer",
         "scope",
         "service",
@@ -98,13 +96,19 @@ class ClientConnection(Client):
         self.fresh = True
         self.exchange: Exchange | None = None
         self.counters: RelayCounters | None = None
-        self.idle_limit = math.inf
         self._forwarded = b""
 
     @property
     def is_idle(self) -> bool:
         """It waits for a request of which nothing came."""
         return self.expiry is Expiry.IDLE and self.exchange is None
+
+    @property
+    def idle_limit(self) -> float:
+        """Seconds that a response, or a tunnel, may stand still."""
+        service = self.exchange.service if self.exchange is not None else None
+        limit = service.state.policy.idle_timeout if service is not None else None
+        return math.inf if limit is None else limit
 
     def has_input(self) -> bool:
         """Something came on it that was not read yet."""
@@ -189,7 +193,7 @@ class ClientConnection(Client):
                     self.early += received[end:]
                 else:
                     raw = received
-                head = parse_request(raw, limits)
+                head = settings.heads.request(raw)
             except ProtocolError as error:
                 return await self._refuse(error, received or b"")
             self.deadline = math.inf

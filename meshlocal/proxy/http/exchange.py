@@ -70,28 +70,50 @@ class Exchange:
         outcome: how it is counted.
     """
 
-    # Defaults stand in the class: most requests are done before much of this changes.
-    body: RequestBody | None = None
-    service: HttpService | None = None
-    refusal: Answer | None = None
-    deadline = math.inf
-    pick: Pick | None = None
-    following: Pick | None = None
-    tier = ""
-    attempts = 0
-    status = 0
-    error = ""
-    problem: ProtocolError | None = None
-    received = 0
-    end = End.ABORT
-    outcome = Outcome.DRAINED
-    _plan: Plan | None = None
+    __slots__ = (
+        "_plan",
+        "attempts",
+        "body",
+        "connection",
+        "deadline",
+        "end",
+        "error",
+        "following",
+        "head",
+        "idempotent",
+        "outcome",
+        "pick",
+        "problem",
+        "received",
+        "refusal",
+        "service",
+        "started",
+        "status",
+        "tier",
+    )
 
-    def __init__(self, connection: ClientConnection, head: RequestHead, started: float) -> None:
+    def __init__(
+        self, connection: ClientConnection, head: RequestHead, started: float, body: RequestBody | None = None
+    ) -> None:
         self.connection = connection
         self.head = head
         self.started = started
+        self.body = body
         self.idempotent = head.method in IDEMPOTENT_METHODS or head.idempotency_key
+        self.service: HttpService | None = None
+        self.refusal: Answer | None = None
+        self.deadline = math.inf
+        self.pick: Pick | None = None
+        self.following: Pick | None = None
+        self.tier = ""
+        self.attempts = 0
+        self.status = 0
+        self.error = ""
+        self.problem: ProtocolError | None = None
+        self.received = 0
+        self.end = End.ABORT
+        self.outcome = Outcome.DRAINED
+        self._plan: Plan | None = None
 
     # Without a wait.
 
@@ -110,15 +132,13 @@ class Exchange:
 
     def begin_with(self, service: HttpService) -> bool:
         """Begin, for this service; False, and `refusal` is set, if it is full."""
-        connection, state = self.connection, service.state
+        state = service.state
         if not state.circuit.enter(Limit.REQUESTS):
             self.refusal = answers.TOO_MANY_REQUESTS
             return False
         state.in_use += 1
         self.service = service
-        policy = state.policy
-        connection.idle_limit = policy.idle_timeout if policy.idle_timeout is not None else math.inf
-        self.deadline = self.started + policy.response_deadline
+        self.deadline = self.started + state.policy.response_deadline
         service.budget.request(self.started)
         return True
 
@@ -132,7 +152,11 @@ class Exchange:
             return None
         self._take(service, pick)
         # Who sends on it looks at it then, if it has to be sure.
-        return self._reuse(service, pick, sure=False)
+        upstream = service.pool.take(pick.instance.key[:2], sure=False)
+        if upstream is None:
+            return None
+        service.statistics.connections_reused += 1
+        return Attempt(self, service, upstream)
 
     def answered(self) -> None:
         """The response of an attempt without a task went to the client."""
@@ -155,9 +179,9 @@ class Exchange:
         self.tier = tier = state.tiers[pick.tier]
         state.statistics.picks[tier, pick.reason or ""] += 1
 
-    def _reuse(self, service: HttpService, pick: Pick, *, sure: bool) -> Attempt | None:
+    def _reuse(self, service: HttpService, pick: Pick) -> Attempt | None:
         """An attempt on a connection that waits for a request."""
-        upstream = service.pool.take(pick.instance.key[:2], sure=sure)
+        upstream = service.pool.take(pick.instance.key[:2], sure=not self.idempotent)
         if upstream is None:
             return None
         service.statistics.connections_reused += 1
@@ -169,12 +193,9 @@ class Exchange:
         extra = settings.via
         if settings.append_forwarded:
             extra += connection.forwarded_lines(self.head)
-        head = upstream_head(
-            self.head,
-            extra,
-            host=self.service.state.key.encode() if self.service is not None and not self.head.has_host else b"",
-            strip_forwarded=settings.strip_forwarded,
-        )
+        service = self.service
+        host = service.state.key.encode() if service is not None and not self.head.has_host else b""
+        head = upstream_head(self.head, extra, host=host, strip_forwarded=settings.strip_forwarded)
         body = self.body
         return head + b"".join(body.held) if body is not None and body.held else head
 
@@ -334,7 +355,7 @@ class Exchange:
     async def _attempt(self, service: HttpService, pick: Pick, attempt: Attempt | None) -> tuple[Failure | None, bool]:
         """Try one instance; returns how that failed, and whether some of the request may have reached it."""
         if attempt is None:
-            attempt = self._reuse(service, pick, sure=not self.idempotent)
+            attempt = self._reuse(service, pick)
         if attempt is not None:
             failure = await attempt.run()
             if failure is not Failure.STALE or self._decide(failure, attempt.sent) is not Decision.SAME:

@@ -31,7 +31,7 @@ from meshlocal.proxy.http.ends import ClientLeftError, End
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
-from meshlocal.wire.http1.request import RequestHead, parse_request
+from meshlocal.wire.http1.request import RequestHead
 
 if TYPE_CHECKING:
     from meshlocal.net.relay_loop import RelayLoop
@@ -202,16 +202,16 @@ class Lane:
         connection = self._connection
         forwarder = connection.forwarder
         end = received.find(b"\r\n\r\n") + 4
-        limits = forwarder.settings.limits
-        if end < 4 or end > limits.head or forwarder.draining:
+        heads = forwarder.settings.heads
+        if end < 4 or end > heads.limits.head or forwarder.draining:
             return False
         try:
-            head = parse_request(received if end == len(received) else received[:end], limits)
+            head = heads.request(received if end == len(received) else received[:end])
         except ProtocolError:
             return False
         if not _is_plain(head, len(received) - end):
             return False
-        now = trio.current_time()
+        now = self._loop.time()
         service = forwarder.find_known(connection.service, head, now)
         if service is None:
             return False
@@ -226,8 +226,7 @@ class Lane:
             body.feed(received[end:])
         connection.deadline = math.inf
         connection.begun = False
-        exchange = self.exchange = connection.exchange = Exchange(connection, head, now)
-        exchange.body = body
+        exchange = self.exchange = connection.exchange = Exchange(connection, head, now, body)
         connection.fresh = False
         if not exchange.begin_with(service):
             return False
@@ -253,7 +252,7 @@ class Lane:
             self.raised = error
             self._hand_over()
             return
-        if attempt.failure is not None or not attempt.is_sent:
+        if attempt.failure is not None or attempt.unsent:
             self._hand_over()
 
     # The instance.
@@ -346,11 +345,11 @@ class Lane:
         connection, exchange, attempt = self._connection, self.exchange, self.attempt
         assert exchange is not None
         assert attempt is not None
-        now = trio.current_time()
+        now = self._loop.time()
         connection.forwarder.patience.waiting.pop(self, None)
         self.exchange = self.attempt = connection.exchange = None
-        self._loop.handlers.pop(attempt.upstream.number, None)
         attempt.complete()
+        # The pool, or who closes it, takes the handler's place.
         attempt.release(now, watched=True)
         exchange.answered()
         exchange.finish(now)

@@ -24,6 +24,7 @@ class Upstream:
         sock: its socket, non-blocking.
         number: the socket's file descriptor.
         place: where it leads.
+        pool: that has it, while it waits.
         used: it had a response already (A4).
         idle_since: when it was put back.
         watched: the relay's loop has it.
@@ -95,10 +96,10 @@ class Pool:
         idle = self._idle.get(place)
         while idle:
             upstream = idle.pop()
-            if self._loop is not None:
-                self._loop.handlers.pop(upstream.number, None)
-                if not sure:
-                    return upstream
+            # The loop goes on to call `on_event`, which does nothing from here on, until another handler is set.
+            upstream.pool = None
+            if self._loop is not None and not sure:
+                return upstream
             if upstream.is_silent():
                 return upstream
             close(upstream.sock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.routing import PrefixRoute, Router
+from meshlocal.wire.http1.known import KnownHeads
 from meshlocal.wire.http1.request import HeadLimits
 
 
@@ -14,19 +15,21 @@ class HttpSettings:
     Attributes:
         config: what they were made of.
         limits: of heads.
+        heads: reads them.
         router: finds a request's service.
         via: the whole Via field line to add; empty for none.
         append_forwarded: X-Forwarded-For and -Proto are added.
         strip_forwarded: they are removed.
     """
 
-    __slots__ = ("_proxy", "append_forwarded", "config", "limits", "router", "strip_forwarded", "via")
+    __slots__ = ("_proxy", "append_forwarded", "config", "heads", "limits", "router", "strip_forwarded", "via")
 
     def __init__(self, proxy: ProxyConfig) -> None:
         http = proxy.http
         self._proxy = proxy
         self.config = http
         self.limits = HeadLimits(http.max_head, http.max_headers, http.max_target)
+        self.heads = KnownHeads(self.limits)
         named = [*proxy.services, *(listen.service for listen in proxy.listen if listen.service is not None)]
         self.router = Router(
             (

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from meshlocal.wire.http1.chunked import ChunkedBody
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.request import HeadLimits, RequestHead
-from meshlocal.wire.http1.response import Framing, ResponseHead, parse_response
+from meshlocal.wire.http1.known import KnownHeads
+from meshlocal.wire.http1.request import RequestHead
+from meshlocal.wire.http1.response import Framing, ResponseHead
 from meshlocal.wire.http1.rewrite import client_head
 
 _VERSION = b"HTTP/1."
@@ -86,7 +87,7 @@ class ResponseFlow:
 
     Args:
         method: of the request that it answers.
-        limits: of its heads.
+        heads: reads its heads.
 
     Attributes:
         any_byte: something came.
@@ -96,22 +97,36 @@ class ResponseFlow:
         size: bytes of the body that went on.
     """
 
-    # Defaults stand in the class: most responses are over before much of this changes.
-    any_byte = False
-    complete = False
-    reusable = False
-    rest: bytes | bytearray = b""
-    size = 0
-    _framing = Framing.NONE
-    _chunks: ChunkedBody | None = None
-    _encode = False
-    _keep_alive = False
-    _left = 0
-    _searched = 0
+    __slots__ = (
+        "_chunks",
+        "_encode",
+        "_framing",
+        "_heads",
+        "_keep_alive",
+        "_left",
+        "_method",
+        "_searched",
+        "any_byte",
+        "complete",
+        "rest",
+        "reusable",
+        "size",
+    )
 
-    def __init__(self, method: bytes, limits: HeadLimits) -> None:
+    def __init__(self, method: bytes, heads: KnownHeads) -> None:
         self._method = method
-        self._limits = limits
+        self._heads = heads
+        self.any_byte = False
+        self.complete = False
+        self.reusable = False
+        self.rest: bytes | bytearray = b""
+        self.size = 0
+        self._framing = Framing.NONE
+        self._chunks: ChunkedBody | None = None
+        self._encode = False
+        self._keep_alive = False
+        self._left = 0
+        self._searched = 0
 
     def receive(self, data: bytes) -> ResponseHead | None:
         """Take what came before the final head; gives a head once it is complete, an interim one (1xx) too.
@@ -134,23 +149,25 @@ class ResponseFlow:
         if end < 0:
             if not _VERSION.startswith(buffer[: len(_VERSION)]):
                 raise ProtocolError(502, "bad_status_line", "this is not HTTP/1")
-            if len(buffer) > self._limits.head:
+            if len(buffer) > self._heads.limits.head:
                 raise self._too_large()
             self.rest = buffer
             self._searched = max(len(buffer) - 3, 0)
             return None
         end += 4
-        if end > self._limits.head:
+        if end > self._heads.limits.head:
             raise self._too_large()
         if end == len(data) and buffer is data:
             raw, self.rest = data, b""
         else:
             raw, self.rest = bytes(buffer[:end]), bytes(buffer[end:])
         self._searched = 0
-        return parse_response(raw, self._limits)
+        return self._heads.response(raw)
 
     def _too_large(self) -> ProtocolError:
-        return ProtocolError(502, "head_too_large", f"the response's head is larger than {self._limits.head} bytes")
+        return ProtocolError(
+            502, "head_too_large", f"the response's head is larger than {self._heads.limits.head} bytes"
+        )
 
     def closes_client(self, head: ResponseHead, *, http10: bool) -> bool:
         """Whether only the end of the connection can tell this client where the body ends."""

@@ -67,21 +67,31 @@ class RequestHead:
         expect_continue: the client waits for 100 before it sends the body.
         idempotency_key: it carries one, so that sending it twice does no harm.
         forwarded: it has an X-Forwarded-For or -Proto field.
+        onward: what goes to an instance behind the first line, by what it depends on (`rewrite.upstream_head`); shared
+            by all heads with these field lines.
     """
 
-    # Defaults stand in the class: most heads differ from them in little.
-    host = b""
-    authority = b""
-    as_sent = True
-    has_host = False
-    content_length: int | None = None
-    chunked = False
-    options: frozenset[bytes] = frozenset()
-    hop_fields = False
-    upgrade = b""
-    expect_continue = False
-    idempotency_key = False
-    forwarded = False
+    __slots__ = (
+        "as_sent",
+        "authority",
+        "block",
+        "chunked",
+        "content_length",
+        "expect_continue",
+        "forwarded",
+        "has_host",
+        "hop_fields",
+        "host",
+        "idempotency_key",
+        "keep_alive",
+        "method",
+        "minor",
+        "onward",
+        "options",
+        "raw",
+        "target",
+        "upgrade",
+    )
 
     def __init__(self, raw: bytes, method: bytes, target: bytes, minor: int, block: bytes) -> None:
         self.raw = raw
@@ -90,6 +100,43 @@ class RequestHead:
         self.minor = minor
         self.block = block
         self.keep_alive = minor == 1
+        self.host = b""
+        self.authority = b""
+        self.as_sent = True
+        self.has_host = False
+        self.content_length: int | None = None
+        self.chunked = False
+        self.options: frozenset[bytes] = frozenset()
+        self.hop_fields = False
+        self.upgrade = b""
+        self.expect_continue = False
+        self.idempotency_key = False
+        self.forwarded = False
+        self.onward: dict[tuple[bytes, bytes, bool, bytes], bytes] = {}
+
+    def with_target(self, raw: bytes, target: bytes) -> RequestHead:
+        """The head of the same request for another path; `raw` are all its bytes."""
+        head = RequestHead.__new__(RequestHead)
+        head.raw = raw
+        head.target = target
+        head.method = self.method
+        head.minor = self.minor
+        head.block = self.block
+        head.keep_alive = self.keep_alive
+        head.host = self.host
+        head.authority = self.authority
+        head.as_sent = self.as_sent
+        head.has_host = self.has_host
+        head.content_length = self.content_length
+        head.chunked = self.chunked
+        head.options = self.options
+        head.hop_fields = self.hop_fields
+        head.upgrade = self.upgrade
+        head.expect_continue = self.expect_continue
+        head.idempotency_key = self.idempotency_key
+        head.forwarded = self.forwarded
+        head.onward = self.onward
+        return head
 
     @property
     def has_body(self) -> bool:

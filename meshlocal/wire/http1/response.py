@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
+from enum import StrEnum
 
 import httptools
 
@@ -19,7 +19,7 @@ _DECISIVE = re.compile(
 )
 
 
-class Framing(Enum):
+class Framing(StrEnum):
     """How the end of a response's body is told."""
 
     NONE = "none"
@@ -47,14 +47,25 @@ class ResponseHead:
         options: of its Connection field.
         hop_fields: it has fields that do not go on to the next hop.
         upgrade: the Upgrade field; empty if there is none.
+        usual: where the body ends, for the answer to a request of any method but HEAD.
+        onward: what goes to the client, by what it depends on (`rewrite.client_head`).
     """
 
-    # Defaults stand in the class: most heads differ from them in little.
-    content_length: int | None = None
-    chunked = False
-    options: frozenset[bytes] = frozenset()
-    hop_fields = False
-    upgrade = b""
+    __slots__ = (
+        "block",
+        "chunked",
+        "content_length",
+        "hop_fields",
+        "keep_alive",
+        "minor",
+        "onward",
+        "options",
+        "raw",
+        "reason",
+        "status",
+        "upgrade",
+        "usual",
+    )
 
     def __init__(self, raw: bytes, minor: int, status: int, reason: bytes, block: bytes) -> None:
         self.raw = raw
@@ -63,17 +74,17 @@ class ResponseHead:
         self.reason = reason
         self.block = block
         self.keep_alive = minor == 1
+        self.content_length: int | None = None
+        self.chunked = False
+        self.options: frozenset[bytes] = frozenset()
+        self.hop_fields = False
+        self.upgrade = b""
+        self.usual = Framing.NONE
+        self.onward: dict[tuple[Framing, bytes, bool, bool], bytes] = {}
 
     def framing(self, method: bytes) -> Framing:
         """Where the body ends, for the answer to a request of this method."""
-        status = self.status
-        if method == b"HEAD" or status < 200 or status == 204 or status == 304:
-            return Framing.NONE
-        if self.chunked:
-            return Framing.CHUNKED
-        if self.content_length is not None:
-            return Framing.LENGTH if self.content_length else Framing.NONE
-        return Framing.CLOSE
+        return Framing.NONE if method == b"HEAD" else self.usual
 
 
 class _NoCallbacks:
@@ -105,7 +116,19 @@ def parse_response(raw: bytes, limits: HeadLimits = HeadLimits()) -> ResponseHea
         raise ProtocolError(502, "bad_response", f"malformed response: {error}") from None
     head = ResponseHead(raw, 1 if minor == b"1" else 0, int(status), reason, block)
     _read_fields(head, match.end(3))
+    head.usual = _usual_framing(head)
     return head
+
+
+def _usual_framing(head: ResponseHead) -> Framing:
+    status = head.status
+    if status < 200 or status == 204 or status == 304:
+        return Framing.NONE
+    if head.chunked:
+        return Framing.CHUNKED
+    if head.content_length is not None:
+        return Framing.LENGTH if head.content_length else Framing.NONE
+    return Framing.CLOSE
 
 
 def _read_fields(head: ResponseHead, start: int) -> None:

@@ -1,7 +1,7 @@
 """Heads for the next hop, and answers of the proxy's own.
 
-A head that needs no change goes on as the bytes that came. Otherwise lines are cut out of it and others appended,
-and one join makes the new head.
+Lines are cut out of a head and others appended. What comes of that is kept with the head, whose field lines many
+messages share (`meshlocal.wire.http1.known`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from meshlocal.wire.http1.response import Framing, ResponseHead
 
 _FORWARDED = (b"x-forwarded-for", b"x-forwarded-proto")
 _CHUNKED = b"transfer-encoding: chunked\r\n"
+
+_KEPT = 8
+"""Ways of passing the same head on that are remembered: most heads have one."""
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -37,13 +40,21 @@ def upstream_head(head: RequestHead, extra: bytes = b"", *, host: bytes = b"", s
         host: for the Host field of a request that has none.
         strip_forwarded: leave X-Forwarded-For and -Proto out.
     """
-    strip = strip_forwarded and head.forwarded
-    if head.as_sent and head.minor == 1 and not head.hop_fields and not strip:
-        return head.raw[:-2] + extra + b"\r\n" if extra else head.raw
+    key = extra, host, strip_forwarded, head.upgrade
+    fields = head.onward.get(key) if head.as_sent else None
+    if fields is None:
+        fields = _fields_to_instance(head, extra, host, strip_forwarded)
+        if head.as_sent and len(head.onward) < _KEPT:
+            head.onward[key] = fields
+    return b"%b %b HTTP/1.1\r\n%b" % (head.method, head.target, fields)
+
+
+def _fields_to_instance(head: RequestHead, extra: bytes, host: bytes, strip_forwarded: bool) -> bytes:
+    """All behind the first line, with the empty line."""
     block = end_to_end(head.block, head.options) if head.hop_fields else head.block
-    if strip:
+    if strip_forwarded and head.forwarded:
         block = without(block, _FORWARDED)
-    parts = [head.method, b" ", head.target, b" HTTP/1.1\r\n"]
+    parts: list[bytes] = []
     if not head.as_sent:
         block = without(block, (b"host",))
         parts += (b"Host: ", head.authority, b"\r\n")
@@ -70,6 +81,16 @@ def client_head(
         close: the connection ends after this response.
         announce_keep_alive: the client speaks HTTP/1.0, which wants to be told that the connection stays.
     """
+    key = framing, extra, close, announce_keep_alive
+    known = head.onward.get(key)
+    if known is None:
+        known = _to_client(head, framing, extra, close, announce_keep_alive)
+        if len(head.onward) < _KEPT:
+            head.onward[key] = known
+    return known
+
+
+def _to_client(head: ResponseHead, framing: Framing, extra: bytes, close: bool, announce_keep_alive: bool) -> bytes:
     status = head.status
     if head.minor == 1 and head.reason and status >= 200 and status != 204 and not head.upgrade:
         # Lines are cut out of it and appended: the head stays one piece.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from meshlocal.wire.http1.chunked import ChunkedBody
 from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.known import KnownHeads
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished, parse_request
 from meshlocal.wire.http1.response import parse_response
@@ -268,7 +269,7 @@ RESPONSES = st.one_of(st.lists(RESPONSE_PIECES, max_size=8).map(b"".join), st.bi
 
 def flow_through(parts: list[bytes], method: bytes, *, http10: bool) -> tuple[bytes, str]:
     """What a client gets of a response, and how that ended."""
-    flow = ResponseFlow(method, LIMITS)
+    flow = ResponseFlow(method, KnownHeads(LIMITS))
     out = b""
     begun = False
     try:

@@ -16,7 +16,7 @@ def up(raw: bytes, **options: object) -> bytes:
 
 def test_untouched_head_is_the_very_bytes() -> None:
     raw = b"GET / HTTP/1.1\r\nHost: b\r\nX: y\r\n\r\n"
-    assert up(raw) is raw
+    assert up(raw) == raw
 
 
 @pytest.mark.parametrize(
