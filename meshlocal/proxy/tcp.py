@@ -39,7 +39,7 @@ from meshlocal.proxy.replay import Overture, Verdict
 
 if TYPE_CHECKING:
     from meshlocal.net.dial import Connecting
-    from meshlocal.net.relay_loop import Pair
+    from meshlocal.net.flows import Pair
 
 _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")

@@ -23,8 +23,8 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meshlocal.net import flows
 from meshlocal.net import relay as relay_module
-from meshlocal.net import relay_loop
 from meshlocal.net.relay import CHUNK, TURN, RelayCounters, RelayResult, copy, relay
 from meshlocal.net.relay_loop import open_relay_loop
 from meshlocal.net.sockets import abort, close
@@ -91,14 +91,14 @@ def stream(sock: socket.socket) -> Iterator[trio.SocketStream]:
 def reads(first: int, largest: int) -> Iterator[None]:
     """Relay loops that are opened meanwhile read no more than that at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relay_loop, "FIRST", first)
-        patch.setattr(relay_loop, "LARGEST", largest)
+        patch.setattr(flows, "FIRST", first)
+        patch.setattr(flows, "LARGEST", largest)
         yield
 
 
 both_kinds = pytest.mark.parametrize("make", [unix_pair, tcp_pair])
 STALL = 0
-SIZES = [(relay_loop.FIRST, relay_loop.LARGEST), (CHUNK, 2 * CHUNK), (1000, 5000)]
+SIZES = [(flows.FIRST, flows.LARGEST), (CHUNK, 2 * CHUNK), (1000, 5000)]
 moves = st.lists(st.sampled_from([STALL, 1, 100, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK]), max_size=5)
 
 

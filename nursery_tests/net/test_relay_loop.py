@@ -16,7 +16,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshlocal.net import relay_loop
+from meshlocal.net import flows, relay_loop
 from meshlocal.net.relay import CHUNK, RelayCounters, RelayResult, current_loop, relay
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import abort
@@ -262,8 +262,8 @@ class Fickle(socket.socket):
 
 def reads(monkeypatch: pytest.MonkeyPatch, first: int, largest: int) -> None:
     """Relay loops that are opened from now on read no more than that at a time."""
-    monkeypatch.setattr(relay_loop, "FIRST", first)
-    monkeypatch.setattr(relay_loop, "LARGEST", largest)
+    monkeypatch.setattr(flows, "FIRST", first)
+    monkeypatch.setattr(flows, "LARGEST", largest)
 
 
 async def test_reads_grow_while_their_sink_takes_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ async def test_bytes_after_urgent_data_are_not_left_behind() -> None:
 
 
 def test_the_buffer_lies_in_the_middle_of_a_page() -> None:
-    view = relay_loop._buffer(1000)
+    view = flows._buffer(1000)
     assert len(view) == 1000
     assert ctypes.addressof(ctypes.c_char.from_buffer(view)) % mmap.PAGESIZE == mmap.PAGESIZE // 2
 
@@ -386,7 +386,11 @@ takes = st.lists(st.sampled_from([-1, -1, 1, 500, 100000]), max_size=12)
 
 
 async def play(
-    schedule: list[tuple[str, str]], *, looped: bool, takes: tuple[list[int], list[int]] = ([], [])
+    schedule: list[tuple[str, str]],
+    *,
+    early: bytes,
+    looped: bool,
+    takes: tuple[list[int], list[int]] = ([], []),
 ) -> tuple[object, ...]:
     """Go through a schedule; what both ends got, how the relay ended, and what it counted.
 
@@ -412,7 +416,7 @@ async def play(
                     broken.add(end)
 
         async def run() -> None:
-            result = await line.relay()
+            result = await relay(line.client, line.upstream, line.counters, early)
             results.append(result)
             if result.failed is not None:
                 abort(line.client)
@@ -471,16 +475,24 @@ async def play(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-@given(schedule=steps, client=takes, upstream=takes, largest=st.sampled_from([500, 4000, relay_loop.LARGEST]))
+@given(
+    schedule=steps,
+    client=takes,
+    upstream=takes,
+    early=st.sampled_from([b"", b"early bird "]),
+    largest=st.sampled_from([500, 4000, flows.LARGEST]),
+)
 async def test_every_schedule_ends_as_on_the_plain_path(
     schedule: list[tuple[str, str]],
     client: list[int],
     upstream: list[int],
+    early: bytes,
     largest: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         reads(patch, min(500, largest), largest)
-        assert await play(schedule, looped=True, takes=(client, upstream)) == await play(schedule, looped=False)
+        seen = await play(schedule, early=early, looped=True, takes=(client, upstream))
+        assert seen == await play(schedule, early=early, looped=False)
 
 
 async def test_the_end_of_a_turn_comes_after_all_events(monkeypatch: pytest.MonkeyPatch) -> None:
