@@ -98,8 +98,10 @@ async def test_a_full_local_instance_spills(proxy: Any, upstream: Any) -> None:
     local, remote = await upstream("local", "n1"), await upstream("remote", "n2")
     configure(proxy, ServiceConfig(spill=2))
     proxy.publish([local, remote])
-    held = [await proxy.connect() for _ in range(5)]
-    served = [(await stream.receive_some(64)).decode().strip() for stream in held]
+    held, served = [], []
+    for _ in range(5):  # one after another: tasks that are ready at once run in any order
+        held.append(await proxy.connect())
+        served.append((await held[-1].receive_some(64)).decode().strip())
     assert served == ["local", "local", "remote", "remote", "remote"]
     assert dict(proxy.table[B].statistics.picks) == {("node", ""): 2, ("other", "spill"): 3}
     await held[0].aclose()
