@@ -147,19 +147,19 @@ async def connect(client: Waiting, service: ServiceState, result: Connected) -> 
 
     Called again with the same result, it goes on where it was: with the rest of the plan, and of the time.
     """
-    connecting = begin(client, service, result)
+    connecting = begin(client, service, result, trio.current_time())
     if result.upstream is None:
         await go_on(client, service, result, connecting)
 
 
-def begin(client: Waiting, service: ServiceState, result: Connected) -> Connecting | None:
+def begin(client: Waiting, service: ServiceState, result: Connected, now: float) -> Connecting | None:
     """The part of `connect` that waits for nothing: an instance on this host answers at once.
 
     Returns:
         An attempt that has begun and is for `go_on`, which has to be called unless `result` has an upstream.
     """
     if result.deadline is None:
-        result.deadline = trio.current_time() + service.policy.deadline
+        result.deadline = now + service.policy.deadline
     if service.picker is None or client.left:
         return None
     return _begin_next(service, result)

@@ -66,6 +66,14 @@ class Circuit:
         self.now[what] += 1
         return True
 
+    def has_room(self, what: Limit) -> bool:
+        """What `enter` would say, for something that is over at once; False counts as a refusal, too."""
+        limit: int | None = getattr(self.limits, what)
+        if limit is not None and self.now[what] >= limit:
+            self.refused[what] += 1
+            return False
+        return self.whole is None or self.whole.has_room(what)
+
     def leave(self, what: Limit) -> None:
         """One less."""
         self.now[what] -= 1

@@ -152,7 +152,7 @@ class TcpForwarder:
         if loop is None:
             return True
         try:
-            self._begin(connection)
+            self._begin(connection, connection.started)
             upstream = connection.result.upstream
             if upstream is None or service.policy.replay or self._is_doubted(connection):
                 return True
@@ -169,7 +169,9 @@ class TcpForwarder:
             relay = connection.relay
             if relay is not None and relay.done:
                 # Nothing is left to wait for, or to cancel.
-                outcome = await self._forward(connection)
+                ended = relay.state.result()
+                self._judge(connection, ended)
+                outcome = _outcome(connection, ended)
             else:
                 with connection.scope:
                     outcome = await self._forward(connection)
@@ -201,36 +203,40 @@ class TcpForwarder:
             end(upstream, awaited=False)
         self._account(connection, outcome)
 
-    def _begin(self, connection: Connection) -> None:
+    def _begin(self, connection: Connection, now: float) -> None:
         """Count it, and look for an instance as far as that waits for nothing."""
         connection.begun = True
         if self._enter(connection, Limit.CONNECTIONS) and self._enter(connection, Limit.REQUESTS):
-            self._seek(connection)
+            self._seek(connection, now)
 
     def _enter(self, connection: Connection, limit: Limit) -> bool:
         if connection.service.circuit.enter(limit):
             connection.entered.append(limit)
             return True
+        return self._refuse(connection, limit)
+
+    def _refuse(self, connection: Connection, limit: Limit) -> bool:
         connection.result.error = f"limit_{limit}"
         connection.result.outcome = Outcome.LIMITED
         return False
 
-    def _seek(self, connection: Connection) -> None:
-        """Look for an instance, or for the next; `_connect` waits for what comes of it."""
+    def _seek(self, connection: Connection, now: float) -> None:
+        """Look for an instance, or for the next; if that has to be waited for, `_connect` does."""
         service, result = connection.service, connection.result
-        if not self._enter(connection, Limit.WAITING):
+        if not service.circuit.has_room(Limit.WAITING):
+            self._refuse(connection, Limit.WAITING)
             return
+        connection.connecting = begin(connection.client, service, result, now)
+        if result.upstream is not None:
+            self._connected(connection, now)
+            return
+        service.circuit.enter(Limit.WAITING)
         service.statistics.connecting += 1
         connection.seeking = True
-        connection.connecting = begin(connection.client, service, result)
-        if result.upstream is not None:
-            self._end_search(connection)
-            self._connected(connection)
 
     def _end_search(self, connection: Connection) -> None:
         connection.seeking = False
         connection.service.statistics.connecting -= 1
-        connection.entered.remove(Limit.WAITING)
         connection.service.circuit.leave(Limit.WAITING)
 
     async def _connect(self, connection: Connection) -> bool:
@@ -243,14 +249,13 @@ class TcpForwarder:
             finally:
                 self._end_search(connection)
             if result.upstream is not None:
-                self._connected(connection)
+                self._connected(connection, trio.current_time())
         return result.upstream is not None
 
-    def _connected(self, connection: Connection) -> None:
+    def _connected(self, connection: Connection, now: float) -> None:
         """It has an instance from now on; each wants a `_disconnect`."""
         service, pick = connection.service, connection.result.pick
         assert pick is not None
-        now = trio.current_time()
         connection.counters = RelayCounters(now)
         connection.connected = now
         service.statistics.open += 1
@@ -269,7 +274,7 @@ class TcpForwarder:
         if connection.fault is not None:
             raise connection.fault
         if not connection.begun:
-            self._begin(connection)
+            self._begin(connection, trio.current_time())
         overture: Overture | None = None
         ended: RelayResult | None = None
         while ended is None:
@@ -288,15 +293,12 @@ class TcpForwarder:
                 return Outcome.CLIENT_LEFT
             if verdict.moves:
                 self._disconnect(connection)
-                self._seek(connection)
+                self._seek(connection, trio.current_time())
             elif verdict.ended:
                 ended = await copy_back(client.socket, upstream, counters)
             else:
                 ended = await self._relay(connection, client.early[verdict.sent :])
-        if ended.failed is not None:
-            connection.cut = f"{ended.failed} {ended.reason}"
-            return Outcome.CUT
-        return Outcome.SERVED
+        return _outcome(connection, ended)
 
     async def _play(self, connection: Connection, overture: Overture) -> Verdict:
         """Wait for the instance's first byte.
@@ -346,13 +348,14 @@ class TcpForwarder:
             else:
                 ended = await relay(sock, upstream, counters, early=early)
         finally:
-            self._judge(connection, counters, ended)
+            self._judge(connection, ended)
         assert ended is not None
         return ended
 
-    def _judge(self, connection: Connection, counters: RelayCounters, ended: RelayResult | None) -> None:
-        fitness, pick = connection.service.fitness, connection.result.pick
+    def _judge(self, connection: Connection, ended: RelayResult | None) -> None:
+        fitness, pick, counters = connection.service.fitness, connection.result.pick, connection.counters
         assert pick is not None
+        assert counters is not None
         assert connection.connected is not None
         silent = not counters.upstream_to_client
         if ended is None or (silent and ended.failed == "client"):
@@ -384,8 +387,8 @@ class TcpForwarder:
         if counters is not None:
             statistics.bytes_sent += counters.client_to_upstream
             statistics.bytes_received += counters.upstream_to_client
-        now = trio.current_time()
         if outcome in (Outcome.FAILED, Outcome.NO_INSTANCE, Outcome.DEADLINE):
+            now = trio.current_time()
             self._failed(
                 now, service=service.key, outcome=outcome, attempts=result.attempts, last_error=result.error or None
             )
@@ -403,7 +406,7 @@ class TcpForwarder:
                 cut=connection.cut or None,
                 sent=counters.client_to_upstream if counters is not None else 0,
                 received=counters.upstream_to_client if counters is not None else 0,
-                seconds=round(now - connection.started, 6),
+                seconds=round(trio.current_time() - connection.started, 6),
             )
 
     async def sweep_idle(self) -> None:
@@ -430,3 +433,10 @@ class TcpForwarder:
             else:
                 wait = min(wait, left)
         return wait
+
+
+def _outcome(connection: Connection, ended: RelayResult) -> Outcome:
+    if ended.failed is None:
+        return Outcome.SERVED
+    connection.cut = f"{ended.failed} {ended.reason}"
+    return Outcome.CUT

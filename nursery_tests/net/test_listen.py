@@ -527,13 +527,21 @@ class Flaky:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
+        self.family, self.type, self.proto = listener.family, listener.type, listener.proto
         self.errors: list[int] = []
 
     def accept(self) -> tuple[socket.socket, object]:
+        self._fail()
+        return self._listener.accept()
+
+    def _accept(self) -> tuple[int, object]:
+        self._fail()
+        return self._listener._accept()
+
+    def _fail(self) -> None:
         if self.errors:
             number = self.errors.pop(0)
             raise OSError(number, os.strerror(number))
-        return self._listener.accept()
 
     def fileno(self) -> int:
         return self._listener.fileno()

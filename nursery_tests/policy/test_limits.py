@@ -69,3 +69,20 @@ def test_the_whole_is_the_sum_and_no_limit_is_passed(steps: list[tuple[int, Limi
             for circuit in (whole, *services):
                 limit = getattr(circuit.limits, each)
                 assert limit is None or circuit.now[each] <= limit
+
+
+@pytest.mark.parametrize("what", Limit)
+def test_asking_for_room_says_what_entering_would_and_takes_none(what: Limit) -> None:
+    whole = Circuit(LimitsConfig(**{what.value: 2}))
+    one, other = Circuit(LimitsConfig(**{what.value: 1}), whole), Circuit(LimitsConfig(), whole)
+    assert one.has_room(what)
+    assert one.has_room(what)
+    assert one.enter(what)
+    assert not one.has_room(what)
+    assert (one.refused[what], whole.refused[what]) == (1, 0)
+    assert other.enter(what)
+    assert not other.has_room(what)
+    assert (other.refused[what], whole.refused[what]) == (0, 1)
+    other.leave(what)
+    assert other.has_room(what)
+    assert (one.now[what], other.now[what], whole.now[what]) == (1, 0, 1)
