@@ -131,8 +131,8 @@ class Flows:
         self._epoll = epoll
         self._flows: dict[int, Flow] = {}
         """By the file descriptor of a socket: the direction that reads from it, whose twin writes to it."""
-        self._again: list[Flow] = []
-        """Those that have gone on for long enough, and are served once others were."""
+        self._again: dict[Flow, None] = {}
+        """Those that have gone on for long enough, and are served once others were; each once."""
         self._view = _buffer(LARGEST)
         self._first = self._view[:FIRST]
         self._now = 0.0
@@ -224,7 +224,7 @@ class Flows:
             if size < LARGEST:
                 flow.limit = min(2 * size, LARGEST)
                 flow.space = self._view[: flow.limit]
-            self._again.append(flow)
+            self._again[flow] = None
 
     def _hold(self, flow: Flow, sent: int, size: int) -> None:
         """Keep what the sink did not take of a read."""
@@ -291,7 +291,7 @@ class Flows:
         if flow.twin.ended:
             self._finish(flow.pair)
         else:
-            self._again.append(flow.twin)
+            self._again[flow.twin] = None
 
 
 def _buffer(size: int) -> memoryview:

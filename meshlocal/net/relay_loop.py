@@ -247,7 +247,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         """Wait for events, and serve them; tells whether Trio has one of its own."""
         again = self._again
         if again:
-            self._again = []
+            self._again = {}
         trio_ready = False
         try:
             events = self._epoll.poll(timeout, _BATCH)
@@ -301,7 +301,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
             self._end_round()
         self._turning = False
         for flow in again:
-            self._serve(flow)
+            if flow not in self._again:  # it had an event as well
+                self._serve(flow)
         return trio_ready
 
     def _end_round(self) -> None:

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
+from typing import Self
 
 import pytest
 import trio
@@ -244,7 +245,7 @@ class Fickle(socket.socket):
     asked: list[int]
 
     @classmethod
-    def instead_of(cls, sock: socket.socket, takes: list[int]) -> Fickle:
+    def instead_of(cls, sock: socket.socket, takes: list[int]) -> Self:
         made = cls(fileno=sock.detach())
         made.takes, made.asked = list(takes), []
         return made
@@ -322,6 +323,42 @@ async def test_between_two_full_reads_all_others_have_their_turn(monkeypatch: py
             await until(lambda: long.counters.client_to_upstream == 50000 and moved > 0)
             nursery.cancel_scope.cancel()
         assert moved <= 2000
+
+
+async def test_a_direction_that_is_filled_as_fast_as_it_reads_has_one_read_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its bytes make an event each turn, though it is to go on without one already."""
+    reads(monkeypatch, 1000, 1000)
+    with ExitStack() as stack:
+        opened(stack)
+        line = stack.enter_context(Line())
+
+        class Filled(Fickle):
+            def recv_into(self, buffer: memoryview, *_: int) -> int:  # type: ignore[override]  # narrower
+                size = super().recv_into(buffer)
+                if len(self.asked) < 50:
+                    line.app.send(bytes(1500))
+                return size
+
+        line.client = client = Filled.instead_of(line.client, [])
+        turns: list[int] = []
+        turn = RelayLoop._turn
+
+        def noted(self: RelayLoop, timeout: float) -> bool:
+            before = len(client.asked)
+            ready = turn(self, timeout)
+            turns.append(len(client.asked) - before)
+            return ready
+
+        monkeypatch.setattr(RelayLoop, "_turn", noted)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            line.app.send(bytes(1500))
+            await until(lambda: len(client.asked) > 60)
+            nursery.cancel_scope.cancel()
+        assert max(turns) == 1
 
 
 async def test_bytes_after_urgent_data_are_not_left_behind() -> None:
