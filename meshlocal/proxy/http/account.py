@@ -13,6 +13,7 @@ from meshlocal.proxy.http.statistics import status_class
 if TYPE_CHECKING:
     from meshlocal.proxy.http.connection import ClientConnection
     from meshlocal.proxy.http.exchange import Exchange
+    from meshlocal.proxy.http.service import HttpService
 
 _access_log = get_log("meshlocal.access")
 
@@ -41,20 +42,35 @@ def account(exchange: Exchange, now: float) -> None:
     pick, service = exchange.pick, exchange.service
     reason = (pick.reason or "") if pick is not None else ""
     if service is not None:
-        counts = service.state.statistics
-        # As RequestKey(...) does, without a call of Python's own.
-        counts.requests[tuple.__new__(RequestKey, (exchange.tier, reason, exchange.outcome))] += 1
-        counts.bytes_received += exchange.received
-        if exchange.body is not None:
-            counts.bytes_sent += exchange.body.size
-        statistics = service.statistics
-        statistics.responses[exchange.tier, reason, status_class(exchange.status)] += 1
-        statistics.observe(now - exchange.started)
+        sent = exchange.body.size if exchange.body is not None else 0
+        seconds = now - exchange.started
+        outcome, status, received = exchange.outcome, exchange.status, exchange.received
+        count_request(service, exchange.tier, reason, outcome, status, sent, received, seconds)
     forwarder = connection.forwarder
     if exchange.outcome is Outcome.DRAINED:
         forwarder.drained += 1
     if forwarder.access_log:
         _log_request(exchange, now)
+
+
+def count_request(
+    service: HttpService,
+    tier: str,
+    reason: str,
+    outcome: Outcome,
+    status: int,
+    sent: int,
+    received: int,
+    seconds: float,
+) -> None:
+    """Count a request that ended: bytes of bodies, and how long it took."""
+    counts, statistics = service.state.statistics, service.statistics
+    # As RequestKey(...) does, without a call of Python's own.
+    counts.requests[tuple.__new__(RequestKey, (tier, reason, outcome))] += 1
+    counts.bytes_received += received
+    counts.bytes_sent += sent
+    statistics.responses[tier, reason, status_class(status)] += 1
+    statistics.observe(seconds)
 
 
 def _log_request(exchange: Exchange, now: float) -> None:

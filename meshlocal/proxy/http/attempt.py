@@ -114,6 +114,16 @@ class Attempt:
 
     # Without a wait.
 
+    def resume(self) -> None:
+        """Go on where a `Quick` was that had sent the whole request."""
+        self.started = self.sent = True
+        self._limit(self.exchange.started)
+
+    def _limit(self, now: float) -> None:
+        limit = self.service.state.policy.attempt_timeout
+        if limit is not None:
+            self.deadline = min(self.deadline, now + limit)
+
     def start(self) -> None:
         """Send the request, as far as the connection takes it. Sets `failure` if that is dead."""
         self.started = True
@@ -132,8 +142,7 @@ class Attempt:
         self.sent = sent > 0
         if sent < len(payload):
             self.unsent = payload[sent:]
-        if state.policy.attempt_timeout is not None:
-            self.deadline = min(self.deadline, trio.current_time() + state.policy.attempt_timeout)
+        self._limit(trio.current_time())
 
     @property
     def is_sent(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import trio
@@ -16,15 +15,16 @@ from meshlocal.net.sockets import abort, close
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
 from meshlocal.proxy.http.attempt import Attempt
-from meshlocal.proxy.http.ends import ClientLeftError, End
+from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.proxy.http.lane import Lane
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished
-from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer
+from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer, upstream_head
 
 if TYPE_CHECKING:
     from meshlocal.proxy.http.forwarder import HttpForwarder
+    from meshlocal.proxy.http.service import HttpService
 
 CHUNK = 65536
 """Bytes read at once."""
@@ -36,21 +36,6 @@ DRAIN_GRACE = 0.5
 """Seconds that a drain leaves to a client whose next request may be on its way (RFC 9112, 9.6)."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
-
-
-class Expiry(Enum):
-    """What a connection waits for, and so what happens when that does not come in time."""
-
-    FIRST = "first"
-    """Its first request: closed without a word, as it never said one. Browsers open such connections to have them."""
-    IDLE = "idle"
-    """The next request: closed without a word."""
-    HEAD = "head"
-    """The rest of a head: 408."""
-    BODY = "body"
-    """More of a request's body: 408, unless a response was begun."""
-    TRANSFER = "transfer"
-    """More of a response, or that the client takes it: reset."""
 
 
 class ClientConnection(Client):
@@ -167,6 +152,8 @@ class ClientConnection(Client):
                 await lane.wait()
                 if lane.end is not None:
                     return lane.end
+                if lane.raised is not None and lane.exchange is None:
+                    raise lane.raised
                 if lane.exchange is not None:
                     ending = await self._exchange(lane.exchange, lane.attempt, lane.raised)
                     if ending is not End.KEEP:
@@ -297,6 +284,15 @@ class ClientConnection(Client):
         else:
             self.deadline = math.inf
         return data
+
+    def request_head(self, head: RequestHead, service: HttpService) -> bytes:
+        """A request's head for an instance of the service."""
+        settings = self.forwarder.settings
+        extra = settings.via
+        if settings.append_forwarded:
+            extra += self.forwarded_lines(head)
+        host = b"" if head.has_host else service.state.key.encode()
+        return upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded)
 
     def forwarded_lines(self, head: RequestHead) -> bytes:
         """The X-Forwarded-For and -Proto fields to append to a request."""

@@ -28,3 +28,18 @@ class CutError(Exception):
 
 class AttemptTimeoutError(Exception):
     """An instance's time, or the request's, ran out before a response's head."""
+
+
+class Expiry(Enum):
+    """What a connection waits for, and so what happens when that does not come in time."""
+
+    FIRST = "first"
+    """Its first request: closed without a word, as it never said one. Browsers open such connections to have them."""
+    IDLE = "idle"
+    """The next request: closed without a word."""
+    HEAD = "head"
+    """The rest of a head: 408."""
+    BODY = "body"
+    """More of a request's body: 408, unless a response was begun."""
+    TRANSFER = "transfer"
+    """More of a response, or that the client takes it: reset."""

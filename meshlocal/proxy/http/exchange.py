@@ -29,7 +29,7 @@ from meshlocal.proxy.http.service import HttpService
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
-from meshlocal.wire.http1.rewrite import generated_answer, upstream_head
+from meshlocal.wire.http1.rewrite import generated_answer
 
 if TYPE_CHECKING:
     from meshlocal.proxy.http.connection import ClientConnection
@@ -142,6 +142,16 @@ class Exchange:
         service.budget.request(self.started)
         return True
 
+    def resume(self, service: HttpService, plan: Plan | None, pick: Pick | None) -> None:
+        """Go on where a `Quick` was: all that it began with is counted already."""
+        self.service = service
+        self.deadline = self.started + service.state.policy.response_deadline
+        self._plan = plan
+        self.pick = pick
+        if pick is not None:
+            self.attempts = 1
+            self.tier = service.state.tiers[pick.tier]
+
     def first_attempt(self) -> Attempt | None:
         """Begin with the first instance, on a connection that waits for a request; None if a task has to do it."""
         service = self.service
@@ -189,13 +199,8 @@ class Exchange:
 
     def payload(self) -> bytes:
         """The head for an instance, with what is there of the body."""
-        connection, settings = self.connection, self.connection.forwarder.settings
-        extra = settings.via
-        if settings.append_forwarded:
-            extra += connection.forwarded_lines(self.head)
-        service = self.service
-        host = service.state.key.encode() if service is not None and not self.head.has_host else b""
-        head = upstream_head(self.head, extra, host=host, strip_forwarded=settings.strip_forwarded)
+        assert self.service is not None
+        head = self.connection.request_head(self.head, self.service)
         body = self.body
         return head + b"".join(body.held) if body is not None and body.held else head
 

@@ -44,7 +44,7 @@ class HttpForwarder:
 
     Attributes:
         settings: what the config says.
-        access_log: one log line for each request, at its end.
+        tells: every request is logged, or its response tells how it came about.
         draining: connections end with their next response (S1).
         drained: requests that a drain cut (S1).
         refused: requests that no instance was tried for, by reason.
@@ -63,6 +63,16 @@ class HttpForwarder:
         self.refused: defaultdict[str, int] = defaultdict(int)
         self.patience = Patience()
         self._failed = RateLimited(_log, logging.WARNING, "request failed", interval=_WARNING_INTERVAL)
+
+    @property
+    def access_log(self) -> bool:
+        """One log line for each request, at its end."""
+        return self._access_log
+
+    @access_log.setter
+    def access_log(self, access_log: bool) -> None:
+        self._access_log = access_log
+        self.tells = access_log or self.settings.config.response_headers
 
     def __len__(self) -> int:
         return len(self._connections)

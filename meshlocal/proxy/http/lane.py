@@ -9,10 +9,11 @@ its task sleeps in `Lane.wait`, and its sockets are served by the relay's loop (
 
 Requests, and responses that came in one piece, are sent at the end of the loop's turn (`RelayLoop.at_end`).
 
-At the first thing that is not plain the task takes over, at whatever point that is: what came of a head, a request
-that was begun, an attempt that was sent, a response half passed on, or that did not come in time. So the lane has no
-rules of its own; what it calls is what the task would call, in the same order, and it knows nothing of retries,
-refusals or deadlines.
+A request is kept as a `Quick` for as long as nothing about it is unusual, and is an `Exchange` with its `Attempt` from
+then on. At the first thing that is not plain at all the task takes over, at whatever point that is: what came of a
+head, a request that was begun, an attempt that was sent, a response half passed on, or that did not come in time. So
+the lane has no rules of its own; what it calls is what the task would call, in the same order, and it knows nothing of
+retries, refusals or deadlines.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ import trio
 from trio.lowlevel import Abort, checkpoint, current_task, wait_task_rescheduled
 
 from meshlocal.client.statistics import Outcome
+from meshlocal.net.sockets import abort
+from meshlocal.policy.limits import Limit
 from meshlocal.policy.retry import Failure
+from meshlocal.proxy.http.answers import TOO_MANY_REQUESTS
 from meshlocal.proxy.http.attempt import CHUNK, Attempt
-from meshlocal.proxy.http.ends import ClientLeftError, End
+from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.exchange import Exchange
+from meshlocal.proxy.http.quick import Quick, is_usual
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
@@ -36,6 +41,7 @@ from meshlocal.wire.http1.request import RequestHead
 if TYPE_CHECKING:
     from meshlocal.net.relay_loop import RelayLoop
     from meshlocal.proxy.http.connection import ClientConnection
+    from meshlocal.proxy.http.service import HttpService
 
 TURN = 4
 """Full chunks that the lane passes on in a row; a response that has more of them goes to its task."""
@@ -62,6 +68,7 @@ class Lane:
         "_handed_over",
         "_loop",
         "_more",
+        "_quick",
         "_registered",
         "attempt",
         "end",
@@ -78,6 +85,7 @@ class Lane:
         self._registered = False
         self._more = False
         self._handed_over = False
+        self._quick: Quick | None = None
         self.task: trio.lowlevel.Task | None = None
         self.received = b""
         self.exchange: Exchange | None = None
@@ -113,6 +121,8 @@ class Lane:
 
     def _give_up(self) -> None:
         """The task was cancelled."""
+        if self._quick is not None:
+            self._unfold(self._quick)
         self._leave()
         if self.attempt is not None:
             self.attempt.release(trio.current_time())
@@ -128,7 +138,19 @@ class Lane:
             handlers.pop(self.attempt.upstream.number, None)
             self._connection.forwarder.patience.waiting.pop(self, None)
 
+    def _unfold(self, quick: Quick) -> Attempt | None:
+        connection = self._connection
+        self._quick = None
+        connection.begun = False
+        self.exchange, self.attempt = quick.unfold()
+        connection.exchange = self.exchange
+        if self.attempt is not None:
+            self._loop.handlers[self.attempt.upstream.number] = self.on_upstream
+        return self.attempt
+
     def _hand_over(self) -> None:
+        if self._quick is not None:
+            self._unfold(self._quick)
         self._leave()
         self._handed_over = True
         if self.task is not None:
@@ -140,7 +162,7 @@ class Lane:
         A client that leaves makes an event here too, so that all that is wanted is to be told when the instance's time
         is over. Once its head came it has the connection's time, which is swept with all others'.
         """
-        attempt = self.attempt
+        attempt = self.attempt if self._quick is None else self._unfold(self._quick)
         if attempt is None:
             return
         if attempt.head_came:
@@ -155,6 +177,8 @@ class Lane:
 
     def lose_hope(self) -> None:
         """See `Waiter.lose_hope`."""
+        if self._quick is not None:
+            self._unfold(self._quick)
         if self.attempt is not None:
             self.attempt.impatient = True
         self._hand_over()
@@ -163,7 +187,7 @@ class Lane:
 
     def on_client(self, mask: int) -> None:
         """The client's socket has an event."""
-        if self.exchange is None:
+        if self.exchange is None and self._quick is None:
             # An end that came with the request makes no event of its own.
             self._read_client(more=bool(mask & _ENDING))
             return
@@ -194,7 +218,7 @@ class Lane:
             self.raised = error
             begun = False
         if not begun:
-            self.received = received if self.exchange is None else b""
+            self.received = received if self.exchange is None and self._quick is None else b""
             self._hand_over()
 
     def _begin(self, received: bytes) -> bool:
@@ -225,6 +249,8 @@ class Lane:
             body = RequestBody(head, limit=None, hold=policy.replay_buffer)
             body.feed(received[end:])
         connection.deadline = math.inf
+        if body is None and is_usual(connection, head, service):
+            return self._begin_quick(head, service, now)
         connection.begun = False
         exchange = self.exchange = connection.exchange = Exchange(connection, head, now, body)
         connection.fresh = False
@@ -237,6 +263,51 @@ class Lane:
         forwarder.patience.add(self, now)
         self._loop.at_end(self._send_request)
         return True
+
+    def _begin_quick(self, head: RequestHead, service: HttpService, now: float) -> bool:
+        connection = self._connection
+        connection.fresh = False
+        # It is not idle.
+        connection.expiry = Expiry.TRANSFER
+        if not service.state.circuit.enter(Limit.REQUESTS):
+            exchange = self.exchange = connection.exchange = Exchange(connection, head, now)
+            exchange.refusal = TOO_MANY_REQUESTS
+            connection.begun = False
+            return False
+        quick = self._quick = Quick(connection, head, service, now)
+        upstream = quick.upstream
+        if upstream is None:
+            return False
+        self._loop.handlers[upstream.number] = self.on_answer
+        self._loop.at_end(self._send_quick)
+        return True
+
+    def _send_quick(self) -> None:
+        quick = self._quick
+        if quick is None or quick.upstream is None:
+            return
+        self._connection.forwarder.patience.add(self, self._loop.time())
+        try:
+            payload = quick.payload()
+            try:
+                sent = quick.upstream.sock.send(payload)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(payload):
+                quick.sent = True
+                return
+            attempt = self._unfold(quick)
+            assert attempt is not None
+            if sent:
+                attempt.resume()
+                attempt.unsent = payload[sent:]
+        except OSError:
+            attempt = self._unfold(quick)
+            assert attempt is not None
+            attempt.failure = Failure.STALE
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self.raised = error
+        self._hand_over()
 
     def _send_request(self) -> None:
         attempt = self.attempt
@@ -257,6 +328,70 @@ class Lane:
 
     # The instance.
 
+    def on_answer(self, mask: int) -> None:
+        """The socket of the instance that a `Quick` was sent to has an event."""
+        quick = self._quick
+        if quick is None or quick.upstream is None or not quick.sent:
+            if quick is not None:
+                self._unfold(quick)
+            self.on_upstream(mask)
+            return
+        failed = False
+        try:
+            data = quick.upstream.sock.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, failed = b"", True
+        try:
+            if data and quick.answer(data):
+                if mask & _ENDING:
+                    quick.upstream.ending = True
+                self._loop.at_end(self._send_answer)
+                return
+            attempt = self._unfold(quick)
+            assert attempt is not None
+            attempt.reset = failed
+            self._pass_on(mask, data)
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            self.raised = error
+            self._hand_over()
+
+    def _send_answer(self) -> None:
+        quick = self._quick
+        if quick is None:
+            return
+        out = quick.out
+        try:
+            sent = self._connection.socket.send(out)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.raised = ClientLeftError()
+            self._hand_over()
+            return
+        if sent < len(out):
+            attempt = self._unfold(quick)
+            assert attempt is not None
+            attempt.out = out[sent:]
+            self._hand_over()
+            return
+        now = self._loop.time()
+        connection = self._connection
+        connection.forwarder.patience.waiting.pop(self, None)
+        self._quick = None
+        try:
+            quick.finish(now)
+        except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
+            if quick.upstream is not None and quick.upstream.pool is None:
+                abort(quick.upstream.sock)
+            self.raised = error
+            self._hand_over()
+            return
+        connection.await_request(now)
+        if self._more:
+            self._read_client(more=True)
+
     def on_upstream(self, mask: int) -> None:
         """The instance's socket has an event."""
         attempt = self.attempt
@@ -271,14 +406,15 @@ class Lane:
             self.raised = error
             self._hand_over()
 
-    def _pass_on(self, mask: int) -> None:
-        """Read what came and pass it on."""
+    def _pass_on(self, mask: int, data: bytes | None = None) -> None:
+        """Read what came, unless it is `data`, and pass it on."""
         attempt, client = self.attempt, self._connection.socket
         assert attempt is not None
         sock, flow = attempt.sock, attempt.flow
         for _ in range(TURN):
             try:
-                data = sock.recv(CHUNK)
+                if data is None:
+                    data = sock.recv(CHUNK)
             except BlockingIOError:
                 return
             except OSError:
@@ -313,6 +449,7 @@ class Lane:
                     # It is looked at by the sweep only, from here on or already.
                     self._connection.await_transfer()
                 return
+            data = None
         self._hand_over()
 
     def _send_rest(self) -> None:

@@ -18,6 +18,7 @@ import trio
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.statistics import RequestKey
 from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.net.relay import current_loop
 from meshlocal.net.relay_loop import open_relay_loop
 from meshlocal.policy import model
 from meshlocal.policy.addresses import ListenAddress
@@ -366,6 +367,7 @@ class Proxy:
         scope: of all its tasks.
         ended: all of them have.
         acceptors, connections: the nurseries that it has in a whole process too.
+        loop: the relay's; None if tasks serve all requests.
     """
 
     def __init__(self, nursery: trio.Nursery, *listen: str) -> None:
@@ -379,6 +381,7 @@ class Proxy:
         self.connections: trio.Nursery | None = None
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
+        self.loop = current_loop.get()
         self._version = 0
 
     def configure(

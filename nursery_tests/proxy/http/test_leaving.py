@@ -316,6 +316,7 @@ async def test_a_fault_of_the_proxys_own_harms_nobody_else(
         with monkeypatch.context() as patched:
             patched.setattr("meshlocal.proxy.http.attempt.client_head", fails)
             patched.setattr("meshlocal.wire.http1.messages.client_head", fails)
+            patched.setattr("meshlocal.proxy.http.quick.client_head", fails)
             await two.send(GET)
             assert await two.is_reset()
         assert (await one.get()).body == b"local"

@@ -1,0 +1,276 @@
+"""Quick requests (`meshlocal.proxy.http.quick`): nobody can tell them from others, at whatever is not usual."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from meshlocal.client.statistics import Outcome, RequestKey
+from meshlocal.policy.config_health import LimitsConfig
+from meshlocal.policy.limits import Limit
+from meshlocal.proxy.http.quick import Quick
+from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, ok, response, until
+
+SERVED = RequestKey("node", "", Outcome.SERVED)
+
+
+def in_lane(proxy: Proxy) -> bool:
+    return proxy.loop is not None
+
+
+def counted(proxy: Proxy) -> dict[str, Any]:
+    """All that is counted of the service, but times."""
+    service = proxy.forwarder.services[B]
+    statistics = service.state.statistics
+    return {
+        "requests": dict(statistics.requests),
+        "picks": dict(statistics.picks),
+        "attempts": dict(statistics.attempts),
+        "bytes": (statistics.bytes_sent, statistics.bytes_received),
+        "responses": dict(service.statistics.responses),
+        "timed": sum(service.statistics.latency),
+        "connections": (service.statistics.connections_made, service.statistics.connections_reused),
+        "under way": (service.state.circuit.now[Limit.REQUESTS], proxy.table.circuit.now[Limit.REQUESTS]),
+    }
+
+
+async def test_all_is_counted(proxy: Proxy, local: Upstream) -> None:
+    """R1."""
+    async with await proxy.connect() as client:
+        for status in ("200 OK", "404 Not Found", "204 No Content", "200 OK"):
+            body = b"" if status.startswith("204") else b"12345"
+
+            async def says(_: Upstream, served: Served, answer: bytes = response(body, status)) -> None:
+                await served.send(answer)
+
+            local.behaviour = says
+            assert (await client.get()).status == int(status[:3])
+    await proxy.idle()
+    assert counted(proxy) == {
+        "requests": {SERVED: 4},
+        "picks": {("node", ""): 4},
+        "attempts": {("node", "answered"): 4},
+        "bytes": (0, 15),
+        "responses": {("node", "", "2xx"): 3, ("node", "", "4xx"): 1},
+        "timed": 4,
+        "connections": (1, 3),
+        "under way": (0, 0),
+    }
+
+
+async def test_a_response_in_pieces_is_passed_on_whole(proxy: Proxy, local: Upstream) -> None:
+    """Wherever it is cut."""
+    whole = response(b"hello", x="y")
+
+    async with await proxy.connect() as client:
+        await client.get()
+        for cut in range(1, len(whole)):
+
+            async def in_two(_: Upstream, served: Served, cut: int = cut) -> None:
+                await served.send(whole[:cut])
+                # The loop has seen the first piece by then.
+                await trio.testing.wait_all_tasks_blocked(0.002)
+                await served.send(whole[cut:])
+
+            local.behaviour = in_two
+            assert (await client.get()).body == b"hello"
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: len(whole)}
+    assert local.accepted == 1
+
+
+@pytest.mark.parametrize("extra", [b"x", response(b"forged")])
+async def test_more_than_a_response_costs_the_connection(proxy: Proxy, local: Upstream, extra: bytes) -> None:
+    """What is behind a response is nobody's, and what comes next would not be trusted."""
+
+    async def says_more(_: Upstream, served: Served) -> None:
+        await served.send(response(b"local") + extra)
+
+    local.behaviour = says_more
+    async with await proxy.connect() as client:
+        for _ in range(3):
+            assert (await client.get()).body == b"local"
+    assert local.accepted == 3
+
+
+async def test_an_instance_that_closes_after_its_response(proxy: Proxy, local: Upstream) -> None:
+    async def last(_: Upstream, served: Served) -> bool:
+        await served.send(response(b"local", connection="close"))
+        return False
+
+    async with await proxy.connect() as client:
+        await client.get()
+        local.behaviour = last
+        for _ in range(3):
+            answer = await client.get()
+            assert answer.body == b"local"
+            assert "connection" not in answer.fields
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: 4}
+
+
+async def test_what_is_configured_meanwhile_holds(proxy: Proxy, local: Upstream) -> None:
+    """S2: a response that begins later is told of."""
+    async with await proxy.connect() as client:
+        assert "x-meshlocal-attempts" not in (await client.get()).fields
+
+        async def configures(_: Upstream, served: Served) -> None:
+            proxy.configure(http={"response_headers": True})
+            await served.send(response(b"local"))
+
+        local.behaviour = configures
+        answer = await client.get()
+    assert answer.fields["x-meshlocal-attempts"] == "1"
+    assert answer.fields["x-meshlocal-instance"] == f"127.0.0.1:{local.port}"
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: 2}
+
+
+async def test_a_status_to_retry_moves_on(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    """A3."""
+    local, _far = pair
+
+    async def busy(_: Upstream, served: Served) -> None:
+        await served.send(response(b"", "503 Busy"))
+
+    async with await proxy.connect() as client:
+        assert (await client.get()).body == b"local"
+        local.behaviour = busy
+        assert (await client.get()).body == b"far"
+        local.behaviour = ok
+        assert (await client.get()).body == b"local"
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: 2, RequestKey("other", "local_failed", Outcome.SERVED): 1}
+
+
+async def test_no_more_requests_than_the_limit(proxy: Proxy, local: Upstream) -> None:
+    """And the refused one is counted once."""
+    proxy.configure(limits=LimitsConfig(requests=1))
+    release = trio.Event()
+
+    async def waits(_: Upstream, served: Served) -> None:
+        await release.wait()
+        await served.send(response(b"local"))
+
+    async with await proxy.connect() as one, await proxy.connect() as two:
+        assert (await one.get()).body == b"local"
+        assert (await two.get()).body == b"local"
+        local.behaviour = waits
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.get)
+            await until(lambda: len(local.heads) == 3)
+            assert (await two.get()).told == (503, "limit_requests")
+            release.set()
+        assert (await two.get()).body == b"local"
+    await proxy.idle()
+    assert proxy.table.circuit.refused[Limit.REQUESTS] == 1
+    assert counted(proxy)["under way"] == (0, 0)
+
+
+class Stingy:
+    """A socket whose next `send` takes less than all, or fails."""
+
+    def __init__(self, sock: socket.socket, send: Callable[[socket.socket, bytes], int]) -> None:
+        self._sock = sock
+        self._send: Callable[[socket.socket, bytes], int] | None = send
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def send(self, data: bytes) -> int:
+        send, self._send = self._send, None
+        return self._sock.send(data) if send is None else send(self._sock, data)
+
+
+def takes_half(sock: socket.socket, data: bytes) -> int:
+    return sock.send(data[: len(data) // 2])
+
+
+def is_full(sock: socket.socket, data: bytes) -> int:
+    raise BlockingIOError(errno.EAGAIN, "full")
+
+
+def is_dead(sock: socket.socket, data: bytes) -> int:
+    raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+
+@pytest.mark.parametrize("send", [takes_half, is_full, is_dead])
+async def test_an_instance_that_does_not_take_all(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch, send: Callable[[socket.socket, bytes], int]
+) -> None:
+    """A4: it gets the request once and whole, on another connection if this one is dead."""
+    async with await proxy.connect() as client:
+        await client.get()
+        await until(lambda: proxy.pooled == 1)
+        (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
+        monkeypatch.setattr(upstream, "sock", Stingy(upstream.sock, send))
+        assert (await client.get("/second")).body == b"local"
+        assert [head.partition(b" HTTP")[0] for head in local.heads] == [b"GET /", b"GET /second"]
+        assert local.accepted == (2 if send is is_dead else 1)
+        await until(lambda: proxy.requests() == {SERVED: 2})
+
+
+@pytest.mark.parametrize("send", [takes_half, is_full, is_dead])
+async def test_a_client_that_does_not_take_all(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch, send: Callable[[socket.socket, bytes], int]
+) -> None:
+    async with await proxy.connect() as client:
+        await client.get()
+        await until(lambda: proxy.pooled == 1)
+        (connection,) = proxy.forwarder
+        monkeypatch.setattr(connection, "socket", Stingy(connection.socket, send))
+        if send is is_dead:
+            await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+            assert await client.is_reset()
+            await until(lambda: proxy.requests() == {SERVED: 1, RequestKey("node", "", Outcome.CUT): 1})
+        else:
+            assert (await client.get()).body == b"local"
+            assert (await client.get()).body == b"local"
+            await until(lambda: proxy.requests() == {SERVED: 3})
+
+
+@pytest.mark.parametrize("step", ["payload", "answer", "finish"])
+async def test_a_fault_in_it_harms_nobody_else(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    """It is logged, and ends one connection. Tasks know nothing of it."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with await proxy.connect() as one, await proxy.connect() as two:
+        await one.get()
+        await two.get()
+        with monkeypatch.context() as patched:
+            patched.setattr(Quick, step, fails)
+            await two.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+            if step == "finish" or not in_lane(proxy):
+                assert (await two.response()).body == b"local"
+            if in_lane(proxy):
+                assert await two.is_reset()
+        assert (await one.get()).body == b"local"
+    assert ("fault in the proxy" in caplog.text) == in_lane(proxy)
+
+
+async def test_most_requests_are_quick(proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise none of this would be tested: of plain ones all but each connection's first."""
+    finished = []
+    finish = Quick.finish
+
+    def counts(quick: Quick, now: float) -> None:
+        finished.append(quick)
+        finish(quick, now)
+
+    monkeypatch.setattr(Quick, "finish", counts)
+    async with await proxy.connect() as client:
+        for _ in range(5):
+            await client.get()
+            await client.ask("HEAD")
+            await client.ask("POST", body=b"x")
+    assert len(finished) == (4 if in_lane(proxy) else 0)
