@@ -262,12 +262,12 @@ class Exchange:
         A short one is sent when it is whole, so that no instance waits for a slow client, and it can be sent again.
         One that is long, or of unknown length, or that the client holds back until an instance asks for it, streams.
         """
-        connection, head = self.connection, self.head
+        connection = self.connection
+        # Nothing can be switched while a body is under way.
+        head = self.head = self.head.without_upgrade()
         policy = service.state.policy
         hold = policy.replay_buffer
         limit = connection.forwarder.settings.config.max_body
-        # Nothing can be switched while a body is under way.
-        head.upgrade = b""
         body = self.body = RequestBody(head, limit=limit, hold=hold)
         whole = head.content_length is not None and head.content_length <= hold and not head.expect_continue
         while not body.finished and (whole or 0 < len(connection.early) <= hold - body.size):

@@ -43,7 +43,7 @@ class KnownHeads:
         self._responses: dict[bytes, ResponseHead] = {}
 
     def request(self, raw: bytes) -> RequestHead:
-        """See `parse_request`. The head is the caller's own.
+        """See `parse_request`. The head is everybody's.
 
         Raises:
             ProtocolError: it is refused.
@@ -59,8 +59,10 @@ class KnownHeads:
             if len(raw) <= LONGEST:
                 if len(self._requests) >= MOST:
                     self._requests.clear()
-                self._requests[key] = head.with_target(raw, target)
+                self._requests[key] = head
             return head
+        if known.raw == raw:
+            return known
         if len(target) > self.limits.target:
             raise ProtocolError(414, "target_too_long", f"the target is longer than {self.limits.target} bytes")
         return known.with_target(raw, target)

@@ -46,7 +46,7 @@ class HeadLimits(NamedTuple):
 
 
 class RequestHead:
-    """A request's head that passed every check.
+    """A request's head that passed every check. Not changed once it is parsed: many requests may have the same.
 
     Attributes:
         raw: all its bytes, with the empty line.
@@ -116,9 +116,23 @@ class RequestHead:
 
     def with_target(self, raw: bytes, target: bytes) -> RequestHead:
         """The head of the same request for another path; `raw` are all its bytes."""
-        head = RequestHead.__new__(RequestHead)
+        head = self._copy()
         head.raw = raw
         head.target = target
+        return head
+
+    def without_upgrade(self) -> RequestHead:
+        """The head of the same request, but that the client would switch to no other protocol."""
+        if not self.upgrade:
+            return self
+        head = self._copy()
+        head.upgrade = b""
+        return head
+
+    def _copy(self) -> RequestHead:
+        head = RequestHead.__new__(RequestHead)
+        head.raw = self.raw
+        head.target = self.target
         head.method = self.method
         head.minor = self.minor
         head.block = self.block

@@ -94,8 +94,7 @@ def test_what_is_done_to_a_head_is_done_to_no_other() -> None:
         head = heads.request(raw % number)
         assert head.upgrade == b"websocket"
         assert b"upgrade: websocket" in upstream_head(head)
-        head.upgrade = b""
-        assert b"upgrade" not in upstream_head(head)
+        assert b"upgrade" not in upstream_head(head.without_upgrade())
 
 
 @pytest.mark.parametrize("way", ["request", "response"])
