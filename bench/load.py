@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ _ECHO = Path(__file__).with_name("echo.lua")
 _REPORT = Path(__file__).with_name("report.lua")
 _HEADS = Path(__file__).with_name("heads.lua")
 _SYSTEM_PATHS = "/usr/sbin:/sbin"
+_TRIES = 5
 
 
 class LoadError(Exception):
@@ -139,9 +141,17 @@ def _sockperf(kind: str, port: int, size: int, seconds: int, *flags: str) -> Loa
 def iperf3(port: int, seconds: int, *, reverse: bool = False) -> float:
     """Bytes a second through one connection to `iperf3 --server`, from the client, or with `reverse` to it."""
     flags = ["-R"] if reverse else []
-    text = _run("iperf3", "-c", "127.0.0.1", "-p", str(port), "-t", str(seconds), "-J", *flags)
-    bits: float = json.loads(text)["end"]["sum_received"]["bits_per_second"]
-    return bits / 8
+    problem = ""
+    for _ in range(_TRIES):
+        text = _run("iperf3", "-c", "127.0.0.1", "-p", str(port), "-t", str(seconds), "-J", *flags)
+        found = json.loads(text)
+        if "sum_received" in found["end"]:
+            bits: float = found["end"]["sum_received"]["bits_per_second"]
+            return bits / 8
+        # The server takes one test at a time, and may not have seen the end of the one before.
+        problem = found.get("error", text)
+        time.sleep(0.2)
+    raise LoadError(f"iperf3 measured nothing: {problem}")
 
 
 def _run(program: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
