@@ -142,7 +142,7 @@ class Exchange:
         service.budget.request(self.started)
         return True
 
-    def resume(self, service: HttpService, plan: Plan | None, pick: Pick | None) -> None:
+    def resume(self, service: HttpService, plan: Plan | None, pick: Pick | None, tier: str) -> None:
         """Go on where a `Quick` was: all that it began with is counted already."""
         self.service = service
         self.deadline = self.started + service.state.policy.response_deadline
@@ -150,7 +150,7 @@ class Exchange:
         self.pick = pick
         if pick is not None:
             self.attempts = 1
-            self.tier = service.state.tiers[pick.tier]
+            self.tier = tier
 
     def first_attempt(self) -> Attempt | None:
         """Begin with the first instance, on a connection that waits for a request; None if a task has to do it."""

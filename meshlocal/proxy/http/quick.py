@@ -65,6 +65,7 @@ class Quick:
         "_size",
         "_started",
         "_status",
+        "_tier",
         "out",
         "sent",
         "upstream",
@@ -84,8 +85,11 @@ class Quick:
         state.in_use += 1
         service.budget.request(now)
         pick = self._pick
+        self._tier = ""
         if pick is not None:
-            state.statistics.picks[state.tiers[pick.tier], pick.reason or ""] += 1
+            # By the time that it ends there may be other tiers (S2).
+            self._tier = tier = state.tiers[pick.tier]
+            state.statistics.picks[tier, pick.reason or ""] += 1
             self.upstream = service.pool.take(pick.instance.key[:2], sure=False)
             if self.upstream is not None:
                 service.statistics.connections_reused += 1
@@ -131,7 +135,7 @@ class Quick:
             service.pool.put(upstream, now, self._connection.forwarder.settings.config.pool_size, watched=True)
         else:
             close(upstream.sock)
-        tier = state.tiers[pick.tier]
+        tier = self._tier
         state.statistics.attempts[tier, ANSWERED] += 1
         count_request(
             service, tier, pick.reason or "", Outcome.SERVED, self._status, 0, self._size, now - self._started
@@ -140,7 +144,7 @@ class Quick:
     def unfold(self) -> tuple[Exchange, Attempt | None]:
         """The same as what tasks know; an attempt if there is a connection for it. This is of no use after it."""
         exchange = Exchange(self._connection, self._head, self._started)
-        exchange.resume(self._service, self._plan, self._pick)
+        exchange.resume(self._service, self._plan, self._pick, self._tier)
         if self.upstream is None:
             return exchange, None
         attempt = Attempt(exchange, self._service, self.upstream)

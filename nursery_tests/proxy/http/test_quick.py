@@ -11,11 +11,25 @@ import pytest
 import trio
 import trio.testing
 
+from meshlocal.client.connecting import PATIENCE
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config_health import LimitsConfig
 from meshlocal.policy.limits import Limit
+from meshlocal.policy.locality import Locality
 from meshlocal.proxy.http.quick import Quick
-from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, ok, response, until
+from nursery_tests.proxy.http.conftest import (
+    LIMIT,
+    B,
+    Behaviour,
+    Proxy,
+    Served,
+    Upstream,
+    Upstreams,
+    ok,
+    response,
+    stalls,
+    until,
+)
 
 SERVED = RequestKey("node", "", Outcome.SERVED)
 
@@ -130,6 +144,83 @@ async def test_what_is_configured_meanwhile_holds(proxy: Proxy, local: Upstream)
     assert answer.fields["x-meshlocal-instance"] == f"127.0.0.1:{local.port}"
     await proxy.idle()
     assert proxy.requests() == {SERVED: 2}
+
+
+ZONES = Locality({"node": "n1"}, prefer=("node", "zone"))
+
+
+async def usual(_: Upstream, served: Served) -> None:
+    await served.send(response(b"far"))
+
+
+async def in_pieces(_: Upstream, served: Served) -> None:
+    await served.send(response(b"far")[:-1])
+    await trio.testing.wait_all_tasks_blocked(0.002)
+    await served.send(b"r")
+
+
+async def late(_: Upstream, served: Served) -> None:
+    await trio.sleep(5 * PATIENCE)
+    await served.send(response(b"far"))
+
+
+async def on_another(upstream: Upstream, served: Served) -> bool:
+    upstream.behaviour = ok
+    return False
+
+
+@pytest.mark.parametrize("answers", [usual, in_pieces, late, on_another])
+async def test_fewer_tiers_meanwhile(
+    proxy: Proxy, upstream: Upstreams, nursery: trio.Nursery, answers: Behaviour
+) -> None:
+    """S2: a request is counted for the tier that its instance was in when it was picked."""
+    far = await upstream("far", "n2")
+    proxy.table.reconfigure(proxy.config, ZONES)
+    proxy.publish(far)
+    one_tier_less = Locality({"node": "n1"})
+    async with await proxy.connect() as client:
+        assert (await client.get()).body == b"far"
+
+        async def configures(upstream: Upstream, served: Served) -> bool | None:
+            proxy.table.reconfigure(proxy.config, one_tier_less)
+            return await answers(upstream, served)
+
+        far.behaviour = configures
+        assert (await client.get()).body == b"far"
+    await proxy.idle()
+    assert counted(proxy)["requests"] == {RequestKey("other", "no_local", Outcome.SERVED): 2}
+    assert counted(proxy)["attempts"] == {("other", "answered"): 2}
+    assert counted(proxy)["under way"] == (0, 0)
+
+
+async def test_fewer_tiers_before_the_client_leaves(proxy: Proxy, upstream: Upstreams) -> None:
+    """S2, A8: and nobody else's requests suffer."""
+    far = await upstream("far", "n2")
+    proxy.table.reconfigure(proxy.config, ZONES)
+    proxy.publish(far)
+    async with await proxy.connect() as other:
+        assert (await other.get()).body == b"far"
+        client = await proxy.connect()
+        assert (await client.get()).body == b"far"
+        ended = trio.Event()
+
+        async def waits(upstream: Upstream, served: Served) -> bool:
+            upstream.behaviour = ok
+            proxy.table.reconfigure(proxy.config, Locality({"node": "n1"}))
+            client.reset()
+            try:
+                return await stalls(upstream, served)
+            finally:
+                ended.set()
+
+        far.behaviour = waits
+        await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+        with trio.fail_after(LIMIT):
+            await ended.wait()
+        assert (await other.get()).body == b"far"
+    await proxy.idle()
+    assert counted(proxy)["under way"] == (0, 0)
+    assert proxy.forwarder.patience.waiting == {}
 
 
 async def test_a_status_to_retry_moves_on(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
