@@ -229,7 +229,8 @@ def _begin_next(service: ServiceState, result: Connected) -> Connecting | None:
         return None
     result.pick = pick
     result.attempts += 1
-    result.tier = tier = service.tiers[pick.tier]
+    # The service may have other tiers since the plan began (S2).
+    result.tier = tier = plan.tiers[pick.tier]
     service.statistics.picks[tier, pick.reason or ""] += 1
     begun = _begin(pick, result)
     if not isinstance(begun, str):

@@ -320,6 +320,11 @@ class Plan:
         self._tried: set[tuple[str, int]] = set()
         self._first: EndpointKey | None = None
 
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The names of the tiers that its picks are in, nearest first."""
+        return self._picker.selector.tiers
+
     def next(self) -> Pick | None:
         """Take the next instance and step the cursor past it (O2)."""
         groups = self._picker._groups

@@ -186,7 +186,9 @@ class Exchange:
         self.pick = pick
         self.following = None
         self.attempts += 1
-        self.tier = tier = state.tiers[pick.tier]
+        assert self._plan is not None
+        # The service may have other tiers since the plan began (S2).
+        self.tier = tier = self._plan.tiers[pick.tier]
         state.statistics.picks[tier, pick.reason or ""] += 1
 
     def _reuse(self, service: HttpService, pick: Pick) -> Attempt | None:

@@ -220,6 +220,27 @@ async def test_fewer_tiers_before_the_client_leaves(proxy: Proxy, upstream: Upst
         assert (await other.get()).body == b"far"
     await proxy.idle()
     assert counted(proxy)["under way"] == (0, 0)
+
+
+async def test_fewer_tiers_before_the_next_instance(proxy: Proxy, upstream: Upstreams) -> None:
+    """S2: a plan goes on to the end, with the tiers that it began with."""
+    near, far = await upstream("near", "n1"), await upstream("far", "n2")
+    proxy.table.reconfigure(proxy.config, ZONES)
+    proxy.publish(near, far)
+    async with await proxy.connect() as client:
+        assert (await client.get()).body == b"near"
+
+        async def refuses(upstream: Upstream, served: Served) -> bool:
+            proxy.table.reconfigure(proxy.config, Locality({"node": "n1"}))
+            upstream.refuse()
+            return False
+
+        near.behaviour = refuses
+        assert (await client.get()).body == b"far"
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: 1, RequestKey("other", "local_failed", Outcome.SERVED): 1}
+    assert counted(proxy)["under way"] == (0, 0)
+
     assert proxy.forwarder.patience.waiting == {}
 
 
