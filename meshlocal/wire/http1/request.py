@@ -280,6 +280,9 @@ def parse_content_length(value: bytes) -> int:
 _hosts: dict[bytes, bytes] = {}
 """Hosts by the authorities that came last: there are few."""
 
+_LONGEST_KNOWN = 260
+"""Bytes of an authority that is kept: a name of DNS, and a port."""
+
 
 def _read_authority(head: RequestHead, value: bytes) -> None:
     head.authority = value
@@ -288,9 +291,11 @@ def _read_authority(head: RequestHead, value: bytes) -> None:
         match = _HOST.fullmatch(value)
         if match is None:
             raise ProtocolError(400, "bad_host", "the host is malformed")
-        if len(_hosts) >= 1024:
-            _hosts.clear()
-        host = _hosts[value] = match[1]
+        host = match[1]
+        if len(value) <= _LONGEST_KNOWN:
+            if len(_hosts) >= 1024:
+                _hosts.clear()
+            _hosts[value] = host
     head.host = host
 
 

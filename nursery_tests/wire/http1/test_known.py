@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshlocal.wire.http1 import known
+from meshlocal.wire.http1 import known, request
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.known import KnownHeads
 from meshlocal.wire.http1.request import HeadLimits, RequestHead, parse_request
@@ -117,3 +117,16 @@ def test_no_more_is_kept_than_is_good(monkeypatch: pytest.MonkeyPatch, way: str)
         onward = upstream_head(head, extra) if way == "request" else client_head(head, Framing.NONE, extra=extra)
         assert onward == raw[:-2] % 99 + extra + b"\r\n"
     assert len(head.onward) <= 8
+
+
+def test_long_hosts_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read all the same, whoever sends them."""
+    kept: dict[bytes, bytes] = {}
+    monkeypatch.setattr(request, "_hosts", kept)
+    for number in range(10):
+        long = b"a" * 60000 + b"%d" % number
+        head = parse_request(b"GET / HTTP/1.1\r\nHost: %b:80\r\n\r\n" % long)
+        assert head.host == long
+        assert head.authority == long + b":80"
+        assert parse_request(b"GET / HTTP/1.1\r\nHost: b%d:80\r\n\r\n" % number).host == b"b%d" % number
+    assert kept == {b"b%d:80" % number: b"b%d" % number for number in range(10)}
