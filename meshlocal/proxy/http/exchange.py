@@ -173,6 +173,17 @@ class Exchange:
         assert self.service is not None
         self.service.state.statistics.attempts[self.tier, ANSWERED] += 1
 
+    def abandon(self, attempt: Attempt | None, now: float) -> None:
+        """The end of an attempt without a task that none goes on with, as `_forward` would have it."""
+        if attempt is not None:
+            attempt.release(now)
+        if self.pick is not None:
+            assert self.service is not None
+            state = self.service.state
+            outcome = ANSWERED if self.connection.begun else AttemptOutcome.ABANDONED
+            state.statistics.attempts[self.tier, outcome] += 1
+            state.fitness.abandoned(self.pick.instance)
+
     def finish(self, now: float) -> None:
         """Its end, however it came. Called once."""
         service = self.service
@@ -223,8 +234,7 @@ class Exchange:
         """
         try:
             if raised is not None:
-                if attempt is not None:
-                    attempt.release(trio.current_time())
+                self.abandon(attempt, trio.current_time())
                 raise raised
             if self.service is None and self.refusal is None:
                 self.begin()

@@ -124,12 +124,12 @@ class Lane:
         if self._quick is not None:
             self._unfold(self._quick)
         self._leave()
-        if self.attempt is not None:
-            self.attempt.release(trio.current_time())
         if self.exchange is not None:
             self._connection.exchange = None
             self.exchange.outcome = Outcome.DRAINED
-            self.exchange.finish(trio.current_time())
+            now = trio.current_time()
+            self.exchange.abandon(self.attempt, now)
+            self.exchange.finish(now)
 
     def _leave(self) -> None:
         handlers = self._loop.handlers

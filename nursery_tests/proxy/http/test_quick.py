@@ -14,6 +14,7 @@ import trio.testing
 from meshlocal.client.connecting import PATIENCE
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config_health import LimitsConfig
+from meshlocal.policy.health import State
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.locality import Locality
 from meshlocal.proxy.http.quick import Quick
@@ -21,6 +22,7 @@ from nursery_tests.proxy.http.conftest import (
     LIMIT,
     B,
     Behaviour,
+    EndedError,
     Proxy,
     Served,
     Upstream,
@@ -386,3 +388,80 @@ async def test_most_requests_are_quick(proxy: Proxy, local: Upstream, monkeypatc
             await client.ask("HEAD")
             await client.ask("POST", body=b"x")
     assert len(finished) == (4 if in_lane(proxy) else 0)
+
+
+async def breaks_off(_: Upstream, served: Served) -> bool:
+    await served.send(response(b"local")[:-1])
+    return False
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_response_that_breaks_off_is_an_attempt(proxy: Proxy, local: Upstream, method: str) -> None:
+    """Whoever served it: each pick is an attempt in the end."""
+    async with await proxy.connect() as client:
+        await client.get()
+        local.behaviour = breaks_off
+        await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\ncontent-length: 0\r\n\r\n".encode())
+        with pytest.raises((trio.BrokenResourceError, EndedError)):
+            await client.response()
+    await proxy.idle()
+    assert counted(proxy)["requests"] == {SERVED: 1, RequestKey("node", "", Outcome.CUT): 1}
+    assert counted(proxy)["picks"] == {("node", ""): 2}
+    assert counted(proxy)["attempts"] == {("node", "answered"): 2}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_request_that_a_stop_cuts_is_an_attempt(
+    proxy: Proxy, local: Upstream, method: str, *, begun: bool
+) -> None:
+    """S1: counted once, and nothing of it is left."""
+    under_way = trio.Event()
+
+    async def answers_in_part(_: Upstream, served: Served) -> bool:
+        if begun:
+            await served.send(response(b"local")[:-1])
+        under_way.set()
+        return await stalls(local, served)
+
+    async with await proxy.connect() as client:
+        await client.get()
+        local.behaviour = answers_in_part
+        await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\ncontent-length: 0\r\n\r\n".encode())
+        await under_way.wait()
+        if begun:
+            await client.until(b"loca")
+        proxy.scope.cancel()
+        await proxy.ended.wait()
+    assert counted(proxy)["requests"] == {SERVED: 1, RequestKey("node", "", Outcome.DRAINED): 1}
+    assert counted(proxy)["attempts"] == (
+        {("node", "answered"): 2} if begun else {("node", "answered"): 1, ("node", "abandoned"): 1}
+    )
+    assert counted(proxy)["under way"] == (0, 0)
+    assert proxy.forwarder.patience.waiting == {}
+    assert proxy.loop is None or not proxy.loop.handlers
+
+
+async def test_a_trial_whose_client_left_is_over(proxy: Proxy, local: Upstream) -> None:
+    """H1: it brought no verdict, so that the next request may try."""
+    health = proxy.table[B].fitness.health
+
+    async def interim(_: Upstream, served: Served) -> bool:
+        (connection,) = proxy.forwarder
+        monkey = Stingy(connection.socket, is_dead)
+        connection.socket = monkey  # type: ignore[assignment]  # a socket but for its next send
+        await served.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        return await stalls(local, served)
+
+    async with await proxy.connect() as client:
+        await client.get()
+        place = local.instance.key[:2]
+        for _ in range(3):
+            health.failed(place, trio.current_time())
+        health.unfit[place].until = 0.0
+        local.behaviour = interim
+        await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+        assert await client.is_reset()
+    await proxy.idle()
+    assert health.standing(place, trio.current_time()).state is State.EJECTED
+    assert health.is_due(place, trio.current_time())
