@@ -72,6 +72,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         handlers: by the file descriptor of a socket that `watch` or `listen` was called for, what is called with its
             events.
         time: `trio.current_time`, at a fraction of its cost.
+        turns: how often it looked for events. Those of a turn are older than all that is sent in it.
     """
 
     def __init__(self, trio_epoll: int) -> None:
@@ -82,6 +83,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self.handlers: dict[int, Callable[[int], None]] = {}
         self._finished: list[Waiter] = []
         self._last: list[Callable[[], None]] = []
+        self.turns = 0
         self._turning = False
         self._sleeping = False
         self._started = False
@@ -253,6 +255,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
             events = self._epoll.poll(timeout, _BATCH)
         except InterruptedError:  # pragma: no cover - PEP 475 retries, unless a signal handler raised
             events = []
+        self.turns += 1
         self._now = now = self.time()
         flows, view = self._flows, self._view
         last = self._last

@@ -324,6 +324,8 @@ class Attempt:
             if chunks >= TURN:
                 chunks = 0
                 await checkpoint()
+        if flow.complete and not self._wait_first:
+            self.upstream.look_behind()
         if self._switch is not None:
             await self._tunnel(self._switch)
         elif self.failure is None:

@@ -70,6 +70,7 @@ class Lane:
         "_more",
         "_quick",
         "_registered",
+        "_sent_in",
         "attempt",
         "end",
         "exchange",
@@ -85,6 +86,7 @@ class Lane:
         self._registered = False
         self._more = False
         self._handed_over = False
+        self._sent_in = 0
         self._quick: Quick | None = None
         self.task: trio.lowlevel.Task | None = None
         self.received = b""
@@ -125,9 +127,9 @@ class Lane:
             self._unfold(self._quick)
         self._leave()
         if self.exchange is not None:
+            now = trio.current_time()
             self._connection.exchange = None
             self.exchange.outcome = Outcome.DRAINED
-            now = trio.current_time()
             self.exchange.abandon(self.attempt, now)
             self.exchange.finish(now)
 
@@ -295,6 +297,7 @@ class Lane:
                 sent = 0
             if sent == len(payload):
                 quick.sent = True
+                self._sent_in = self._loop.turns
                 return
             attempt = self._unfold(quick)
             assert attempt is not None
@@ -319,6 +322,7 @@ class Lane:
                 attempt.failure = Failure.STALE
             else:
                 attempt.start()
+                self._sent_in = self._loop.turns
         except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
             self.raised = error
             self._hand_over()
@@ -331,7 +335,7 @@ class Lane:
     def on_answer(self, mask: int) -> None:
         """The socket of the instance that a `Quick` was sent to has an event."""
         quick = self._quick
-        if quick is None or quick.upstream is None or not quick.sent:
+        if quick is None or quick.upstream is None or not quick.sent or self._sent_in == self._loop.turns:
             if quick is not None:
                 self._unfold(quick)
             self.on_upstream(mask)
@@ -347,6 +351,8 @@ class Lane:
             if data and quick.answer(data):
                 if mask & _ENDING:
                     quick.upstream.ending = True
+                elif len(data) == CHUNK:
+                    quick.upstream.look_behind()
                 self._loop.at_end(self._send_answer)
                 return
             attempt = self._unfold(quick)
@@ -395,8 +401,9 @@ class Lane:
     def on_upstream(self, mask: int) -> None:
         """The instance's socket has an event."""
         attempt = self.attempt
-        if attempt is not None and not attempt.started:
-            # Its end, or what nobody asked for, before the request was sent: not the connection to send it on.
+        if attempt is not None and (not attempt.started or self._sent_in == self._loop.turns):
+            # Its end, or what nobody asked for, before the request was sent: not the connection to send it on. The
+            # events of a turn are older than all that is sent in it.
             attempt.failure = Failure.STALE
             self._hand_over()
             return
@@ -424,6 +431,8 @@ class Lane:
             if flow.complete and not attempt.needs_task:
                 if mask & _ENDING:
                     attempt.upstream.ending = True
+                elif len(data) == CHUNK:
+                    attempt.upstream.look_behind()
                 attempt.out = out
                 self._loop.at_end(self._send_rest)
                 return

@@ -28,7 +28,7 @@ class Upstream:
         used: it had a response already (A4).
         idle_since: when it was put back.
         watched: the relay's loop has it.
-        ending: its other side closed it, or it failed.
+        ending: its other side closed it, or it failed, or said more than was asked for.
     """
 
     __slots__ = ("ending", "idle_since", "number", "place", "pool", "sock", "used", "watched")
@@ -47,6 +47,10 @@ class Upstream:
         """While it waits for a request nothing may come on it: neither its end nor what nobody asked for."""
         if self.pool is not None:
             self.pool.drop(self)
+
+    def look_behind(self) -> None:
+        """A response filled the last read of it: what may be behind it, read by nobody, would make no other event."""
+        self.ending = self.ending or not self.is_silent()
 
     def is_silent(self) -> bool:
         """Whether it is open and nothing came on it, as far as this host knows."""

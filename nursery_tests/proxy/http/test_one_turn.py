@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import trio
 
 from meshlocal.client.statistics import RequestKey
 from nursery_tests.proxy.http.conftest import Client, Proxy, Served, Upstream, Wire, ok, response, until
@@ -59,6 +60,41 @@ async def test_what_nobody_asked_for_is_no_response(proxy: Proxy, local: Upstrea
         write(local.open[0], response(b"forged"))
         assert (await client.response()).body == b"local"
     assert local.accepted == 2
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_what_nobody_asked_for_is_no_response_to_one_of_many(proxy: Proxy, local: Upstream, method: str) -> None:
+    """A4: also if the loop has sent the request before it looks at what was there already."""
+    clients: list[Client] = []
+    body = b"x" if method == "PUT" else b""
+    release = trio.Event()
+
+    async def together(upstream: Upstream, served: Served) -> None:
+        # So that each client has a connection of its own.
+        if len(local.heads) == 40:
+            release.set()
+        await release.wait()
+        await ok(upstream, served)
+
+    local.behaviour = together
+    try:
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                clients.append(await proxy.connect())
+                nursery.start_soon(clients[-1].get)
+        await until(lambda: proxy.pooled == 40)
+        local.behaviour = ok
+        for client in clients:
+            write(client, request(method, body))
+        for kept in local.open:
+            write(kept, response(b"forged"))
+        for client in clients:
+            assert (await client.response()).body == b"local"
+    finally:
+        for client in clients:
+            client.stream.socket.close()
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: 80}
 
 
 async def test_many_requests_at_once_are_all_answered(proxy: Proxy, local: Upstream) -> None:

@@ -115,6 +115,31 @@ async def test_more_than_a_response_costs_the_connection(proxy: Proxy, local: Up
     assert local.accepted == 3
 
 
+@pytest.mark.parametrize("reads", [1, 2, 6])
+async def test_more_than_a_response_that_fills_its_reads(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    """What is behind it makes no other event, and is the response to no other request."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %04d\r\n\r\n"
+    size = reads * 64 - len(head % 0)
+    whole = head % size + b"x" * size
+
+    async def says_more(_: Upstream, served: Served) -> None:
+        # All of it is there when the first of it is read.
+        await served.send(whole + response(b"forged"))
+
+    monkeypatch.setattr("meshlocal.proxy.http.lane.CHUNK", 64)
+    monkeypatch.setattr("meshlocal.proxy.http.attempt.CHUNK", 64)
+    async with await proxy.connect() as client:
+        for number in range(1, 4):
+            local.behaviour = ok
+            assert (await client.get()).body == b"local"
+            assert local.accepted == number
+            local.behaviour = says_more
+            assert (await client.get()).body == b"x" * size
+            assert local.accepted == number
+
+
 async def test_an_instance_that_closes_after_its_response(proxy: Proxy, local: Upstream) -> None:
     async def last(_: Upstream, served: Served) -> bool:
         await served.send(response(b"local", connection="close"))
@@ -195,6 +220,26 @@ async def test_fewer_tiers_meanwhile(
     assert counted(proxy)["under way"] == (0, 0)
 
 
+async def test_fewer_tiers_before_the_next_instance(proxy: Proxy, upstream: Upstreams) -> None:
+    """S2: a plan goes on to the end, with the tiers that it began with."""
+    near, far = await upstream("near", "n1"), await upstream("far", "n2")
+    proxy.table.reconfigure(proxy.config, ZONES)
+    proxy.publish(near, far)
+    async with await proxy.connect() as client:
+        assert (await client.get()).body == b"near"
+
+        async def refuses(upstream: Upstream, served: Served) -> bool:
+            proxy.table.reconfigure(proxy.config, Locality({"node": "n1"}))
+            upstream.refuse()
+            return False
+
+        near.behaviour = refuses
+        assert (await client.get()).body == b"far"
+    await proxy.idle()
+    assert proxy.requests() == {SERVED: 1, RequestKey("other", "local_failed", Outcome.SERVED): 1}
+    assert counted(proxy)["under way"] == (0, 0)
+
+
 async def test_fewer_tiers_before_the_client_leaves(proxy: Proxy, upstream: Upstreams) -> None:
     """S2, A8: and nobody else's requests suffer."""
     far = await upstream("far", "n2")
@@ -222,27 +267,6 @@ async def test_fewer_tiers_before_the_client_leaves(proxy: Proxy, upstream: Upst
         assert (await other.get()).body == b"far"
     await proxy.idle()
     assert counted(proxy)["under way"] == (0, 0)
-
-
-async def test_fewer_tiers_before_the_next_instance(proxy: Proxy, upstream: Upstreams) -> None:
-    """S2: a plan goes on to the end, with the tiers that it began with."""
-    near, far = await upstream("near", "n1"), await upstream("far", "n2")
-    proxy.table.reconfigure(proxy.config, ZONES)
-    proxy.publish(near, far)
-    async with await proxy.connect() as client:
-        assert (await client.get()).body == b"near"
-
-        async def refuses(upstream: Upstream, served: Served) -> bool:
-            proxy.table.reconfigure(proxy.config, Locality({"node": "n1"}))
-            upstream.refuse()
-            return False
-
-        near.behaviour = refuses
-        assert (await client.get()).body == b"far"
-    await proxy.idle()
-    assert proxy.requests() == {SERVED: 1, RequestKey("other", "local_failed", Outcome.SERVED): 1}
-    assert counted(proxy)["under way"] == (0, 0)
-
     assert proxy.forwarder.patience.waiting == {}
 
 
