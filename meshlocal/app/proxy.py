@@ -32,7 +32,7 @@ from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
-from meshlocal.net.relay_loop import open_relay_loop
+from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
@@ -134,6 +134,7 @@ class ProxyProcess:
         self.listeners = Listeners(self.services, self.forwarder, shared=bool(worker))
         self.http: HttpForwarder | None = None
         self._lifetime: trio.Nursery | None = None
+        self._loop: RelayLoop | None = None
         self._rng = rng
         self._checking = False
         self._returning = False
@@ -156,8 +157,9 @@ class ProxyProcess:
         from meshlocal.app.process_metrics import ProcessCollector
         from meshlocal.app.proxy_metrics import ProxyCollector
 
+        busy_poll = self._loop.busy_poll if self._loop is not None else None
         return [
-            ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness),
+            ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness, busy_poll),
             HttpCollector(lambda: self.http),
             ProcessCollector(),
         ]
@@ -206,6 +208,10 @@ class ProxyProcess:
         self._returning = True
         lifetime.start_soon(Returning(self.services, self.forwarder, self._rng).run)
 
+    def _set_busy_poll(self, config: ProxyConfig) -> None:
+        if self._loop is not None:
+            self._loop.busy_poll.limit = config.busy_poll * 1e-6
+
     async def run(self) -> int:
         """Serve until told to stop; returns the exit status, 0 if no connection was cut.
 
@@ -214,8 +220,9 @@ class ProxyProcess:
         """
         raise_limit()
         with ExitStack() as opened:
-            opened.enter_context(open_relay_loop())
+            self._loop = opened.enter_context(open_relay_loop())
             config = self.config.proxy
+            self._set_busy_poll(config)
             admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
             for sock in admin_sockets:
                 opened.callback(close, sock)
@@ -316,6 +323,7 @@ class ProxyProcess:
             self._return_connections(self._lifetime, proxy)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
+        self._set_busy_poll(proxy)
         self._follow(self.services.keys)
         bound = [address for listener in self.listeners.current for address in listener.bound]
         _log.info("config applied", listeners=",".join(bound), services=",".join(self.services.keys))

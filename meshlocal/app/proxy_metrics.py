@@ -12,6 +12,7 @@ import meshlocal
 from meshlocal.app.readiness import Readiness
 from meshlocal.client.feed import FeedStatus
 from meshlocal.client.services import ServiceTable
+from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp import TcpForwarder
 
@@ -25,6 +26,7 @@ class ProxyCollector(Collector):
         listeners: errors of accepting.
         feed: how discovery is doing.
         readiness: whether the proxy may be sent work.
+        busy_poll: what it spent awake; None if it always sleeps.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class ProxyCollector(Collector):
         listeners: Listeners,
         feed: FeedStatus,
         readiness: Readiness,
+        busy_poll: BusyPoll | None,
     ) -> None:
         self._services = services
         self._forwarder = forwarder
         self._listeners = listeners
         self._feed = feed
         self._readiness = readiness
+        self._busy_poll = busy_poll
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
@@ -62,6 +66,15 @@ class ProxyCollector(Collector):
         for listener in self._listeners.current:
             errors.add_metric([str(listener.configured)], listener.accept_errors)
         yield errors
+        awake = CounterMetricFamily(
+            "meshlocal_busy_poll_seconds",
+            "Time spent looking for something to do instead of sleeping, until there was (found), or in vain.",
+            labels=["outcome"],
+        )
+        spent = self._busy_poll
+        awake.add_metric(["found"], 0.0 if spent is None else spent.found)
+        awake.add_metric(["in_vain"], 0.0 if spent is None else spent.in_vain)
+        yield awake
 
     def _requests(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(

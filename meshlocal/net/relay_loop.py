@@ -33,6 +33,7 @@ from typing import Protocol
 
 import trio
 
+from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.net.flows import ALL_EVENTS, FLOW_EVENTS, Flows, Pair
 from meshlocal.net.log import get_log
 from meshlocal.net.relay import RelayCounters, RelayResult, RelayState, current_loop
@@ -71,6 +72,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
     Attributes:
         handlers: by the file descriptor of a socket that `watch` or `listen` was called for, what is called with its
             events.
+        busy_poll: how it waits for events; off, until its `limit` is set.
         time: `trio.current_time`, at a fraction of its cost.
         turns: how often it looked for events. Those of a turn are older than all that is sent in it.
     """
@@ -80,6 +82,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self.time = trio.lowlevel.current_clock().current_time
         self._token = trio.lowlevel.current_trio_token()
         super().__init__(select.epoll())
+        self.busy_poll = BusyPoll(self._epoll.poll)
+        self._wait = self.busy_poll.wait
         self.handlers: dict[int, Callable[[int], None]] = {}
         self._finished: list[Waiter] = []
         self._last: list[Callable[[], None]] = []
@@ -252,7 +256,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
             self._again = {}
         trio_ready = False
         try:
-            events = self._epoll.poll(timeout, _BATCH)
+            events = self._wait(timeout, _BATCH)
         except InterruptedError:  # pragma: no cover - PEP 475 retries, unless a signal handler raised
             events = []
         self.turns += 1

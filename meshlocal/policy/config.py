@@ -17,7 +17,17 @@ from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddres
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
-from meshlocal.policy.config_types import Bytes, Count, Name, Seconds, SecondsOrZero, Section, Status, Workers
+from meshlocal.policy.config_types import (
+    Bytes,
+    Count,
+    Microseconds,
+    Name,
+    Seconds,
+    SecondsOrZero,
+    Section,
+    Status,
+    Workers,
+)
 from meshlocal.policy.model import NODE, ServiceKey
 
 
@@ -240,6 +250,13 @@ class ProxyConfig(Section, frozen=True):
             " limits and watches discovery on its own. 1: one process, with no other above it."
         ),
     ] = 1
+    busy_poll: Annotated[
+        Microseconds,
+        Meta(
+            description="Microseconds that the proxy looks for more to do before it sleeps, where something came as"
+            " soon as that before; 0: it sleeps at once."
+        ),
+    ] = 50
     attempts: Annotated[AttemptPolicy, Meta(description="How long and how often a request is tried.")] = AttemptPolicy()
     services: Annotated[
         Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")

@@ -12,6 +12,7 @@ MAX_SECONDS = 2_592_000.0
 
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
 SecondsOrZero: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
+Microseconds: TypeAlias = Annotated[int, Meta(ge=0, le=1000)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 Workers: TypeAlias = Annotated[int, Meta(ge=1, le=256)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]

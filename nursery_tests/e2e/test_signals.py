@@ -287,3 +287,24 @@ async def refuses(port: int) -> None:
                 return
             await stream.aclose()
             await trio.sleep(0.02)
+
+
+async def test_whether_it_waits_awake_can_be_changed(running: Running) -> None:
+    """S2: `busy_poll` is applied to what is under way, and what it costs is counted."""
+
+    async def spent() -> float:
+        return (await running.here.metrics(running.admin))("busy_poll_seconds_total")
+
+    await running.start(config(B))
+    talk = await running.open()
+    for _ in range(20):
+        assert await talk.ask() == "n1"
+    assert await spent() > 0
+    running.processes.write("proxy.yaml", config(B) + "  busy_poll: 0\n")
+    running.proxy.signal(SIGHUP)
+    await running.proxy.printed("config applied")
+    before = await spent()
+    for _ in range(20):
+        assert await talk.ask() == "n1"
+    assert await spent() == before
+    await talk.end()
