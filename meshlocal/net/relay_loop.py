@@ -12,10 +12,11 @@ its relay has ended, cancelling it takes the sockets out of the loop at once, an
 involved. How a direction moves its bytes stands in `meshlocal.net.flows`.
 
 What else wants its sockets served in that place does it with `watch`: its handlers are called for each event, and must
-neither wait nor raise; `finish` lets a task of its go on. What such a handler sends, it sends `at_end` of the turn,
-after those of all other sockets that have an event now: to wake a process that sleeps costs its sender more than all
-else in a send, and who gets several messages in a row is woken once. `listen` is `watch` for sockets from which
-connections are accepted: their handler may start a task for each, and `begin` to relay before that has made a step.
+neither wait nor raise (one that raises costs its connection); `finish` lets a task of its go on. What such a handler
+sends, it sends `at_end` of the turn, after those of all other sockets that have an event now: to wake a process that
+sleeps costs its sender more than all else in a send, and who gets several messages in a row is woken once. `listen` is
+`watch` for sockets from which connections are accepted: their handler may start a task for each, and `begin` to relay
+before that has made a step.
 
 The one thing that Trio does not offer is the file descriptor of its epoll instance; `trio_epoll` finds it. Where it
 cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and says so.
@@ -269,7 +270,10 @@ class RelayLoop(Flows, trio.abc.Instrument):
             if flow is None:
                 handler = self.handlers.get(fd)
                 if handler is not None:
-                    handler(mask)
+                    try:
+                        handler(mask)
+                    except Exception:  # noqa: BLE001 - see `_handler_fault`
+                        self._handler_fault(fd, mask)
                     if len(last) >= _ROUND:
                         self._end_round()
                 else:
@@ -315,8 +319,29 @@ class RelayLoop(Flows, trio.abc.Instrument):
     def _end_round(self) -> None:
         last = self._last
         for call in last:  # which may add to it
-            call()
+            try:
+                call()
+            except Exception:  # noqa: BLE001 - see `_handler_fault`
+                # Likewise: all others have their turn. A deadline ends what this one was to go on with.
+                _log.exception("what was to be sent was lost by a fault in the proxy")
         last.clear()
+
+    def _handler_fault(self, fd: int, mask: int) -> None:
+        """In the place of an exception: a fault of ours in one connection must not take Trio's sleep from all others.
+
+        The connection is shut down, which is an event, so that its handler can end what it has to end.
+        """
+        _log.exception("connection failed by a fault in the proxy")
+        if mask & select.EPOLLHUP:
+            # That was it.
+            self.handlers.pop(fd, None)
+            return
+        sock = socket.socket(fileno=fd)
+        try:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        finally:
+            sock.detach()
 
     def _finish(self, pair: Pair) -> None:
         if not pair.done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -587,3 +588,61 @@ async def test_what_is_done_at_the_end_of_a_turn_may_add_to_it() -> None:
         ours.send(b"x")
         await until(lambda: len(told) == 3)
         assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_fault_in_a_handler_costs_its_connection_only(*, ends: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        ours, theirs = tcp_pair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        masks: list[int] = []
+
+        def handler(mask: int) -> None:
+            masks.append(mask)
+            if ends and mask & select.EPOLLHUP:
+                del loop.handlers[theirs.fileno()]
+            else:
+                raise AssertionError("a fault")
+
+        loop.watch(theirs)
+        loop.handlers[theirs.fileno()] = handler
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            ours.send(b"x")
+            # It is told of the end that this made, and is asked no more.
+            await until(lambda: theirs.fileno() not in loop.handlers)
+            assert len(masks) == 2
+            assert "connection failed by a fault in the proxy" in caplog.text
+            assert ours.recv(1) == b""
+            async with Echo(line) as echo:
+                await until(lambda: echo.rounds >= 3)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_fault_at_the_end_of_a_turn_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        ours, theirs = tcp_pair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        told: list[str] = []
+
+        def fail() -> None:
+            told.append("fault")
+            raise AssertionError("a fault")
+
+        def handler(mask: int) -> None:
+            theirs.recv(10)
+            loop.at_end(fail)
+            loop.at_end(lambda: told.append("other"))
+
+        loop.watch(theirs)
+        loop.handlers[theirs.fileno()] = handler
+        for rounds in (1, 2):
+            ours.send(b"x")
+            await until(lambda rounds=rounds: len(told) == 2 * rounds)  # type: ignore[misc]
+        assert told == ["fault", "other"] * 2
+        assert "lost by a fault in the proxy" in caplog.text
