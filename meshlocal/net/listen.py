@@ -32,6 +32,9 @@ ACCEPT_BATCH = 32
 CAPACITY_PAUSE = 0.1
 """Seconds to wait when the system cannot give another connection."""
 
+_SERVED_FOR_EACH = 8
+"""How many sockets a turn of the relay loop serves for each further connection that is accepted in it."""
+
 _NEAR_CEILING = 2 * ACCEPT_BATCH
 _PORT_TRIES = 16
 
@@ -271,7 +274,7 @@ def _give(client: socket.socket, peer: object, take: Take) -> bool:
 
 
 class _LoopAcceptor:
-    """Accepts in the relay loop, one connection a turn, while its task sleeps in `run`.
+    """Accepts in the relay loop, few connections a turn, while its task sleeps in `run`.
 
     Whatever does not go smoothly wakes the task, which accepts again and finds out for itself.
     """
@@ -303,16 +306,25 @@ class _LoopAcceptor:
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _on_event(self, _: int) -> None:
+        # One a turn, so that none costs an accept that finds the queue empty. But a turn takes as long as all that have
+        # an event in it: where they are many, one for each few of them, or clients would wait for ever so many turns.
+        for _ in range(1 + self._loop.crowd // _SERVED_FOR_EACH):
+            if not self._accept():
+                break
+
+    def _accept(self) -> bool:
+        """Accept a connection; tells whether there may be another one to accept here."""
         try:
             # What socket.accept() calls. It looks up and converts the listener's family and type for each connection,
             # which costs more than the system call.
             number, peer = self._listener._accept()  # type: ignore[attr-defined]
         except BlockingIOError:
-            return  # another process that shares the listener, or its client, was faster
+            return False  # another process that shares the listener, or its client, was faster
         except OSError as error:
-            if error.errno not in _IGNORED_ERRNOS:
-                self._hand_over()
-            return
+            if error.errno in _IGNORED_ERRNOS:
+                return True
+            self._hand_over()
+            return False
         self._number = number
         client = socket.socket(self._family, self._type, self._protocol, number)
         try:
@@ -320,10 +332,12 @@ class _LoopAcceptor:
         except BaseException as error:  # noqa: BLE001 - the loop is no place to raise; the task does
             self._raised = error
             self._hand_over()
-            return
+            return False
         self._loop.started(soon=soon)
         if self._number >= self._spare:
             self._hand_over()
+            return False
+        return True
 
     def _hand_over(self) -> None:
         self._loop.unlisten(self._listener)

@@ -75,6 +75,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
             events.
         busy_poll: how it waits for events; off, until its `limit` is set.
         time: `trio.current_time`, at a fraction of its cost.
+        crowd: how many sockets have an event in this turn.
         turns: how often it looked for events. Those of a turn are older than all that is sent in it.
     """
 
@@ -89,6 +90,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self._finished: list[Waiter] = []
         self._last: list[Callable[[], None]] = []
         self.turns = 0
+        self.crowd = 0
         self._turning = False
         self._sleeping = False
         self._started = False
@@ -261,6 +263,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         except InterruptedError:  # pragma: no cover - PEP 475 retries, unless a signal handler raised
             events = []
         self.turns += 1
+        self.crowd = len(events)
         self._now = now = self.time()
         flows, view = self._flows, self._view
         last = self._last

@@ -637,6 +637,47 @@ async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(("others", "expected"), [(0, [1] * 10), (15, [3, 3, 3, 1]), (80, [10])])
+async def test_more_are_accepted_in_a_turn_that_serves_many(stack: ExitStack, others: int, expected: list[int]) -> None:
+    """A turn takes as long as all that is served in it: with one connection in each, clients would wait for long."""
+    [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+    taken: dict[int, int] = {}
+    served: set[int] = set()
+    with open_relay_loop() as loop, trio.fail_after(30):
+        assert loop is not None
+
+        def take(client: socket.socket, _: object) -> bool:
+            stack.enter_context(client)
+            taken[loop.turns] = taken.get(loop.turns, 0) + 1
+            return False
+
+        def busy(turns: int) -> None:
+            """Another socket, which has an event in each of so many turns."""
+            ours, theirs = (stack.enter_context(sock) for sock in socket.socketpair())
+
+            def handler(_: int) -> None:
+                nonlocal turns
+                served.add(loop.turns)
+                turns -= 1
+                if turns:
+                    ours.send(b"x")
+
+            loop.watch(theirs)
+            loop.handlers[theirs.fileno()] = handler
+            ours.send(b"x")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: accept_each(listener, take, on_error=no_error))
+            await trio.testing.wait_all_tasks_blocked()
+            dial(stack, listener, 10)
+            for _ in range(others):
+                busy(3)
+            await until(lambda: sum(taken.values()) == 10)
+            nursery.cancel_scope.cancel()
+    assert list(taken.values()) == expected
+    assert len(served) == (3 if others else 0)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("localhost", marks=needs_ipv6)])
 def test_an_address_that_is_kept_is_shared_by_those_who_mean_to(stack: ExitStack, host: str) -> None:
     """Bound without listening: nobody is served, two can listen, and whoever does not share is refused."""
