@@ -68,7 +68,7 @@ class ProxyCollector(Collector):
         yield errors
         awake = CounterMetricFamily(
             "meshlocal_busy_poll_seconds",
-            "Time spent looking for something to do instead of sleeping, until there was (found), or in vain.",
+            "Time by the clock spent looking for something to do instead of sleeping, until there was, or in vain.",
             labels=["outcome"],
         )
         spent = self._busy_poll

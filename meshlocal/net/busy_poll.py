@@ -1,15 +1,16 @@
 """Looking again and again for a short while, instead of sleeping, where something is likely to come at once.
 
-A process that sleeps has to be woken, and often its processor too: that costs time before anything is done, and about
-as much CPU as doing it. Who looks again for as long as that would cost pays at most twice what the best choice would
-have (Karlin, Li, Manasse, Owicki: Empirical studies of competitive spinning, 1991), and nothing more than that best if
-it only does so where something does come.
+A process that sleeps has to be woken, and often its processor too: that costs time before anything is done, and CPU.
+Who looks again for as long as that costs, before it sleeps, pays at most twice what the best choice would have (Karlin,
+Li, Manasse, Owicki: Empirical studies of competitive spinning, 1991). Who looks for longer trades CPU for time.
 
-Whether it will is predicted from what came of the waits before, as processors predict branches (Yeh, Patt: Two-level
-adaptive training branch prediction, 1991): for each pattern of the last waits, short or long, a counter remembers what
-followed it. So requests in a steady ping-pong are all waited for awake; of those at a fixed rate, the answer of the
-instance, but not the next request of the client. Each wait in vain lowers its counter by two, and each short one raises
-it by one, so that waits in vain are at most a third of all, whatever comes when.
+Whether something will come is predicted from what came of the waits before, as processors predict branches (Yeh, Patt:
+Two-level adaptive training branch prediction, 1991): for each pattern of the last waits, short or long, a counter
+remembers what followed it. So requests in a steady ping-pong are waited for awake; of those at a fixed rate, the
+answer of the instance, but not the next request of the client. A wait that stays awake raises its counter by one if
+something came within the limit, and else lowers it by two. How long a wait took that slept tells little, as to be woken
+takes a while; so each 61st of those (a prime, for no rhythm of the traffic to hide from it) stays awake to find out.
+Waits in vain are about a third of all at most, whatever comes when.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _MOST = 7
 _WORTH = 4
 _IN_VAIN = 2
 
+_TRIED = 61
+"""One in so many waits that would sleep stays awake."""
+
 
 class BusyPoll:
     """Waits for events, awake where that pays.
@@ -39,11 +43,11 @@ class BusyPoll:
 
     Attributes:
         limit: seconds to look again and again for; 0: never.
-        found: seconds in all that were spent so until something came.
-        in_vain: seconds in all that were spent so for nothing.
+        found: seconds in all, by the clock, that were spent so until something came.
+        in_vain: seconds in all, by the clock, that were spent so for nothing.
     """
 
-    __slots__ = ("_clock", "_give_way", "_history", "_poll", "_scores", "found", "in_vain", "limit")
+    __slots__ = ("_clock", "_give_way", "_history", "_poll", "_scores", "_slept", "found", "in_vain", "limit")
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class BusyPoll:
         self._clock = clock
         self._give_way = give_way
         self._history = 0
+        self._slept = 0
         self._scores = [_WORTH] * _PATTERNS
 
     def wait(self, timeout: float, most: int) -> Events:
@@ -73,9 +78,10 @@ class BusyPoll:
         score = scores[history]
         start = now = clock()
         if score < _WORTH:
+            self._slept += 1
+        if score < _WORTH and self._slept % _TRIED:
             events = poll(timeout, most)
-            # To be woken takes a while as well.
-            short = clock() - start < 2 * limit
+            short = bool(events) and clock() - start < limit
         else:
             events = poll(0, most)
             end = start + limit
@@ -89,9 +95,9 @@ class BusyPoll:
             else:
                 self.in_vain += now - start
                 events = poll(max(0.0, timeout - (now - start)), most)
-        if short:
-            scores[history] = min(score + 1, _MOST)
-        else:
-            scores[history] = max(score - _IN_VAIN, 0)
+            if short:
+                scores[history] = min(max(score + 1, _WORTH), _MOST)
+            else:
+                scores[history] = max(score - _IN_VAIN, 0)
         self._history = (2 * history + short) % _PATTERNS
         return events

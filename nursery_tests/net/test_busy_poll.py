@@ -24,15 +24,16 @@ EVENT: Events = [(7, 1)]
 class World:
     """A clock that moves as it is looked at, and events that come so many seconds after each other."""
 
-    def __init__(self, gaps: Iterable[float]) -> None:
+    def __init__(self, gaps: Iterable[float], *, limit: float = LIMIT, woken: float = WOKEN) -> None:
         self.now = 1.0
+        self._woken = woken
         self.slept = 0.0
         self.sleeps: list[float] = []
         self.yields = 0
         self._gaps = iter(gaps)
         self._due = self.now + next(self._gaps)
         self.busy_poll = BusyPoll(self._poll, clock=lambda: self.now, give_way=self._give_way)
-        self.busy_poll.limit = LIMIT
+        self.busy_poll.limit = limit
 
     def _poll(self, timeout: float, most: int) -> Events:
         assert most == 16
@@ -41,7 +42,7 @@ class World:
             self.sleeps.append(timeout)
             until = min(self._due, self.now + timeout)
             self.slept += max(0.0, until - self.now)
-            self.now = max(self.now, until) + WOKEN
+            self.now = max(self.now, until) + self._woken
         else:
             self.now += LOOK
         return EVENT if self.now >= self._due else []
@@ -86,24 +87,57 @@ def test_what_comes_late_is_slept_for() -> None:
 
 def test_an_answer_is_waited_for_awake_and_the_next_request_asleep() -> None:
     world = World(endless(900e-6, 40e-6))
-    for _ in range(20):
+    for _ in range(4 * 61):
         world.step()
     spent = world.busy_poll.in_vain
     for _ in range(50):
         assert world.step()[1] == pytest.approx(WOKEN)
         assert world.step()[1] <= LOOK
-    assert world.busy_poll.in_vain == spent
+    # One of those that sleep is tried.
+    assert world.busy_poll.in_vain - spent <= LIMIT + LOOK
 
 
-def test_it_wakes_up_again_for_what_comes_at_once_again() -> None:
-    world = World(itertools.chain(itertools.repeat(5e-3, 50), endless(20e-6)))
-    for _ in range(50):
+@pytest.mark.parametrize("limit", [10e-6, LIMIT])
+@pytest.mark.parametrize("woken", [5e-6, WOKEN, 120e-6])
+def test_it_wakes_up_again_for_what_comes_at_once_again(limit: float, woken: float) -> None:
+    """However long it takes to be woken."""
+    world = World(itertools.chain([5e-3] * 50, endless(limit / 2)), limit=limit, woken=woken)
+    for _ in range(50 + 4 * 61):
         world.step()
-    waits = 0
-    while world.step()[1] > LOOK:
-        waits += 1
-        assert waits < 20
     assert all(world.step()[1] <= LOOK for _ in range(50))
+
+
+def test_what_comes_a_little_late_is_slept_for() -> None:
+    """Though a wait for it lasts less than the limit and what it takes to be woken."""
+    for gap in (55e-6, 60e-6, 65e-6):
+        world = World(endless(gap), woken=5e-6)
+        for _ in range(610):
+            world.step()
+        assert world.busy_poll.in_vain <= (8 + 10) * (LIMIT + LOOK)
+
+
+def test_a_rhythm_of_three_is_known_by_what_came_before() -> None:
+    world = World(endless(20e-6, 20e-6, 900e-6))
+    for _ in range(3 * 61):
+        world.step()
+    spent = world.busy_poll.in_vain
+    late = [world.step()[1] for _ in range(30)]
+    assert sum(each > LOOK for each in late) == 10
+    assert world.busy_poll.in_vain - spent <= LIMIT + LOOK
+
+
+def test_what_is_there_already_is_given_at_once() -> None:
+    world = World(endless(0.0))
+    for _ in range(20):
+        assert world.step() == (EVENT, pytest.approx(LOOK))
+    assert not world.yields
+
+
+def test_a_time_that_ran_out_is_nothing_that_came() -> None:
+    world = World([10.0], limit=800e-6)
+    for _ in range(200):
+        assert world.step(900e-6)[0] == []
+    assert world.busy_poll.in_vain <= (8 + 4) * (800e-6 + LOOK)
 
 
 def test_others_may_run_between_two_looks() -> None:
@@ -157,6 +191,7 @@ def test_a_third_of_all_waits_at_most_are_awake_in_vain(gaps: list[float]) -> No
         assert world.step()[0] == EVENT
         waits += 1
         vain += world.busy_poll.in_vain > before
-    # Each of the eight counters begins at most two above what a wait in vain leaves it at, and falls by two for each.
-    assert vain <= waits / 3 + 16 / 3
+    # Beside a third: one in 61 that was tried, what that one may give back to a counter, and what the eight of them
+    # begin with above what a wait in vain leaves.
+    assert vain <= waits / 3 + 3 * waits / 61 + 16 / 3
     assert world.busy_poll.in_vain <= vain * (LIMIT + 2 * LOOK)
