@@ -256,7 +256,7 @@ class ProxyConfig(Section, frozen=True):
             description="Microseconds that the proxy looks for more to do before it sleeps, where something came as"
             " soon as that before; 0: it sleeps at once; 1000 at most."
         ),
-    ] = 50
+    ] = 80
     attempts: Annotated[AttemptPolicy, Meta(description="How long and how often a request is tried.")] = AttemptPolicy()
     services: Annotated[
         Mapping[ServiceKey, ServiceConfig], Meta(description="What holds for single services only, by their name.")
