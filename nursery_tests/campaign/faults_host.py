@@ -19,6 +19,13 @@ DESCRIPTORS = 128
 PORTS = (20000, 20299)
 """That the kernel chooses from, for a connection to one place from one address."""
 
+REUSE = 1.1
+"""Seconds within which a port of a closed connection to this host can be taken again.
+
+`net.ipv4.tcp_tw_reuse` is 2 unless it is set: on the loopback interface, a port that waits in TIME_WAIT is taken from
+the second on that follows its last segment's (`tcp_twsk_unique`, on a clock of whole seconds).
+"""
+
 FAKETIME = "faketime"
 """The file that says by how much clocks are wrong."""
 
@@ -73,6 +80,10 @@ async def no_ports(scene: Scene) -> None:
         await scene.hold()
         # It was never an instance's fault.
         assert (await fleet.metrics())("ejections_total") == 0
+    # It is over when the ports of what was held can be taken again, and not just those that a second had set free.
+    open_without = sum(WORKERS[kind] for kind in ("tcp", "replay", "held"))
+    await fleet.place.measured(fleet.admin, lambda metrics: metrics("connections_open") <= open_without)
+    await trio.sleep(REUSE)
 
 
 async def _without_port(scene: Scene, tier: str) -> bool:
