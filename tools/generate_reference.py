@@ -160,7 +160,8 @@ def type_name(kind: schema.Type) -> str:
             return "seconds" if there.le is not None else "number"
         case schema.IntType():
             low = there.ge if there.ge is not None else there.gt
-            return f"{low} to {there.le}" if low and there.le and there.le < 1000 else "integer"
+            # A bound that only keeps numbers sane says nothing.
+            return f"{low} to {there.le}" if low is not None and there.le and there.le <= 1000 else "integer"
         case schema.BoolType():
             return "boolean"
         case schema.StrType():

@@ -254,7 +254,7 @@ class ProxyConfig(Section, frozen=True):
         Microseconds,
         Meta(
             description="Microseconds that the proxy looks for more to do before it sleeps, where something came as"
-            " soon as that before; 0: it sleeps at once; 1000 at most."
+            " soon as that before; 0: it sleeps at once."
         ),
     ] = 80
     attempts: Annotated[AttemptPolicy, Meta(description="How long and how often a request is tried.")] = AttemptPolicy()

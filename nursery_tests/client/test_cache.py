@@ -135,7 +135,7 @@ async def test_changes_are_written_together_soon(setup: Setup, inline: None, aut
     cache = setup.start()
     writes = []
     replace = cache._replace
-    cache._replace = lambda cached: (writes.append(len(cached)), replace(cached))[1]  # type: ignore[method-assign]
+    cache._replace = lambda cached: (writes.append(len(cached)), replace(cached))[1]  # type: ignore[method-assign]  # a spy
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cache.run)
         for number in range(100):

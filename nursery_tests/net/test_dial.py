@@ -153,7 +153,7 @@ async def test_a_late_answer_is_waited_for(stack: ExitStack, monkeypatch: pytest
 
         def connect_ex(self, address: object) -> int:
             self.asked += 1
-            return super().connect_ex(address) if self.asked == 1 else errno.EALREADY  # type: ignore[arg-type]
+            return super().connect_ex(address) if self.asked == 1 else errno.EALREADY  # type: ignore[arg-type]  # the stub's type is private
 
     monkeypatch.setattr(socket, "socket", Unhurried)
     sock = stack.enter_context(await dial_tcp(*listener.getsockname()))

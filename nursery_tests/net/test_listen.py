@@ -252,7 +252,7 @@ async def run(scripted: Scripted) -> tuple[list[object], list[OSError]]:
     async with trio.open_nursery() as nursery:
         with scripted.scope:
             # What accept_loop uses of a socket is accept() and, for trio's waits, fileno().
-            await accept_loop(scripted, nursery, handle, on_error=errors.append)  # type: ignore[arg-type]
+            await accept_loop(scripted, nursery, handle, on_error=errors.append)  # type: ignore[arg-type]  # a scripted listener
     return peers, errors
 
 
@@ -293,7 +293,7 @@ async def test_nothing_is_accepted_while_no_descriptor_below_the_ceiling_is_free
     async with trio.open_nursery() as nursery:
         start = trio.current_time()
         with scripted.scope:
-            await accept_loop(scripted, nursery, handle, on_error=failed, ceiling=1)  # type: ignore[arg-type]
+            await accept_loop(scripted, nursery, handle, on_error=failed, ceiling=1)  # type: ignore[arg-type]  # a scripted listener
     assert errors == [(pytest.approx(at), errno.EMFILE) for at in (0, 0.1, 0.2)]
     assert served == [(0, "a"), (pytest.approx(0.3), "b")]
 
@@ -492,7 +492,7 @@ async def test_every_connection_is_taken_once_also_across_a_stop(stack: ExitStac
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: accept_each(listener, taken, on_error=no_error))
             names += [each.getsockname() for each in dial(stack, listener, 3 * ACCEPT_BATCH)]
-            await until(lambda some=some: len(taken.peers) >= some * ACCEPT_BATCH)  # type: ignore[misc]
+            await until(lambda some=some: len(taken.peers) >= some * ACCEPT_BATCH)  # type: ignore[misc]  # binds this round's
             names += [each.getsockname() for each in dial(stack, listener, 1)]
             nursery.cancel_scope.cancel()
         if accepting is not None:
@@ -560,7 +560,7 @@ async def test_exhaustion_met_in_the_loop_is_waited_out(
             errors.append((trio.current_time(), error.errno))
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: accept_each(flaky, taken, on_error=failed))  # type: ignore[arg-type]
+            nursery.start_soon(lambda: accept_each(flaky, taken, on_error=failed))  # type: ignore[arg-type]  # a scripted listener
             await trio.testing.wait_all_tasks_blocked()
             start = trio.current_time()
             # The first is met in the loop, the next two by the task.
@@ -585,7 +585,7 @@ async def test_a_broken_listener_met_in_the_loop_is_an_error(stack: ExitStack) -
         with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="Invalid argument")):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(
-                    lambda: accept_each(flaky, Taken(stack), on_error=no_error)  # type: ignore[arg-type]
+                    lambda: accept_each(flaky, Taken(stack), on_error=no_error)  # type: ignore[arg-type]  # a scripted listener
                 )
                 await trio.testing.wait_all_tasks_blocked()
                 flaky.errors = [errno.EINVAL] * 2

@@ -435,7 +435,7 @@ async def test_a_busy_pair_lets_others_run_and_sees_cancellation() -> None:
             nursery.start_soon(watch)
             client, upstream = Endless(CHUNK), Endless(CHUNK)
             # recv_into and send are all that this relay uses of a socket that never blocks.
-            await copy(client, upstream, counters)  # type: ignore[arg-type]
+            await copy(client, upstream, counters)  # type: ignore[arg-type]  # scripted streams
     assert scope.cancelled_caught
     assert len(seen) == 5
     assert max(later - earlier for earlier, later in pairwise(seen)) <= 2 * TURN * CHUNK

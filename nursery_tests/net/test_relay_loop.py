@@ -59,6 +59,15 @@ def opened(stack: ExitStack) -> RelayLoop:
     return loop
 
 
+def watched(stack: ExitStack, loop: RelayLoop) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a connection; the loop watches the second."""
+    ours, theirs = tcp_pair()
+    stack.enter_context(ours)
+    stack.enter_context(theirs)
+    loop.watch(theirs)
+    return ours, theirs
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what other threads and the kernel bring about."""
     with trio.fail_after(5):
@@ -375,7 +384,7 @@ async def test_bytes_after_urgent_data_are_not_left_behind() -> None:
                 line.app.send(b"!", socket.MSG_OOB)
                 line.app.send(b"after")
                 before = line.counters.client_to_upstream
-                await until(lambda before=before: line.counters.client_to_upstream == before + 11)  # type: ignore[misc]
+                await until(lambda before=before: line.counters.client_to_upstream == before + 11)  # type: ignore[misc]  # binds this round's
             nursery.cancel_scope.cancel()
         assert line.server.recv(100) == b"beforeafter" * 2
 
@@ -573,9 +582,7 @@ async def test_the_end_of_a_turn_comes_after_all_events(monkeypatch: pytest.Monk
 async def test_what_is_done_at_the_end_of_a_turn_may_add_to_it() -> None:
     with ExitStack() as stack:
         loop = opened(stack)
-        ours, theirs = tcp_pair()
-        stack.enter_context(ours)
-        stack.enter_context(theirs)
+        ours, theirs = watched(stack, loop)
         told: list[int] = []
 
         def again() -> None:
@@ -583,7 +590,6 @@ async def test_what_is_done_at_the_end_of_a_turn_may_add_to_it() -> None:
             if len(told) < 3:
                 loop.at_end(again)
 
-        loop.watch(theirs)
         loop.handlers[theirs.fileno()] = lambda mask: loop.at_end(again)
         ours.send(b"x")
         await until(lambda: len(told) == 3)
@@ -595,9 +601,7 @@ async def test_a_fault_in_a_handler_costs_its_connection_only(*, ends: bool, cap
     with ExitStack() as stack:
         loop = opened(stack)
         line = stack.enter_context(Line())
-        ours, theirs = tcp_pair()
-        stack.enter_context(ours)
-        stack.enter_context(theirs)
+        ours, theirs = watched(stack, loop)
         masks: list[int] = []
 
         def handler(mask: int) -> None:
@@ -607,7 +611,6 @@ async def test_a_fault_in_a_handler_costs_its_connection_only(*, ends: bool, cap
             else:
                 raise AssertionError("a fault")
 
-        loop.watch(theirs)
         loop.handlers[theirs.fileno()] = handler
         async with trio.open_nursery() as nursery:
             nursery.start_soon(line.relay)
@@ -625,9 +628,7 @@ async def test_a_fault_in_a_handler_costs_its_connection_only(*, ends: bool, cap
 async def test_a_fault_at_the_end_of_a_turn_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
     with ExitStack() as stack:
         loop = opened(stack)
-        ours, theirs = tcp_pair()
-        stack.enter_context(ours)
-        stack.enter_context(theirs)
+        ours, theirs = watched(stack, loop)
         told: list[str] = []
 
         def fail() -> None:
@@ -639,10 +640,9 @@ async def test_a_fault_at_the_end_of_a_turn_leaves_the_others(caplog: pytest.Log
             loop.at_end(fail)
             loop.at_end(lambda: told.append("other"))
 
-        loop.watch(theirs)
         loop.handlers[theirs.fileno()] = handler
         for rounds in (1, 2):
             ours.send(b"x")
-            await until(lambda rounds=rounds: len(told) == 2 * rounds)  # type: ignore[misc]
+            await until(lambda rounds=rounds: len(told) == 2 * rounds)  # type: ignore[misc]  # binds this round's
         assert told == ["fault", "other"] * 2
         assert "lost by a fault in the proxy" in caplog.text

@@ -126,7 +126,7 @@ class Proxy(Process):
         ready = self.printed(r"meshlocal proxy ready: .*")[0]
         self.port, *others = map(int, re.findall(r" http://127\.0\.0\.1:(\d+)", ready))
         self.fixed = dict(zip(fixed, others, strict=True))
-        self.admin = int(re.search(r"admin=http://127\.0\.0\.1:(\d+)", ready)[1])  # type: ignore[index]
+        self.admin = int(re.search(r"admin=http://127\.0\.0\.1:(\d+)", ready)[1])  # type: ignore[index]  # it is there, or the test fails
         self.url = f"http://127.0.0.1:{self.port}"
 
     def write(self, instances: dict[str, Sequence[str]]) -> None:

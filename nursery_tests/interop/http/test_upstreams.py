@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def test_nginx_compresses_in_chunks(proxy: Proxy) -> None:
         assert answer.text.endswith("line 4999\n")
 
 
-def test_nginx_ends_connections_after_so_many_requests(folder: Path, running: ExitStack, program, proxy: Proxy) -> None:  # type: ignore[no-untyped-def]
+def test_nginx_ends_connections_after_so_many_requests(
+    folder: Path, running: ExitStack, program: Callable[[str], str], proxy: Proxy
+) -> None:
     """A4: no request notices, not even one that may not be repeated."""
     server = '    keepalive_requests 3;\n    location / { return 200 "x"; }'
     # `keepalive_requests` stands once in the block above and once here: the server's own counts.

@@ -77,7 +77,7 @@ async def endless(upstream: Upstream, served: Served) -> bool:
 
 async def half(upstream: Upstream, served: Served) -> bool:
     await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")
-    return await stalls(upstream, served)  # type: ignore[return-value]
+    return await stalls(upstream, served)
 
 
 LEAVING = {

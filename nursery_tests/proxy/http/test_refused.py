@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
-from meshlocal.client.statistics import Outcome
+from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL
-from nursery_tests.proxy.http.conftest import B, Client, Proxy, Upstream, until
+from nursery_tests.proxy.http.conftest import B, Client, Proxy, Served, Upstream, until
 
 HOST = b"host: b\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nhost: b\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -118,7 +120,7 @@ async def test_limits_and_what_is_not_served(
 async def test_a_response_must_be_within_the_limits_too(proxy: Proxy, local: Upstream) -> None:
     proxy.configure(http={"max_head": 1000})
 
-    async def large(upstream, served):  # type: ignore[no-untyped-def]
+    async def large(upstream: Upstream, served: Served) -> None:
         await served.send(b"HTTP/1.1 200 OK\r\nx: " + b"y" * 2000 + b"\r\n\r\n")
 
     local.behaviour = large
@@ -196,7 +198,7 @@ async def test_a_head_that_ends_early(proxy: Proxy, local: Upstream) -> None:
 async def test_a_response_that_stands_still(proxy: Proxy, local: Upstream) -> None:
     """The idle limit ends it with a reset; the time that its head took does not matter."""
 
-    async def stops(upstream, served):  # type: ignore[no-untyped-def]
+    async def stops(upstream: Upstream, served: Served) -> bool:
         # Slower than what is looked at without a clock.
         await until(lambda: not proxy.forwarder.patience.waiting)
         await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")
@@ -212,13 +214,13 @@ async def test_a_response_that_stands_still(proxy: Proxy, local: Upstream) -> No
         assert await client.is_reset()
     await proxy.idle()
     await until(lambda: not local.open)
-    assert proxy.requests(B)[("node", "", "cut")] == 1  # type: ignore[index]
+    assert proxy.requests(B)[RequestKey("node", "", Outcome.CUT)] == 1
 
 
 async def test_a_client_that_does_not_read(proxy: Proxy, local: Upstream) -> None:
     """The idle limit ends that, too."""
 
-    async def endless(upstream, served):  # type: ignore[no-untyped-def]
+    async def endless(upstream: Upstream, served: Served) -> NoReturn:
         await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n")
         while True:
             await served.send(bytes(65536))

@@ -15,6 +15,7 @@ from nursery_tests.proxy.http.conftest import (
     Proxy,
     Served,
     Upstream,
+    Upstreams,
     closes,
     ok,
     resets,
@@ -318,7 +319,7 @@ async def test_no_instance(proxy: Proxy, local: Upstream) -> None:
     assert proxy.requests() == {RequestKey("", "", Outcome.NO_INSTANCE): 1}
 
 
-async def test_the_first_snapshot_is_waited_for(proxy: Proxy, upstream) -> None:  # type: ignore[no-untyped-def]
+async def test_the_first_snapshot_is_waited_for(proxy: Proxy, upstream: Upstreams) -> None:
     """A7."""
     late = await upstream("late", "n1")
     async with await proxy.connect() as client:
