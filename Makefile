@@ -33,7 +33,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side by side with HAProxy, nginx and Envoy, as far as they are installed: 12 minutes; bench-quick: 3.
+# Side by side with HAProxy, nginx and Envoy, as far as they are installed: 15 minutes; bench-quick: 3.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench
 

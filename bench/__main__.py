@@ -20,21 +20,21 @@ Goals = list[dict[str, Any]]
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round of less: 3 minutes instead of 12")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds [4; quick: 1]")
+    parser.add_argument("--quick", action="store_true", help="one round of less: 3 minutes instead of 15")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds [5; quick: 1]")
     parser.add_argument("--only", choices=["tcp", "http", "failover", "update"], action="append", help="only these")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
     parser.add_argument("--document", action="store_true", help="put the figures and plots into docs/performance.md")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing; show a run that was kept")
     asked = parser.parse_args()
     quick = asked.quick
-    asked.rounds = asked.rounds or (1 if quick else 4)
+    asked.rounds = asked.rounds or (1 if quick else 5)
     asked.seconds = 1
     asked.connects = 150 if quick else 400
     asked.rate_seconds = 1.0 if quick else 2.0
     asked.storm_seconds = 0.4 if quick else 2.0
     asked.idle = 500 if quick else peers.WANTED_CONNECTIONS
-    asked.failovers = 1 if quick else 3
+    asked.failovers = 1 if quick else 5
     asked.phase = 1.0 if quick else 1.5
     asked.rate = 400
     return asked

@@ -54,7 +54,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--exchanges", type=int, default=200, help="exchanges on one connection, a round and route")
     parser.add_argument("--connects", type=int, default=100, help="connections, likewise")
     parser.add_argument("--delay", type=float, default=0.25, help="one way to another node, in ms [0.25]")
-    parser.add_argument("--failovers", type=int, default=3, help="rounds of failover [3]")
+    parser.add_argument("--failovers", type=int, default=5, help="rounds of failover [5]")
     parser.add_argument("--rate", type=int, default=400, help="connections a second in these [400]")
     parser.add_argument("--phase", type=float, default=2.0, help="seconds before, during and after each outage [2]")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
