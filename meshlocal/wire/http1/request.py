@@ -179,15 +179,16 @@ def parse_request(raw: bytes, limits: HeadLimits = HeadLimits()) -> RequestHead:
         raise ProtocolError(414, "target_too_long", f"the target is longer than {limits.target} bytes")
     if block.count(b"\n") > limits.fields:
         raise ProtocolError(431, "too_many_headers", f"more than {limits.fields} header lines")
-    _second_opinion(raw)
     head = RequestHead(raw, method, target, 1 if minor == b"1" else 0, block)
     _read_fields(head, match.end(3))
     if target[0] != 0x2F or method == b"CONNECT" or b"#" in target:
         _read_target(head)
+    _second_opinion(raw)
     return head
 
 
 def _second_opinion(raw: bytes) -> None:
+    """Asked last: of what both refuse, ours says what is wrong in words that are documented."""
     try:
         httptools.HttpRequestParser(_NO_CALLBACKS).feed_data(raw)
     except httptools.HttpParserUpgrade:
@@ -259,9 +260,12 @@ def _read_transfer_encoding(head: RequestHead, encoding: bytes, length: bytes | 
     if head.minor == 0:
         raise ProtocolError(400, "bad_transfer_encoding", "Transfer-Encoding in HTTP/1.0")
     if encoding != b"chunked":
-        if encoding.endswith(b"chunked"):
-            raise ProtocolError(501, "unknown_transfer_encoding", "a transfer encoding other than chunked")
-        raise ProtocolError(400, "bad_transfer_encoding", "the last transfer encoding is not chunked")
+        before, _, last = encoding.rpartition(b",")
+        if last.strip(b" \t") != b"chunked":
+            raise ProtocolError(400, "bad_transfer_encoding", "the last transfer encoding is not chunked")
+        if b"chunked" in (coding.strip(b" \t") for coding in before.split(b",")):
+            raise ProtocolError(400, "bad_transfer_encoding", "chunked more than once")
+        raise ProtocolError(501, "unknown_transfer_encoding", "a transfer encoding other than chunked")
     head.chunked = True
     head.hop_fields = True
 

@@ -108,14 +108,15 @@ def parse_response(raw: bytes, limits: HeadLimits = HeadLimits()) -> ResponseHea
     minor, status, reason, block = match.groups()
     if block.count(b"\n") > limits.fields:
         raise ProtocolError(502, "too_many_headers", f"more than {limits.fields} header lines")
+    head = ResponseHead(raw, 1 if minor == b"1" else 0, int(status), reason, block)
+    _read_fields(head, match.end(3))
+    # Asked last: of what both refuse, ours says what is wrong in words that are documented.
     try:
         httptools.HttpResponseParser(_NO_CALLBACKS).feed_data(raw)
     except httptools.HttpParserUpgrade:
         pass  # 101: to llhttp the end of HTTP on this connection
     except httptools.HttpParserError as error:
         raise ProtocolError(502, "bad_response", f"malformed response: {error}") from None
-    head = ResponseHead(raw, 1 if minor == b"1" else 0, int(status), reason, block)
-    _read_fields(head, match.end(3))
     head.usual = _usual_framing(head)
     return head
 

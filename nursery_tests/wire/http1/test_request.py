@@ -16,24 +16,39 @@ def request(line: bytes = b"GET / HTTP/1.1", fields: bytes = HOST) -> bytes:
 
 REFUSED = [
     # (what, head, status, reason)
-    ("both lengths", request(fields=HOST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"), 400, "*"),
+    (
+        "both lengths",
+        request(fields=HOST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"),
+        400,
+        "ambiguous_length",
+    ),
     (
         "both lengths, the other way",
         request(fields=b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n" + HOST),
         400,
-        "*",
+        "ambiguous_length",
     ),
-    ("length twice", request(fields=HOST + b"Content-Length: 3\r\nContent-Length: 3\r\n"), 400, "*"),
-    ("two lengths", request(fields=HOST + b"Content-Length: 3\r\nContent-Length: 4\r\n"), 400, "*"),
-    ("length list", request(fields=HOST + b"Content-Length: 3, 3\r\n"), 400, "*"),
-    ("length with a sign", request(fields=HOST + b"Content-Length: +3\r\n"), 400, "*"),
-    ("negative length", request(fields=HOST + b"Content-Length: -3\r\n"), 400, "*"),
-    ("hex length", request(fields=HOST + b"Content-Length: 0x3\r\n"), 400, "*"),
-    ("empty length", request(fields=HOST + b"Content-Length: \r\n"), 400, "*"),
-    ("length in words", request(fields=HOST + b"Content-Length: three\r\n"), 400, "*"),
-    ("length with a space within", request(fields=HOST + b"Content-Length: 1 2\r\n"), 400, "*"),
-    ("length beyond 64 bits", request(fields=HOST + b"Content-Length: 18446744073709551617\r\n"), 400, "*"),
-    ("length beyond sense", request(fields=HOST + b"Content-Length: 9000000000000000000\r\n"), 400, "*"),
+    ("length twice", request(fields=HOST + b"Content-Length: 3\r\nContent-Length: 3\r\n"), 400, "bad_content_length"),
+    ("two lengths", request(fields=HOST + b"Content-Length: 3\r\nContent-Length: 4\r\n"), 400, "bad_content_length"),
+    ("length list", request(fields=HOST + b"Content-Length: 3, 3\r\n"), 400, "bad_content_length"),
+    ("length with a sign", request(fields=HOST + b"Content-Length: +3\r\n"), 400, "bad_content_length"),
+    ("negative length", request(fields=HOST + b"Content-Length: -3\r\n"), 400, "bad_content_length"),
+    ("hex length", request(fields=HOST + b"Content-Length: 0x3\r\n"), 400, "bad_content_length"),
+    ("empty length", request(fields=HOST + b"Content-Length: \r\n"), 400, "bad_content_length"),
+    ("length in words", request(fields=HOST + b"Content-Length: three\r\n"), 400, "bad_content_length"),
+    ("length with a space within", request(fields=HOST + b"Content-Length: 1 2\r\n"), 400, "bad_content_length"),
+    (
+        "length beyond 64 bits",
+        request(fields=HOST + b"Content-Length: 18446744073709551617\r\n"),
+        400,
+        "bad_content_length",
+    ),
+    (
+        "length beyond sense",
+        request(fields=HOST + b"Content-Length: 9000000000000000000\r\n"),
+        400,
+        "bad_content_length",
+    ),
     ("folded header", request(fields=HOST + b"A: b\r\n c\r\n"), 400, "folded_header"),
     ("folded with a tab", request(fields=HOST + b"A: b\r\n\tc\r\n"), 400, "folded_header"),
     ("fold at the start", request(fields=b" A: b\r\n" + HOST), 400, "folded_header"),
@@ -67,28 +82,38 @@ REFUSED = [
     ("unknown method", request(b"FROB / HTTP/1.1"), 501, "unknown_method"),
     ("small letters", request(b"get / HTTP/1.1"), 501, "unknown_method"),
     ("gzip, chunked", request(fields=HOST + b"Transfer-Encoding: gzip, chunked\r\n"), 501, "unknown_transfer_encoding"),
-    ("chunked, chunked", request(fields=HOST + b"Transfer-Encoding: chunked, chunked\r\n"), (400, 501), "*"),
-    ("gzip", request(fields=HOST + b"Transfer-Encoding: gzip\r\n"), 400, "*"),
-    ("chunked, gzip", request(fields=HOST + b"Transfer-Encoding: chunked, gzip\r\n"), 400, "*"),
-    ("identity", request(fields=HOST + b"Transfer-Encoding: identity\r\n"), 400, "*"),
-    ("xchunked", request(fields=HOST + b"Transfer-Encoding: xchunked\r\n"), (400, 501), "*"),
-    ("quoted chunked", request(fields=HOST + b'Transfer-Encoding: "chunked"\r\n'), 400, "*"),
+    (
+        "chunked, chunked",
+        request(fields=HOST + b"Transfer-Encoding: chunked, chunked\r\n"),
+        400,
+        "bad_transfer_encoding",
+    ),
+    ("gzip", request(fields=HOST + b"Transfer-Encoding: gzip\r\n"), 400, "bad_transfer_encoding"),
+    ("chunked, gzip", request(fields=HOST + b"Transfer-Encoding: chunked, gzip\r\n"), 400, "bad_transfer_encoding"),
+    ("identity", request(fields=HOST + b"Transfer-Encoding: identity\r\n"), 400, "bad_transfer_encoding"),
+    ("xchunked", request(fields=HOST + b"Transfer-Encoding: xchunked\r\n"), 400, "bad_transfer_encoding"),
+    ("quoted chunked", request(fields=HOST + b'Transfer-Encoding: "chunked"\r\n'), 400, "bad_transfer_encoding"),
     (
         "encoding twice",
         request(fields=HOST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n"),
         400,
-        "*",
+        "bad_transfer_encoding",
     ),
-    ("encoding in HTTP/1.0", request(b"POST / HTTP/1.0", HOST + b"Transfer-Encoding: chunked\r\n"), 400, "*"),
+    (
+        "encoding in HTTP/1.0",
+        request(b"POST / HTTP/1.0", HOST + b"Transfer-Encoding: chunked\r\n"),
+        400,
+        "bad_transfer_encoding",
+    ),
     ("other expectation", request(fields=HOST + b"Expect: miracles\r\n"), 417, "bad_expectation"),
     ("* with GET", request(b"GET * HTTP/1.1"), 400, "bad_target"),
-    ("relative path", request(b"GET a/b HTTP/1.1"), 400, "*"),
+    ("relative path", request(b"GET a/b HTTP/1.1"), 400, "bad_target"),
     ("fragment", request(b"GET /a#b HTTP/1.1"), 400, "bad_target"),
     ("https target", request(b"GET https://b/ HTTP/1.1"), 400, "bad_target"),
     ("target with a user", request(b"GET http://u:p@b/ HTTP/1.1"), 400, "bad_host"),
-    ("target without host", request(b"GET http:///a HTTP/1.1"), 400, "*"),
-    ("CONNECT without port", request(b"CONNECT b HTTP/1.1"), 400, "*"),
-    ("CONNECT with a path", request(b"CONNECT /b HTTP/1.1"), 400, "*"),
+    ("target without host", request(b"GET http:///a HTTP/1.1"), 400, "bad_target"),
+    ("CONNECT without port", request(b"CONNECT b HTTP/1.1"), 400, "bad_target"),
+    ("CONNECT with a path", request(b"CONNECT /b HTTP/1.1"), 400, "bad_target"),
     ("CONNECT with a body", request(b"CONNECT b:80 HTTP/1.1", HOST + b"Content-Length: 3\r\n"), 400, "bad_request"),
     ("bad connection option", request(fields=HOST + b"Connection: a b\r\n"), 400, "bad_connection"),
     ("long target", request(b"GET /" + b"a" * 20000 + b" HTTP/1.1"), 414, "target_too_long"),
@@ -97,11 +122,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("head", "status", "reason"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_refused(head: bytes, status: int | tuple[int, ...], reason: str) -> None:
+def test_refused(head: bytes, status: int, reason: str) -> None:
     with pytest.raises(ProtocolError) as caught:
         parse_request(head)
-    assert caught.value.status in (status if isinstance(status, tuple) else (status,))
-    assert reason in ("*", caught.value.reason)
+    assert (caught.value.status, caught.value.reason) == (status, reason)
 
 
 @pytest.mark.parametrize(

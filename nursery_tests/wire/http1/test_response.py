@@ -11,34 +11,35 @@ def response(fields: bytes = b"", line: bytes = b"HTTP/1.1 200 OK") -> bytes:
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("head", "reason"),
     [
-        response(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"),
-        response(b"Content-Length: 3\r\nContent-Length: 3\r\n"),
-        response(b"Content-Length: x\r\n"),
-        response(b"Transfer-Encoding: gzip\r\n"),
-        response(b"Transfer-Encoding: gzip, chunked\r\n"),
-        response(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n"),
-        response(b"Transfer-Encoding: chunked\r\n", b"HTTP/1.0 200 OK"),
-        response(b"A: b\r\n c\r\n"),
-        response(b"A : b\r\n"),
-        response(b"A: b\0\r\n"),
-        response(b"A: b\n"),
-        response(b"A: b\rC: d\r\n"),
-        response(b"A: b\r\n" * 129),
-        response(line=b"HTTP/1.1 OK"),
-        response(line=b"HTTP/1.1 99 OK"),
-        response(line=b"HTTP/1.1 2000 OK"),
-        response(line=b"HTTP/1.1  200 OK"),
-        response(line=b"HTTP/2.0 200 OK"),
-        response(line=b"ICY 200 OK"),
-        response(line=b"SSH-2.0-OpenSSH"),
-        b"HTTP/1.1 200 OK\n\r\n\r\n",
+        (response(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"), "ambiguous_length"),
+        (response(b"Content-Length: 3\r\nContent-Length: 3\r\n"), "bad_content_length"),
+        (response(b"Content-Length: x\r\n"), "bad_content_length"),
+        (response(b"Transfer-Encoding: gzip\r\n"), "bad_transfer_encoding"),
+        (response(b"Transfer-Encoding: gzip, chunked\r\n"), "bad_transfer_encoding"),
+        (response(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n"), "bad_transfer_encoding"),
+        (response(b"Transfer-Encoding: chunked\r\n", b"HTTP/1.0 200 OK"), "bad_transfer_encoding"),
+        (response(b"A: b\r\n c\r\n"), "folded_header"),
+        (response(b"A : b\r\n"), "bad_header"),
+        (response(b"A: b\0\r\n"), "bad_header"),
+        (response(b"A: b\n"), "bad_line_end"),
+        (response(b"A: b\rC: d\r\n"), "bad_line_end"),
+        (response(b"A: b\r\n" * 129), "too_many_headers"),
+        (response(line=b"HTTP/1.1 OK"), "bad_status_line"),
+        (response(line=b"HTTP/1.1 99 OK"), "bad_status_line"),
+        (response(line=b"HTTP/1.1 2000 OK"), "bad_status_line"),
+        (response(line=b"HTTP/1.1  200 OK"), "bad_status_line"),
+        (response(line=b"HTTP/2.0 200 OK"), "bad_status_line"),
+        (response(line=b"ICY 200 OK"), "bad_status_line"),
+        (response(line=b"SSH-2.0-OpenSSH"), "bad_status_line"),
+        (b"HTTP/1.1 200 OK\n\r\n\r\n", "bad_status_line"),
     ],
 )
-def test_refused(head: bytes) -> None:
-    with pytest.raises(ProtocolError):
+def test_refused(head: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
         parse_response(head)
+    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize(
