@@ -26,7 +26,7 @@ from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.client.feed import Refreshable
-from meshlocal.client.place import locality_of
+from meshlocal.client.place import locality_of, unknown_labels
 from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.descriptors import raise_limit
@@ -229,8 +229,7 @@ class ProxyProcess:
             self.listeners.adopt(self.listeners.prepare(config), config)
             for listener in self.listeners.current:
                 opened.callback(listener.close)
-            if self.services.node_unknown:
-                _log.warning("the node is unknown: no instance counts as local; set NODE_NAME, or proxy.node_name")
+            self._tell_unknown_labels()
             admin = AdminServer(proxy_routes(self))
             async with trio.open_nursery() as lifetime:
                 self._lifetime = lifetime
@@ -282,6 +281,10 @@ class ProxyProcess:
         self.readiness.set_ready()
         await self._superior.ready(self, admin)
 
+    def _tell_unknown_labels(self) -> None:
+        for line in unknown_labels(self.services.locality, "proxy."):
+            _log.warning(line)
+
     def standing(self) -> tuple[list[str], list[str]]:
         """What the line says that announces the proxy: what it is and serves, and what is to be noted of it."""
         node = self.services.locality.node or "unknown"
@@ -314,7 +317,10 @@ class ProxyProcess:
             return [f"proxy.listen: {error}"]
         self.config = config
         configure_logging(config.log.level, config.log.format)
+        before = self.services.locality
         self.services.reconfigure(proxy, locality_of(proxy))
+        if self.services.locality.unknown != before.unknown:
+            self._tell_unknown_labels()
         if self.http is not None:
             self.http.reconfigure(proxy)
         self._serve_http(proxy)

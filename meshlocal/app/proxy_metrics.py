@@ -49,7 +49,11 @@ class ProxyCollector(Collector):
         """The metrics as they stand now."""
         yield gauge("meshlocal_build_info", "The version, as a label.", 1, version=meshlocal.__version__)
         yield gauge("meshlocal_ready", "1 while the proxy may be sent work.", self._readiness.ready)
-        yield gauge("meshlocal_node_unknown", "1 if the proxy does not know its node.", self._services.node_unknown)
+        yield gauge(
+            "meshlocal_node_unknown",
+            "1 if the proxy does not know its node, or its own value of the first label of prefer.",
+            self._services.node_unknown,
+        )
         yield gauge(
             "meshlocal_node_unmatched",
             "1 if the proxy knows its node, and no instance of any watched service is on it.",

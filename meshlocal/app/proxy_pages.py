@@ -17,6 +17,7 @@ from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import Route
 from meshlocal.app import html
 from meshlocal.app.views import explain_view, health_view, instance_view
+from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
@@ -143,13 +144,10 @@ class _ProxyPages:
 
     def _state(self) -> Iterator[tuple[str, Sequence[object]]]:
         process, services, feed = self._process, self._process.services, self._process.feed.status
-        node = html.code(services.locality.node)
-        if services.node_unknown:
-            yield "node", [html.bad("unknown: no instance counts as local. Set NODE_NAME, or proxy.node_name.")]
-        elif services.node_unmatched:
-            yield "node", [node, html.bad("no instance of any watched service is on it")]
-        else:
-            yield "node", [node]
+        node = [html.code(services.locality.node)] if services.locality.node else []
+        if services.node_unmatched:
+            node.append(html.bad("no instance of any watched service is on it"))
+        yield "node", [*node, *map(html.bad, unknown_labels(services.locality, "proxy."))]
         if process.worker:
             told = f"{process.worker}, which this page is of; /metrics adds up all, /workers lists them, ?worker= asks"
             yield "worker", [f"{told} another"]

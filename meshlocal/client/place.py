@@ -14,3 +14,19 @@ def locality_of(config: ProxyConfig) -> Locality:
     if config.node_name:
         labels[NODE] = config.node_name
     return Locality(labels, config.prefer, config.within, usable_families())
+
+
+def unknown_labels(locality: Locality, keys: str) -> list[str]:
+    """A line for each label whose own value should be known and is not (L5).
+
+    Args:
+        locality: where the caller stands.
+        keys: what the config's keys are behind, such as `proxy.`.
+    """
+    return [
+        f"the node is unknown: no instance counts as local; set NODE_NAME, or {keys}node_name"
+        if key == NODE
+        else f"the {key} is unknown, though {keys}prefer names it: no instance counts as of the same {key};"
+        f" set {keys}labels.{key}"
+        for key in locality.unknown
+    ]

@@ -319,13 +319,13 @@ class ServiceTable:
 
     @property
     def node_unknown(self) -> bool:
-        """The proxy does not know its node (L1, L5)."""
-        return not self.locality.node
+        """The proxy does not know its node, or its own value of the label that it prefers to all others (L5, R1)."""
+        return not self.locality.node or not self.locality.own(self.locality.prefer[0])
 
     @property
     def node_unmatched(self) -> bool:
         """The proxy's node is known, every service's instances are too, and none is on the node (L5)."""
-        if self.node_unknown or not self._states:
+        if not self.locality.node or not self._states:
             return False
         pickers = [state.picker for state in self._states.values()]
         return all(picker is not None and not picker.matching for picker in pickers)

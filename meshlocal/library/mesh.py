@@ -20,7 +20,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from meshlocal.client.feed import Feed, Refreshable, SnapshotSink
-from meshlocal.client.place import locality_of
+from meshlocal.client.place import locality_of, unknown_labels
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.library.errors import MeshClosedError, MeshConfigError, TooManyServicesError
@@ -201,8 +201,8 @@ class Mesh:
             self._services.on_failing = feed.refresh
         tasks.start_soon(feed.run)
         tasks.start_soon(self._drop_unused)
-        if self._services.node_unknown:
-            _log.warning("the node is unknown: no instance counts as local; set NODE_NAME, or node_name")
+        for line in unknown_labels(self._services.locality, ""):
+            _log.warning(line)
 
     def _close(self) -> None:
         self._feed = None

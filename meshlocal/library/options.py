@@ -11,6 +11,7 @@ from meshlocal.library.errors import MeshConfigError
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig, resolve_node_name
 from meshlocal.policy.config_build import ConfigError, Layer, build_config
 from meshlocal.policy.config_health import EjectionConfig
+from meshlocal.policy.problems import quote
 
 MAX_SERVICES = 1000
 """Services that one mesh follows at once: as many as a discovery server takes in one watch."""
@@ -37,6 +38,9 @@ def mesh_config(
     Raises:
         MeshConfigError: an argument cannot be used.
     """
+    if isinstance(prefer, str):
+        # It is a sequence of strings as well, to Python.
+        raise MeshConfigError([f"prefer: expected label keys, got the string {quote(prefer)}"])
     discovery: dict[str, object] = {"urls": list(urls)}
     for key, file in (("ca_file", ca_file), ("token_file", token_file), ("cache_file", cache_file)):
         if file is not None:

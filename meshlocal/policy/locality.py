@@ -50,6 +50,11 @@ class Locality(msgspec.Struct, frozen=True):
         return known(self.labels.get(key))
 
     @property
+    def unknown(self) -> tuple[str, ...]:
+        """The labels whose own value a proxy should know and does not: `node`, and those it prefers (L1, L5)."""
+        return tuple(key for key in dict.fromkeys((NODE, *self.prefer)) if not self.own(key))
+
+    @property
     def tiers(self) -> tuple[str, ...]:
         """The names of the tiers, nearest first."""
         return (*self.prefer, OTHER)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 
+import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -21,12 +22,13 @@ from meshlocal.policy.model import Conditions, ServiceKey, ServiceSnapshot, make
 B, C = ServiceKey("b"), ServiceKey("c")
 
 
-def make_process(node: str = "n1") -> ProxyProcess:
+def make_process(node: str = "n1", prefer: tuple[str, ...] = ("node",)) -> ProxyProcess:
     def load() -> Config:
         flags: Mapping[str, object] = {
             "proxy.discovery.urls": ("grpc://127.0.0.1:1",),
             "proxy.listen": ("tcp://127.0.0.1:0=b", "tcp://127.0.0.1:0=c"),
             "proxy.node_name": node,
+            "proxy.prefer": prefer,
         }
         return load_config(None, flags, {}, "proxy")
 
@@ -92,6 +94,20 @@ async def test_the_node_and_what_is_wrong_with_it() -> None:
     assert "unknown: no instance counts as local" in page(nowhere)
     found = metrics(nowhere)
     assert (found["meshlocal_node_unknown",], found["meshlocal_node_unmatched",]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("prefer", "unknown"), [(("nodee",), 1), (("zone", "node"), 1), (("node", "zone"), 0), (("node",), 0)]
+)
+async def test_a_preferred_label_that_the_proxy_lacks(prefer: tuple[str, ...], unknown: int) -> None:
+    """L5, R1: one that is mistyped would let every request leave its node."""
+    process = make_process(prefer=prefer)
+    publish(process)
+    assert metrics(process)["meshlocal_node_unknown",] == unknown
+    missing = next((key for key in prefer if key != "node"), None)
+    said = f"the {missing} is unknown, though proxy.prefer names it: no instance counts as of the same {missing}"
+    assert (said in page(process)) is (missing is not None)
+    assert "the node is unknown" not in page(process)
 
 
 async def test_requests_by_tier_and_reason() -> None:

@@ -444,6 +444,7 @@ def test_a_watched_service_is_in_use(on_loop: Run) -> None:
         ({"sources": ("file:a",), "prefer": ()}, "prefer: is empty"),
         ({"sources": ("file:a",), "labels": {"node": "n1"}}, "labels.node: is set by node_name"),
         ({"sources": ("file:a",), "within": "zone"}, "within: labels has no .zone."),
+        ({"sources": ("file:a",), "prefer": "node"}, "prefer: expected label keys, got the string 'node'"),
         ({"sources": ("file:a",), "attempts": AttemptPolicy(deadline=-1)}, "attempts.deadline: expected"),
         ({"sources": ("file:a",), "services": {"b c": ServiceConfig()}}, "services.b c"),
         ({"sources": ("file:a",), "ejection": EjectionConfig(time=-1)}, "ejection.time: expected"),
