@@ -44,6 +44,19 @@ def label_process(**fields: object) -> None:
     _common.update(fields)
 
 
+class _Event:
+    """A record's message: with its fields where an application's own formatter shows it, which knows of none."""
+
+    __slots__ = ("event", "fields")
+
+    def __init__(self, event: str, fields: Mapping[str, object]) -> None:
+        self.event = event
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return " ".join((self.event, *_pairs(self.fields.items())))
+
+
 class Log:
     """Where a module's events go. `event` is a fixed phrase; what varies goes into fields."""
 
@@ -75,7 +88,8 @@ class Log:
     def log(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
         """Log at a level of the standard library (`logging.INFO`, ...)."""
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, exc_info=exc_info, extra={_FIELDS: {**fields, **_common}}, stacklevel=3)
+            told = _Event(event, {**fields, **_common})
+            self._logger.log(level, told, exc_info=exc_info, extra={_FIELDS: told.fields}, stacklevel=3)
 
 
 def get_log(name: str) -> Log:
@@ -138,7 +152,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """For people: local time, level, logger, event, key=value; an exception as its chain and where it was raised."""
+    """For people: local time, level, logger, event, key=value; an exception as its chain and where it was raised.
+
+    Fields without a value (None) are left out.
+    """
 
     def __init__(self, *, colour: bool = False) -> None:
         super().__init__()
@@ -157,11 +174,7 @@ class TextFormatter(logging.Formatter):
             shown_level = f"{_COLOURS[level]}{shown_level}{_PLAIN}"
             event = f"{_BOLD}{event}{_PLAIN}"
         parts = [stamp, shown_level, name, event]
-        for key, value in _fields(record):
-            key = _quote(key)
-            parts.append(
-                f"{_DIM}{key}={_PLAIN}{_quote(_text(value))}" if self._colour else f"{key}={_quote(_text(value))}"
-            )
+        parts += _pairs(_fields(record), *((_DIM, _PLAIN) if self._colour else ()))
         if record.exc_info and record.exc_info[1] is not None:
             parts.append(f"exception={_quote(_exception_line(record.exc_info[1]))}")
         return " ".join(parts)
@@ -207,7 +220,16 @@ def _level_word(record: logging.LogRecord) -> str:
     return "info" if record.levelno >= logging.INFO else "debug"
 
 
+def _pairs(fields: Iterable[tuple[str, object]], before: str = "", behind: str = "") -> Iterator[str]:
+    """Fields for people: key=value, those without a value left out."""
+    for key, value in fields:
+        if value is not None:
+            yield f"{before}{_quote(key)}={behind}{_quote(_text(value))}"
+
+
 def _message(record: logging.LogRecord) -> str:
+    if isinstance(record.msg, _Event):
+        return record.msg.event
     try:
         return record.getMessage()
     except Exception as error:  # noqa: BLE001 - another library's bad format string must not cost us the record

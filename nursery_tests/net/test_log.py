@@ -195,6 +195,24 @@ def test_exception_takes_the_one_being_handled() -> None:
     assert entry["exception"].endswith("ValueError: gone")
 
 
+def test_fields_show_in_the_message_of_an_applications_own_format() -> None:
+    """An application that uses the library may have set up no logging at all, or its own."""
+    told: list[logging.LogRecord] = []
+    logger = logging.getLogger("meshlocal.library.x")
+    handler = logging.Handler()
+    handler.emit = told.append  # type: ignore[method-assign]  # keeps the record
+    logger.addHandler(handler)
+    try:
+        get_log(logger.name).warning("instances file refused", file="a b.yaml", problem="line 3\nis bad", seconds=None)
+    finally:
+        logger.removeHandler(handler)
+    plain = logging.Formatter("%(levelname)s %(message)s").format(told[0])
+    assert plain == r'WARNING instances file refused file="a b.yaml" problem="line 3\nis bad"'
+    assert TextFormatter().format(told[0]).endswith(plain.removeprefix("WARNING "))
+    entry = json.loads(JsonFormatter().format(told[0]))
+    assert (entry["event"], entry["file"], entry["seconds"]) == ("instances file refused", "a b.yaml", None)
+
+
 def test_rate_limit_logs_once_an_interval_and_counts_the_rest(caplog: pytest.LogCaptureFixture) -> None:
     limited = RateLimited(Log(logging.getLogger("x")), logging.WARNING, "accept failed", interval=5)
     assert [limited(now, at=now) for now in (100.0, 100.1, 104.9, 105.0, 105.1, 120.0)] == [
