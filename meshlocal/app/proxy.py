@@ -348,7 +348,7 @@ def read_again(load: LoadConfig, current: Config, stop: Stop) -> tuple[Config | 
     changed = [key for key in _FIXED if getattr(config.proxy, key) != getattr(current.proxy, key)]
     if changed:
         names = ", ".join(f"proxy.{key}" for key in changed)
-        return None, [f"{names}: takes a restart to change"]
+        return None, [f"{names}: {'takes' if len(changed) == 1 else 'take'} a restart to change"]
     return config, []
 
 

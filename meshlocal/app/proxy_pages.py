@@ -106,7 +106,7 @@ class _ProxyPages:
             known = ", ".join(services.keys)
             if not name:
                 return plain(404, f"which service? /explain?service=NAME; there are: {known}")
-            return plain(404, f"no listener names a service {name!r}; there are: {known}")
+            return plain(404, f"no listener names a service {name!r}, and no request has; there are: {known}")
         if service.picker is None:
             return plain(503, f"nothing was heard of {name} yet: discovery has not answered")
         view = explain_view(service.picker, service.cursors, service.fitness.gate())

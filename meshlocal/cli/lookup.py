@@ -16,9 +16,11 @@ from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
 from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.locality import Selector
 from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
 from meshlocal.policy.picker import Cursors, Picker
+from meshlocal.policy.problems import Problem
 
 _ADMIN_TIMEOUT = 5.0
 _LISTS = {"services": list_services, "zones": list_zones, "clusters": list_clusters}
@@ -78,12 +80,13 @@ def explain_running(service: str, admin: str, *, as_json: bool) -> str:
     """The plan of a running proxy's very next request.
 
     Raises:
+        ConfigError: `admin` is no address.
         QueryError: the proxy could not be asked, or does not know the service.
     """
     try:
         address = SocketAddress.parse(admin)
     except AddressError as error:
-        raise QueryError(f"--proxy: {error}") from None
+        raise ConfigError([Problem("", str(error), "--proxy")]) from None
     connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)
     try:
         connection.request("GET", f"/explain?service={quote(service)}")

@@ -77,7 +77,7 @@ def cli() -> None:
 )
 @_place_options
 @click.option("--admin", metavar="HOST:PORT", help="Health, metrics and views; none: nowhere. [127.0.0.1:15000]")
-@click.option("--access-log/--no-access-log", default=None, help="One log line for each connection.")
+@click.option("--access-log/--no-access-log", default=None, help="One log line for each connection or HTTP request.")
 @click.option("--workers", type=int, metavar="N", help="Processes that share the listeners. [1]")
 @_config_option
 @_log_options
@@ -130,7 +130,7 @@ def discovery(
     log_level: str | None,
     log_format: str | None,
 ) -> int:
-    """Run the discovery server: registries behind one gRPC interface."""
+    """Run the discovery server: registries behind one interface, gRPC and WebSocket."""
     from meshlocal.app.config_loader import load_config
     from meshlocal.app.discovery import run_discovery
 

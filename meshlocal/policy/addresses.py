@@ -41,7 +41,7 @@ class SocketAddress(msgspec.Struct, frozen=True):
         Raises:
             AddressError: it is written otherwise, or its host is neither an IP address nor `localhost`.
         """
-        host, port = _split_host_port(text, "HOST:PORT")
+        host, port = _split_host_port(text, "HOST:PORT", text)
         return cls(_bindable(host), port)
 
 
@@ -84,7 +84,7 @@ class ListenAddress(msgspec.Struct, frozen=True):
         where, separator, service = rest.partition("=")
         if not service and (separator or scheme == "tcp"):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
-        host, port = _split_host_port(where.removesuffix("/") if not separator else where, form)
+        host, port = _split_host_port(where.removesuffix("/") if not separator else where, form, text)
         try:
             key = parse_service_key(service) if service else None
         except ModelError as error:
@@ -133,7 +133,7 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
         if scheme not in _SERVER_SCHEMES or not match[2].startswith("//"):
             # `localhost:7070` looks like a scheme too.
             raise AddressError(f"expected {forms}, got {quote(text)}")
-        host, port = _split_host_port(match[2][2:].removesuffix("/"), f"{scheme}://HOST:PORT")
+        host, port = _split_host_port(match[2][2:].removesuffix("/"), f"{scheme}://HOST:PORT", text)
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
         return cls(scheme, _check_host(host), port)
@@ -182,16 +182,17 @@ def format_host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _split_host_port(text: str, form: str) -> tuple[str, int]:
+def _split_host_port(text: str, form: str, given: str) -> tuple[str, int]:
+    """`text` is the part of what was `given` that should be an address; `form` is what was expected of it all."""
     host, separator, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
         if ":" not in host:
             raise AddressError(f"only an IPv6 address stands in brackets, not {quote(host)}")
     elif ":" in host or text.startswith("["):
-        raise AddressError(f"expected {form}, an IPv6 address in brackets; got {quote(text)}")
+        raise AddressError(f"expected {form}, an IPv6 address in brackets; got {quote(given)}")
     if not separator or not host or not port:
-        raise AddressError(f"expected {form}, got {quote(text)}")
+        raise AddressError(f"expected {form}, got {quote(given)}")
     if not _PORT.fullmatch(port) or int(port) > 65535:
         raise AddressError(f"port {quote(port)} is not a number within 0 to 65535")
     return host, int(port)

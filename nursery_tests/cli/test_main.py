@@ -236,11 +236,14 @@ def test_explain_says_the_plan_and_why(run: Run) -> None:
             ["get", "instances", "z z", *FILE],
             "service: 'z z' is no service name (letters, digits, '.', '-', '_'; at most 253)",
         ),
-        (["explain", "b", "--proxy", "15000"], "--proxy: expected HOST:PORT, got '15000'"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line(run: Run, arguments: list[str], line: str) -> None:
     assert run(*arguments) == (1, "", f"meshlocal: {line}\n")
+
+
+def test_a_proxy_that_is_no_address_is_the_flags_fault(run: Run) -> None:
+    assert run("explain", "b", "--proxy", "15000") == (2, "", "meshlocal: --proxy: expected HOST:PORT, got '15000'\n")
 
 
 def test_a_malformed_instances_file_says_each_line_and_key(run: Run) -> None:

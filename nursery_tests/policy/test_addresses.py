@@ -98,7 +98,7 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
         (
             ListenAddress,
             "tcp://127.0.0.1=b",
-            "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got '127.0.0.1'",
+            "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'tcp://127.0.0.1=b'",
         ),
         (DiscoveryUrl, "", "expected grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH, got ''"),
         (
@@ -108,9 +108,9 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
         ),
         (DiscoveryUrl, "grpc:7070", "expected grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH, got 'grpc:7070'"),
         (DiscoveryUrl, "http://h:1", "expected grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH, got 'http://h:1'"),
-        (DiscoveryUrl, "wss://h", "expected wss://HOST:PORT, got 'h'"),
+        (DiscoveryUrl, "wss://h", "expected wss://HOST:PORT, got 'wss://h'"),
         (DiscoveryUrl, "ws:h:1", "expected grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH, got 'ws:h:1'"),
-        (DiscoveryUrl, "grpc://host", "expected grpc://HOST:PORT, got 'host'"),
+        (DiscoveryUrl, "grpc://host", "expected grpc://HOST:PORT, got 'grpc://host'"),
         (DiscoveryUrl, "grpc://host:0", "port 0 is not within 1 to 65535"),
         (DiscoveryUrl, "grpc://host:1/path", "port '1/path' is not a number within 0 to 65535"),
         (DiscoveryUrl, "grpc://me@host:1", "host 'me@host' is neither an IP address nor a DNS name"),
