@@ -117,7 +117,7 @@ async def test_a_broken_file_changes_nothing_and_is_reported(
     write(path, content(2))
     await until(lambda: ports(hub) == [2])
     assert state.problem is None
-    reported = [record for record in caplog.records if record.getMessage() == "instances file refused"]
+    reported = [record for record in caplog.records if record.msg.event == "instances file refused"]
     assert len(reported) == 4, "each problem is said once, not at every look"
     nursery.cancel_scope.cancel()
 

@@ -178,4 +178,4 @@ async def test_accept_errors_are_counted_and_said(listeners: Listeners, caplog: 
     for _ in range(3):
         listener.on_accept_error(OSError(24, "Too many open files"))
     assert listener.accept_errors == 3
-    assert [record.message for record in caplog.records] == ["cannot accept; trying again"]
+    assert [record.msg.event for record in caplog.records] == ["cannot accept; trying again"]

@@ -19,6 +19,7 @@ from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, make_instance
 from nursery_tests.ports import free_port
+from nursery_tests.proxy.silent import silent
 
 LIMIT = 20
 
@@ -28,25 +29,6 @@ def _descriptors_stay_level() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
     assert len(os.listdir("/proc/self/fd")) <= before
-
-
-@contextmanager
-def silent() -> Iterator[Instance]:
-    """An instance whose accept queue is full: a connect to it gets no answer."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        fillers = []
-        try:
-            for _ in range(4):
-                filler = socket.socket()
-                filler.setblocking(False)
-                filler.connect_ex(listener.getsockname())
-                fillers.append(filler)
-            yield make_instance("127.0.0.1", listener.getsockname()[1], labels={"node": "n1"})
-        finally:
-            for filler in fillers:
-                filler.close()
 
 
 def refusing(node: str | None = "n1", address: str = "127.0.0.1") -> Instance:
@@ -409,7 +391,7 @@ async def test_a_fault_of_ours_costs_its_connection_only(
         RequestKey("node", "", Outcome.ERROR): 1,
         RequestKey("node", "", Outcome.SERVED): 1,
     }
-    assert [record.message for record in caplog.records] == ["connection failed by a fault in the proxy"] * 2
+    assert [record.msg.event for record in caplog.records] == ["connection failed by a fault in the proxy"] * 2
 
 
 async def test_many_short_connections_at_once(proxy: Any, upstream: Any) -> None:

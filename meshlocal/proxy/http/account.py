@@ -39,6 +39,8 @@ def account(exchange: Exchange, now: float) -> None:
             exchange.outcome = Outcome.CUT
         else:
             exchange.status, exchange.outcome = BODY_TIMEOUT.status, Outcome.CLIENT_LEFT
+            exchange.error = exchange.error or BODY_TIMEOUT.reason
+            connection.forwarder.refused[BODY_TIMEOUT.reason] += 1
     pick, service = exchange.pick, exchange.service
     reason = (pick.reason or "") if pick is not None else ""
     if service is not None:

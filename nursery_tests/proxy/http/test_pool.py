@@ -53,6 +53,24 @@ async def test_no_more_than_pool_size_are_kept(proxy: Proxy, local: Upstream) ->
         client.reset()
 
 
+async def test_pool_size_is_each_instances_own(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    local, far = pair
+    proxy.configure(http={"pool_size": 2})
+    clients = await busy(proxy, local, 4)
+    proxy.publish(far)
+    await until(lambda: not local.open)
+    clients += await busy(proxy, far, 4)
+    await until(lambda: len(far.open) == 2)
+    # Both at once: the first ones are held while the second ones' requests are under way.
+    proxy.publish(local, far)
+    clients += await busy(proxy, local, 4)
+    await until(lambda: len(local.open) == 2)
+    assert len(far.open) == 2
+    assert proxy.pooled == 4
+    for client in clients:
+        client.reset()
+
+
 @pytest.mark.parametrize("later", [False, True])
 async def test_those_that_grow_old_are_closed(proxy: Proxy, local: Upstream, later: bool) -> None:
     """The one used last is used next, so that those which are too many grow old."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NoReturn
 
 import pytest
@@ -117,6 +118,15 @@ async def test_limits_and_what_is_not_served(
     assert sum(proxy.forwarder.refused.values()) == 1
 
 
+async def test_an_answer_to_head_has_no_body(proxy: Proxy, local: Upstream) -> None:
+    """Of the proxy's own as well: what came behind the head would be taken for the next response (RFC 9110, 9.3.2)."""
+    async with await proxy.connect() as client:
+        answer = await client.ask("HEAD", host="1.2.3.4")
+        assert answer.told == (503, "unknown_host")
+        assert int(answer.fields["content-length"]) > 0
+        assert (await client.get()).body == b"local"
+
+
 async def test_a_response_must_be_within_the_limits_too(proxy: Proxy, local: Upstream) -> None:
     proxy.configure(http={"max_head": 1000})
 
@@ -160,17 +170,27 @@ async def test_silence_before_a_first_request_and_between_requests(proxy: Proxy,
 
 
 @pytest.mark.parametrize("replay_buffer", [0, 65536])
-async def test_a_body_that_does_not_come_in_time(proxy: Proxy, local: Upstream, replay_buffer: int) -> None:
-    """408, whether it is held or streams."""
-    proxy.configure(http={"body_timeout": 0.05}, attempts={"replay_buffer": replay_buffer})
+async def test_a_body_that_does_not_come_in_time(
+    proxy: Proxy, local: Upstream, replay_buffer: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """408, whether it is held or streams; counted and told of as such."""
+    caplog.set_level(logging.INFO, "meshlocal.access")
+    proxy.configure(http={"body_timeout": 0.05}, attempts={"replay_buffer": replay_buffer}, access_log=True)
     async with await proxy.connect() as client:
         await client.send(b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 10\r\n\r\nhello")
         answer = await client.response()
-        assert answer.status == 408
+        assert answer.told == (408, "body_timeout")
         assert await client.rest() == b""
     await proxy.idle()
     await until(lambda: not local.open)
     assert proxy.pooled == 0
+    assert proxy.forwarder.refused == {"body_timeout": 1}
+    assert {key.outcome: count for key, count in proxy.requests().items()} == {Outcome.CLIENT_LEFT: 1}
+    assert [key[2] for key in proxy.forwarder.services[B].statistics.responses] == ["4xx"]
+    told = [record.getMessage() for record in caplog.records if record.name == "meshlocal.access"]
+    assert len(told) == 1
+    assert "status=408" in told[0]
+    assert "error=body_timeout" in told[0]
 
 
 @pytest.mark.parametrize("replay_buffer", [0, 65536])

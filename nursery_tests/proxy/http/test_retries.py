@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import trio
+import trio.lowlevel
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
@@ -24,6 +26,7 @@ from nursery_tests.proxy.http.conftest import (
     stalls,
     until,
 )
+from nursery_tests.proxy.silent import silent
 
 SAFE = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]
 UNSAFE = ["POST", "PATCH"]
@@ -40,6 +43,15 @@ FAILURES: dict[str, Behaviour] = {
     "no HTTP": says(b"SSH-2.0-x\r\n"),
     "lies in its head": says(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n"),
 }
+
+CAUSES = {
+    "refuses": "connect",
+    "closes": "no_response",
+    "resets": "no_response",
+    "stalls": "timeout",
+    "503": "status",
+}
+"""As retries are counted."""
 
 MOVED, SAME, CUT = "moved on", "same instance", "cut"
 BROKEN = (502, "broken_response")
@@ -110,6 +122,9 @@ async def test_table(
         assert (attempts, answer.fields["x-meshlocal-reason"]) == ("2", "local_failed")
         assert far.bodies == [BODIES.get(method) or b""]
         assert proxy.requests()[FAR] == 1
+        # Of a connection that was kept, the fresh one that took its place failed as well.
+        stale = {"stale": 1} if state == "kept" and failure in ("closes", "resets") else {}
+        assert proxy.retries == {CAUSES[failure]: 1, **stale}
     elif expected == SAME:
         assert answer.status == 200
         assert answer.body == (b"" if method == "HEAD" else b"local")
@@ -301,6 +316,18 @@ async def test_the_budget_bounds_retries_after_an_answer(proxy: Proxy, pair: tup
         assert [(await client.get()).body for _ in range(20)] == [b"far"] * 20
 
 
+async def test_the_budget_is_not_for_what_was_never_sent(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    """A2, A3."""
+    local, _far = pair
+    # Without ejection, which would pass over an instance that refuses.
+    proxy.configure(http={"retry_percent": 0, "retry_floor": 0}, ejection=EjectionConfig(failures=None))
+    local.refuse()
+    async with await proxy.connect() as client:
+        assert [(await client.get()).body for _ in range(20)] == [b"far"] * 20
+    assert proxy.retries == {"connect": 20}
+    assert proxy.forwarder.services[B].statistics.retries_refused == 0
+
+
 async def test_the_deadline_bounds_all_attempts(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
     """A1, A6: 504."""
     for each in pair:
@@ -310,6 +337,44 @@ async def test_the_deadline_bounds_all_attempts(proxy: Proxy, pair: tuple[Upstre
     assert answer.told == (504, "deadline")
     assert [key.outcome for key in proxy.requests()] == [Outcome.DEADLINE]
     await until(lambda: not any(each.open for each in pair))
+
+
+async def test_the_deadline_bounds_a_connect(proxy: Proxy, local: Upstream) -> None:
+    """A1, A6: an instance that does not answer a connect may have less time than `connect_timeout`."""
+    proxy.configure(attempts={"response_deadline": 0.05, "connect_timeout": 1000.0, "connect_timeout_local": 1000.0})
+    with silent() as instance:
+        proxy.publish(instance)
+        assert (await proxy.ask()).told == (504, "deadline")
+    assert [key.outcome for key in proxy.requests()] == [Outcome.DEADLINE]
+
+
+@pytest.mark.parametrize("limit", ["response_deadline", "attempt_timeout"])
+async def test_a_body_on_its_way_takes_nothing_from_the_time_of_the_response(
+    proxy: Proxy, local: Upstream, limit: str
+) -> None:
+    """A1: a body may take longer than an instance may take to answer; the time counts from its last piece."""
+    proxy.configure(attempts={"replay_buffer": 0, limit: 0.3})
+    async with await proxy.connect() as client:
+        await client.send(b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nx")
+        await trio.sleep(0.5)
+        await client.send(b"x")
+        assert (await client.response()).body == b"local"
+    assert local.bodies == [b"xx"]
+
+
+async def test_the_deadline_counts_from_the_end_of_a_body_that_was_held(proxy: Proxy, local: Upstream) -> None:
+    """A1: and bounds the response to it."""
+    proxy.configure(attempts={"response_deadline": 0.2})
+    async with await proxy.connect() as client:
+        await client.send(b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nx")
+        await trio.sleep(0.4)
+        await client.send(b"x")
+        assert (await client.response()).body == b"local"
+        local.behaviour = stalls
+        await client.send(b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nx")
+        await trio.lowlevel.checkpoint()
+        await client.send(b"x")
+        assert (await client.response()).told == (504, "deadline")
 
 
 async def test_no_instance(proxy: Proxy, local: Upstream) -> None:
