@@ -13,10 +13,11 @@ from meshlocal.policy.config import (
     ServiceConfig,
     resolve_node_name,
 )
+from meshlocal.policy.config_http import HttpConfig
 
 
 def test_defaults_are_those_of_the_rules() -> None:
-    """A1, A7, L3, O5."""
+    """A1, A3, A7, L3, O5."""
     proxy = Config().proxy
     assert proxy.attempts == AttemptPolicy(
         connect_timeout_local=0.25,
@@ -25,6 +26,23 @@ def test_defaults_are_those_of_the_rules() -> None:
         max_attempts=None,
         first_snapshot_wait=5.0,
         idle_timeout=3600.0,
+        attempt_timeout=None,
+        response_deadline=15.0,
+        retry_on=(503,),
+        replay_buffer=65536,
+    )
+    assert proxy.http == HttpConfig(
+        max_head=65536,
+        max_headers=128,
+        max_target=16384,
+        max_body=None,
+        header_timeout=10.0,
+        body_timeout=60.0,
+        keep_alive_timeout=600.0,
+        pool_size=256,
+        pool_idle_timeout=60.0,
+        retry_percent=20,
+        retry_floor=10,
     )
     assert proxy.prefer == ("node",)
     assert proxy.within is None

@@ -19,7 +19,7 @@ from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.proxy.http.lane import Lane
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.request import HeadLimits, RequestHead, check_unfinished
+from meshlocal.wire.http1.request import HTTP2_PREFACE, HeadLimits, RequestHead, check_unfinished
 from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer, upstream_head
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ LINGER = 2.0
 
 DRAIN_GRACE = 0.5
 """Seconds that a drain leaves to a client whose next request may be on its way (RFC 9112, 9.6)."""
-
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 
 
 class ClientConnection(Client):
@@ -330,7 +328,7 @@ class ClientConnection(Client):
         self.deadline = math.inf
 
     async def _refuse(self, error: ProtocolError, received: bytes) -> End:
-        if received.startswith(_PREFACE):
+        if received.startswith(HTTP2_PREFACE):
             self.forwarder.refused["http2"] += 1
             await self._say(HTTP2_REFUSAL)
         else:

@@ -10,8 +10,8 @@ import httptools
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.fields import FIELD_LINES, TOKEN, connection_options, explain
 
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-"""What a client that knows HTTP/2 is served begins with (RFC 9113, 3.4)."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
+"""How a client begins that takes it for known that HTTP/2 is served, as far as it looks like a head (RFC 9113, 3.4)."""
 
 MAX_BODY = 10**18
 """The longest body that a Content-Length may announce: well within 64 bits, everywhere."""
@@ -366,7 +366,7 @@ def check_unfinished(received: bytes | bytearray, limits: HeadLimits) -> None:
         raise ProtocolError(414, "target_too_long", f"the target is longer than {limits.target} bytes")
     if len(received) > limits.head:
         raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
-    if line_end >= 0:
+    if line_end >= 0 and not HTTP2_PREFACE.startswith(received):
         match = _REQUEST_LINE.fullmatch(received, 0, max(line_end - 1, 0))
         if match is None or match[3] != b"1" or match[4] not in (b"0", b"1"):
             raise _explain(bytes(received), limits)

@@ -364,15 +364,20 @@ async def test_a_body_on_its_way_takes_nothing_from_the_time_of_the_response(
 
 async def test_the_deadline_counts_from_the_end_of_a_body_that_was_held(proxy: Proxy, local: Upstream) -> None:
     """A1: and bounds the response to it."""
-    proxy.configure(attempts={"response_deadline": 0.2})
+
+    async def thinks(upstream: Upstream, served: Served) -> None:
+        await trio.sleep(0.05)
+        await ok(upstream, served)
+
+    local.behaviour = thinks
+    proxy.configure(attempts={"response_deadline": 0.3})
     async with await proxy.connect() as client:
         await client.send(b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nx")
-        await trio.sleep(0.4)
+        await trio.sleep(0.5)
         await client.send(b"x")
         assert (await client.response()).body == b"local"
         local.behaviour = stalls
         await client.send(b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nx")
-        await trio.lowlevel.checkpoint()
         await client.send(b"x")
         assert (await client.response()).told == (504, "deadline")
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.request import HeadLimits, check_unfinished, parse_request
+from meshlocal.wire.http1.request import HTTP2_PREFACE, HeadLimits, check_unfinished, parse_request
 
 HOST = b"Host: b\r\n"
 
@@ -179,7 +179,9 @@ LIMITS = HeadLimits(head=1000, fields=10, target=100)
         (b"GET / HTTP/1.1\n", 400),
         (b"GET /\r\n", 505),
         (b"\x16\x03\x01\x02", 400),
-        (b"PRI * HTTP/2.0\r\n", 505),
+        (b"GET * HTTP/2.0\r\n", 505),
+        (b"PRI * HTTP/2.1\r\n", 505),
+        (b"PRI * HTTP/2.0\r\nhost: b\r\n", 505),
     ],
 )
 def test_refused_before_its_end(received: bytes, status: int) -> None:
@@ -191,9 +193,10 @@ def test_refused_before_its_end(received: bytes, status: int) -> None:
 WHOLE = request(b"GET /some/path?query=1 HTTP/1.1", HOST + b"User-Agent: x\r\nContent-Length: 5\r\n")
 
 
-@given(st.integers(0, len(WHOLE) - 1))
-def test_no_beginning_of_a_good_head_is_refused(size: int) -> None:
-    check_unfinished(WHOLE[:size], LIMITS)
+@given(st.sampled_from([WHOLE, HTTP2_PREFACE]), st.data())
+def test_no_beginning_of_a_good_head_is_refused(whole: bytes, data: st.DataObject) -> None:
+    """Nor one of HTTP/2's preface, which has an answer of its own once it is whole."""
+    check_unfinished(whole[: data.draw(st.integers(0, len(whole) - 1))], LIMITS)
 
 
 @given(
