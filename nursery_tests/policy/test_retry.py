@@ -6,12 +6,15 @@ import pytest
 
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, RetryBudget, decide
 
-METHODS = [b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"POST", b"PATCH", b"CONNECT", b"LOCK"]
+OF_RFC_9110 = [b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"]
+OF_OTHERS = [b"PROPFIND", b"SEARCH", b"QUERY"]
+"""Idempotent as well, by the documents that define them (RFC 4918, 9.1; RFC 5323, 2)."""
+METHODS = [*OF_RFC_9110, *OF_OTHERS, b"POST", b"PATCH", b"CONNECT", b"LOCK"]
 
 
 def expected(failure: Failure, method: bytes, key: bool, sent: bool, held: bool) -> Decision:
     """Rule A3 in its own words."""
-    repeatable = method in (b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE") or key
+    repeatable = method in OF_RFC_9110 or method in OF_OTHERS or key
     if not held:
         return Decision.ANSWER
     match failure:

@@ -7,11 +7,12 @@ import logging
 from typing import Any
 
 import pytest
+import trio
 from prometheus_client import CollectorRegistry
 
 from meshlocal.app.http_metrics import HttpCollector
 from meshlocal.net.log import JsonFormatter, TextFormatter
-from nursery_tests.proxy.http.conftest import Proxy, Upstream, closes, response, says, until
+from nursery_tests.proxy.http.conftest import Proxy, Served, Upstream, closes, response, says, until
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -112,6 +113,32 @@ async def test_metrics(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
     assert value("pool_connections") == proxy.pooled
     assert value("pool_connections_made_total") == local.accepted + far.accepted
     assert (value("pool_connections_reused_total") or 0) >= 3
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_the_histogram_has_how_long_a_request_took(proxy: Proxy, local: Upstream, method: str) -> None:
+    """In seconds, from its head to its response's end."""
+
+    async def thinks(upstream: Upstream, served: Served) -> None:
+        await trio.sleep(0.12)
+        await served.send(response(b"done"))
+
+    local.behaviour = thinks
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(HttpCollector(lambda: proxy.forwarder))
+    before = trio.current_time()
+    assert (await proxy.ask(method, "/", b"x" if method == "POST" else None)).body == b"done"
+    await proxy.idle()
+    took = trio.current_time() - before
+
+    def value(name: str, **labels: str) -> float:
+        found = registry.get_sample_value(f"meshlocal_http_request_seconds_{name}", {"service": "b", **labels})
+        assert found is not None
+        return found
+
+    assert value("bucket", le="0.1") == 0
+    assert value("bucket", le="60.0") == value("count") == 1
+    assert 0.12 <= value("sum") <= took
 
 
 async def test_failures_are_warned_of_but_not_each(
