@@ -83,6 +83,7 @@ class Generator:
             the payload.
         connections: how many are open, if they are not fresh.
         fresh: each request has a connection of its own.
+        together: so many requests are due at the same moment, and as many fewer moments there are.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class Generator:
         answer: Callable[[bytes], int] | None = None,
         connections: int = 32,
         fresh: bool = False,
+        together: int = 1,
     ) -> None:
         self._address = address
         self._payload = payload
         self._answer = answer
         self._fresh = fresh
+        self._together = together
         self._poll = select.epoll()
         self._open: dict[int, _Connection] = {}
         self._free: deque[_Connection] = deque()
@@ -131,11 +134,11 @@ class Generator:
                 # What a step waited for and took is no request's wait: the schedule goes on where it stood.
                 begin = time.perf_counter() - at
                 continue
-            due = started / rate
+            due = self._due(started, rate)
             while due <= now and started < total and step > now:
                 self._start(due, now)
                 started += 1
-                due = started / rate
+                due = self._due(started, rate)
                 now = time.perf_counter() - begin
             if now > seconds + STRAGGLERS:
                 for _ in range(self._under_way):
@@ -147,6 +150,9 @@ class Generator:
                 connection = self._open.get(number)
                 if connection is not None:
                     self._handle(connection, events, begin)
+
+    def _due(self, number: int, rate: float) -> float:
+        return number // self._together * self._together / rate
 
     @property
     def _under_way(self) -> int:

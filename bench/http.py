@@ -78,17 +78,26 @@ def workloads(asked: argparse.Namespace) -> list[Workload]:
 
 
 def checks(asked: argparse.Namespace) -> list[str]:
-    """How the generator of the benchmark's own compares with h2load, with no proxy between."""
+    """How the generator of the benchmark's own compares with h2load, with no proxy between.
+
+    h2load's clients begin together and keep the same time, so that all of them send at once, and each then waits for
+    the others; for this comparison the generator does the same, and then spreads them as it does for the tables.
+    """
     if missing := [*needs(), *load.missing("h2load")]:
         return [f"not checked against h2load: {', '.join(missing)}"]
     with tempfile.TemporaryDirectory(prefix="meshlocal-bench-") as folder, upstreams(Path(folder) / "up") as found:
         port = found[1].ports["b"]
-        pairs = [
-            (load.h2load_rate(port, 32, 1000, 2), fixed_rate(port, GET, 1000, 2, http=True)["mean"])
+        figures = [
+            (
+                load.h2load_rate(port, 32, 1000, 2),
+                fixed_rate(port, GET, 1000, 2, http=True, together=32)["mean"],
+                fixed_rate(port, GET, 1000, 2, http=True)["mean"],
+            )
             for _ in range(min(asked.rounds, 2))
         ]
-    theirs, ours = (median(column) * 1e6 for column in zip(*pairs, strict=True))
-    return [f"GET at 1,000 a second, mean: h2load {theirs:.1f} µs, bench.generator {ours:.1f} µs"]
+    theirs, ours, spread = (median(column) * 1e6 for column in zip(*figures, strict=True))
+    at_once = f"h2load {theirs:.1f} µs, bench.generator {ours:.1f} µs"
+    return [f"GET at 1,000 a second, mean, 32 at once: {at_once}; spread evenly: bench.generator {spread:.1f} µs"]
 
 
 def measure(asked: argparse.Namespace) -> Measured:

@@ -73,11 +73,13 @@ def of_outcomes(outcomes: Outcomes) -> Metrics:
     return {**found, "requests": len(outcomes.latencies), "errors": outcomes.failed, "late_p99": late}
 
 
-def fixed_rate(port: int, payload: bytes, rate: int, seconds: float, *, http: bool = False) -> Metrics:
-    """Load at a fixed rate over 32 connections."""
+def fixed_rate(
+    port: int, payload: bytes, rate: int, seconds: float, *, http: bool = False, together: int = 1
+) -> Metrics:
+    """Load at a fixed rate over 32 connections; `together`: see `Generator`."""
     from bench.generator import http_answer
 
-    generator = Generator(("127.0.0.1", port), payload, answer=http_answer if http else None)
+    generator = Generator(("127.0.0.1", port), payload, answer=http_answer if http else None, together=together)
     return of_outcomes(generator.run(rate, seconds))
 
 

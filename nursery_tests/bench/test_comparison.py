@@ -166,6 +166,17 @@ def test_requests_that_are_lost_are_counted() -> None:
     assert outcomes.failed == len(outcomes.latencies) == len(outcomes.due) == 20
 
 
+def test_requests_may_be_due_together() -> None:
+    """As those of a generator whose clients all keep the same time."""
+
+    def serve(sock: socket.socket, _: int) -> None:
+        sock.sendall(sock.recv(64))
+
+    with server(serve) as address:
+        outcomes = Generator(address, b"x", fresh=True, together=4).run(100, 0.12)
+    assert sorted(outcomes.due) == pytest.approx([0.0] * 4 + [0.04] * 4 + [0.08] * 4)
+
+
 def test_who_refuses_connections_has_lost_them() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
