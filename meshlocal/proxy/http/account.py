@@ -8,6 +8,7 @@ from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import format_address
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, Answer
+from meshlocal.proxy.http.ends import Expiry
 from meshlocal.proxy.http.statistics import status_class
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ def account(exchange: Exchange, now: float) -> None:
         if connection.begun:
             exchange.outcome = Outcome.CUT
         else:
-            exchange.status, exchange.outcome = BODY_TIMEOUT.status, Outcome.CLIENT_LEFT
-            exchange.error = exchange.error or BODY_TIMEOUT.reason
-            connection.forwarder.refused[BODY_TIMEOUT.reason] += 1
+            exchange.outcome = Outcome.CLIENT_LEFT
+            if connection.expiry is Expiry.BODY:
+                exchange.status, exchange.error = BODY_TIMEOUT.status, exchange.error or BODY_TIMEOUT.reason
+                connection.forwarder.refused[BODY_TIMEOUT.reason] += 1
     pick, service = exchange.pick, exchange.service
     reason = (pick.reason or "") if pick is not None else ""
     if service is not None:
