@@ -181,6 +181,11 @@ class ProxyCollector(Collector):
             moved.add_metric([service.key, "sent"], statistics.bytes_sent + sent)
             moved.add_metric([service.key, "received"], statistics.bytes_received + received)
         yield from (connections, connecting, moved)
+        yield gauge(
+            "meshlocal_connection_tasks_kept",
+            "Trio tasks that wait for another connection.",
+            self._forwarder.kept_tasks,
+        )
 
     def _discovery(self) -> Iterable[Metric]:
         feed = self._feed

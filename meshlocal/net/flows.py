@@ -17,6 +17,7 @@ import mmap
 import select
 import socket
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -100,9 +101,10 @@ class Pair:
         state: what the relay has come to.
         done: it has ended.
         task: waits for that.
+        on_end: called at that instead, at the end of the loop's turn, until a task waits.
     """
 
-    __slots__ = ("_flows", "done", "fds", "state", "task")
+    __slots__ = ("_flows", "done", "fds", "on_end", "state", "task")
 
     def __init__(self, flows: Flows, state: RelayState, fds: tuple[int, int]) -> None:
         self._flows = flows
@@ -110,9 +112,11 @@ class Pair:
         self.fds = fds
         self.done = False
         self.task: trio.lowlevel.Task | None = None
+        self.on_end: Callable[[], None] | None = None
 
     async def join(self) -> RelayResult:
         """Wait for the end. Cancellation is the end, too."""
+        self.on_end = None
         if not self.done:
             self.task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abandon)

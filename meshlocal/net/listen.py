@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -67,12 +68,20 @@ _FAMILY_ABSENT = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROT
 Handle = Callable[[socket.socket, object], Awaitable[None]]
 """Serves one connection: the non-blocking socket, which it must close, and the peer's address."""
 
-Take = Callable[[socket.socket, object], bool]
-"""Starts the task of one connection; if it raises, the socket is the caller's again, who closes it.
 
-Tells whether the task has to make its first step at once. Otherwise that may wait a little, where there is a relay
-loop: see `RelayLoop.started`.
-"""
+class Started(Enum):
+    """What Trio has to do for a connection that was taken."""
+
+    NOTHING = "nothing"
+    """No task was started for it."""
+    LATER = "later"
+    """One was, whose first step may wait a little, where there is a relay loop: see `RelayLoop.started`."""
+    NOW = "now"
+    """One was, and has something to do."""
+
+
+Take = Callable[[socket.socket, object], Started]
+"""Has one connection served; if it raises, the socket is the caller's again, who closes it."""
 
 
 class ListenError(Exception):
@@ -187,9 +196,9 @@ async def accept_loop(
     await accept_each(listener, partial(_start, handler_nursery, handle), on_error=on_error, ceiling=ceiling)
 
 
-def _start(nursery: trio.Nursery, handle: Handle, client: socket.socket, peer: object) -> bool:
+def _start(nursery: trio.Nursery, handle: Handle, client: socket.socket, peer: object) -> Started:
     nursery.start_soon(handle, client, peer)
-    return True
+    return Started.NOW
 
 
 async def accept_each(
@@ -263,7 +272,7 @@ def accept_queued(listener: socket.socket, take: Take) -> None:
         _give(client, peer, take)
 
 
-def _give(client: socket.socket, peer: object, take: Take) -> bool:
+def _give(client: socket.socket, peer: object, take: Take) -> Started:
     try:
         client.setblocking(False)
         return take(client, peer)
@@ -328,12 +337,13 @@ class _LoopAcceptor:
         self._number = number
         client = socket.socket(self._family, self._type, self._protocol, number)
         try:
-            soon = _give(client, peer, self._take)
+            started = _give(client, peer, self._take)
         except BaseException as error:  # noqa: BLE001 - the loop is no place to raise; the task does
             self._raised = error
             self._hand_over()
             return False
-        self._loop.started(soon=soon)
+        if started is not Started.NOTHING:
+            self._loop.started(soon=started is Started.NOW)
         if self._number >= self._spare:
             self._hand_over()
             return False

@@ -9,7 +9,8 @@ come, and returns as soon as Trio itself has something to do: an event of its ow
 
 Everything stays in one thread and under the rule of structured concurrency: a connection's task waits in `relay` until
 its relay has ended, cancelling it takes the sockets out of the loop at once, and no other task, thread or lock is
-involved. How a direction moves its bytes stands in `meshlocal.net.flows`.
+involved. A connection that is over before its task made a step is handed to whoever began it, in the same place
+(`Pair.on_end`). How a direction moves its bytes stands in `meshlocal.net.flows`.
 
 What else wants its sockets served in that place does it with `watch`: its handlers are called for each event, and must
 neither wait nor raise (one that raises costs its connection); `finish` lets a task of its go on. What such a handler
@@ -25,6 +26,7 @@ cannot, `meshlocal.net.relay` moves the bytes with two tasks a connection, and s
 from __future__ import annotations
 
 import errno
+import itertools
 import select
 import socket
 import time
@@ -44,7 +46,8 @@ _log = get_log(__name__)
 
 LINGER = 0.002
 """Seconds that a task for which nothing waits may have to wait for Trio to wake for another reason: one whose relay
-came to a clean end, or that was started for a connection for which there is nothing to do yet."""
+came to a clean end, or that was started for a connection for which there is nothing to do yet. And what a task is
+deferred by (`RelayLoop.defer`)."""
 
 _READ_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _BYTES = select.EPOLLIN
@@ -61,7 +64,7 @@ class Waiter(Protocol):
     """What has a task that waits for what the loop does."""
 
     task: trio.lowlevel.Task | None
-    """Rescheduled, and set to None, once it is finished."""
+    """Rescheduled, and set to None, once it is finished, or was deferred for long enough."""
 
 
 class RelayLoop(Flows, trio.abc.Instrument):
@@ -88,6 +91,9 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self._wait = self.busy_poll.wait
         self.handlers: dict[int, Callable[[int], None]] = {}
         self._finished: list[Waiter] = []
+        self._deferred: dict[Waiter, float] = {}
+        """When each is due, by `time.perf_counter`, the first one first."""
+        self._over: list[Pair] = []
         self._last: list[Callable[[], None]] = []
         self.turns = 0
         self.crowd = 0
@@ -165,6 +171,14 @@ class RelayLoop(Flows, trio.abc.Instrument):
         if not self._sleeping:
             self._reschedule()
 
+    def defer(self, waiter: Waiter) -> None:
+        """Let a task go on in `LINGER`, unless it is recalled before."""
+        self._deferred[waiter] = time.perf_counter() + LINGER
+
+    def recall(self, waiter: Waiter) -> None:
+        """A task that was deferred need not go on."""
+        self._deferred.pop(waiter, None)
+
     def begin(
         self, client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray = b""
     ) -> Pair:
@@ -206,7 +220,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         """Sleep in Trio's stead, and move bytes (see the module)."""
-        if not self._flows and not self.handlers:
+        if not self._flows and not self.handlers and not self._deferred:
             return
         if timeout <= 0:
             # Trio has tasks to run, and comes back at once.
@@ -223,19 +237,21 @@ class RelayLoop(Flows, trio.abc.Instrument):
     def _sleep(self, timeout: float) -> None:
         until = time.perf_counter() + timeout
         told = until
-        remaining = timeout
-        while not self._turn(0 if self._again else remaining):
+        remaining = min(until, next(iter(self._deferred.values()), until)) - time.perf_counter()
+        while not self._turn(0 if self._again else max(remaining, 0)):
             now = time.perf_counter()
             remaining = until - now
-            if self._started or self._finished:
-                told = min(told, now + LINGER)
-                if self._urgent or now >= told:
+            if self._started or self._finished or self._deferred:
+                if self._started or self._finished:
+                    told = min(told, now + LINGER)
+                first = min(told, next(iter(self._deferred.values()), told))
+                if self._urgent or now >= first:
                     self._reschedule()
                     # Trio computed its timeout before it called, and would sleep for all of it.
                     self._token.run_sync_soon(_nothing)
                     return
-                remaining = min(until, told) - now
-            if now >= until:
+                remaining = first - now
+            elif now >= until:
                 if trio.lowlevel.current_statistics().seconds_to_next_deadline <= 0:
                     self._token.run_sync_soon(_nothing)
                 # Otherwise it waits for all tasks to be blocked (`trio.testing`), and nothing may disturb it.
@@ -251,6 +267,18 @@ class RelayLoop(Flows, trio.abc.Instrument):
                 if waiter.task is not None:
                     trio.lowlevel.reschedule(waiter.task)
                     waiter.task = None
+        if self._deferred:
+            self._reschedule_deferred()
+
+    def _reschedule_deferred(self) -> None:
+        """Those that are due; the others may be recalled yet."""
+        now = time.perf_counter()
+        due = list(itertools.takewhile(lambda waiter: self._deferred[waiter] <= now, self._deferred))
+        for waiter in due:
+            del self._deferred[waiter]
+            if waiter.task is not None:
+                trio.lowlevel.reschedule(waiter.task)
+                waiter.task = None
 
     def _turn(self, timeout: float) -> bool:
         """Wait for events, and serve them; tells whether Trio has one of its own."""
@@ -313,11 +341,23 @@ class RelayLoop(Flows, trio.abc.Instrument):
                         self._serve(flow)
         if last:
             self._end_round()
-        self._turning = False
         for flow in again:
             if flow not in self._again:  # it had an event as well
                 self._serve(flow)
+        self._turning = False
+        if self._over:
+            self._hand_back()
         return trio_ready
+
+    def _hand_back(self) -> None:
+        """Only now that no event is left may sockets be closed: the numbers of theirs would be those of others."""
+        over, self._over = self._over, []
+        for pair in over:
+            assert pair.on_end is not None
+            try:
+                pair.on_end()
+            except Exception:  # noqa: BLE001 - see `_handler_fault`
+                _log.exception("connection failed by a fault in the proxy")
 
     def _end_round(self) -> None:
         last = self._last
@@ -347,12 +387,18 @@ class RelayLoop(Flows, trio.abc.Instrument):
             sock.detach()
 
     def _finish(self, pair: Pair) -> None:
-        if not pair.done:
-            self._remove(pair)
-            self._finished.append(pair)
-            # Both ends know of a clean end already, so that what is left to do can wait for Trio's next turn: waking it
-            # costs as much as moving two messages. A failed one has a side yet to be reset.
-            self._urgent = self._urgent or pair.state.failed is not None
+        if pair.done:
+            return
+        self._remove(pair)
+        if pair.on_end is not None and self._turning:
+            self._over.append(pair)
+            return
+        # Otherwise its task finds out, if it has not made a step yet.
+        pair.on_end = None
+        self._finished.append(pair)
+        # Both ends know of a clean end already, so that what is left to do can wait for Trio's next turn: waking it
+        # costs as much as moving two messages. A failed one has a side yet to be reset.
+        self._urgent = self._urgent or pair.state.failed is not None
 
 
 def trio_epoll() -> int | None:

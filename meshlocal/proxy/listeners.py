@@ -13,7 +13,7 @@ import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.descriptors import connections_ceiling
-from meshlocal.net.listen import accept_each, accept_queued, open_tcp_listeners
+from meshlocal.net.listen import Started, accept_each, accept_queued, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.policy.addresses import ListenAddress
@@ -154,27 +154,28 @@ class Listeners:
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
         take = partial(self._take, listener, connections)
         accept = partial(accept_each, on_error=listener.on_accept_error, ceiling=connections_ceiling())
-        try:
-            with listener.accepting:
-                async with trio.open_nursery() as nursery:
-                    for sock in listener.sockets:
-                        nursery.start_soon(accept, sock, take)
-        finally:
-            # Their clients know no better than that they are connected.
-            for sock in listener.sockets:
-                accept_queued(sock, take)
-            listener.close()
+        with self._forwarder.keeping_tasks():
+            try:
+                with listener.accepting:
+                    async with trio.open_nursery() as nursery:
+                        for sock in listener.sockets:
+                            nursery.start_soon(accept, sock, take)
+            finally:
+                # Their clients know no better than that they are connected.
+                for sock in listener.sockets:
+                    accept_queued(sock, take)
+                listener.close()
 
-    def _take(self, listener: Listener, connections: trio.Nursery, client: socket.socket, peer: object) -> bool:
+    def _take(self, listener: Listener, connections: trio.Nursery, client: socket.socket, peer: object) -> Started:
         """See `meshlocal.net.listen.Take`."""
         if listener.configured.scheme == "http" and self.http is not None:
             connections.start_soon(self.http.serve, listener.service, client, peer)
-            return True
+            return Started.NOW
         service = self._services.get(listener.service) if listener.service is not None else None
         if service is None:
             # The config lost the service, and its listeners are about to go.
             abort(client)
-            return False
+            return Started.NOTHING
         return self._forwarder.take(connections, service, client, peer)
 
 

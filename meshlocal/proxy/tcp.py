@@ -23,6 +23,8 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -30,9 +32,11 @@ import trio
 from meshlocal.client.connecting import Client, Connected, FailedAttempt, begin, go_on
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.client.statistics import Outcome, RequestKey
+from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, current_loop, relay
 from meshlocal.net.sockets import abort, close, format_address
+from meshlocal.net.task_pool import KeptTask, TaskPool
 from meshlocal.policy.health import Cause
 from meshlocal.policy.limits import Limit
 from meshlocal.proxy.replay import Overture, Verdict
@@ -40,6 +44,7 @@ from meshlocal.proxy.replay import Overture, Verdict
 if TYPE_CHECKING:
     from meshlocal.net.dial import Connecting
     from meshlocal.net.flows import Pair
+    from meshlocal.net.relay_loop import RelayLoop
 
 _log = get_log(__name__)
 _access_log = get_log("meshlocal.access")
@@ -54,6 +59,9 @@ SETTLED = 1.0
 
 RETURNED = "returned"
 """Why a connection was cut whose client is to come back to the local tier (F2)."""
+
+KEPT_TASKS = 64
+"""Tasks that wait for a connection at most. More are started for as many connections, and end with them."""
 
 
 class Connection:
@@ -74,6 +82,7 @@ class Connection:
         connecting: the attempt that it waits for, if there is one.
         connected: when it got its instance; None while it has none.
         relay: is under way with that, or was.
+        kept: its task, if that was kept from another one and has not begun yet.
         fault: of ours, met before its task had made a step.
     """
 
@@ -86,6 +95,7 @@ class Connection:
         "cut",
         "entered",
         "fault",
+        "kept",
         "peer",
         "relay",
         "result",
@@ -110,6 +120,7 @@ class Connection:
         self.connecting: Connecting | None = None
         self.connected: float | None = None
         self.relay: Pair | None = None
+        self.kept: KeptTask[Connection] | None = None
         self.fault: Exception | None = None
 
 
@@ -129,6 +140,7 @@ class TcpForwarder:
         self.access_log = access_log
         self.drained = 0
         self._connections: dict[Connection, None] = {}
+        self._tasks: TaskPool[Connection] = TaskPool(self._serve, KEPT_TASKS)
         self._failed = RateLimited(
             _log, logging.WARNING, "request failed: no instance connected", interval=_WARNING_INTERVAL
         )
@@ -139,49 +151,94 @@ class TcpForwarder:
     def __iter__(self) -> Iterator[Connection]:
         return iter(self._connections)
 
-    def take(self, nursery: trio.Nursery, service: ServiceState, sock: socket.socket, peer: object) -> bool:
+    @property
+    def kept_tasks(self) -> int:
+        """How many tasks wait for a connection."""
+        return len(self._tasks)
+
+    def keeping_tasks(self) -> AbstractContextManager[None]:
+        """While this is entered, tasks wait for further connections: for as long as there may be some."""
+        return self._tasks.keeping()
+
+    def take(self, nursery: trio.Nursery, service: ServiceState, sock: socket.socket, peer: object) -> Started:
         """Serve an accepted connection to its end, in a task of its own, by which the socket is closed or reset then.
 
         Returns:
-            Whether there is something for the task to do now: see `meshlocal.net.listen.Take`.
+            What Trio has to do for it now.
         """
         connection = Connection(service, sock, peer, trio.current_time())
-        nursery.start_soon(self._serve, connection)
-        self._connections[connection] = None
         loop = current_loop.get()
         if loop is None:
-            return True
+            nursery.start_soon(self._serve, connection)
+            self._connections[connection] = None
+            return Started.NOW
+        kept = connection.kept = self._tasks.take(connection)
+        if kept is None:
+            self._tasks.start(nursery, connection)
+        self._connections[connection] = None
+        if not self._begin_relay(connection, loop):
+            if kept is None:
+                return Started.NOW
+            loop.finish(kept)
+        elif kept is None:
+            return Started.LATER
+        else:
+            loop.defer(kept)
+        return Started.NOTHING
+
+    def _begin_relay(self, connection: Connection, loop: RelayLoop) -> bool:
+        """Begin with a connection before its task does; false if the task has something to do now."""
+        service = connection.service
         try:
             self._begin(connection, connection.started)
             upstream = connection.result.upstream
             if upstream is None or service.policy.replay or self._is_doubted(connection):
-                return True
+                return False
             assert connection.counters is not None
-            connection.relay = loop.begin(sock, upstream, connection.counters)
+            relay = connection.relay = loop.begin(connection.client.socket, upstream, connection.counters)
         except Exception as error:  # noqa: BLE001 - here is no place to raise; the task does
             connection.fault = error
-            return True
-        return False
+            return False
+        if relay.done:
+            return False
+        relay.on_end = partial(self._conclude, connection)
+        return True
 
-    async def _serve(self, connection: Connection) -> None:
-        outcome = Outcome.DRAINED
+    def _conclude(self, connection: Connection) -> None:
+        """A relay ended before the connection's task has made a step, which it need not make then."""
+        relay = connection.relay
+        assert relay is not None
+        relay.on_end = None
+        outcome = Outcome.ERROR
         try:
-            relay = connection.relay
-            if relay is not None and relay.done:
-                # Nothing is left to wait for, or to cancel.
-                ended = relay.state.result()
-                self._judge(connection, ended)
-                outcome = _outcome(connection, ended)
-            else:
-                with connection.scope:
-                    outcome = await self._forward(connection)
-                if connection.scope.cancelled_caught:
-                    outcome = Outcome.RETURNED if connection.cut == RETURNED else Outcome.CUT
-        except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
-            outcome = Outcome.ERROR
-            _log.exception("connection failed by a fault in the proxy", service=connection.service.key)
+            ended = relay.state.result()
+            self._judge(connection, ended)
+            outcome = _outcome(connection, ended)
+        except Exception:  # noqa: BLE001 - see `_serve`
+            self._log_fault(connection)
         finally:
             self._finish(connection, outcome)
+            if connection.kept is not None:
+                self._tasks.give_back(connection.kept)
+
+    async def _serve(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return  # it was over before this task could make a step
+        connection.kept = None
+        outcome = Outcome.DRAINED
+        try:
+            with connection.scope:
+                outcome = await self._forward(connection)
+            if connection.scope.cancelled_caught:
+                outcome = Outcome.RETURNED if connection.cut == RETURNED else Outcome.CUT
+        except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
+            outcome = Outcome.ERROR
+            self._log_fault(connection)
+        finally:
+            self._finish(connection, outcome)
+
+    def _log_fault(self, connection: Connection) -> None:
+        _log.exception("connection failed by a fault in the proxy", service=connection.service.key)
 
     def _finish(self, connection: Connection, outcome: Outcome) -> None:
         """Let go of all that a connection has, and count it."""

@@ -243,5 +243,7 @@ class Fleet:
 
 
 def _taken(metrics: Metrics) -> Taken:
-    pooled = metrics("http_pool_connections")
-    return Taken(int(metrics("tasks")), int(metrics("descriptors_open") - pooled), int(metrics("memory_bytes")))
+    """Without what is kept for the next requests, and bounded."""
+    tasks = metrics("tasks") - metrics("connection_tasks_kept")
+    descriptors = metrics("descriptors_open") - metrics("http_pool_connections")
+    return Taken(int(tasks), int(descriptors), int(metrics("memory_bytes")))

@@ -18,6 +18,7 @@ from meshlocal.net import listen
 from meshlocal.net.listen import (
     ACCEPT_BATCH,
     ListenError,
+    Started,
     accept_each,
     accept_loop,
     accept_queued,
@@ -477,10 +478,10 @@ class Taken:
         self._stack = stack
         self.peers: list[object] = []
 
-    def __call__(self, client: socket.socket, peer: object) -> bool:
+    def __call__(self, client: socket.socket, peer: object) -> Started:
         self._stack.enter_context(client)
         self.peers.append(peer)
-        return False
+        return Started.NOTHING
 
 
 async def test_every_connection_is_taken_once_also_across_a_stop(stack: ExitStack, accepting: RelayLoop | None) -> None:
@@ -599,7 +600,7 @@ async def test_a_connection_that_cannot_be_taken_in_the_loop_is_closed(stack: Ex
         [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
         given: list[socket.socket] = []
 
-        def refuse(client: socket.socket, _: object) -> bool:
+        def refuse(client: socket.socket, _: object) -> Started:
             given.append(client)
             raise RuntimeError("no more")
 
@@ -611,8 +612,10 @@ async def test_a_connection_that_cannot_be_taken_in_the_loop_is_closed(stack: Ex
         assert [each.fileno() for each in given] == [-1]
 
 
-@pytest.mark.parametrize("soon", [True, False])
-async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(stack: ExitStack, soon: bool) -> None:
+@pytest.mark.parametrize("when", [Started.NOW, Started.LATER])
+async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(
+    stack: ExitStack, when: Started
+) -> None:
     """Whether they have to at once, or may wait a little."""
     [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
     served = trio.Event()
@@ -624,9 +627,9 @@ async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(
     with open_relay_loop():
         async with trio.open_nursery() as nursery:
 
-            def take(client: socket.socket, _: object) -> bool:
+            def take(client: socket.socket, _: object) -> Started:
                 nursery.start_soon(serve, client)
-                return soon
+                return when
 
             nursery.start_soon(lambda: accept_each(listener, take, on_error=no_error))
             await trio.testing.wait_all_tasks_blocked()
@@ -646,10 +649,10 @@ async def test_more_are_accepted_in_a_turn_that_serves_many(stack: ExitStack, ot
     with open_relay_loop() as loop, trio.fail_after(30):
         assert loop is not None
 
-        def take(client: socket.socket, _: object) -> bool:
+        def take(client: socket.socket, _: object) -> Started:
             stack.enter_context(client)
             taken[loop.turns] = taken.get(loop.turns, 0) + 1
-            return False
+            return Started.NOTHING
 
         def busy(turns: int) -> None:
             """Another socket, which has an event in each of so many turns."""

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from typing import Self
 
 import pytest
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from meshlocal.net import flows, relay_loop
 from meshlocal.net.relay import CHUNK, RelayCounters, RelayResult, current_loop, relay
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
-from meshlocal.net.sockets import abort
+from meshlocal.net.sockets import abort, close
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -646,3 +647,177 @@ async def test_a_fault_at_the_end_of_a_turn_leaves_the_others(caplog: pytest.Log
             await until(lambda rounds=rounds: len(told) == 2 * rounds)  # type: ignore[misc]  # binds this round's
         assert told == ["fault", "other"] * 2
         assert "lost by a fault in the proxy" in caplog.text
+
+
+class Waiting:
+    """A task that waits for the loop to let it go on, again and again.
+
+    Attributes:
+        woken: how often it went on.
+    """
+
+    def __init__(self) -> None:
+        self.task: trio.lowlevel.Task | None = None
+        self.woken = 0
+
+    async def wait(self) -> None:
+        while True:
+            self.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+            assert self.task is None
+            self.woken += 1
+
+
+async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its own time; nothing else wakes Trio, and no relay is under way."""
+    monkeypatch.setattr(relay_loop, "LINGER", 0.02)
+    with ExitStack() as stack:
+        loop = opened(stack)
+        waiters = [Waiting() for _ in range(3)]
+        async with trio.open_nursery() as nursery:
+            for waiter in waiters:
+                nursery.start_soon(waiter.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            before = trio.current_time()
+            loop.defer(waiters[0])
+            await trio.sleep(0.01)
+            loop.defer(waiters[1])
+            loop.defer(waiters[2])
+            loop.recall(waiters[2])
+            loop.recall(waiters[2])  # of no effect
+            assert not any(each.woken for each in waiters)
+            await until(lambda: waiters[0].woken == 1)
+            assert trio.current_time() - before >= 0.0199
+            await until(lambda: waiters[1].woken == 1)
+            assert trio.current_time() - before >= 0.0299
+            loop.defer(waiters[2])
+            await until(lambda: waiters[2].woken == 1)
+            await trio.sleep(0.03)
+            assert [each.woken for each in waiters] == [1, 1, 1]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_deferred_task_does_not_wait_for_bytes_to_stop() -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line, waiter = stack.enter_context(Line()), Waiting()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waiter.wait)
+            nursery.start_soon(line.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            async with Echo(line) as echo:
+                for round_ in range(1, 4):
+                    loop.defer(waiter)
+                    await until(lambda round_=round_: waiter.woken == round_)  # type: ignore[misc]  # binds this one's
+                await until(lambda: echo.rounds > 0)
+            nursery.cancel_scope.cancel()
+
+
+def ends_both(line: Line) -> None:
+    line.app.shutdown(socket.SHUT_WR)
+    line.server.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("ends", ["cleanly", "by a reset"])
+async def test_who_began_a_relay_is_told_of_its_end(ends: str) -> None:
+    """With all bytes moved; and may close both sockets then."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        told: list[RelayResult] = []
+        pair = loop.begin(line.client, line.upstream, line.counters)
+
+        def concluded() -> None:
+            told.append(pair.state.result())
+            for sock in (line.client, line.upstream):
+                close(sock, awaited=False)
+
+        pair.on_end = concluded
+        line.app.send(b"hello")
+        if ends == "cleanly":
+            ends_both(line)
+        else:
+            await until(lambda: line.counters.client_to_upstream == 5)
+            abort(line.app)
+        await until(lambda: bool(told))
+        [result] = told
+        assert (result.failed, result.reason) == ((None, "eof") if ends == "cleanly" else ("client", "reset"))
+        assert line.server.recv(10) == b"hello"
+        assert line.server.recv(10) == b""
+        assert pair.done
+        assert len(loop) == 0
+
+
+async def test_who_waits_for_the_end_is_told_of_it_instead() -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        pair = loop.begin(line.client, line.upstream, line.counters)
+        told: list[str] = []
+        pair.on_end = lambda: told.append("end")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pair.join)
+            await trio.testing.wait_all_tasks_blocked()
+            ends_both(line)
+        assert pair.done
+        assert told == []
+
+
+async def test_who_ends_a_relay_from_a_task_is_not_told_of_it() -> None:
+    """The task that waits for it later finds it ended."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        pair = loop.begin(line.client, line.upstream, line.counters)
+        told: list[str] = []
+        pair.on_end = lambda: told.append("end")
+        close(line.client)
+        assert pair.done
+        assert (await pair.join()).failed == "client"
+        assert told == []
+
+
+async def test_sockets_are_closed_at_a_relays_end_only_when_no_event_of_theirs_is_left() -> None:
+    """Who is accepted next gets the number of one of them, and the event that was still to be served."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        others: list[socket.socket] = []
+        masks: list[int] = []
+        pair = loop.begin(line.client, line.upstream, line.counters)
+
+        def concluded() -> None:
+            for sock in (line.client, line.upstream):
+                close(sock, awaited=False)
+            others.extend(each for _ in range(3) for each in map(stack.enter_context, socket.socketpair()))
+            for each in others:
+                loop.handlers[each.fileno()] = masks.append
+
+        pair.on_end = concluded
+        # Two events in one turn, of which the first is the end.
+        abort(line.app)
+        line.server.send(b"x")
+        await until(lambda: bool(others))
+        assert set(pair.fds) <= {each.fileno() for each in others}
+        assert masks == []
+
+
+async def test_a_fault_at_a_relays_end_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        loop = opened(stack)
+        lines = [stack.enter_context(Line()) for _ in range(3)]
+        told: list[int] = []
+
+        def concluded(number: int) -> None:
+            told.append(number)
+            if number == 0:
+                raise AssertionError("a fault")
+
+        for number, line in enumerate(lines):
+            pair = loop.begin(line.client, line.upstream, line.counters)
+            pair.on_end = partial(concluded, number)
+            ends_both(line)
+        await until(lambda: len(told) == len(lines))
+        assert sorted(told) == [0, 1, 2]
+        assert caplog.text.count("connection failed by a fault in the proxy") == 1
+        assert len(loop) == 0

@@ -16,6 +16,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
+from meshlocal.net import relay_loop
+from meshlocal.net.relay import current_loop
+from meshlocal.net.relay_loop import LINGER
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, make_instance
 from nursery_tests.ports import free_port
@@ -337,12 +340,26 @@ def left_over(proxy: Any) -> list[int]:
     return [len(proxy.forwarder), service.statistics.open, service.statistics.connecting, under_way, *circuits]
 
 
-@pytest.mark.parametrize("begun", ["connected", "connecting", "waiting"])
+async def keep_a_task(proxy: Any, upstream: Any) -> None:
+    """Serve a connection, whose task waits for another one then, if there is a relay loop."""
+    proxy.publish([await upstream("first", "n1")])
+    assert await proxy.ask() == "first"
+    await finish(proxy)
+    await wait_all_tasks_blocked()
+    assert len(proxy.connections.child_tasks) == proxy.forwarder.kept_tasks == (current_loop.get() is not None)
+
+
+@pytest.mark.parametrize(
+    ("begun", "kept"),
+    [("connected", False), ("connecting", False), ("waiting", False), ("connected", True), ("connecting", True)],
+)
 async def test_a_drain_reaches_connections_whose_task_has_not_made_a_step(
-    proxy: Any, upstream: Any, begun: str
+    proxy: Any, upstream: Any, begun: str, kept: bool
 ) -> None:
     """S1: what was begun for it, an attempt or a relay, is the task's to end."""
     with silent() as instance:
+        if kept:
+            await keep_a_task(proxy, upstream)
         if begun == "connected":
             proxy.publish([await upstream("local", "n1")])
         elif begun == "connecting":
@@ -356,8 +373,12 @@ async def test_a_drain_reaches_connections_whose_task_has_not_made_a_step(
     assert proxy.forwarder.drained == 1
 
 
-async def test_cut_before_its_task_has_made_a_step(proxy: Any, upstream: Any) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+async def test_cut_before_its_task_has_made_a_step(proxy: Any, upstream: Any, kept: bool) -> None:
     """A1: as the idle sweep does, which may come at any time."""
+    if kept:
+        await keep_a_task(proxy, upstream)
+    proxy.table["b"].statistics.requests.clear()
     proxy.publish([await upstream("local", "n1")])
     with half_taken(proxy) as client:
         (connection,) = proxy.forwarder
@@ -392,6 +413,101 @@ async def test_a_fault_of_ours_costs_its_connection_only(
         RequestKey("node", "", Outcome.SERVED): 1,
     }
     assert [record.msg.event for record in caplog.records] == ["connection failed by a fault in the proxy"] * 2
+
+
+async def test_the_task_of_one_connection_serves_the_next(proxy: Any, upstream: Any) -> None:
+    """And the next one's counts, limits and scope are its own. Once no more can come, it is gone."""
+    await keep_a_task(proxy, upstream)
+    tasks = set(proxy.connections.child_tasks)
+    stream = await proxy.connect()
+    assert await stream.receive_some(64) == b"first\n"
+    await trio.sleep(2 * LINGER)
+    assert not tasks or proxy.connections.child_tasks == tasks
+    (connection,) = proxy.forwarder
+    connection.scope.cancel()
+    await finish(proxy)
+    await stream.aclose()
+    assert await proxy.ask() == "first"
+    await finish(proxy)
+    assert not tasks or proxy.connections.child_tasks == tasks
+    assert proxy.requests == {RequestKey("node", "", Outcome.SERVED): 2, RequestKey("node", "", Outcome.CUT): 1}
+    assert not any(left_over(proxy))
+    proxy.acceptors.cancel_scope.cancel()
+    await until(lambda: not proxy.connections.child_tasks)
+
+
+@contextmanager
+def instance_at_hand() -> Iterator[tuple[Instance, socket.socket]]:
+    """An instance on this node whose connections the test itself accepts, without giving way to any task."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LIMIT)
+        yield make_instance("127.0.0.1", listener.getsockname()[1], labels={"node": "n1"}), listener
+
+
+@pytest.mark.parametrize("proxy", ["loop"], indirect=True)
+@pytest.mark.parametrize("end", ["served", "reset by the instance", "faulty"])
+async def test_a_short_connection_needs_no_step_of_a_task(
+    proxy: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    """It is over before its task makes one: counted and closed as by that, which serves the next one."""
+    await keep_a_task(proxy, upstream)
+    proxy.table["b"].statistics.requests.clear()
+    monkeypatch.setattr(relay_loop, "LINGER", LIMIT)  # as long as the others' steps take, on whatever machine
+    with instance_at_hand() as (instance, listener):
+        proxy.publish([instance])
+        for _ in range(3):
+            with half_taken(proxy) as client, monkeypatch.context() as patch:
+                (connection,) = proxy.forwarder
+                assert connection.kept is not None
+                far, _ = listener.accept()
+                with far:
+                    far.settimeout(LIMIT)
+                    assert far.recv(64) == b"hello"
+                    far.send(b"answer")
+                    client.shutdown(socket.SHUT_WR)
+                    if end != "reset by the instance":
+                        far.shutdown(socket.SHUT_WR)
+                    else:
+                        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        far.close()
+                    if end == "faulty":
+                        patch.setattr("meshlocal.proxy.tcp._outcome", lambda *_: 1 / 0)
+                    await finish(proxy)
+                assert connection.kept is not None, "its task made a step"
+                assert len(proxy.connections.child_tasks) == 1
+                assert ends_in_reset(client) == (end == "reset by the instance")
+            assert not any(left_over(proxy))
+    outcome = {
+        "served": Outcome.SERVED,
+        "reset by the instance": Outcome.CUT,
+        "faulty": Outcome.ERROR,
+    }[end]
+    assert proxy.requests == {RequestKey("node", "", outcome): 3}
+    faults = [record.msg.event for record in caplog.records if record.levelname == "ERROR"]
+    assert faults == (["connection failed by a fault in the proxy"] * 3 if end == "faulty" else [])
+
+
+@pytest.mark.parametrize("proxy", ["loop"], indirect=True)
+async def test_a_connection_that_is_over_before_its_new_task_begins(proxy: Any, upstream: Any) -> None:
+    """The task finds nothing left to do."""
+    with instance_at_hand() as (instance, listener):
+        proxy.publish([instance])
+        with half_taken(proxy) as client:
+            (connection,) = proxy.forwarder
+            assert connection.kept is None
+            far, _ = listener.accept()
+            with far:
+                far.shutdown(socket.SHUT_WR)
+                client.shutdown(socket.SHUT_WR)
+                # As if the loop had slept and seen that before Trio came to the task.
+                current_loop.get().before_io_wait(0)
+                assert len(proxy.forwarder) == 0
+                await until(lambda: len(proxy.connections.child_tasks) == 1)
+                await wait_all_tasks_blocked()
+            assert client.recv(64) == b""
+    assert await proxy.ask() == ""
+    assert proxy.requests[RequestKey("node", "", Outcome.SERVED)] == 1
+    assert not any(left_over(proxy))
 
 
 async def test_many_short_connections_at_once(proxy: Any, upstream: Any) -> None:
