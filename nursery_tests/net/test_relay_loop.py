@@ -543,6 +543,114 @@ async def test_every_schedule_ends_as_on_the_plain_path(
         assert seen == await play(schedule, early=early, looped=False)
 
 
+# Real stalls: sockets whose buffers are full, of ends that write in pieces, and read when they come to it.
+
+pieces = st.lists(st.sampled_from([1, 70, 5000, 150000]), max_size=5)
+pauses = st.lists(st.sampled_from([0.0, 0.001, 0.004]), max_size=6)
+
+
+class End:
+    """An end of a line: writes what it has to, reads with pauses, and half-closes, or resets once it has read enough.
+
+    Attributes:
+        said: what it wrote.
+        got: what it read.
+        broken: what it read or wrote was cut.
+    """
+
+    def __init__(self, sock: socket.socket, name: bytes, sizes: list[int], waits: list[float], quits: int | None):
+        self.said, self.got, self.broken = bytearray(), bytearray(), False
+        self._socket = sock
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self._words = [bytes(name) * size for size in sizes]
+        self._waits = waits
+        self._quits = quits
+
+    async def run(self) -> None:
+        with self._stream.socket:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._read, nursery.cancel_scope)
+
+    async def _write(self) -> None:
+        for number, words in enumerate(self._words):
+            data = f"{number}:".encode() + words
+            self.said += data
+            try:
+                await self._stream.send_all(data)
+            except trio.BrokenResourceError:
+                self.broken = True
+                return
+        with suppress(OSError):  # it was reset
+            await self._stream.send_eof()
+
+    async def _read(self, all_of_it: trio.CancelScope) -> None:
+        waits = iter(self._waits)
+        while self._quits is None or len(self.got) < self._quits:
+            await trio.sleep(next(waits, 0.0))
+            try:
+                data = await self._stream.receive_some(10000)
+            except trio.BrokenResourceError:
+                self.broken = True
+                data = b""
+            if not data:
+                return
+            self.got += data
+        all_of_it.cancel()
+        self.broken = True
+        abort(self._socket)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=st.tuples(pieces, pieces),
+    waits=st.tuples(pauses, pauses),
+    quits=st.one_of(st.none(), st.none(), st.tuples(st.sampled_from(ENDS), st.sampled_from([0, 1, 30000]))),
+    early=st.sampled_from([b"", b"early bird "]),
+    looped=st.booleans(),
+)
+async def test_no_byte_is_lost_or_made_up_while_ends_stall(
+    sizes: tuple[list[int], list[int]],
+    waits: tuple[list[float], list[float]],
+    quits: tuple[str, int] | None,
+    early: bytes,
+    looped: bool,
+) -> None:
+    """Whole if nobody resets; else what arrived is how it began, and both ends know that it was cut."""
+    with open_relay_loop() if looped else nullcontext(), Line() as line:
+        for sock in (line.app, line.client, line.upstream, line.server):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        who, after = quits or ("", None)
+        app = End(line.app, b"a", sizes[0], waits[0], after if who == "app" else None)
+        server = End(line.server, b"s", sizes[1], waits[1], after if who == "server" else None)
+        results: list[RelayResult] = []
+
+        async def run() -> None:
+            results.append(await relay(line.client, line.upstream, line.counters, early))
+            for sock in (line.client, line.upstream):
+                (close if results[0].failed is None else abort)(sock)
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for part in (run, app.run, server.run):
+                    nursery.start_soon(part)
+    sent = early + bytes(app.said)
+    assert sent.startswith(server.got)
+    assert server.said.startswith(app.got)
+    counted = (line.counters.client_to_upstream, line.counters.upstream_to_client)
+    if app.broken or server.broken:
+        assert len(server.got) <= counted[0] <= len(sent)
+        assert len(app.got) <= counted[1] <= len(server.said)
+    else:
+        assert (bytes(server.got), bytes(app.got)) == (sent, bytes(server.said))
+        assert counted == (len(sent), len(server.said))
+        assert results[0].failed is None
+    if quits is None:
+        assert not app.broken
+        assert not server.broken
+
+
 async def test_the_end_of_a_turn_comes_after_all_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """But no more than `_ROUND` wait for it."""
     with ExitStack() as stack:
