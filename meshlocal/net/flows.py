@@ -161,7 +161,10 @@ class Flows:
         # passed over, and comes once.
         pair.done = True
         for fd in pair.fds:
-            self._flows.pop(fd, None)
+            flow = self._flows.pop(fd, None)
+            if flow is not None:
+                # Otherwise it would take the garbage collector to free them, whose pauses stop all traffic.
+                del flow.twin
 
     def _serve(self, flow: Flow) -> None:
         if flow.pair.done:
