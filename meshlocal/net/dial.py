@@ -137,16 +137,25 @@ def _first_local_port() -> int:
 
 def _sockaddr(address: str, port: int) -> tuple[int, tuple[str, int] | tuple[str, int, int, int]]:
     """Family and address for connect(2); anything but a numeric address would be looked up there, blocking all."""
+    family = _family(address)
+    if family == socket.AF_INET:
+        return family, (address, port)
+    host, _, zone = address.partition("%")
+    # Each time anew: an interface that comes back may have another number.
+    scope = (int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)) if zone else 0
+    return family, (host, port, 0, scope)
+
+
+@functools.lru_cache(maxsize=1024)
+def _family(address: str) -> int:
     try:
         if ":" not in address:
             socket.inet_pton(socket.AF_INET, address)
-            return socket.AF_INET, (address, port)
-        host, _, zone = address.partition("%")
-        socket.inet_pton(socket.AF_INET6, host)
+            return socket.AF_INET
+        socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
     except (OSError, ValueError):
         raise OSError(errno.EINVAL, f"{address!r} is no IP address") from None
-    scope = (int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)) if zone else 0
-    return socket.AF_INET6, (host, port, 0, scope)
+    return socket.AF_INET6
 
 
 def _has_ipv4() -> bool:

@@ -68,8 +68,8 @@ class Circuit:
 
     def has_room(self, what: Limit) -> bool:
         """What `enter` would say, for something that is over at once; False counts as a refusal, too."""
-        limit: int | None = getattr(self.limits, what)
-        if limit is not None and self.now[what] >= limit:
+        most = self._most[what]
+        if most is not None and self.now[what] >= most:
             self.refused[what] += 1
             return False
         return self.whole is None or self.whole.has_room(what)

@@ -72,7 +72,6 @@ class Connection:
         client: who made it, and the socket.
         peer: the client's address.
         started: when it was accepted, by trio.current_time().
-        scope: its cancellation ends the connection.
         result: the instance that serves it, and how it was found.
         counters: bytes moved; None until an instance is connected.
         cut: why the proxy ended it, if it did.
@@ -87,6 +86,7 @@ class Connection:
     """
 
     __slots__ = (
+        "_scope",
         "begun",
         "client",
         "connected",
@@ -99,7 +99,6 @@ class Connection:
         "peer",
         "relay",
         "result",
-        "scope",
         "seeking",
         "service",
         "started",
@@ -110,7 +109,7 @@ class Connection:
         self.client = Client(sock)
         self.peer = peer
         self.started = started
-        self.scope = trio.CancelScope()
+        self._scope: trio.CancelScope | None = None
         self.result = Connected()
         self.counters: RelayCounters | None = None
         self.cut = ""
@@ -122,6 +121,13 @@ class Connection:
         self.relay: Pair | None = None
         self.kept: KeptTask[Connection] | None = None
         self.fault: Exception | None = None
+
+    @property
+    def scope(self) -> trio.CancelScope:
+        """Its cancellation ends the connection. Most of those that are short are over without one."""
+        if self._scope is None:
+            self._scope = trio.CancelScope()
+        return self._scope
 
 
 class TcpForwarder:
@@ -166,8 +172,8 @@ class TcpForwarder:
         Returns:
             What Trio has to do for it now.
         """
-        connection = Connection(service, sock, peer, trio.current_time())
         loop = current_loop.get()
+        connection = Connection(service, sock, peer, trio.current_time() if loop is None else loop.time())
         if loop is None:
             nursery.start_soon(self._serve, connection)
             self._connections[connection] = None
