@@ -24,7 +24,9 @@ class ProcessCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
-        tasks = GaugeMetricFamily("meshlocal_tasks", "Trio tasks that live; a connection has one or two.")
+        tasks = GaugeMetricFamily(
+            "meshlocal_tasks", "Trio tasks that live; a connection has one or two, and some are kept."
+        )
         tasks.add_metric([], trio.lowlevel.current_statistics().tasks_living)
         descriptors = GaugeMetricFamily("meshlocal_descriptors_open", "File descriptors, of connections and all else.")
         memory = GaugeMetricFamily("meshlocal_memory_bytes", "Resident memory.")

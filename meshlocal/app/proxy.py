@@ -2,7 +2,7 @@
 
     lifetime nursery      feed (discovery watch, or hub and file source) · admin server ·
                           health checks · gentle return · idle sweep · signals
-      connections nursery   one task per client connection
+      connections nursery   one task per client connection, and some that wait for one
         acceptors nursery     one task per listening socket
 
 A stop cancels the acceptors, puts a deadline on the connections nursery, then

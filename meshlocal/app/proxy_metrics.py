@@ -14,7 +14,7 @@ from meshlocal.client.feed import FeedStatus
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.tcp import TcpForwarder
+from meshlocal.proxy.tcp import KEPT_TASKS, TcpForwarder
 
 
 class ProxyCollector(Collector):
@@ -183,7 +183,7 @@ class ProxyCollector(Collector):
         yield from (connections, connecting, moved)
         yield gauge(
             "meshlocal_connection_tasks_kept",
-            "Trio tasks that wait for another connection.",
+            f"Trio tasks that wait for another connection, of which up to {KEPT_TASKS} are kept.",
             self._forwarder.kept_tasks,
         )
 

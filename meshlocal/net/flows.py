@@ -51,7 +51,7 @@ class Flow:
             both paths leave out. So this direction reads until there is nothing.
         ended: nothing more is moved this way.
         armed: the loop has been told to hear when the sink takes bytes again.
-        twin: the other direction.
+        twin: the other direction; there is none once the pair is done.
     """
 
     __slots__ = (
@@ -101,7 +101,8 @@ class Pair:
         state: what the relay has come to.
         done: it has ended.
         task: waits for that.
-        on_end: called at that instead, at the end of the loop's turn, until a task waits.
+        on_end: called at that instead, at the end of the loop's turn, until a task waits. Tasks that it wakes go on at
+            once if the relay failed; after a clean end, it is only by `RelayLoop.finish` that they do.
     """
 
     __slots__ = ("_flows", "done", "fds", "on_end", "state", "task")

@@ -172,7 +172,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
             self._reschedule()
 
     def defer(self, waiter: Waiter) -> None:
-        """Let a task go on in `LINGER`, unless it is recalled before."""
+        """Let a task go on in `LINGER`, or somewhat sooner if others do, unless it is recalled before."""
+        assert waiter not in self._deferred
         self._deferred[waiter] = time.perf_counter() + LINGER
 
     def recall(self, waiter: Waiter) -> None:
@@ -241,7 +242,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         while not self._turn(0 if self._again else max(remaining, 0)):
             now = time.perf_counter()
             remaining = until - now
-            if self._started or self._finished or self._deferred:
+            if self._urgent or self._started or self._finished or self._deferred:
                 if self._started or self._finished:
                     told = min(told, now + LINGER)
                 first = min(told, next(iter(self._deferred.values()), told))
@@ -271,9 +272,12 @@ class RelayLoop(Flows, trio.abc.Instrument):
             self._reschedule_deferred()
 
     def _reschedule_deferred(self) -> None:
-        """Those that are due; the others may be recalled yet."""
+        """If one is due, all that soon are: a pass of Trio's costs more than a step. Others may be recalled yet."""
         now = time.perf_counter()
-        due = list(itertools.takewhile(lambda waiter: self._deferred[waiter] <= now, self._deferred))
+        if next(iter(self._deferred.values())) > now:
+            return
+        soon = now + LINGER / 2
+        due = list(itertools.takewhile(lambda waiter: self._deferred[waiter] <= soon, self._deferred))
         for waiter in due:
             del self._deferred[waiter]
             if waiter.task is not None:
@@ -354,9 +358,11 @@ class RelayLoop(Flows, trio.abc.Instrument):
         over, self._over = self._over, []
         for pair in over:
             assert pair.on_end is not None
+            # Of a failure others may be told, whose tasks Trio does not see before it wakes.
+            self._urgent = self._urgent or pair.state.failed is not None
             try:
                 pair.on_end()
-            except Exception:  # noqa: BLE001 - see `_handler_fault`
+            except Exception:  # noqa: BLE001 - the loop is no place to raise, and all others have their turn
                 _log.exception("connection failed by a fault in the proxy")
 
     def _end_round(self) -> None:
@@ -364,8 +370,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
         for call in last:  # which may add to it
             try:
                 call()
-            except Exception:  # noqa: BLE001 - see `_handler_fault`
-                # Likewise: all others have their turn. A deadline ends what this one was to go on with.
+            except Exception:  # noqa: BLE001 - the loop is no place to raise, and all others have their turn
+                # A deadline ends what this one was to go on with.
                 _log.exception("what was to be sent was lost by a fault in the proxy")
         last.clear()
 

@@ -72,7 +72,7 @@ class TaskPool(Generic[Job]):
         nursery.start_soon(self._run, job)
 
     def take(self, job: Job) -> KeptTask[Job] | None:
-        """A task for the job; None if none waits for one.
+        """A task for the job, in the nursery that it was started in; None if none waits for one.
 
         It begins when it goes on (`RelayLoop.finish`, `RelayLoop.defer`), or when its nursery is cancelled, unless it
         is given back before.
@@ -101,6 +101,7 @@ class TaskPool(Generic[Job]):
         while True:
             if job is not None:
                 await self._serve(job)
+                job = None  # what it held is not to wait, too
             if not self._keepers or self._waiting >= self._most:
                 return
             job = await self._next(kept)

@@ -9,8 +9,9 @@ What need not be waited for is not waited for. Where there is a relay loop, a
 connection is accepted in it and its task is started; and before that task has
 made a step, an instance on this host is connected and the client's first bytes
 are on their way (`TcpForwarder.take`). All of it belongs to the task from the
-start: it goes on from what was begun, and of a connection that is over by then
-nothing is left to it but to close and to count.
+start, which goes on from what was begun. A connection that is over by then is
+closed and counted by the loop; and tasks are kept, so that one may serve many
+connections, one after another.
 
 An instance that was connected and reset the connection before it said a word has
 failed as much as one that could not be connected, and is ejected for it (H1).
@@ -167,7 +168,7 @@ class TcpForwarder:
         return self._tasks.keeping()
 
     def take(self, nursery: trio.Nursery, service: ServiceState, sock: socket.socket, peer: object) -> Started:
-        """Serve an accepted connection to its end, in a task of its own, by which the socket is closed or reset then.
+        """Serve an accepted connection to its end, by which its socket is closed or reset.
 
         Returns:
             What Trio has to do for it now.
@@ -260,7 +261,7 @@ class TcpForwarder:
             connection.service.circuit.leave(limit)
         upstream = connection.result.upstream
         end = close if outcome is Outcome.SERVED else abort
-        # Nobody but this task ever waits for them.
+        # Nobody waits for them any more.
         end(connection.client.socket, awaited=False)
         if upstream is not None:
             end(upstream, awaited=False)

@@ -778,7 +778,7 @@ class Waiting:
 
 async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in its own time; nothing else wakes Trio, and no relay is under way."""
-    monkeypatch.setattr(relay_loop, "LINGER", 0.02)
+    monkeypatch.setattr(relay_loop, "LINGER", 0.2)
     with ExitStack() as stack:
         loop = opened(stack)
         waiters = [Waiting() for _ in range(3)]
@@ -788,20 +788,45 @@ async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatc
             await trio.testing.wait_all_tasks_blocked()
             before = trio.current_time()
             loop.defer(waiters[0])
-            await trio.sleep(0.01)
+            await trio.sleep(0.12)
             loop.defer(waiters[1])
             loop.defer(waiters[2])
             loop.recall(waiters[2])
             loop.recall(waiters[2])  # of no effect
             assert not any(each.woken for each in waiters)
             await until(lambda: waiters[0].woken == 1)
-            assert trio.current_time() - before >= 0.0199
+            assert trio.current_time() - before >= 0.199
             await until(lambda: waiters[1].woken == 1)
-            assert trio.current_time() - before >= 0.0299
+            assert trio.current_time() - before >= 0.319
             loop.defer(waiters[2])
             await until(lambda: waiters[2].woken == 1)
-            await trio.sleep(0.03)
+            await trio.sleep(0.25)
             assert [each.woken for each in waiters] == [1, 1, 1]
+            nursery.cancel_scope.cancel()
+
+
+async def test_deferred_tasks_whose_times_are_close_go_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass of Trio's costs as much as a few of their steps."""
+    monkeypatch.setattr(relay_loop, "LINGER", 5.0)
+    with ExitStack() as stack:
+        loop = opened(stack)
+        waiters = [Waiting() for _ in range(3)]
+        async with trio.open_nursery() as nursery:
+            for waiter in waiters:
+                nursery.start_soon(waiter.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            for waiter, late in zip(waiters, (5.0, 2.0, 0.0), strict=True):  # as if deferred so long ago
+                loop.defer(waiter)
+                loop._deferred[waiter] -= late
+            await until(lambda: waiters[0].woken == 1)
+            assert [each.woken for each in waiters] == [1, 0, 0]
+            loop.recall(waiters[1])
+            for waiter, late in zip(waiters[:2], (5.0, 3.0), strict=True):
+                loop.defer(waiter)
+                loop._deferred[waiter] -= late
+            loop._deferred = dict(sorted(loop._deferred.items(), key=lambda item: item[1]))
+            await until(lambda: waiters[0].woken == 2)
+            assert [each.woken for each in waiters] == [2, 1, 0]
             nursery.cancel_scope.cancel()
 
 
@@ -854,6 +879,22 @@ async def test_who_began_a_relay_is_told_of_its_end(ends: str) -> None:
         assert line.server.recv(10) == b""
         assert pair.done
         assert len(loop) == 0
+
+
+async def test_tasks_that_the_end_of_a_failed_relay_wakes_go_on_at_once() -> None:
+    """It may end what somebody waits for: an instance that is ejected, a stream that is given up."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        pair = loop.begin(line.client, line.upstream, line.counters)
+        ended = trio.Event()
+        pair.on_end = ended.set
+        with trio.move_on_after(5) as late:  # when Trio would look again otherwise
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ended.wait)
+                await trio.testing.wait_all_tasks_blocked()
+                abort(line.app)
+        assert not late.cancel_called
 
 
 async def test_who_waits_for_the_end_is_told_of_it_instead() -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -434,6 +435,23 @@ async def test_the_task_of_one_connection_serves_the_next(proxy: Any, upstream: 
     assert not any(left_over(proxy))
     proxy.acceptors.cancel_scope.cancel()
     await until(lambda: not proxy.connections.child_tasks)
+
+
+@pytest.mark.parametrize("proxy", ["loop"], indirect=True)
+async def test_a_kept_task_holds_nothing_of_its_last_connection(proxy: Any, upstream: Any) -> None:
+    """Neither what its client sent early, nor the snapshot of that time."""
+    proxy.publish([await upstream("first", "n1")])
+    stream = await proxy.connect()
+    assert await stream.receive_some(64) == b"first\n"
+    await trio.sleep(2 * LINGER)
+    (connection,) = proxy.forwarder
+    held = [weakref.ref(connection.client.socket), weakref.ref(connection.result.upstream)]
+    del connection
+    await stream.aclose()
+    await finish(proxy)
+    await wait_all_tasks_blocked()
+    assert proxy.forwarder.kept_tasks == 1
+    assert [each() for each in held] == [None, None]
 
 
 @contextmanager
