@@ -46,8 +46,10 @@ _log = get_log(__name__)
 
 LINGER = 0.002
 """Seconds that a task for which nothing waits may have to wait for Trio to wake for another reason: one whose relay
-came to a clean end, or that was started for a connection for which there is nothing to do yet. And what a task is
-deferred by (`RelayLoop.defer`)."""
+came to a clean end, or that was started for a connection for which there is nothing to do yet."""
+
+DEFERRAL = 0.02
+"""Seconds that a task is deferred by, which waits for nothing but to be told that there is no need for it."""
 
 _READ_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _BYTES = select.EPOLLIN
@@ -172,9 +174,9 @@ class RelayLoop(Flows, trio.abc.Instrument):
             self._reschedule()
 
     def defer(self, waiter: Waiter) -> None:
-        """Let a task go on in `LINGER`, or somewhat sooner if others do, unless it is recalled before."""
+        """Let a task go on in `DEFERRAL`, or somewhat sooner if others do, unless it is recalled before."""
         assert waiter not in self._deferred
-        self._deferred[waiter] = time.perf_counter() + LINGER
+        self._deferred[waiter] = time.perf_counter() + DEFERRAL
 
     def recall(self, waiter: Waiter) -> None:
         """A task that was deferred need not go on."""
@@ -276,7 +278,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         now = time.perf_counter()
         if next(iter(self._deferred.values())) > now:
             return
-        soon = now + LINGER / 2
+        soon = now + DEFERRAL / 2
         due = list(itertools.takewhile(lambda waiter: self._deferred[waiter] <= soon, self._deferred))
         for waiter in due:
             del self._deferred[waiter]

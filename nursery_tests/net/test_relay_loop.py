@@ -778,7 +778,7 @@ class Waiting:
 
 async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in its own time; nothing else wakes Trio, and no relay is under way."""
-    monkeypatch.setattr(relay_loop, "LINGER", 0.2)
+    monkeypatch.setattr(relay_loop, "DEFERRAL", 0.2)
     with ExitStack() as stack:
         loop = opened(stack)
         waiters = [Waiting() for _ in range(3)]
@@ -807,7 +807,7 @@ async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatc
 
 async def test_deferred_tasks_whose_times_are_close_go_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass of Trio's costs as much as a few of their steps."""
-    monkeypatch.setattr(relay_loop, "LINGER", 5.0)
+    monkeypatch.setattr(relay_loop, "DEFERRAL", 5.0)
     with ExitStack() as stack:
         loop = opened(stack)
         waiters = [Waiting() for _ in range(3)]

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from meshlocal.net.relay_loop import LINGER, RelayLoop, open_relay_loop
+from meshlocal.net.relay_loop import DEFERRAL, RelayLoop, open_relay_loop
 from meshlocal.net.task_pool import KeptTask, TaskPool
 
 
@@ -93,8 +93,8 @@ async def test_a_deferred_task_begins_a_little_later(loop: RelayLoop) -> None:
             assert "second" not in work.begun
             with trio.fail_after(5):
                 while "second" not in work.begun:
-                    await wait_all_tasks_blocked(LINGER / 10)
-            assert trio.current_time() - before >= LINGER * 0.9
+                    await wait_all_tasks_blocked(DEFERRAL / 10)
+            assert trio.current_time() - before >= DEFERRAL * 0.9
             work.gates["second"].set()
     assert work.ended == ["first", "second"]
 
@@ -108,7 +108,7 @@ async def test_who_is_given_back_need_not_begin(loop: RelayLoop) -> None:
             loop.defer(kept)
             work.pool.give_back(kept)
             assert len(work.pool) == 1
-            await trio.sleep(2 * LINGER)
+            await trio.sleep(2 * DEFERRAL)
             loop.finish(work.take("second"))
             await wait_all_tasks_blocked()
     assert work.begun == {"first": task, "second": task}
@@ -210,7 +210,7 @@ async def test_cancellation_reaches_the_job_that_was_given(loop: RelayLoop, how:
             nursery.cancel_scope.cancel()
         assert work.cancelled == ["second"]
         assert len(work.pool) == 0
-        await trio.sleep(2 * LINGER)
+        await trio.sleep(2 * DEFERRAL)
 
 
 async def test_what_a_job_raises_ends_its_task_and_its_nursery(loop: RelayLoop) -> None:

@@ -19,7 +19,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net import relay_loop
 from meshlocal.net.relay import current_loop
-from meshlocal.net.relay_loop import LINGER
+from meshlocal.net.relay_loop import DEFERRAL
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, make_instance
 from nursery_tests.ports import free_port
@@ -422,7 +422,7 @@ async def test_the_task_of_one_connection_serves_the_next(proxy: Any, upstream: 
     tasks = set(proxy.connections.child_tasks)
     stream = await proxy.connect()
     assert await stream.receive_some(64) == b"first\n"
-    await trio.sleep(2 * LINGER)
+    await trio.sleep(2 * DEFERRAL)
     assert not tasks or proxy.connections.child_tasks == tasks
     (connection,) = proxy.forwarder
     connection.scope.cancel()
@@ -443,7 +443,7 @@ async def test_a_kept_task_holds_nothing_of_its_last_connection(proxy: Any, upst
     proxy.publish([await upstream("first", "n1")])
     stream = await proxy.connect()
     assert await stream.receive_some(64) == b"first\n"
-    await trio.sleep(2 * LINGER)
+    await trio.sleep(2 * DEFERRAL)
     (connection,) = proxy.forwarder
     held = [weakref.ref(connection.client.socket), weakref.ref(connection.result.upstream)]
     del connection
@@ -470,7 +470,7 @@ async def test_a_short_connection_needs_no_step_of_a_task(
     """It is over before its task makes one: counted and closed as by that, which serves the next one."""
     await keep_a_task(proxy, upstream)
     proxy.table["b"].statistics.requests.clear()
-    monkeypatch.setattr(relay_loop, "LINGER", LIMIT)  # as long as the others' steps take, on whatever machine
+    monkeypatch.setattr(relay_loop, "DEFERRAL", LIMIT)  # as long as the others' steps take, on whatever machine
     with instance_at_hand() as (instance, listener):
         proxy.publish([instance])
         for _ in range(3):
