@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -20,6 +20,8 @@ from trio.abc import HalfCloseableStream
 from meshlocal.admin.messages import Head, Request, RequestReader, Response, encode
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.slices import in_slices
+from meshlocal.policy.steps import Steps
 
 MAX_CONNECTIONS = 64
 HEAD_TIMEOUT = 10.0
@@ -34,8 +36,9 @@ LINGER_TIMEOUT = 1.0
 _READ_SIZE = 4096
 _LINGER_BYTES = 1 << 20
 
-Route = Callable[[Request], Response]
-"""Answers one path's GET and HEAD requests at once; it reads state and does not block."""
+Route = Callable[[Request], "Response | Steps[Response]"]
+"""Answers one path's GET and HEAD requests; it reads state and does not block. What takes long is done in steps, and so
+in slices between which traffic goes on."""
 
 AsyncRoute = Callable[[Request], Awaitable[Response]]
 """The same, of what others know; its waits have deadlines of its own."""
@@ -136,13 +139,12 @@ class AdminServer:
 
     async def _answer(self, head: Head) -> bytes:
         try:
-            response = self._respond(head)
-            return encode(response if isinstance(response, Response) else await response, to=head)
+            return encode(await self._respond(head), to=head)
         except Exception:  # a route's fault is its own; the server and its other routes go on
             log.exception("admin route failed", path=head.request.path)
             return encode(Response.text("this page failed; see the log", 500), to=head)
 
-    def _respond(self, head: Head) -> Response | Awaitable[Response]:
+    async def _respond(self, head: Head) -> Response:
         request = head.request
         if request.method not in ("GET", "HEAD"):
             refusal = Response.text(f"{request.method} is not allowed here", 405)
@@ -152,10 +154,18 @@ class AdminServer:
         route = self._routes.get(request.path)
         if route is None:
             return Response.text("\n".join(["no such page; there are:", *sorted(self._routes)]), 404)
-        return route(request)
+        return await answer(route, request)
 
     def _report(self, error: OSError) -> None:
         self._accept_failed(trio.current_time(), errno=errno.errorcode.get(error.errno or 0, ""), error=error)
+
+
+async def answer(route: Route | AsyncRoute, request: Request) -> Response:
+    """What a route answers, of whatever kind it is."""
+    response = route(request)
+    if isinstance(response, Response):
+        return response
+    return await (in_slices(response) if isinstance(response, Generator) else response)
 
 
 class _Place:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from random import Random
@@ -28,7 +28,9 @@ from meshlocal.app.sources import make_sources
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.limits import ServerLimits
 from meshlocal.discovery.service import DiscoveryService
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
+from meshlocal.net.groups import first_of
 from meshlocal.net.grpc.health import HealthStatus
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.reflection import Reflection
@@ -36,10 +38,12 @@ from meshlocal.net.grpc.server import GrpcServer, Routes
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
 from meshlocal.policy.addresses import SocketAddress
 from meshlocal.policy.config import Config, DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_discovery import ServerLimitsConfig
+from meshlocal.policy.problems import Problem
 from meshlocal.wire.discovery_methods import SERVICE_NAME
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
 
@@ -49,6 +53,9 @@ if TYPE_CHECKING:
     from meshlocal.discovery.websocket import WebSocketServer
 
 _log = get_log(__name__)
+
+CONFIG_LIMIT = 30.0
+"""Seconds that reading the configuration again may take."""
 
 ANNOUNCE_WAIT = 5.0
 """Seconds that the line which says that the process is ready waits for the sources."""
@@ -69,10 +76,12 @@ class DiscoveryProcess:
     def __init__(self, load: Callable[[], Config], rng: Random, environment: Mapping[str, str]) -> None:
         self._load = load
         self._environment = environment
+        self._files = Blocking(limit=CONFIG_LIMIT)
+        self.supervision = Supervision(rng)
         self.config = load()
         configure_logging(self.config.log.level, self.config.log.format)
         config = self.config.discovery
-        self.hub = Hub(make_sources(config, rng, environment), rng)
+        self.hub = Hub(make_sources(config, rng, environment), rng, self.supervision)
         self.limits = ServerLimits(config.limits)
         self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits)
         self.websocket_sockets: list[socket.socket] = []
@@ -97,6 +106,7 @@ class DiscoveryProcess:
         )
         self.websocket = _websocket_server(config, self.limits.guard(guarded)) if config.websocket_bind else None
         self.readiness = Readiness("waiting for the sources")
+        self.supervision.on_dead = self._die
         self.stop = Stop()
 
     def collectors(self) -> list[Collector]:
@@ -107,7 +117,7 @@ class DiscoveryProcess:
 
         return [
             DiscoveryCollector(self.hub, self.service, self.limits, self.server, self.readiness, self.websocket),
-            ProcessCollector(),
+            ProcessCollector(self.supervision),
         ]
 
     async def run(self) -> int:
@@ -116,6 +126,14 @@ class DiscoveryProcess:
         Raises:
             ListenError: an address cannot be listened on.
         """
+        dead = False
+        try:
+            await self._run()
+        except* TaskDeadError:
+            dead = True
+        return DEAD_STATUS if dead else 0
+
+    async def _run(self) -> None:
         raise_limit()
         config = self.config.discovery
         with ExitStack() as opened:
@@ -133,20 +151,38 @@ class DiscoveryProcess:
             ]
             admin = AdminServer(discovery_routes(self))
             async with trio.open_nursery() as lifetime:
-                await lifetime.start(handle_signals, self.stop, self.reload)
+                keep = self.supervision.keep
+                await lifetime.start(self._take_orders)
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
-                    await lifetime.start(admin.serve, admin_sockets)
-                await lifetime.start(partial(self.server.serve, sockets, ssl_context=self.access.context()))
+                    lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
+                serve = partial(self.server.serve, sockets, ssl_context=self.access.context())
+                await lifetime.start(self._serve_or_die, "grpc server", serve)
                 if self.websocket is not None:
                     serve = partial(self.websocket.serve, self.websocket_sockets, ssl_context=self.access.context())
-                    await lifetime.start(serve)
-                lifetime.start_soon(self._become_ready)
-                lifetime.start_soon(self._announce, bound)
+                    await lifetime.start(self._serve_or_die, "websocket server", serve)
+                lifetime.start_soon(partial(keep, "readiness", self._become_ready, may_end=True))
+                lifetime.start_soon(partial(keep, "announcement", self._announce, bound, may_end=True))
                 await self.stop.requested.wait()
                 await self._drain()
                 lifetime.cancel_scope.cancel()
-        return 0
+
+    async def _take_orders(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self.supervision.start("orders", handle_signals, self.stop, self.reload, task_status=task_status)
+
+    async def _serve_or_die(
+        self, name: str, serve: Callable[..., Awaitable[None]], *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Accept connections. It closes its sockets at its end, so that nobody could begin it again (P1)."""
+        try:
+            await serve(task_status=task_status)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody can connect any more
+            problem = first_of(error)
+            self.supervision.die(name, f"{type(problem).__name__}: {problem}")
+
+    def _die(self, task: str, problem: str) -> None:
+        self.readiness.fail(f"{task}: {problem}")
+        self._set_health(serving=False)
 
     async def _become_ready(self) -> None:
         await self.hub.wait_in_sync()
@@ -186,20 +222,22 @@ class DiscoveryProcess:
         for name in ("", SERVICE_NAME):
             self.health.set(name, status)
 
-    def reload(self) -> None:
-        """Read the configuration again (S2), and the files of certificates and tokens.
+    async def reload(self) -> None:
+        """Read the configuration again (S2), and the files of certificates and tokens: all of it holds, or nothing.
 
         Of the configuration only logging can change; sources watch themselves.
         """
         try:
-            config = self._load()
-            self.access.reload()
+            config = await self._files.run(self._load)
+            if config.discovery != self.config.discovery:
+                raise ConfigError([Problem("discovery", "takes a restart to change", "")])
+            await self._files.run(self.access.reload)
         except ConfigError as error:
             for problem in error.problems:
                 _log.error("config not applied", problem=str(problem))
             return
-        if config.discovery != self.config.discovery:
-            _log.error("config not applied", problem="discovery: takes a restart to change")
+        except BlockedError as error:
+            _log.error("config not applied", problem=str(error))
             return
         self.config = config
         configure_logging(config.log.level, config.log.format)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import meshlocal
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
-from meshlocal.admin.server import Route
+from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
-from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
-from meshlocal.app.views import instance_view
+from meshlocal.app.proxy_pages import config_view, json_in_steps, json_response, livez, plain, readyz
+from meshlocal.app.views import instance_view, sorted_in_steps
+from meshlocal.app.watch_page import watch_page
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.source import source_details
+from meshlocal.policy.model import EndpointKey, ServiceSnapshot
+from meshlocal.policy.steps import Steps
 
 if TYPE_CHECKING:
     from meshlocal.app.discovery import DiscoveryProcess
 
 
-def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route]:
+METRICS_MODULES = ("meshlocal.app.discovery_metrics", "meshlocal.app.process_metrics")
+"""What `DiscoveryProcess.collectors` imports."""
+
+
+def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route | AsyncRoute]:
     """Every page of a discovery server, by path."""
     return {
         "/": lambda request: _overview(process),
         "/livez": livez,
         "/readyz": lambda request: _readyz(process),
-        "/metrics": metrics_route(process.collectors),
+        "/metrics": metrics_route(process.collectors, METRICS_MODULES),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": lambda request: _services(process.hub, request),
         "/watch": lambda request: _watch(process),
@@ -34,8 +41,6 @@ def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route]:
 
 
 def _watch(process: DiscoveryProcess) -> Response:
-    from meshlocal.app.watch_page import watch_page  # here: few ever look at it
-
     port = process.websocket_sockets[0].getsockname()[1] if process.websocket_sockets else None
     names = [snapshot.service for snapshot in process.hub.snapshots()]
     title = f"meshlocal discovery {meshlocal.__version__}: watch"
@@ -56,17 +61,19 @@ def _readyz(process: DiscoveryProcess) -> Response:
     return plain(503, f"not ready: {process.readiness.reason}: {'; '.join(waiting)}")
 
 
-def _services(hub: Hub, request: Request) -> Response:
-    return json_response(
-        [
-            {
-                "service": snapshot.service,
-                "version": snapshot.version,
-                "instances": [instance_view(snapshot.instances[key]) for key in sorted(snapshot.instances)],
-            }
-            for snapshot in hub.snapshots()
-        ]
-    )
+def _services(hub: Hub, request: Request) -> Steps[Response]:
+    views = []
+    for snapshot in hub.snapshots():
+        keys = yield from sorted_in_steps(snapshot.instances)
+        views.append(_service_view(snapshot, keys))
+    response = yield from json_in_steps(views)
+    return response
+
+
+def _service_view(snapshot: ServiceSnapshot, keys: Iterable[EndpointKey]) -> Iterator[dict[str, Any]]:
+    yield {"service": snapshot.service, "version": snapshot.version}
+    for key in keys:
+        yield instance_view(snapshot.instances[key])
 
 
 def _overview(process: DiscoveryProcess) -> Response:
@@ -109,7 +116,7 @@ def _overview(process: DiscoveryProcess) -> Response:
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
     links = ["/watch", "/services", "/metrics", "/config", "/readyz", "/livez"]
-    return Response(200, "text/html; charset=utf-8", html.page(title, links, parts))
+    return Response(200, "text/html; charset=utf-8", html.page(title, links, parts, refresh=html.REFRESH))
 
 
 def _source_tables(hub: Hub) -> Iterable[html.Html]:

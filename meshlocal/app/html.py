@@ -7,8 +7,12 @@ from collections.abc import Iterable, Sequence
 # The standard library's html.escape comes with every named entity of HTML: half a megabyte in every sidecar.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 
+REFRESH = 5
+"""Seconds after which a page that shows what changes is loaded again."""
+
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --bad: #c2410c; --good: #15803d; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --bad: #b43c0b; --good: #15753a; }
+@media (prefers-color-scheme: dark) { :root { --bad: #fb923c; --good: #4ade80; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 p { margin: .3rem 0; } .bad { color: var(--bad); font-weight: 600; } .good { color: var(--good); font-weight: 600; }
@@ -90,11 +94,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
     return Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def page(title: str, links: Iterable[str], parts: Iterable[Html]) -> bytes:
-    """A whole page."""
+def page(title: str, links: Iterable[str], parts: Iterable[Html], *, refresh: int | None = None) -> bytes:
+    """A whole page; one that shows what changes is loaded again every `refresh` seconds."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh is not None else ""
     nav = "".join(link(target, target) for target in links)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width">{again}<style>{_STYLE}</style></head>'
         f"<body><h1>{text(title)}</h1><nav>{nav}</nav>{''.join(parts)}</body></html>\n"
     ).encode()

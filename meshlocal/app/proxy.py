@@ -6,7 +6,8 @@
         acceptors nursery     one task per listening socket
 
 A stop cancels the acceptors, puts a deadline on the connections nursery, then
-cancels the lifetime nursery.
+cancels the lifetime nursery. What lives in the lifetime nursery is supervised
+(`meshlocal.net.supervision`, rule P1).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol
@@ -29,11 +31,13 @@ from meshlocal.client.feed import Refreshable
 from meshlocal.client.place import locality_of, unknown_labels
 from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.proxy.listeners import Listeners
@@ -50,6 +54,9 @@ _log = get_log(__name__)
 
 LoadConfig = Callable[[], Config]
 """Reads the whole configuration; raises ConfigError."""
+
+CONFIG_LIMIT = 30.0
+"""Seconds that reading the configuration again may take."""
 
 _FIXED = ("discovery", "admin", "workers")
 """Keys of `proxy` that only a restart changes."""
@@ -126,18 +133,21 @@ class ProxyProcess:
         self._load = load
         self._superior = superior
         self.worker = worker
+        self._files = Blocking(limit=CONFIG_LIMIT)
+        self.supervision = Supervision(rng)
         self.config = config if config is not None else load()
         configure_logging(self.config.log.level, self.config.log.format)
         proxy = self.config.proxy
         self.services = ServiceTable(proxy, locality_of(proxy), rng)
         self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
-        self.listeners = Listeners(self.services, self.forwarder, shared=bool(worker))
+        self.listeners = Listeners(self.services, self.forwarder, shared=bool(worker), supervision=self.supervision)
         self.http: HttpForwarder | None = None
         self._lifetime: trio.Nursery | None = None
         self._loop: RelayLoop | None = None
         self._rng = rng
         self._checking = False
         self._returning = False
+        import_parts(proxy)
         self._serve_http(proxy)
         self.cache = self._open_cache(proxy)
         held = self.cache.load() if self.cache is not None else []
@@ -145,9 +155,11 @@ class ProxyProcess:
         if self.cache is not None:
             self.cache.status = self.feed.status
         self.services.on_followed = self._follow
+        self.services.is_away = lambda: not self.feed.status.connected
         if isinstance(self.feed, Refreshable):
             self.services.on_failing = self.feed.refresh
         self.readiness = Readiness("waiting for the first snapshot of every service")
+        self.supervision.on_dead = lambda task, problem: self.readiness.fail(f"{task}: {problem}")
         self.stop = Stop()
 
     def collectors(self) -> list[Collector]:
@@ -161,7 +173,7 @@ class ProxyProcess:
         return [
             ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness, busy_poll),
             HttpCollector(lambda: self.http),
-            ProcessCollector(),
+            ProcessCollector(self.supervision),
         ]
 
     def _serve_http(self, config: ProxyConfig) -> None:
@@ -171,7 +183,7 @@ class ProxyProcess:
         # Imported here: a proxy without http listeners holds no HTTP code.
         from meshlocal.proxy.http.forwarder import HttpForwarder
 
-        self.http = self.listeners.http = HttpForwarder(self.services, config)
+        self.http = self.listeners.http = HttpForwarder(self.services, config, self.supervision)
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
 
@@ -196,7 +208,7 @@ class ProxyProcess:
         from meshlocal.proxy.checks import HealthChecks
 
         self._checking = True
-        lifetime.start_soon(HealthChecks(self.services, self._rng).run)
+        lifetime.start_soon(self.supervision.keep, "health checks", HealthChecks(self.services, self._rng).run)
 
     def _return_connections(self, lifetime: trio.Nursery, config: ProxyConfig) -> None:
         """Send long-lived connections back from now on, once there is a service that wants it (F2)."""
@@ -206,7 +218,8 @@ class ProxyProcess:
         from meshlocal.proxy.returning import Returning
 
         self._returning = True
-        lifetime.start_soon(Returning(self.services, self.forwarder, self._rng).run)
+        returning = Returning(self.services, self.forwarder, self._rng)
+        lifetime.start_soon(self.supervision.keep, "gentle return", returning.run)
 
     def _set_busy_poll(self, config: ProxyConfig) -> None:
         if self._loop is not None:
@@ -218,6 +231,15 @@ class ProxyProcess:
         Raises:
             ListenError: an address cannot be listened on.
         """
+        dead = False
+        cut = 0
+        try:
+            cut = await self._run()
+        except* TaskDeadError:
+            dead = True
+        return DEAD_STATUS if dead else 1 if cut else 0
+
+    async def _run(self) -> int:
         raise_limit()
         with ExitStack() as opened:
             self._loop = opened.enter_context(open_relay_loop())
@@ -236,21 +258,31 @@ class ProxyProcess:
                 if self.http is not None:
                     lifetime.start_soon(self.http.run)
                 await lifetime.start(self._take_orders)
+                keep = self.supervision.keep
+                if self._loop is not None:
+                    lifetime.start_soon(self._watch_loop, self._loop)
                 if self.cache is not None:
-                    lifetime.start_soon(self.cache.run)
-                lifetime.start_soon(self.feed.run)
-                lifetime.start_soon(self.forwarder.sweep_idle)
+                    lifetime.start_soon(keep, "cache file", self.cache.run)
+                lifetime.start_soon(keep, "discovery", self.feed.run)
+                lifetime.start_soon(partial(keep, "idle sweep", self.forwarder.sweep_idle, vital=True))
                 self._check_health(lifetime, config)
                 self._return_connections(lifetime, config)
                 if admin_sockets:
-                    await lifetime.start(admin.serve, admin_sockets)
-                lifetime.start_soon(self._become_ready, [format_address(sock.getsockname()) for sock in admin_sockets])
+                    lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
+                bound = [format_address(sock.getsockname()) for sock in admin_sockets]
+                lifetime.start_soon(partial(keep, "readiness", self._become_ready, bound, may_end=True))
                 cut = await self._serve_connections(lifetime)
                 lifetime.cancel_scope.cancel()
-        return 1 if cut else 0
+        return cut
 
     async def _take_orders(self, *, task_status: trio.TaskStatus[None]) -> None:
-        await self._superior.command(self, task_status=task_status)
+        command = partial(self._superior.command, self)
+        await self.supervision.start("orders", command, task_status=task_status)
+
+    async def _watch_loop(self, loop: RelayLoop) -> None:
+        """Established connections and accepts live in the relay loop: when it is dead, the process is (P1)."""
+        await loop.died.wait()
+        self.supervision.die("relay loop", loop.problem)
 
     async def _serve_connections(self, lifetime: trio.Nursery) -> int:
         """Serve until the drain is over; returns how many connections it cut."""
@@ -298,13 +330,21 @@ class ProxyProcess:
             notes.append(f"(nothing heard yet of: {', '.join(waiting)})")
         return parts, notes
 
-    def reload(self) -> None:
+    async def reload(self) -> None:
         """Read the configuration again and apply it, whole or not at all (S2)."""
-        config, problems = read_again(self._load, self.config, self.stop)
+        config, problems = await read_again(self._files, self._load, self.config, self.stop)
         if config is not None:
-            problems = self.apply(config)
+            problems = await self.import_and_apply(config)
         for problem in problems:
             _log.error("config not applied", problem=problem)
+
+    async def import_and_apply(self, config: Config) -> list[str]:
+        """`apply`, after what the configuration needs was imported: an import reads files, and so may hang (P1)."""
+        try:
+            await self._files.run(import_parts, config.proxy)
+        except BlockedError as error:
+            return [str(error)]
+        return self.apply(config)
 
     def apply(self, config: Config) -> list[str]:
         """Apply a configuration that `read_again` let pass; returns what prevents it, empty if it holds now."""
@@ -336,20 +376,35 @@ class ProxyProcess:
         return []
 
 
-def read_again(load: LoadConfig, current: Config, stop: Stop) -> tuple[Config | None, list[str]]:
-    """The configuration as it is now; None and why, if it cannot take the place of the current one (S2)."""
+async def read_again(files: Blocking, load: LoadConfig, current: Config, stop: Stop) -> tuple[Config | None, list[str]]:
+    """Read the configuration again: what came of it, or why it cannot be applied (S2)."""
     if stop.requested.is_set():
-        # Nothing new is listened on any more, and what is under way ends as it began.
         return None, ["draining"]
     try:
-        config = load()
+        config = await files.run(load)
     except ConfigError as error:
         return None, [str(problem) for problem in error.problems]
+    except BlockedError as error:
+        return None, [str(error)]
+    if stop.requested.is_set():
+        return None, ["draining"]
     changed = [key for key in _FIXED if getattr(config.proxy, key) != getattr(current.proxy, key)]
     if changed:
         names = ", ".join(f"proxy.{key}" for key in changed)
         return None, [f"{names}: {'takes' if len(changed) == 1 else 'take'} a restart to change"]
     return config, []
+
+
+def import_parts(config: ProxyConfig) -> None:
+    """Import what this configuration needs, and others do not."""
+    if any(listen.scheme == "http" for listen in config.listen):
+        import meshlocal.proxy.http.forwarder
+    if any(service.health_check is not None for service in config.services.values()):
+        import meshlocal.proxy.checks
+
+        meshlocal.proxy.checks.import_checkers(config)
+    if any(service.failback is not None for service in config.services.values()):
+        import meshlocal.proxy.returning
 
 
 def freeze_garbage_collector() -> None:

@@ -192,13 +192,16 @@ class ProxyCollector(Collector):
         yield gauge("meshlocal_discovery_connected", "1 while discovery is read.", feed.connected)
         age = feed.age(trio.current_time())
         known = GaugeMetricFamily(
-            "meshlocal_snapshot_age_seconds", "Seconds since what is known was last known to be current."
+            "meshlocal_snapshot_age_seconds",
+            "Seconds since what is known was last known to be current, or since the start if nothing was heard yet.",
         )
         if age is not None:
             known.add_metric([], age)
         yield known
         yield gauge(
-            "meshlocal_snapshot_stale", "1 while what is known comes from the cache file, unconfirmed.", feed.stale
+            "meshlocal_snapshot_stale",
+            "1 while nothing is known, or what is known comes from the cache file, unconfirmed.",
+            feed.unconfirmed,
         )
         for name, text, count in (
             ("meshlocal_discovery_reconnects", "Connections to discovery lost, or not made.", feed.reconnects),

@@ -14,19 +14,29 @@ import trio
 import meshlocal
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
-from meshlocal.admin.server import Route
+from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
-from meshlocal.app.views import explain_view, health_view, instance_view
+from meshlocal.app.views import explain_in_steps, health_view, instance_view, left_out_in_steps, sorted_in_steps
 from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
+from meshlocal.net.slices import pieces
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
 from meshlocal.policy.health import State
-from meshlocal.policy.model import Instance, ServiceKey
+from meshlocal.policy.locality import LeftOut
+from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+from meshlocal.policy.picker import Picker
+from meshlocal.policy.steps import Steps
 
 if TYPE_CHECKING:
     from meshlocal.app.proxy import ProxyProcess
     from meshlocal.app.readiness import Readiness
+
+METRICS_MODULES = ("meshlocal.app.http_metrics", "meshlocal.app.process_metrics", "meshlocal.app.proxy_metrics")
+"""What `ProxyProcess.collectors` imports."""
+
+_STEPS_SHOWN = 500
+"""Steps of a plan that its page lists."""
 
 _SHOWN = 200
 """Instances of a service that the overview page lists; /services has all."""
@@ -35,14 +45,14 @@ _REACHED = frozenset({Outcome.SERVED, Outcome.CUT, Outcome.RETURNED, Outcome.DRA
 """Outcomes of requests that an instance took."""
 
 
-def proxy_routes(process: ProxyProcess) -> Mapping[str, Route]:
+def proxy_routes(process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:
     """Every page of a proxy, by path."""
     pages = _ProxyPages(process)
     return {
         "/": pages.overview,
         "/livez": livez,
         "/readyz": lambda request: readyz(process.readiness),
-        "/metrics": metrics_route(process.collectors),
+        "/metrics": metrics_route(process.collectors, METRICS_MODULES),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": pages.services,
         "/explain": pages.explain,
@@ -70,6 +80,29 @@ def json_response(value: object) -> Response:
     return Response(200, "application/json", body)
 
 
+def json_in_steps(services: Iterable[Iterable[dict[str, Any]]]) -> Steps[Response]:
+    """Services as JSON, in steps.
+
+    Args:
+        services: of each its facts, and then its instances, of which it may have thousands.
+    """
+    out = [b"["]
+    for position, parts in enumerate(services):
+        rows = iter(parts)
+        facts = msgspec.json.encode(next(rows), enc_hook=str)
+        out.append((b",\n " if position else b"\n ") + facts[:-1] + b',"instances":[')
+        first = True
+        for piece in pieces(rows):
+            encoded = [msgspec.json.encode(row, enc_hook=str) for row in piece]
+            out.append((b"\n  " if first else b",\n  ") + b",\n  ".join(encoded))
+            first = False
+            yield
+        out.append(b"]}")
+        yield
+    out.append(b"\n]\n")
+    return Response(200, "application/json", b"".join(out))
+
+
 def config_view(config: msgspec.Struct) -> Any:
     """The configuration in force, as the file would have it."""
     return _as_data(config)
@@ -92,11 +125,21 @@ class _ProxyPages:
     def __init__(self, process: ProxyProcess) -> None:
         self._process = process
 
-    def services(self, request: Request) -> Response:
+    def services(self, request: Request) -> Steps[Response]:
         """What the picker sees, whole."""
-        return json_response([self._service_view(service) for service in self._process.services])
+        views = []
+        for service in list(self._process.services):
+            left_out: Mapping[EndpointKey, LeftOut] = {}
+            keys: list[EndpointKey] = []
+            picker = service.picker
+            if picker is not None:
+                left_out = yield from left_out_in_steps(picker)
+                keys = yield from sorted_in_steps(picker.snapshot.instances)
+            views.append(self._service_view(service, picker, keys, left_out))
+        response = yield from json_in_steps(views)
+        return response
 
-    def explain(self, request: Request) -> Response:
+    def explain(self, request: Request) -> Steps[Response]:
         """The plan of the next request (R2)."""
         name = next(iter(request.values("service")), "")
         services, config = self._process.services, self._process.config.proxy
@@ -109,38 +152,63 @@ class _ProxyPages:
             return plain(404, f"no listener names a service {name!r}, and no request has; there are: {known}")
         if service.picker is None:
             return plain(503, f"nothing was heard of {name} yet: discovery has not answered")
-        view = explain_view(service.picker, service.cursors, service.fitness.gate())
+        feed = self._process.feed.status
+        view = yield from explain_in_steps(service.picker, service.cursors, service.fitness.gate())
+        age = feed.age(trio.current_time())
+        view["discovery"] = {
+            "connected": feed.connected,
+            "problem": feed.problem,
+            "from_cache_file": feed.stale,
+            "age_seconds": None if age is None else round(age, 1),
+        }
         # A browser asks for HTML, nothing else does.
         if "text/html" in request.headers.get("accept", ""):
-            return _plan_page(service.key, view)
-        return json_response(view)
+            page = yield from _plan_page(service.key, view)
+            return page
+        encoded: list[bytes] = []
+        for key in ("plan", "left_out"):
+            rows = view.pop(key)
+            for piece in pieces(rows):
+                encoded.append(b",\n  ".join(msgspec.json.encode(row, enc_hook=str) for row in piece))
+                yield
+            view[key] = msgspec.Raw(b"[" + (b"\n  " if rows else b"") + b",\n  ".join(encoded) + b"]")
+            encoded = []
+        return Response(200, "application/json", msgspec.json.encode(view, enc_hook=str) + b"\n")
 
-    def _service_view(self, service: ServiceState) -> dict[str, Any]:
-        view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tiers": {}, "instances": []}
-        picker = service.picker
+    def _service_view(
+        self,
+        service: ServiceState,
+        picker: Picker | None,
+        keys: Sequence[EndpointKey],
+        left_out: Mapping[EndpointKey, LeftOut],
+    ) -> Iterator[dict[str, Any]]:
+        view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tiers": {}}
         if picker is None:
-            return view
-        left_out = {instance.key: why for instance, why in picker.left_out()}
+            yield view
+            return
         names = picker.selector.tiers
         now = trio.current_time()
         view.update(known=not picker.snapshot.unknown, version=picker.snapshot.version, tiers=picker.tier_sizes())
-        for key in sorted(picker.snapshot.instances):
+        yield view
+        for key in keys:
             instance = picker.snapshot.instances[key]
             why = left_out.get(key)
             tier = names[picker.selector.tier(instance)] if why is None else None
             health = health_view(service.fitness, instance, now)
-            view["instances"].append({**instance_view(instance), "tier": tier, "left_out": why, "health": health})
-        return view
+            yield {**instance_view(instance), "tier": tier, "left_out": why, "health": health}
 
-    def overview(self, request: Request) -> Response:
+    def overview(self, request: Request) -> Steps[Response]:
         """A page for people."""
         process = self._process
         links = ["/services", "/metrics", "/config", "/readyz", "/livez"]
         parts = [html.facts(self._state()), *self._listeners()]
-        for service in process.services:
-            parts += self._service(service)
+        for service in list(process.services):
+            for part in self._service(service):
+                if part is not None:
+                    parts.append(part)
+                yield
         title = f"meshlocal proxy {meshlocal.__version__}"
-        return Response(200, "text/html; charset=utf-8", html.page(title, links, parts))
+        return Response(200, "text/html; charset=utf-8", html.page(title, links, parts, refresh=html.REFRESH))
 
     def _state(self) -> Iterator[tuple[str, Sequence[object]]]:
         process, services, feed = self._process, self._process.services, self._process.feed.status
@@ -174,7 +242,8 @@ class _ProxyPages:
         )
         yield html.table(("Address", "Service", "Accept errors"), rows)
 
-    def _service(self, service: ServiceState) -> Iterator[html.Html]:
+    def _service(self, service: ServiceState) -> Iterator[html.Html | None]:
+        """The parts of the page that show one service; None between two of them that take their time."""
         yield html.heading(f"Service {service.key}")
         picker = service.picker
         if picker is None:
@@ -203,32 +272,37 @@ class _ProxyPages:
         )
         if total:
             yield html.table(("Requests to tier", "Why not the first", "Outcome", "Count"), _request_rows(service))
-        left_out = {instance.key: why for instance, why in picker.left_out()}
-        instances = sorted(picker.snapshot.instances.values(), key=lambda each: (picker.selector.tier(each), each.key))
-        if len(instances) > _SHOWN:
-            yield html.paragraph(f"The first {_SHOWN} of {len(instances)} instances; /services has all:")
-        if not instances:
+        shown = []
+        for piece in pieces(picker.shown(_SHOWN)):
+            shown += piece
+            yield None
+        if len(picker.snapshot.instances) > len(shown):
+            told = f"The first {len(shown)} of {len(picker.snapshot.instances)} instances; /services has all:"
+            yield html.paragraph(told)
+        if not shown:
             return
         names = picker.selector.tiers
         now = trio.current_time()
-        yield html.table(
-            ("Instance", "Node", "Tier", "Left out", "Health", "Under way"),
-            (
+        rows = []
+        for each in shown:
+            why = picker.selector.left_out(each)
+            rows.append(
                 (
                     html.code(each.key),
                     each.node or None,
                     names[picker.selector.tier(each)],
-                    html.bad(why) if (why := left_out.get(each.key)) else None,
-                    _health(service, each, now),
+                    html.bad(why) if why else None,
+                    _health(service, each, now) if why is None else None,
                     service.fitness.under_way.get(each.key[:2], 0),
                 )
-                for each in instances[:_SHOWN]
-            ),
-        )
+            )
+            yield None
+        yield html.table(("Instance", "Node", "Tier", "Left out", "Health", "Under way"), rows)
 
 
-def _plan_page(service: str, view: Mapping[str, Any]) -> Response:
-    """The plan as a table."""
+def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:
+    """The plan as a table, of no more steps than somebody would read."""
+    plan, out = view["plan"], view["left_out"]
     steps = (
         (
             step["step"],
@@ -238,10 +312,19 @@ def _plan_page(service: str, view: Mapping[str, Any]) -> Response:
             _why(step["reason"] or ""),
             step["passed_over"] or ("terminating, and serves still" if step["last_resort"] else None),
         )
-        for step in view["plan"]
+        for step in plan[:_STEPS_SHOWN]
     )
-    left_out = ((html.code(each["instance"]), each["node"], html.bad(each["why"])) for each in view["left_out"])
+    yield
+    left_out = ((html.code(each["instance"]), each["node"], html.bad(each["why"])) for each in out[:_STEPS_SHOWN])
+    more = [
+        html.paragraph(
+            f"The first {_STEPS_SHOWN} of {len(rows)} {what}; without text/html in Accept, this page has all."
+        )
+        for what, rows in (("steps", plan), ("instances that are left out", out))
+        if len(rows) > _STEPS_SHOWN
+    ]
     parts = [
+        *more,
         html.paragraph("What the next request tries, in this order, while each attempt fails."),
         html.table(("Step", "Instance", "Node", "Tier", "Why not the first tier", "Why so late"), steps),
         html.heading("Left out"),

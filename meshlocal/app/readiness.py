@@ -30,6 +30,11 @@ class Readiness:
         if not self.draining:
             self.reason = waiting_for
 
+    def fail(self, problem: str) -> None:
+        """Never ready again: a part without which nobody is served is dead (P1)."""
+        self.draining = True
+        self.reason = f"dead: {problem}"
+
     def drain(self) -> None:
         """Never ready again (S1)."""
         self.draining = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
@@ -31,24 +32,62 @@ class Stop:
         self.requested.set()
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 async def handle_signals(
     stop: Stop,
-    reload: Callable[[], None] | None,
+    reload: Callable[[], Awaitable[None]] | None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """SIGTERM and SIGINT stop, SIGHUP reloads, until cancelled. Started once signals are caught."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
-        task_status.started()
-        async for number in received:
-            if number == signal.SIGHUP:
-                if reload is None:
-                    _log.warning("SIGHUP ignored: nothing to read again")
-                else:
-                    reload()
-            else:
-                _log.info("stopping now" if stop.requested.is_set() else "draining", signal=signal.Signals(number).name)
-                stop.request()
+    """SIGTERM and SIGINT stop, SIGHUP reloads, until cancelled. Started once signals are caught.
+
+    A reload that takes its time holds up no stop. Those that are asked for meanwhile become one.
+
+    Once a stop was asked for, nothing else is expected of the process but its end: from this function's end on, these
+    signals are ignored. There is no moment in between at which Python would raise KeyboardInterrupt.
+    """
+    token = trio.lowlevel.current_trio_token()
+    sender, received = trio.open_memory_channel[int](64)
+    wanted = trio.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(pass_on, number)
+
+    def pass_on(number: int) -> None:
+        # So many that are not handled yet need not become more.
+        with suppress(trio.WouldBlock, trio.BrokenResourceError):
+            sender.send_nowait(number)
+
+    async def reload_when_wanted() -> None:
+        nonlocal wanted
+        assert reload is not None
+        while True:
+            await wanted.wait()
+            wanted = trio.Event()
+            await reload()
+
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        async with trio.open_nursery() as nursery:
+            if reload is not None:
+                nursery.start_soon(reload_when_wanted)
+            task_status.started()
+            with received:
+                async for number in received:
+                    if number != signal.SIGHUP:
+                        name = signal.Signals(number).name
+                        _log.info("stopping now" if stop.requested.is_set() else "draining", signal=name)
+                        stop.request()
+                    elif reload is None:
+                        _log.warning("SIGHUP ignored: nothing to read again")
+                    else:
+                        wanted.set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if stop.requested.is_set() else handler)
 
 
 async def cancel_when_set(event: trio.Event, scope: trio.CancelScope) -> None:

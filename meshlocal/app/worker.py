@@ -16,11 +16,13 @@ from random import Random
 import trio
 
 from meshlocal.admin.messages import Response
-from meshlocal.admin.server import Route
+from meshlocal.admin.metrics_page import import_metrics, measure
+from meshlocal.admin.server import AsyncRoute, Route, answer
 from meshlocal.app.proxy import ProxyProcess, freeze_garbage_collector
-from meshlocal.app.proxy_pages import proxy_routes
-from meshlocal.app.worker_channel import Answer, Call, Channel, Configure, Measure, Metrics, Ready, Show, Start
+from meshlocal.app.proxy_pages import METRICS_MODULES, proxy_routes
+from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Metrics, Ready, Show, Start
 from meshlocal.net.log import get_log, label_process
+from meshlocal.net.slices import in_slices
 
 _log = get_log(__name__)
 
@@ -40,7 +42,7 @@ class Supervised:
                 process.stop.request()
                 continue
             try:
-                value = _answer(process, message.message, routes)
+                value = await _answer(process, message.message, routes)
             except Exception:  # noqa: BLE001 - a page's fault must not end the connections that the worker serves
                 _log.exception("worker cannot answer", asked=type(message.message).__name__)
                 value = None
@@ -59,16 +61,19 @@ class Supervised:
         """It knows."""
 
 
-def _answer(
-    process: ProxyProcess, message: Configure | Show | Measure, routes: Mapping[str, Route]
-) -> list[str] | Response | Metrics:
+async def _answer(
+    process: ProxyProcess, message: Configure | Show | Measure | Beat, routes: Mapping[str, Route | AsyncRoute]
+) -> list[str] | Response | Metrics | bool:
     match message:
         case Configure(config):
-            return process.apply(config)
+            return await process.import_and_apply(config)
         case Show(request):
-            return routes[request.path](request)
+            return await answer(routes[request.path], request)
         case Measure():
-            return [metric for collector in process.collectors() for metric in collector.collect()]
+            await import_metrics(METRICS_MODULES)
+            return await in_slices(measure(process.collectors()))
+        case Beat():
+            return True
 
 
 async def serve(sock: socket.socket) -> int:

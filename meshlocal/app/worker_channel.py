@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import trio
 
 from meshlocal.admin.messages import Request
+from meshlocal.net.log import get_log
 from meshlocal.policy.config import Config
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+
+_log = get_log(__name__)
+
+SEND_LIMIT = 5.0
+"""Seconds that the other process may take to read a message, before it is taken for gone."""
 
 _CHUNK = 65536
 _HEAD = struct.Struct("!I")
@@ -61,7 +67,11 @@ class Call(NamedTuple):
     """A message that is answered."""
 
     number: int
-    message: Configure | Show | Measure
+    message: Configure | Show | Measure | Beat
+
+
+class Beat(NamedTuple):
+    """To a worker, from time to time: say that your event loop runs. Answered with True."""
 
 
 class Answer(NamedTuple):
@@ -93,17 +103,33 @@ class Channel:
         async with self._sending:
             if self._broken:
                 raise trio.BrokenResourceError("an earlier message was not sent whole")
-            # A message that is cut must be the last one: what follows it would be read as its rest.
+            # What follows a message that was cut would be read as its rest. So its sender's cancellation waits for it;
+            # but not for ever, as the other process may have stopped.
             self._broken = True
-            await self._stream.send_all(_HEAD.pack(len(data)) + data)
-            self._broken = False
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + SEND_LIMIT):
+                await self._stream.send_all(_HEAD.pack(len(data)) + data)
+                self._broken = False
+            if self._broken:
+                raise trio.BrokenResourceError("the other process does not read")
 
     async def receive(self) -> object | None:
-        """The next message; None if the other process has gone. One task at a time."""
-        data = await self._take(_HEAD.size)
-        if data is not None:
-            data = await self._take(_HEAD.unpack(data)[0])
-        return pickle.loads(data) if data is not None else None
+        """The next message; None if the other process has gone. One task at a time.
+
+        One that cannot be read is passed over, with a line in the log: the two processes may be of different versions,
+        where the package was upgraded below a supervisor that runs.
+        """
+        while True:
+            data = await self._take(_HEAD.size)
+            if data is not None:
+                data = await self._take(_HEAD.unpack(data)[0])
+            if data is None:
+                return None
+            try:
+                message: object = pickle.loads(data)
+            except Exception:  # noqa: BLE001 - a pickle may raise anything
+                _log.exception("a message between the processes of this proxy cannot be read; was it upgraded?")
+                continue
+            return message
 
     async def _take(self, size: int) -> bytes | None:
         while len(self._received) < size:

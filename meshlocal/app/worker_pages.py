@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import trio
-from prometheus_client import CollectorRegistry
 
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_response
@@ -14,6 +13,7 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
 from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
+from meshlocal.net.slices import in_slices
 
 if TYPE_CHECKING:
     from meshlocal.app.workers import Supervisor, Worker
@@ -43,19 +43,21 @@ class _WorkerPages:
     async def metrics(self, request: Request) -> Response:
         """What all workers count, added up."""
         supervisor = self._supervisor
-        measured: dict[int, Metrics] = {}
+        measured: dict[Worker, Metrics] = {}
         async with trio.open_nursery() as nursery:
             for worker in supervisor.workers.values():
                 if worker.announced is not None:
                     nursery.start_soon(self._measure, worker, measured)
-        # One that ended meanwhile was counted when it did.
-        measured = {number: found for number, found in sorted(measured.items()) if number in supervisor.workers}
-        registry = CollectorRegistry(auto_describe=True)
-        registry.register(Fixed(self._totals.merge(measured)))
-        registry.register(WorkersCollector(len(self._ready()), supervisor.count, supervisor.restarts))
-        return metrics_response(request, registry)
+        # One that ended meanwhile was counted when it did, and another has its number by now.
+        living = sorted(supervisor.workers.items())
+        found = {number: measured[worker] for number, worker in living if worker in measured}
+        collectors = [
+            Fixed(self._totals.merge(found)),
+            WorkersCollector(len(self._ready()), supervisor.count, supervisor.restarts),
+        ]
+        return await in_slices(metrics_response(request, collectors))
 
-    async def _measure(self, worker: Worker, measured: dict[int, Metrics]) -> None:
+    async def _measure(self, worker: Worker, measured: dict[Worker, Metrics]) -> None:
         from meshlocal.app.workers import WorkerGoneError
 
         try:
@@ -63,7 +65,7 @@ class _WorkerPages:
         except WorkerGoneError:
             return
         assert isinstance(found, list)
-        measured[worker.number] = found
+        measured[worker] = found
 
     async def of_one(self, request: Request) -> Response:
         """A page of the worker that `?worker=` names, else of the first that may be sent work."""

@@ -26,14 +26,16 @@ import msgspec
 import trio
 
 from meshlocal.admin.server import AdminServer
-from meshlocal.app.proxy import LoadConfig, Operator, read_again
+from meshlocal.app.proxy import CONFIG_LIMIT, LoadConfig, Operator, read_again
 from meshlocal.app.readiness import Readiness
 from meshlocal.app.signals import Stop, handle_signals
-from meshlocal.app.worker_channel import Answer, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
+from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
+from meshlocal.net.blocking import Blocking
 from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.listen import ListenError, open_tcp_listeners
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.supervision import Supervision
 from meshlocal.policy.backoff import Backoff
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.proxy.listeners import Listener, keep, service_key
@@ -49,6 +51,12 @@ SETTLED = 30.0
 
 ANSWER_LIMIT = 10.0
 """Seconds that a worker may take to answer."""
+
+BEAT_INTERVAL = 2.0
+"""Seconds between two questions to a worker whether its event loop runs."""
+
+BEAT_LIMIT = 10.0
+"""Seconds that the answer may take. Then the worker hangs: it is killed, and another takes its place."""
 
 STOP_GRACE = 10.0
 """Seconds that workers may take to end, beyond what the drain allows them."""
@@ -87,8 +95,8 @@ class Worker:
                 self._stops += 1
                 await self._channel.send(StopOrder())
 
-    async def ask(self, message: Configure | Show | Measure) -> object:
-        """Send a message that is answered, and wait for the answer.
+    async def ask(self, message: Configure | Show | Measure | Beat, limit: float = ANSWER_LIMIT) -> object:
+        """Send a message that is answered, and wait for the answer, for `limit` seconds at most.
 
         Raises:
             WorkerGoneError: there is none, or not in time.
@@ -97,7 +105,7 @@ class Worker:
         call = Call(self._calls, message)
         answered, values = self._waiting[call.number] = trio.Event(), []
         try:
-            with trio.move_on_after(ANSWER_LIMIT):
+            with trio.move_on_after(limit):
                 await self._channel.send(call)
                 await answered.wait()
         except trio.BrokenResourceError:
@@ -139,6 +147,8 @@ class Supervisor:
 
     def __init__(self, load: LoadConfig, config: Config, rng: Random, operator: Operator) -> None:
         self._load = load
+        self._files = Blocking(limit=CONFIG_LIMIT)
+        self.supervision = Supervision(rng)
         self._rng = rng
         self._operator = operator
         self.config = config
@@ -175,12 +185,15 @@ class Supervisor:
             opened.callback(lambda: _release(self._addresses))
             self._addresses = self._reserve(self.config.proxy)
             async with trio.open_nursery() as lifetime:
-                await lifetime.start(handle_signals, self.stop, partial(lifetime.start_soon, self.reload))
+                keep = self.supervision.keep
+                await lifetime.start(self._take_orders)
                 if admin_sockets:
-                    await lifetime.start(AdminServer(worker_routes(self)).serve, admin_sockets)
+                    serve = partial(AdminServer(worker_routes(self)).serve, admin_sockets)
+                    lifetime.start_soon(keep, "admin server", serve)
                 async with trio.open_nursery() as workers:
                     for number in range(1, self.count + 1):
-                        workers.start_soon(self._keep_running, number)
+                        run = partial(keep, f"worker {number}", self._keep_running, number, may_end=True)
+                        workers.start_soon(run)
                     await self.stop.requested.wait()
                     self.readiness.drain()
                     self._operator.draining()
@@ -192,6 +205,9 @@ class Supervisor:
                     self._status = 1
                 lifetime.cancel_scope.cancel()
         return self._status
+
+    async def _take_orders(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self.supervision.start("orders", handle_signals, self.stop, self.reload, task_status=task_status)
 
     # Addresses
 
@@ -268,6 +284,7 @@ class Supervisor:
                     await worker.start(Start(number, self.count, config))
                 await worker.order(self.stop)
                 nursery.start_soon(worker.hear, self._see_whether_ready)
+                nursery.start_soon(self._kill_when_hung, worker)
                 await process.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -284,6 +301,20 @@ class Supervisor:
         if status and self.stop.requested.is_set() and not early:
             self._status = 1
         return status
+
+    async def _kill_when_hung(self, worker: Worker) -> None:
+        """End a worker whose event loop stands still: it would go on to be given connections, and serve none."""
+        while True:
+            await trio.sleep(BEAT_INTERVAL)
+            if worker.announced is None:
+                continue
+            try:
+                await worker.ask(Beat(), BEAT_LIMIT)
+            except WorkerGoneError:
+                if worker.process.returncode is None:
+                    _log.error("worker hangs, and is killed", worker=worker.number, seconds=BEAT_LIMIT)
+                    worker.process.kill()
+                return
 
     async def _order_stop(self) -> None:
         for event in (self.stop.requested, self.stop.now):
@@ -315,7 +346,7 @@ class Supervisor:
     async def reload(self) -> None:
         """Read the configuration again and apply it in all workers, whole or not at all (S2)."""
         async with self._changing:
-            config, problems = read_again(self._load, self.config, self.stop)
+            config, problems = await read_again(self._files, self._load, self.config, self.stop)
             if config is not None:
                 problems = await self._apply(config)
             for problem in problems:

@@ -240,6 +240,11 @@ def main() -> None:
         status = cli.main(prog_name="meshlocal", standalone_mode=False)
     except click.exceptions.Abort:
         status = 130
+    except BaseExceptionGroup as group:
+        # Ctrl-C before signals are handled, as a nursery has it.
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        status = 130
     except click.ClickException as error:
         with suppress(OSError):
             error.show()

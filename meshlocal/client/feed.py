@@ -40,6 +40,7 @@ class FeedStatus(msgspec.Struct):
         refused_instances: instances left out because a field of theirs made no sense.
         problem: why it is not connected; None while it is.
         stale: what is held came from a cache file, and was not confirmed since (D2).
+        began: when the feed began, on the same clock; None before that.
     """
 
     source: str = ""
@@ -49,10 +50,20 @@ class FeedStatus(msgspec.Struct):
     refused_instances: int = 0
     problem: str | None = None
     stale: bool = False
+    began: float | None = None
 
     def age(self, now: float) -> float | None:
-        """Seconds since what is held was known to be current (D1); None while nothing was ever held."""
-        return None if self.confirmed_at is None else max(0.0, now - self.confirmed_at)
+        """Seconds since what is held was known to be current (D1), or since the feed began if it never heard anything.
+
+        None before it began.
+        """
+        since = self.began if self.confirmed_at is None else self.confirmed_at
+        return None if since is None else max(0.0, now - since)
+
+    @property
+    def unconfirmed(self) -> bool:
+        """Nothing is known, or what is known came from a cache file, and no source has said so since."""
+        return self.stale or self.confirmed_at is None
 
 
 @runtime_checkable

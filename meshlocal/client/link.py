@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import msgspec
 
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.method import Method, Req, Resp
@@ -46,6 +49,11 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Events(Protocol):
     """A watch under way."""
 
+    @property
+    def received(self) -> int:
+        """Bytes that came so far, of an event that is not whole yet too."""
+        ...
+
     async def receive(self) -> pb.WatchInstancesResponse | None:
         """The next event; None at the end. Raises GrpcError."""
         ...
@@ -53,6 +61,10 @@ class Events(Protocol):
 
 class Link(Protocol):
     """A way to a server."""
+
+    async def probe(self) -> None:
+        """See whether a server is there, without a question. Raises GrpcError, TimeoutError."""
+        ...
 
     def watch(self, request: pb.WatchInstancesRequest) -> AbstractAsyncContextManager[Events]:
         """Begin a watch, which ends with the block. Raises GrpcError, TimeoutError."""
@@ -63,18 +75,94 @@ class Link(Protocol):
         ...
 
 
+class Credentials:
+    """What servers are told of who calls, and how they must prove who they are: from files that may change.
+
+    The files are looked at for each connection, and read when they changed. A file system that hangs costs the
+    attempt, and nothing else (P1).
+
+    Args:
+        ca_file: see `LinkOptions`.
+        token_file: see `LinkOptions`.
+    """
+
+    def __init__(self, ca_file: str | None, token_file: str | None) -> None:
+        self._ca_file = ca_file
+        self._token_file = token_file
+        self._files = Blocking()
+        self._context: ssl.SSLContext | None = None
+        self._made_of: object = None
+
+    async def context(self) -> ssl.SSLContext:
+        """How servers are authenticated. Made anew when the file changed.
+
+        Raises:
+            GrpcError: the file cannot be used; the text says which and why.
+        """
+        try:
+            return await self._files.run(self._make_context)
+        except (OSError, ValueError) as error:
+            raise GrpcError(StatusCode.UNAVAILABLE, f"{self._ca_file}: {_said(error)}") from None
+
+    def _make_context(self) -> ssl.SSLContext:
+        made_of: object = ()
+        if self._ca_file is not None:
+            found = os.stat(self._ca_file)
+            made_of = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._context is None or made_of != self._made_of:
+            self._context = ssl.create_default_context(cafile=self._ca_file)
+            self._made_of = made_of
+        return self._context
+
+    async def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What is sent along with each call.
+
+        Raises:
+            GrpcError: the file holds no token, or cannot be read; the text says which and why.
+        """
+        if self._token_file is None:
+            return ()
+        try:
+            token = (await self._files.run(_read, self._token_file)).decode("ascii").strip()
+        except UnicodeDecodeError:
+            token = ""
+        except OSError as error:
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{self._token_file}: {_said(error)}") from None
+        if not token.isprintable() or not token:
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{self._token_file}: holds no token")
+        return (("authorization", f"Bearer {token}"),)
+
+
+def import_links(urls: Iterable[DiscoveryUrl]) -> None:
+    """Import what the URLs will need: an import reads files, which nothing may do once the event loop runs."""
+    for url in urls:
+        if url.scheme in ("ws", "wss"):
+            import meshlocal.client.websocket_link
+        elif url.scheme in ("grpc", "grpcs"):
+            import meshlocal.net.grpc.client  # noqa: F401 - who reads a file needs no gRPC
+        if url.scheme in ("grpcs", "wss"):
+            import anyio.streams.tls  # noqa: F401 - few use TLS
+
+
 @asynccontextmanager
-async def open_link(url: DiscoveryUrl, options: LinkOptions) -> AsyncIterator[Link]:
+async def open_link(
+    url: DiscoveryUrl, options: LinkOptions, credentials: Credentials | None = None
+) -> AsyncIterator[Link]:
     """A way to the server at the URL, for as long as the block lasts.
+
+    Args:
+        url: where the server is.
+        options: how it is reached.
+        credentials: those of `options`, kept from one link to the next by who opens several.
 
     Raises:
         GrpcError: there is none; its text says why.
         TimeoutError: none was found within `connect_timeout`.
     """
-    context = _tls(url, options)
-    metadata = await _credentials(options)
+    credentials = credentials or Credentials(options.ca_file, options.token_file)
+    context = await credentials.context() if url.scheme in ("grpcs", "wss") else None
+    metadata = await credentials.metadata()
     if url.scheme in ("ws", "wss"):
-        # Imported here: few have a use for it.
         from meshlocal.client.websocket_link import WebSocketLink
 
         yield WebSocketLink(url, options, context, metadata)
@@ -103,6 +191,11 @@ class GrpcLink:
         self._channel = channel
         self._metadata = metadata
 
+    async def probe(self) -> None:
+        """See `Link.probe`."""
+        with anyio.fail_after(REQUEST_LIMIT):
+            await self._channel.probe()
+
     @asynccontextmanager
     async def watch(self, request: pb.WatchInstancesRequest) -> AsyncIterator[Events]:
         """See `Link.watch`."""
@@ -117,22 +210,11 @@ class GrpcLink:
         return await self._channel.unary(method, request, self._metadata)
 
 
-def _tls(url: DiscoveryUrl, options: LinkOptions) -> ssl.SSLContext | None:
-    if url.scheme not in ("grpcs", "wss"):
-        return None
-    try:
-        return ssl.create_default_context(cafile=options.ca_file)
-    except OSError as error:
-        raise GrpcError(StatusCode.UNAVAILABLE, f"{options.ca_file}: {error.strerror or error}") from None
+def _read(file: str) -> bytes:
+    return Path(file).read_bytes()
 
 
-async def _credentials(options: LinkOptions) -> tuple[tuple[str, str], ...]:
-    if options.token_file is None:
-        return ()
-    try:
-        token = (await anyio.Path(options.token_file).read_text()).strip()
-    except OSError as error:
-        raise GrpcError(StatusCode.UNAUTHENTICATED, f"{options.token_file}: {error.strerror or error}") from None
-    if not token.isascii() or not token.isprintable() or not token:
-        raise GrpcError(StatusCode.UNAUTHENTICATED, f"{options.token_file}: holds no token")
-    return (("authorization", f"Bearer {token}"),)
+def _said(error: Exception) -> str:
+    if isinstance(error, BlockedError):
+        return str(error)
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -8,6 +8,7 @@ began with.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -15,10 +16,11 @@ import anyio
 
 from meshlocal.client.fitness import Fitness
 from meshlocal.client.statistics import ServiceStatistics
-from meshlocal.net.log import get_log
+from meshlocal.net.log import RateLimited, get_log
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
+from meshlocal.policy.feedback import INTERVAL
 from meshlocal.policy.limits import Circuit
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
@@ -26,6 +28,12 @@ from meshlocal.policy.picker import Cursors, Pick, Picker, Plan, RandomSource
 from meshlocal.policy.steps import Steps
 
 _log = get_log(__name__)
+
+
+_WARNING_INTERVAL = 5.0
+
+_AWAY_LOOK = 10.0
+"""Seconds until it is looked again whether services that nobody uses may be forgotten, while discovery is away."""
 
 
 class Randomness(RandomSource, UniformSource, Protocol):
@@ -143,8 +151,6 @@ class ServiceState:
             self.fitness.retain(snapshot.instances)
         if self.changed is not None:
             self.changed(snapshot)
-        if snapshot.unknown and (before is None or not before.snapshot.unknown):
-            _log.warning("no registry knows the service", service=self.key)
         if not look_at_ports:
             return
         ports = self._ports = self.picker.port_names()
@@ -183,6 +189,7 @@ class ServiceTable:
         on_followed: called with `keys` whenever a request, or the lack of requests, changed them. `reconfigure` does
             not call it.
         on_failing: called with a service of which every attempt has failed for a while (D5).
+        is_away: whether discovery is, so that nothing could be fetched again.
         circuit: how much is under way in all, and may be.
     """
 
@@ -192,8 +199,12 @@ class ServiceTable:
         self.config = config
         self._states: dict[ServiceKey, ServiceState] = {}
         self._said_unmatched = False
+        self._failing: dict[ServiceKey, None] = {}
+        self._next_question = 0.0
+        self._unknown = RateLimited(_log, logging.WARNING, "no registry knows the service", interval=_WARNING_INTERVAL)
         self.on_followed: Callable[[list[ServiceKey]], None] | None = None
         self.on_failing: Callable[[ServiceKey], None] | None = None
+        self.is_away: Callable[[], bool] = lambda: False
         self.locality = locality
         self.reconfigure(config, locality)
 
@@ -222,7 +233,7 @@ class ServiceTable:
                 if not unused:
                     return None
                 # What nobody knows goes first, then what was not asked for the longest time.
-                oldest = min(unused, key=lambda each: (not _is_unknown(each), each.last_used))
+                oldest = min(unused, key=lambda each: (_is_known(each), each.last_used))
                 del self._states[oldest.key]
             state = self._states[key] = self._make(key)
             state.on_demand = True
@@ -232,14 +243,20 @@ class ServiceTable:
         return state
 
     def drop_unused(self, now: float) -> float:
-        """Follow no longer what no request asked for in `service_idle_timeout`; returns the seconds until the next."""
+        """Follow no longer what no request asked for in `service_idle_timeout`; returns the seconds until the next.
+
+        While discovery is away, what is known stays, however long it is unused: nobody could say it again (D7).
+        """
         limit = self.config.http.service_idle_timeout
         wait = limit
+        away = self.is_away()
         dropped = False
         for state in list(self._states.values()):
             if state.on_demand and not state.in_use:
                 left = state.last_used + limit - now
-                if left <= 0:
+                if left <= 0 and away and _is_known(state):
+                    wait = min(wait, _AWAY_LOOK)
+                elif left <= 0:
                     del self._states[state.key]
                     dropped = True
                 else:
@@ -250,8 +267,17 @@ class ServiceTable:
         return wait
 
     def _tell_failing(self, key: ServiceKey) -> None:
-        if self.on_failing is not None:
-            self.on_failing(key)
+        """Ask discovery about a service that fails, and all others that failed meanwhile: seldom, as each question is
+        a new connection, and in a partition every proxy has the same ones (D5)."""
+        self._failing[key] = None
+        now = anyio.current_time()
+        if self.on_failing is None or now < self._next_question:
+            return
+        self._next_question = now + INTERVAL * self._rng.uniform(1.0, 1.5)
+        failing, self._failing = self._failing, {}
+        for each in failing:
+            if each in self._states:
+                self.on_failing(each)
 
     def _tell_followed(self) -> None:
         if self.on_followed is not None:
@@ -314,7 +340,11 @@ class ServiceTable:
         """See `SnapshotSink.publish`. A service that is not followed is passed over."""
         state = self._states.get(snapshot.service)
         if state is not None:
+            before = state.picker
             state.publish(snapshot)
+            if snapshot.unknown and (before is None or not before.snapshot.unknown):
+                # Requests can name whatever they like.
+                self._unknown(anyio.current_time(), service=snapshot.service)
             self._check_node()
 
     @property
@@ -346,5 +376,5 @@ class ServiceTable:
             )
 
 
-def _is_unknown(state: ServiceState) -> bool:
-    return state.picker is not None and state.picker.snapshot.unknown
+def _is_known(state: ServiceState) -> bool:
+    return state.picker is not None and not state.picker.snapshot.unknown

@@ -1,43 +1,74 @@
-"""The watch on a discovery server that never ends (behaviour rules D1 and D4).
+"""The watch on a discovery server that never ends (behaviour rules D1, D4 and D6).
 
-One task owns the connection and all that is held. It watches its services on
-one stream, applies each event to what it holds and passes the result to a sink.
-Whatever ends the stream, it keeps what it holds, waits with exponential backoff
-and jitter, and watches again from the versions that it holds, at the next of
-its servers. A server that is frozen without closing is found by keepalive
-pings, one that answers pings but says nothing by its missing heartbeats.
+One task owns the connection and all that is held. It watches its services on a stream for each `MOST_SUBSCRIPTIONS` of
+them, applies each event to what it holds and passes the result to a sink. Whatever ends the streams, it keeps what it
+holds, waits with exponential backoff and jitter, and watches again from the versions that it holds, at the next of its
+servers.
+
+    what a server does                            what follows
+    it refuses, ends, or breaks off               the next server, after the backoff, or after what it asks for
+    it is frozen without closing                  found by keepalive pings; likewise
+    it answers pings, but says nothing            found by its missing heartbeats; likewise. A long event that makes
+                                                  progress is no silence
+    it does not know a service yet (`pending`)    after `PENDING_LIMIT` the next server; if none knows it, they are
+                                                  visited at longer and longer intervals (D6)
+    it sends what makes no sense                  the next server, and everything from the start (D1)
+
+Nothing that a watch meets ends its task: that costs an attempt, a line in the log and a backoff (P1).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import TypeVar
 
 import anyio
 import anyio.lowlevel
 import msgspec
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
-from meshlocal.client.link import Link, LinkOptions, open_link
+from meshlocal.client.link import Credentials, Events, Link, LinkOptions, import_links, open_link
+from meshlocal.net.groups import first_of
 from meshlocal.net.log import get_log
+from meshlocal.net.slices import in_slices
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceKey, ServiceSnapshot, apply
-from meshlocal.policy.steps import STEP, Steps
+from meshlocal.policy.steps import STEP
 from meshlocal.wire.discovery_codec import change_in_steps, snapshot_in_steps
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
 _log = get_log(__name__)
 
-T = TypeVar("T")
-
 SILENCE_FACTOR = 3.0
 """Heartbeat intervals without an event after which a watch is taken for dead."""
 
 FIRST_EVENT_LIMIT = 10.0
-"""Seconds to a watch's first event, before its server has said how often it sends heartbeats."""
+"""Seconds without a byte before a watch's first event: its server has not said yet how often it sends heartbeats."""
+
+PENDING_LIMIT = 5.0
+"""Seconds for which a server may not know a service yet, while there are other servers to ask (D6)."""
+
+PENDING_LONGEST = 60.0
+"""The same, at most, once no server knew it: it doubles with each round of all of them."""
+
+FOLLOW_PAUSE = 0.2
+"""Seconds that a stream lasts at least before it is given up because other services are to be followed. The first
+change after a while is followed at once; a flood of them costs the server no more than five streams a second."""
+
+PROBE_INTERVAL = 10.0
+"""Seconds between two looks at a server that is asked for nothing, as no service is followed."""
+
+MOST_SUBSCRIPTIONS = 1000
+"""Services on one stream at most: as many as a discovery server takes by default."""
+
+PUSHBACK = "grpc-retry-pushback-ms"
+"""The metadata in which a server says how long it wants to be left alone (gRFC A6)."""
+
+PUSHBACK_LONGEST = 60.0
+"""Seconds for which a server is left alone at its word."""
 
 MAX_EVENT_SIZE = 64 * 2**20
 """Bytes of one event at most: room for a snapshot of some 200,000 instances."""
@@ -50,7 +81,7 @@ class WatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     keepalive_interval: float = 10.0
     keepalive_timeout: float = 5.0
     backoff_initial: float = 0.2
-    backoff_max: float = 15.0
+    backoff_max: float = 5.0
     ca_file: str | None = None
     token_file: str | None = None
 
@@ -93,13 +124,21 @@ class DiscoveryWatch:
         self._services = list(dict.fromkeys(services))
         self._sink = sink
         self._options = options or WatchOptions()
-        self._backoff = Backoff(self._options.backoff_initial, self._options.backoff_max, rng)
+        self._credentials = Credentials(self._options.ca_file, self._options.token_file)
+        import_links(urls)
+        self._backoff = Backoff(self._options.backoff_initial, self._options.backoff_max, rng, least=0.0)
+        self._rng = rng
         self._held: dict[ServiceKey, ServiceSnapshot] = {snapshot.service: snapshot for snapshot in held}
-        self._stream_scope: anyio.CancelScope | None = None
         self._server_scope: anyio.CancelScope | None = None
         self._refreshing = False
         self._followed = anyio.Event()
-        self._current = False
+        self._subscribed: frozenset[ServiceKey] = frozenset()
+        self._unheard: set[int] = set()
+        """Streams of this connection on which no heartbeat came yet."""
+        self._pending: set[ServiceKey] = set()
+        self._pending_since = 0.0
+        self._left = 0
+        """Servers that were left in a row because they did not know a service."""
         self._said: dict[str, str] = {}
         self.status = FeedStatus()
 
@@ -112,8 +151,6 @@ class DiscoveryWatch:
         for service in self._held.keys() - set(wanted):
             del self._held[service]
         self._followed.set()
-        if self._stream_scope is not None:
-            self._stream_scope.cancel()
 
     def refresh(self, service: ServiceKey) -> None:
         """Get the service's whole state anew, over a new connection, to the next server if there are several (D5).
@@ -127,108 +164,185 @@ class DiscoveryWatch:
 
     async def run(self) -> None:
         """Watch until cancelled."""
+        self.status.began = anyio.current_time()
         for url in cycle(self._urls):
             self.status.source = str(url)
-            problem = "the watch ended"
+            problem, pause = "the watch ended", 0.0
             try:
                 await self._watch_server(url)
-            except GrpcError as error:
-                problem = str(error)
-            except TimeoutError:
-                problem = "no answer in time"
-            except OSError as error:
-                problem = error.strerror or str(error)
-            except (BaseMismatchError, UnexpectedEventError) as error:
-                # What is held may not be what the server thinks: ask for the whole again (D1).
-                self._held.clear()
-                problem = str(error)
-            self._current = False
+            except Exception as error:  # noqa: BLE001 - whatever it is, what is known must be gone on with (P1)
+                problem, pause = self._explain(first_of(error))
+            self._pending.clear()
             if self._refreshing:
                 self._refreshing = False
                 continue
             self._lost(str(url), problem)
-            await anyio.sleep(self._backoff.next())
+            await anyio.sleep(max(self._backoff.next(), pause))
+
+    def _explain(self, error: Exception) -> tuple[str, float]:
+        """What ended a watch, in words, and the seconds that its server asks to be left alone for."""
+        if isinstance(error, GrpcError):
+            return str(error), _pushback(error) * self._rng.uniform(1.0, 1.5)
+        if isinstance(error, _UnknowingError):
+            self._left += 1
+            return str(error), 0.0
+        if isinstance(error, TimeoutError):
+            return str(error) or "no answer in time", 0.0
+        if isinstance(error, OSError):
+            return error.strerror or str(error), 0.0
+        if isinstance(error, BaseMismatchError | UnexpectedEventError):
+            # What is held may not be what the server thinks: ask for the whole again (D1).
+            self._held.clear()
+            return str(error), 0.0
+        # Nor does anybody know then what of it was passed on.
+        self._held.clear()
+        _log.exception("the watch on discovery failed by a fault of this program")
+        return f"{type(error).__name__}: {error}", 0.0
 
     def _lost(self, url: str, problem: str) -> None:
         # Said once an outage and server, not once a try: an outage may last for days.
         if self._said.get(url) != problem:
             self._said[url] = problem
-            _log.warning("discovery is away; going on with what is known", url=url, problem=problem)
+            if self._held or not self._services:
+                _log.warning("discovery is away; going on with what is known", url=url, problem=problem)
+            else:
+                _log.warning("discovery is away, and nothing is known yet", url=url, problem=problem)
         self.status.connected = False
         self.status.problem = problem
         self.status.reconnects += 1
 
+    def _reached(self, url: DiscoveryUrl) -> None:
+        """The server answers."""
+        if not self.status.connected:
+            self.status.connected = True
+            self.status.problem = None
+            self._said.clear()
+            self._backoff.reset()
+            _log.info("discovery is watched", url=str(url), services=len(self._services))
+
     async def _watch_server(self, url: DiscoveryUrl) -> None:
         with anyio.CancelScope() as self._server_scope:
             try:
-                async with open_link(url, self._options.link()) as link:
-                    while await self._watch_once(link, url):
-                        pass
+                async with open_link(url, self._options.link(), self._credentials) as link:
+                    while True:
+                        self._followed = anyio.Event()
+                        if not self._services:
+                            await self._wait_for_services(link, url)
+                        elif not await self._watch_once(link, url):
+                            return
             finally:
                 self._server_scope = None
 
-    async def _watch_once(self, link: Link, url: DiscoveryUrl) -> bool:
-        """One stream, until it ends; true if it ended because other services are to be followed."""
-        self._followed = anyio.Event()
-        if not self._services:
-            await self._followed.wait()
-            return True
-        with anyio.CancelScope() as scope:
-            self._stream_scope = scope
-            try:
-                await self._follow_stream(link, url)
-            finally:
-                self._stream_scope = None
-        return scope.cancelled_caught
+    async def _wait_for_services(self, link: Link, url: DiscoveryUrl) -> None:
+        """Look at the server from time to time, until there is a service to follow."""
+        while not self._followed.is_set():
+            await link.probe()
+            # There is nothing that could be out of date.
+            self.status.confirmed_at = anyio.current_time()
+            self._reached(url)
+            with anyio.move_on_after(PROBE_INTERVAL):
+                await self._followed.wait()
 
-    async def _follow_stream(self, link: Link, url: DiscoveryUrl) -> None:
+    async def _watch_once(self, link: Link, url: DiscoveryUrl) -> bool:
+        """The streams of one set of services, until one ends; true if others are to be followed."""
+        services = self._services
+        chunks = [services[at : at + MOST_SUBSCRIPTIONS] for at in range(0, len(services), MOST_SUBSCRIPTIONS)]
+        self._subscribed = frozenset(services)
+        self._pending.clear()
+        self._unheard = set(range(len(chunks)))
+        changed = False
+        async with anyio.create_task_group() as tasks:
+
+            async def give_up_when_followed() -> None:
+                nonlocal changed
+                earliest = anyio.current_time() + FOLLOW_PAUSE
+                await self._followed.wait()
+                await anyio.sleep(max(0.0, earliest - anyio.current_time()))
+                changed = True
+                tasks.cancel_scope.cancel()
+
+            async def follow(position: int, chunk: Sequence[ServiceKey]) -> None:
+                await self._follow_stream(link, url, position, chunk)
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(give_up_when_followed)
+            for position, chunk in enumerate(chunks):
+                tasks.start_soon(follow, position, chunk)
+        return changed
+
+    async def _follow_stream(
+        self, link: Link, url: DiscoveryUrl, position: int, services: Sequence[ServiceKey]
+    ) -> None:
         request = pb.WatchInstancesRequest(
             subscriptions=[
                 pb.Subscription(service=service, version=held.version if (held := self._held.get(service)) else "")
-                for service in self._services
+                for service in services
             ]
         )
         limit = FIRST_EVENT_LIMIT
         async with link.watch(request) as events:
-            while True:
-                with anyio.fail_after(limit):
-                    event = await events.receive()
-                if event is None:
-                    return
-                limit = await self._take(event, limit)
-                if not self.status.connected:
-                    self.status.connected = True
-                    self.status.problem = None
-                    self._said.clear()
-                    self._backoff.reset()
-                    _log.info("discovery is watched", url=str(url), services=len(self._services))
+            while (event := await self._next(events, limit)) is not None:
+                limit = await self._take(event, limit, position, services)
+                self._reached(url)
 
-    async def _take(self, event: pb.WatchInstancesResponse, limit: float) -> float:
-        """Apply one event; returns the seconds that the next may take."""
+    async def _next(self, events: Events, limit: float) -> pb.WatchInstancesResponse | None:
+        """The next event; None at the stream's end.
+
+        Raises:
+            TimeoutError: not a byte came in `limit` seconds.
+            _UnknowingError: the server has not known a service for too long.
+        """
+        while True:
+            received = events.received
+            leave_at = self._leave_at()
+            with anyio.CancelScope(deadline=min(anyio.current_time() + limit, leave_at)):
+                return await events.receive()
+            if anyio.current_time() >= leave_at:
+                raise _UnknowingError(self._pending)
+            if events.received == received:
+                raise TimeoutError
+
+    def _leave_at(self) -> float:
+        """When another server is to be asked, as this one does not know a service (D6)."""
+        if not self._pending or len(self._urls) == 1:
+            return math.inf
+        return self._pending_since + min(PENDING_LIMIT * 2.0 ** min(self._left // len(self._urls), 16), PENDING_LONGEST)
+
+    async def _take(
+        self, event: pb.WatchInstancesResponse, limit: float, position: int, services: Sequence[ServiceKey]
+    ) -> float:
+        """Apply one event of a stream of these services; returns the seconds that the next may take."""
         kind = event.WhichOneof("event")
         if kind == "heartbeat":
-            self._current = not event.heartbeat.pending
-        if self._current:
+            self._hear(event.heartbeat, position, services)
+        if not self._unheard and not self._pending:
             # Events come in order, so each one shows that what came before it is current still.
+            self._left = 0
             self.status.confirmed_at = anyio.current_time()
             self.status.stale = False
         if kind == "heartbeat":
             return max(event.heartbeat.interval_ms / 1000 * SILENCE_FACTOR, 1.0)
         if kind == "snapshot":
-            snapshot = await _in_steps(snapshot_in_steps(event.snapshot, self._refuse))
+            snapshot = await in_slices(snapshot_in_steps(event.snapshot, self._refuse), 0.0)
             changed = len(snapshot.instances)
         elif kind == "change":
             held = self._held.get(ServiceKey(event.change.service))
             if held is None:
+                if event.change.service in self._subscribed and event.change.service not in self._services:
+                    return limit
                 raise UnexpectedEventError(f"a change came of {event.change.service!r}, of which nothing is held")
-            change = await _in_steps(change_in_steps(event.change, self._refuse))
+            change = await in_slices(change_in_steps(event.change, self._refuse), 0.0)
             snapshot = apply(held, change)
             changed = len(change.upserted)
         else:
             # An event of a later version of the interface: it is there to be ignored by earlier ones.
             return limit
-        if snapshot.service not in self._services:
+        if snapshot.service not in self._subscribed:
             raise UnexpectedEventError(f"an event came of {snapshot.service!r}, which is not watched")
+        self._pending.discard(snapshot.service)
+        if snapshot.service not in self._services:
+            # It was dropped a moment ago, and its stream has not ended yet.
+            return limit
         if changed > max(STEP, len(snapshot.instances) // 4):
             for _ in self._sink.prepare(snapshot):
                 await anyio.lowlevel.checkpoint()
@@ -236,21 +350,34 @@ class DiscoveryWatch:
         self._sink.publish(snapshot)
         return limit
 
+    def _hear(self, heartbeat: pb.Heartbeat, position: int, services: Sequence[ServiceKey]) -> None:
+        self._unheard.discard(position)
+        if not self._pending:
+            self._pending_since = anyio.current_time()
+        self._pending.difference_update(services)
+        self._pending.update(map(ServiceKey, heartbeat.pending))
+
     def _refuse(self, service: ServiceKey, error: ModelError) -> None:
         self.status.refused_instances += 1
         _log.warning("instance refused", service=service, where=error.where, problem=error.what, url=self.status.source)
 
 
-async def _in_steps(steps: Steps[T]) -> T:
-    """Do what has many steps, and let others go on between them."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        await anyio.lowlevel.checkpoint()
+def _pushback(error: GrpcError) -> float:
+    """The seconds that a server asks to be left alone for; 0 if it does not, or not in a number."""
+    for name, value in error.trailing:
+        if name == PUSHBACK and isinstance(value, str) and value.isascii() and value.isdigit():
+            return min(int(value[:9]) / 1000, PUSHBACK_LONGEST)
+    return 0.0
 
 
 class UnexpectedEventError(Exception):
     """A discovery server sent what does not fit what went before."""
+
+
+class _UnknowingError(Exception):
+    """A server has not known a service for too long."""
+
+    def __init__(self, services: Iterable[ServiceKey]) -> None:
+        names = sorted(services)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        super().__init__(f"its registries have not said yet where {names[0]}{more} runs")

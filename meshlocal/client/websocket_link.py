@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Generic
 
 import anyio
@@ -48,6 +48,12 @@ class WebSocketLink:
                 raise GrpcError(StatusCode.INTERNAL, "the server sent no response")
             return answer
 
+    async def probe(self) -> None:
+        """See `Link.probe`: a handshake, and no request."""
+        with anyio.fail_after(self._options.connect_timeout), _as_grpc_errors():
+            async with self._open(WATCH_INSTANCES.path):
+                pass
+
     def _open(self, target: str) -> AbstractAsyncContextManager[WebSocket]:
         options = WebSocketOptions(
             max_message_size=self._options.max_message_size,
@@ -68,21 +74,28 @@ class WebSocketLink:
     async def _call(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[Answers[Req, Resp]]:
         with anyio.CancelScope() as connecting:
             connecting.deadline = anyio.current_time() + self._options.connect_timeout
-            try:
+            with _as_grpc_errors():
                 async with self._open(method.path) as websocket:
                     await websocket.send(request.SerializeToString())
                     connecting.deadline = float("inf")
                     yield Answers(websocket, method)
-            except ConnectionError as error:
-                raise GrpcError(StatusCode.UNAVAILABLE, str(error), unprocessed=True) from error
-            except RejectedError as error:
-                code = from_http_status(error.status) if error.status else StatusCode.UNAVAILABLE
-                told = error.reason or f"the server answered with HTTP status {error.status}"
-                raise GrpcError(code, told, unprocessed=True) from error
-            except ClosedError as error:
-                raise wire.Close(error.code, error.reason).status() from error
         if connecting.cancelled_caught:
             raise TimeoutError
+
+
+@contextmanager
+def _as_grpc_errors() -> Iterator[None]:
+    """What a connection ends with, in gRPC's terms."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise GrpcError(StatusCode.UNAVAILABLE, str(error), unprocessed=True) from error
+    except RejectedError as error:
+        code = from_http_status(error.status) if error.status else StatusCode.UNAVAILABLE
+        told = error.reason or f"the server answered with HTTP status {error.status}"
+        raise GrpcError(code, told, unprocessed=True) from error
+    except ClosedError as error:
+        raise wire.Close(error.code, error.reason).status() from error
 
 
 class Answers(Generic[Req, Resp]):
@@ -92,6 +105,11 @@ class Answers(Generic[Req, Resp]):
         self._websocket = websocket
         self._method = method
         self._codec = wire.ProtoCodec()
+
+    @property
+    def received(self) -> int:
+        """See `Events.received`."""
+        return self._websocket.received
 
     async def receive(self) -> Resp | None:
         """The next answer; None at the end."""

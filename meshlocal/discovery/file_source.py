@@ -6,6 +6,8 @@ edit in place and a file that comes late are all seen alike, on every file
 system. A file that changed is read once it looks the same twice in a row and
 nobody has it open for writing, so that a writer caught half-way is waited for:
 half a file may well parse, and say that there are no instances.
+
+All of it is done in a thread: a file system that hangs holds that one, and what was published before stays (P1).
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import errno
 import fcntl
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.to_thread
 
 from meshlocal.discovery.source import Publisher
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
 from meshlocal.policy.model import index
 from meshlocal.policy.problems import Problem
@@ -33,6 +36,13 @@ _log = get_log(__name__)
 
 POLL_INTERVAL = 0.25
 """Seconds between two looks at the file. A change is published after one to two of them."""
+
+LOOK_FOR = 5.0
+"""Seconds that a thread looks for, before it comes back without a change. Less than a file system may take to answer:
+one that hangs is told from one where nothing changes."""
+
+BLOCKED_PAUSE = 1.0
+"""Seconds between two tries to look at a file whose file system does not answer."""
 
 WRITER_LIMIT = 10.0
 """Seconds for which somebody who has the file open for writing is waited for."""
@@ -58,6 +68,8 @@ class FileSource:
         self._zone = zone
         self._cluster = cluster
         self._poll_interval = poll_interval
+        self._files = Blocking()
+        self._said_blocked = False
 
     @property
     def name(self) -> str:
@@ -86,34 +98,74 @@ class FileSource:
         done: _Signature | str | None = None
         waited = 0.0
         while True:
-            before, settled = settled, self._look()
-            # The first look counts at once: at start there is no writer to wait for more often than not.
-            fresh = settled != done and (settled == before or before is None)
-            if fresh and waited < WRITER_LIMIT and is_written_to(self._path):
-                waited += self._poll_interval
-            elif fresh:
-                if waited >= WRITER_LIMIT:
-                    _log.warning("somebody keeps the instances file open for writing", file=str(self._path))
-                waited = 0.0
-                done = settled
-                content = await self._read()
-                if self._look() != settled:
-                    # It was written to while it was read.
-                    done = None
-                elif isinstance(content, InstancesFileError):
-                    self._refuse(publisher, content, in_sync=in_sync)
-                else:
-                    self._publish(publisher, content, in_sync=in_sync)
-                    if not in_sync:
-                        in_sync = True
-                        task_status.started()
-            await anyio.sleep(self._poll_interval)
+            try:
+                # A thread looks, and comes back when there is something to do: the loop is left alone meanwhile.
+                before = settled
+                settled = await self._wait_for_look(settled if settled == done else None)
+                # The first look counts at once: at start there is no writer to wait for more often than not.
+                fresh = settled != done and (settled == before or before is None)
+                if fresh and waited < WRITER_LIMIT and await self._files.run(is_written_to, self._path):
+                    waited += self._poll_interval
+                elif fresh:
+                    if waited >= WRITER_LIMIT:
+                        _log.warning("somebody keeps the instances file open for writing", file=str(self._path))
+                    waited = 0.0
+                    done = settled
+                    content = await self._read()
+                    if await self._files.run(self._look) != settled:
+                        # It was written to while it was read.
+                        done = None
+                    elif isinstance(content, InstancesFileError):
+                        self._refuse(publisher, content, in_sync=in_sync)
+                    else:
+                        self._publish(publisher, content, in_sync=in_sync)
+                        if not in_sync:
+                            in_sync = True
+                            task_status.started()
+            except BlockedError as error:
+                self._say_blocked(publisher, error)
+                # Once it answers again, the file is read as if for the first time.
+                settled = done = None
+                await anyio.sleep(BLOCKED_PAUSE)
+            if settled != done:
+                await anyio.sleep(self._poll_interval)
+
+    async def _wait_for_look(self, known: _Signature | str | None) -> _Signature | str:
+        """Look at the file until it is not as it is known to be; at once if nothing is known of it.
+
+        Raises:
+            BlockedError: the file system does not answer.
+        """
+        while True:
+            stop = threading.Event()
+            try:
+                found = await self._files.run(self._look_until_changed, known, stop)
+            finally:
+                stop.set()
+            if found is not None:
+                return found
+
+    def _look_until_changed(self, known: _Signature | str | None, stop: threading.Event) -> _Signature | str | None:
+        """In a thread: look again and again; None if nothing changed for a while."""
+        for _ in range(max(1, round(LOOK_FOR / self._poll_interval))):
+            found = self._look()
+            if known is None or found != known:
+                return found
+            if stop.wait(self._poll_interval):
+                break
+        return None
 
     async def _read(self) -> InstancesFile | InstancesFileError:
         try:
-            return await anyio.to_thread.run_sync(self.load, abandon_on_cancel=True)
+            return await self._files.run(self.load)
         except InstancesFileError as error:
             return error
+
+    def _say_blocked(self, publisher: Publisher, error: BlockedError) -> None:
+        publisher.report(f"{self._path}: {error}")
+        if not self._said_blocked:
+            self._said_blocked = True
+            _log.error("instances file cannot be looked at; what it said before is served", problem=str(error))
 
     def _refuse(self, publisher: Publisher, error: InstancesFileError, *, in_sync: bool) -> None:
         publisher.report(str(error))
@@ -123,6 +175,7 @@ class FileSource:
 
     def _publish(self, publisher: Publisher, content: InstancesFile, *, in_sync: bool) -> None:
         publisher.report(None)
+        self._said_blocked = False
         publisher.replace({service: index(listed) for service, listed in content.services.items()})
         if in_sync:
             _log.info("instances file read again", file=str(self._path), services=len(content.services))

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -34,6 +35,7 @@ import anyio.lowlevel
 
 from meshlocal.discovery.source import Instances, Source
 from meshlocal.net.log import get_log
+from meshlocal.net.supervision import Supervision
 from meshlocal.policy import version
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
@@ -141,9 +143,11 @@ class Hub:
     Args:
         sources: in order of precedence.
         rng: for the jitter of a failed source's restart.
+        supervision: of what passes changes on, which is vital.
     """
 
-    def __init__(self, sources: Sequence[Source], rng: UniformSource) -> None:
+    def __init__(self, sources: Sequence[Source], rng: UniformSource, supervision: Supervision | None = None) -> None:
+        self._supervision = supervision or Supervision(rng)
         self.sources = [SourceState(self, source) for source in sources]
         self._rng = rng
         self._services: dict[ServiceKey, _Service] = {}
@@ -166,7 +170,7 @@ class Hub:
     async def run(self, *, task_status: trio.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run every source, for ever. Started at once: watchers may come before the sources are in sync."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._push)
+            tasks.start_soon(partial(self._supervision.keep, "pass changes on", self._push, vital=True))
             for state in self.sources:
                 tasks.start_soon(self._supervise, state)
             task_status.started()

@@ -6,6 +6,12 @@ import os
 import socket
 import ssl
 
+import anyio
+
+CONNECT_ERRORS = (OSError, ValueError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
+"""What anyio raises when a connection, or TLS over it, comes to nothing: a server that ends or resets the connection
+within the handshake is no `OSError` to it, nor is a name that can be nobody's."""
+
 
 def why_not_connected(error: BaseException) -> str:
     """Why a connect failed, in the system's words. anyio wraps one error for each address that it tried."""
@@ -13,8 +19,10 @@ def why_not_connected(error: BaseException) -> str:
         return why_not_connected(error.__cause__)
     if isinstance(error, BaseExceptionGroup):
         return ", ".join(dict.fromkeys(map(why_not_connected, error.exceptions)))
+    if isinstance(error, anyio.EndOfStream):
+        return "the server ended the connection within the TLS handshake"
     if not isinstance(error, OSError):
-        return str(error)
+        return str(error) or "the connection broke off"
     # trio puts the address into the system's words. A resolver's and TLS's numbers are none of the system's.
     foreign = isinstance(error, socket.gaierror | ssl.SSLError) or not error.errno
     text = (error.strerror if foreign else os.strerror(error.errno or 0)) or str(error)

@@ -8,3 +8,10 @@ def single(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
+
+
+def first_of(error: Exception) -> Exception:
+    """The first exception of a group, however deep; or what is none."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

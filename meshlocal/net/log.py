@@ -21,6 +21,8 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TextIO
 
+from meshlocal.net.log_writer import LineWriter
+
 Format = Literal["auto", "text", "json"]
 
 _LEVELS = {
@@ -35,6 +37,9 @@ _FIELDS = "meshlocal_fields"
 _MAX_DEPTH = 6
 _LARGEST_INT = 2**64
 
+
+_TELL_SECRETS = ("hpack", "h2", "hyperframe")
+"""Libraries whose debug records hold header fields as they are, bearer tokens among them."""
 
 _common: dict[str, object] = {}
 
@@ -95,6 +100,13 @@ class Log:
 def get_log(name: str) -> Log:
     """The log of a module (`__name__`)."""
     return Log(logging.getLogger(name))
+
+
+def hush_libraries() -> None:
+    """Keep libraries from logging secrets, whatever level an application logs at."""
+    for name in _TELL_SECRETS:
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.INFO))
 
 
 class RateLimited:
@@ -180,8 +192,45 @@ class TextFormatter(logging.Formatter):
         return " ".join(parts)
 
 
-class _Handler(logging.StreamHandler[TextIO]):
-    """A type of its own, so that configuring again replaces it and leaves others' handlers alone."""
+class _Handler(logging.Handler):
+    """Formats records, and has them written by whoever never waits (`meshlocal.net.log_writer`).
+
+    The first record that fits again after some were dropped is followed by one that says how many.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.writer = LineWriter(stream)
+        self._told = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - what cannot be formatted must not harm who logs it
+            self.handleError(record)
+            return
+        dropped = self.writer.dropped
+        if self.writer.write(line) and dropped > self._told:
+            lost, self._told = dropped - self._told, dropped
+            fields = {"lines": lost, **_common}
+            self.writer.write(
+                self.format(
+                    logging.makeLogRecord(
+                        {
+                            "name": __name__,
+                            "levelno": logging.WARNING,
+                            "msg": "log lines were dropped: nobody read them in time",
+                            _FIELDS: fields,
+                        }
+                    )
+                )
+            )
+
+
+def dropped_lines() -> int:
+    """How many lines this process could not log, because nobody read them in time."""
+    return sum(each.writer.dropped for each in logging.getLogger().handlers if isinstance(each, _Handler))
 
 
 def configure_logging(level: str = "info", format: Format = "auto", stream: TextIO | None = None) -> None:
@@ -208,6 +257,9 @@ def configure_logging(level: str = "info", format: Format = "auto", stream: Text
     for old in root.handlers[:]:
         if isinstance(old, _Handler):
             root.removeHandler(old)
+            # What it dropped was dropped by this process all the same.
+            handler.writer.dropped += old.writer.dropped
+            handler._told = handler.writer.dropped
     root.addHandler(handler)
     root.setLevel(number)
 

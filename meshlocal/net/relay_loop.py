@@ -82,6 +82,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
         time: `trio.current_time`, at a fraction of its cost.
         crowd: how many sockets have an event in this turn.
         turns: how often it looked for events. Those of a turn are older than all that is sent in it.
+        died: set when a fault took it out of Trio's sleep: no relay, accept or lane of it goes on, or ever will.
+        problem: that fault, in a word; empty while it lives.
     """
 
     def __init__(self, trio_epoll: int) -> None:
@@ -99,6 +101,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self._last: list[Callable[[], None]] = []
         self.turns = 0
         self.crowd = 0
+        self.died = trio.Event()
+        self.problem = ""
         self._turning = False
         self._sleeping = False
         self._started = False
@@ -223,8 +227,16 @@ class RelayLoop(Flows, trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         """Sleep in Trio's stead, and move bytes (see the module)."""
-        if not self._flows and not self.handlers and not self._deferred:
+        if self.problem or (not self._flows and not self.handlers and not self._deferred):
             return
+        try:
+            self._instead_of_trio(timeout)
+        except Exception as error:  # noqa: BLE001 - Trio would drop the instrument, and say so to nobody who acts
+            self.problem = f"{type(error).__name__}: {error}"
+            _log.exception("the relay loop failed by a fault in the proxy")
+            self._token.run_sync_soon(self.died.set)
+
+    def _instead_of_trio(self, timeout: float) -> None:
         if timeout <= 0:
             # Trio has tasks to run, and comes back at once.
             self._turn(0)
@@ -387,7 +399,12 @@ class RelayLoop(Flows, trio.abc.Instrument):
             # That was it.
             self.handlers.pop(fd, None)
             return
-        sock = socket.socket(fileno=fd)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            # The handler closed it before it failed.
+            self.handlers.pop(fd, None)
+            return
         try:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

@@ -25,7 +25,7 @@ from wsproto.events import (
 )
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
-from meshlocal.net.connect_errors import why_not_connected
+from meshlocal.net.connect_errors import CONNECT_ERRORS, why_not_connected
 from meshlocal.net.grpc.transport import ByteStream, adapt
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class WebSocket:
         self._size = 0
         self._closed: ClosedError | None = None
         self.subprotocol: str | None = None
+        self.received = 0
+        """Bytes that came so far, of a message that is not whole yet too."""
 
     async def send(self, message: str | bytes) -> None:
         """Send a message.
@@ -158,6 +160,7 @@ class WebSocket:
             data = await self._read_within(options.keepalive_timeout)
             if data is None:
                 raise self._ended(_ABNORMAL, "a ping was not answered in time")
+        self.received += len(data)
         try:
             self._protocol.receive_data(data)
         except (RemoteProtocolError, LocalProtocolError) as error:
@@ -264,7 +267,7 @@ async def open_websocket(
             stream = await anyio.connect_tcp(
                 host, port, ssl_context=ssl_context, tls_standard_compatible=False, tls_hostname=host
             )
-    except OSError as error:
+    except CONNECT_ERRORS as error:
         raise ConnectionError(why_not_connected(error)) from error
     authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     async with websocket_over(stream, authority, target, subprotocols, options=options, headers=headers) as websocket:

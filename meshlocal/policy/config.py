@@ -177,7 +177,9 @@ class DiscoveryClientConfig(Section, frozen=True):
         Seconds, Meta(description="Seconds that a ping's answer may take before the connection is given up.")
     ] = 5.0
     backoff_initial: Annotated[Seconds, Meta(description="Seconds before the first reconnect, before jitter.")] = 0.2
-    backoff_max: Annotated[Seconds, Meta(description="Seconds between reconnects at most, before jitter.")] = 15.0
+    backoff_max: Annotated[
+        Seconds, Meta(description="Seconds between reconnects at most; each is drawn from between nothing and that.")
+    ] = 5.0
     ca_file: Annotated[
         Name | None,
         Meta(

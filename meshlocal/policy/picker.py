@@ -32,7 +32,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
 from meshlocal.policy.locality import LeftOut, Selector
@@ -282,6 +282,17 @@ class Picker:
             why = self.selector.left_out(instance)
             if why is not None:
                 yield instance, why
+
+    def shown(self, most: int) -> Iterator[Instance]:
+        """So many instances for people to see: those of the nearest tiers first, and last what is left out."""
+        found = 0
+        for group in self._groups:
+            for instance in group.instances[: most - found]:
+                found += 1
+                yield instance
+        if found < most:
+            left_out = (instance for instance, _ in self.left_out())
+            yield from islice(left_out, most - found)
 
     def tier_sizes(self) -> Mapping[str, int]:
         """Usable instances by tier name, terminating ones not counted."""

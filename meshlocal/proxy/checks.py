@@ -14,6 +14,7 @@ from meshlocal.client.fitness import OWN_FAULTS
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.model import Instance, ServiceKey
 from meshlocal.policy.picker import Picker
@@ -41,6 +42,13 @@ class _Followed:
         self.scopes: dict[tuple[str, int], trio.CancelScope] = {}
 
 
+def import_checkers(config: ProxyConfig) -> None:
+    """Import what the checks of a configuration are made of."""
+    for service in config.services.values():
+        if service.health_check is not None:
+            make_check(service.health_check)
+
+
 class HealthChecks:
     """Checks the instances of all services that want it.
 
@@ -57,6 +65,8 @@ class HealthChecks:
 
     async def run(self) -> None:
         """Check, until cancelled."""
+        # What was followed before a failure has no tasks any more.
+        self._followed.clear()
         async with trio.open_nursery() as nursery:
             while True:
                 self.follow(nursery)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -13,9 +14,10 @@ import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.descriptors import connections_ceiling
-from meshlocal.net.listen import Started, accept_each, accept_queued, open_tcp_listeners
+from meshlocal.net.listen import Started, Take, accept_each, accept_queued, open_tcp_listeners
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
+from meshlocal.net.supervision import Supervision
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
@@ -76,6 +78,7 @@ class Listeners:
         forwarder: serves the connections of tcp listeners.
         http: serves those of http listeners; may be set later, before there are any.
         shared: other processes listen on the same addresses (see `open_tcp_listeners`).
+        supervision: of the acceptors, which are vital.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class Listeners:
         http: HttpServer | None = None,
         *,
         shared: bool = False,
+        supervision: Supervision | None = None,
     ) -> None:
+        self._supervision = supervision or Supervision(random.Random())
         self._services = services
         self._shared = shared
         self._forwarder = forwarder
@@ -153,18 +158,26 @@ class Listeners:
 
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
         take = partial(self._take, listener, connections)
-        accept = partial(accept_each, on_error=listener.on_accept_error, ceiling=connections_ceiling())
         with self._forwarder.keeping_tasks():
             try:
                 with listener.accepting:
                     async with trio.open_nursery() as nursery:
                         for sock in listener.sockets:
-                            nursery.start_soon(accept, sock, take)
+                            accept = partial(self._accept_on, listener, sock, take)
+                            name = f"accept on {listener.bound[0]}"
+                            nursery.start_soon(partial(self._supervision.keep, name, accept, vital=True))
             finally:
                 # Their clients know no better than that they are connected.
                 for sock in listener.sockets:
                     accept_queued(sock, take)
                 listener.close()
+
+    async def _accept_on(self, listener: Listener, sock: socket.socket, take: Take) -> None:
+        try:
+            await accept_each(sock, take, on_error=listener.on_accept_error, ceiling=connections_ceiling())
+        except OSError as error:
+            # The socket is of no use any more, and would be of none to who began again with it.
+            self._supervision.die(f"accept on {listener.bound[0]}", os.strerror(error.errno or 0))
 
     def _take(self, listener: Listener, connections: trio.Nursery, client: socket.socket, peer: object) -> Started:
         """See `meshlocal.net.listen.Take`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
 from meshlocal.app.proxy import Operator, ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
@@ -40,13 +41,13 @@ async def test_a_bare_name_is_one_of_the_proxys_own_namespace(make: Callable[[],
     process = make()
     instance = make_instance("10.0.0.1", 9000, "", {})
     process.services.publish(ServiceSnapshot(ServiceKey("b.shop"), "1", model.index([instance])))
-    response = proxy_routes(process)["/explain"](Request("GET", "/explain", f"service={asked}", {}))
+    response = await answer(proxy_routes(process)["/explain"], Request("GET", "/explain", f"service={asked}", {}))
     assert response.status == 200
     assert [step["instance"] for step in json.loads(response.body)["plan"]] == ["10.0.0.1:9000"]
 
 
-def explain(process: ProxyProcess, query: str, accept: str) -> Response:
-    return proxy_routes(process)["/explain"](Request("GET", "/explain", query, {"accept": accept}))
+async def explain(process: ProxyProcess, query: str, accept: str) -> Response:
+    return await answer(proxy_routes(process)["/explain"], Request("GET", "/explain", query, {"accept": accept}))
 
 
 async def test_a_browser_gets_a_table(make: Callable[[], ProxyProcess]) -> None:
@@ -56,12 +57,12 @@ async def test_a_browser_gets_a_table(make: Callable[[], ProxyProcess]) -> None:
     far = make_instance("10.0.0.2", 9000, "", {"node": "<n2>"})
     unready = make_instance("10.0.0.3", 9000, "", {}, Conditions(ready=False))
     process.services.publish(ServiceSnapshot(ServiceKey("b.shop"), "1", model.index([near, far, unready])))
-    text = explain(process, "service=b", "text/html,*/*;q=0.8").body.decode()
+    text = (await explain(process, "service=b", "text/html,*/*;q=0.8")).body.decode()
     rows = re.findall("<tr><td>(.*?)</td></tr>", text)
     assert [re.sub("<.*?>", "|", row).split("|")[0] for row in rows] == ["1", "2", ""]
     assert "10.0.0.1:9000" in rows[0]
     assert "&lt;n2&gt;" in rows[1]
     assert "<code>local_failed</code>" in rows[1]
     assert "not_ready" in rows[2]
-    assert json.loads(explain(process, "service=b", "*/*").body)["node"] == "n1"
-    assert b"which service? /explain?service=NAME; there are: b.shop" in explain(process, "", "*/*").body
+    assert json.loads((await explain(process, "service=b", "*/*")).body)["node"] == "n1"
+    assert b"which service? /explain?service=NAME; there are: b.shop" in (await explain(process, "", "*/*")).body

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from meshlocal.admin.messages import Request
+from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
 from meshlocal.app.proxy import Operator, ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
@@ -41,16 +42,16 @@ async def process() -> ProxyProcess:
     return made
 
 
-def get(process: ProxyProcess, target: str) -> str:
+async def get(process: ProxyProcess, target: str) -> str:
     path, _, query = target.partition("?")
-    response = proxy_routes(process)[path](Request("GET", path, query, {}))
+    response = await answer(proxy_routes(process)[path], Request("GET", path, query, {}))
     assert response.status == 200
     return response.body.decode()
 
 
 async def test_services_tells_the_state_of_each_instance(process: ProxyProcess) -> None:
     """H1."""
-    local, remote = json.loads(get(process, "/services"))[0]["instances"]
+    local, remote = json.loads(await get(process, "/services"))[0]["instances"]
     left = local["health"].pop("next_trial_in")
     assert 4 < left < 6
     assert local["health"] == {"state": "ejected", "cause": "connect", "under_way": 0, "ejections": 1}
@@ -59,7 +60,7 @@ async def test_services_tells_the_state_of_each_instance(process: ProxyProcess) 
 
 async def test_explain_tells_why_the_node_is_left(process: ProxyProcess) -> None:
     """R1, R2, O5."""
-    view: dict[str, Any] = json.loads(get(process, "/explain?service=b"))
+    view: dict[str, Any] = json.loads(await get(process, "/explain?service=b"))
     steps = [(step["instance"], step["reason"], step["passed_over"]) for step in view["plan"]]
     assert steps == [("10.0.0.2:9000", "local_ejected", None), ("10.0.0.1:9000", None, "ejected")]
     told = _explanation(view)
@@ -69,7 +70,7 @@ async def test_explain_tells_why_the_node_is_left(process: ProxyProcess) -> None
 
 async def test_the_page_shows_it(process: ProxyProcess) -> None:
     """H1."""
-    page = get(process, "/")
+    page = await get(process, "/")
     assert "ejected: connect, " in page
     assert "admitted" in page
 
@@ -78,7 +79,7 @@ async def test_metrics_count_it(process: ProxyProcess) -> None:
     """H1."""
     process.services[B].circuit.refused[Limit.REQUESTS] = 7
     process.services.circuit.refused[Limit.CONNECTIONS] = 8
-    lines = get(process, "/metrics").splitlines()
+    lines = (await get(process, "/metrics")).splitlines()
     assert 'meshlocal_instances_ejected{service="b"} 1.0' in lines
     assert 'meshlocal_ejections_total{cause="connect",service="b"} 1.0' in lines
     assert 'meshlocal_limit_refused_total{limit="requests",service="b"} 7.0' in lines

@@ -1,17 +1,26 @@
 import os
+import random
 
 import trio
 from prometheus_client import CollectorRegistry
 from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.app.process_metrics import ProcessCollector
+from meshlocal.net.supervision import Supervision
 
 
 def values(*arguments):
     registry = CollectorRegistry()
-    collector = ProcessCollector(*arguments)
+    supervision = Supervision(random.Random(0))
+    supervision.failures["write the cache"] = 3
+    collector = ProcessCollector(supervision, *arguments)
     registry.register(collector)
-    return {sample.name: sample.value for metric in registry.collect() for sample in metric.samples}
+    return {
+        sample.name: sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if not sample.name.endswith("_created")
+    }
 
 
 async def test_tasks_and_descriptors_are_counted():
@@ -35,4 +44,10 @@ async def test_tasks_and_descriptors_are_counted():
 
 async def test_what_cannot_be_read_is_left_out(tmp_path):
     (tmp_path / "statm").write_text("")
-    assert values(tmp_path).keys() == {"meshlocal_tasks"}
+    always = {"meshlocal_tasks", "meshlocal_task_failures_total", "meshlocal_log_lines_dropped_total"}
+    assert values(tmp_path).keys() == always
+
+
+async def test_failures_of_tasks_are_counted():
+    """P1."""
+    assert values()["meshlocal_task_failures_total"] == 3

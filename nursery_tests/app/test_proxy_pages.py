@@ -11,6 +11,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
 from meshlocal.app.proxy import Operator, ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
@@ -44,17 +45,17 @@ def publish(process: ProxyProcess, service: ServiceKey = B, *, unknown: bool = F
     process.services.publish(ServiceSnapshot(service, "1", model.index([] if unknown else instances), unknown))
 
 
-def get(process: ProxyProcess, target: str) -> Response:
+async def get(process: ProxyProcess, target: str) -> Response:
     path, _, query = target.partition("?")
-    return proxy_routes(process)[path](Request("GET", path, query, {}))
+    return await answer(proxy_routes(process)[path], Request("GET", path, query, {}))
 
 
-def page(process: ProxyProcess) -> str:
-    return get(process, "/").body.decode()
+async def page(process: ProxyProcess) -> str:
+    return (await get(process, "/")).body.decode()
 
 
-def metrics(process: ProxyProcess, query: str = "") -> dict[tuple[str, ...], float]:
-    text = get(process, f"/metrics{query}").body.decode()
+async def metrics(process: ProxyProcess, query: str = "") -> dict[tuple[str, ...], float]:
+    text = (await get(process, f"/metrics{query}")).body.decode()
     return {
         (sample.name, *(f"{key}={value}" for key, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -65,34 +66,34 @@ def metrics(process: ProxyProcess, query: str = "") -> dict[tuple[str, ...], flo
 async def test_health_pages() -> None:
     """S1."""
     process = make_process()
-    assert get(process, "/livez").status == 200
-    assert get(process, "/readyz") == Response(
+    assert (await get(process, "/livez")).status == 200
+    assert (await get(process, "/readyz")) == Response(
         503, "text/plain; charset=utf-8", b"not ready: waiting for the first snapshot of every service\n"
     )
     process.readiness.set_ready()
-    assert get(process, "/readyz").status == 200
-    assert 'class="good">ready<' in page(process)
+    assert (await get(process, "/readyz")).status == 200
+    assert 'class="good">ready<' in (await page(process))
     process.readiness.drain()
-    assert (get(process, "/readyz").status, get(process, "/livez").status) == (503, 200)
-    assert "not ready: draining" in page(process)
-    assert metrics(process)["meshlocal_ready",] == 0
+    assert ((await get(process, "/readyz")).status, (await get(process, "/livez")).status) == (503, 200)
+    assert "not ready: draining" in (await page(process))
+    assert (await metrics(process))["meshlocal_ready",] == 0
 
 
 async def test_the_node_and_what_is_wrong_with_it() -> None:
     """L5: in a metric and on the page for as long as it is so."""
     process = make_process()
-    assert "no instance of any" not in page(process)  # nothing is known yet
+    assert "no instance of any" not in (await page(process))  # nothing is known yet
     publish(process, node="n2")
     publish(process, C, node="n2")
-    assert "no instance of any watched service is on it" in page(process)
-    assert metrics(process)["meshlocal_node_unmatched",] == 1
+    assert "no instance of any watched service is on it" in (await page(process))
+    assert (await metrics(process))["meshlocal_node_unmatched",] == 1
     publish(process)
-    assert "no instance of any watched service is on it" not in page(process)
-    assert metrics(process)["meshlocal_node_unmatched",] == 0
+    assert "no instance of any watched service is on it" not in (await page(process))
+    assert (await metrics(process))["meshlocal_node_unmatched",] == 0
     nowhere = make_process(node="")
     publish(nowhere)
-    assert "unknown: no instance counts as local" in page(nowhere)
-    found = metrics(nowhere)
+    assert "unknown: no instance counts as local" in await page(nowhere)
+    found = await metrics(nowhere)
     assert (found["meshlocal_node_unknown",], found["meshlocal_node_unmatched",]) == (1, 0)
 
 
@@ -103,30 +104,30 @@ async def test_a_preferred_label_that_the_proxy_lacks(prefer: tuple[str, ...], u
     """L5, R1: one that is mistyped would let every request leave its node."""
     process = make_process(prefer=prefer)
     publish(process)
-    assert metrics(process)["meshlocal_node_unknown",] == unknown
+    assert (await metrics(process))["meshlocal_node_unknown",] == unknown
     missing = next((key for key in prefer if key != "node"), None)
     said = f"the {missing} is unknown, though proxy.prefer names it: no instance counts as of the same {missing}"
-    assert (said in page(process)) is (missing is not None)
-    assert "the node is unknown" not in page(process)
+    assert (said in (await page(process))) is (missing is not None)
+    assert "the node is unknown" not in (await page(process))
 
 
 async def test_requests_by_tier_and_reason() -> None:
     """R1: how much stays on the node, and why the rest does not."""
     process = make_process()
     publish(process)
-    assert "no request yet" in page(process)
+    assert "no request yet" in (await page(process))
     requests = process.services[B].statistics.requests
     requests[RequestKey("other", "local_failed", Outcome.FAILED)] = 1
-    assert "no request reached an instance" in page(process)
+    assert "no request reached an instance" in (await page(process))
     requests[RequestKey("node", "", Outcome.SERVED)] = 3
     requests[RequestKey("other", "local_failed", Outcome.SERVED)] = 1
-    text = page(process)
+    text = await page(process)
     assert "75 %" in text
     assert "of 4 requests that reached an instance" in text
     requests[RequestKey("node", "", Outcome.FAILED)] = 5
-    assert "75 %" in page(process), "what failed stayed nowhere"
+    assert "75 %" in (await page(process)), "what failed stayed nowhere"
     assert "<code>local_failed</code>: its instances failed" in text
-    found = metrics(process)
+    found = await metrics(process)
     name = "meshlocal_requests_total"
     assert found[name, "outcome=served", "reason=", "service=b", "tier=node"] == 3
     assert found[name, "outcome=served", "reason=local_failed", "service=b", "tier=other"] == 1
@@ -138,27 +139,29 @@ async def test_requests_by_tier_and_reason() -> None:
 async def test_metrics_are_found_by_name() -> None:
     process = make_process()
     publish(process)
-    assert set(metrics(process, "?name[]=meshlocal_ready&name[]=meshlocal_requests_total")) == {("meshlocal_ready",)}
+    assert set(await metrics(process, "?name[]=meshlocal_ready&name[]=meshlocal_requests_total")) == {
+        ("meshlocal_ready",)
+    }
     process.services[B].statistics.requests[RequestKey("node", "", Outcome.SERVED)] = 3
-    assert len(metrics(process, "?name[]=meshlocal_requests_total")) == 1
+    assert len(await metrics(process, "?name[]=meshlocal_requests_total")) == 1
 
 
 async def test_the_state_and_age_of_discovery(autojump_clock: trio.testing.MockClock) -> None:
     """D1: going on with what it knew, it says how old that is."""
     process = make_process()
     status = process.feed.status
-    assert "nothing heard yet" in page(process)
-    assert ("meshlocal_snapshot_age_seconds",) not in metrics(process)
+    assert "nothing heard yet" in (await page(process))
+    assert ("meshlocal_snapshot_age_seconds",) not in (await metrics(process))
     status.source, status.connected, status.confirmed_at = "grpc://x:1", True, trio.current_time()
     await trio.sleep(4.5)
-    assert "connected" in page(process)
-    assert "current 4.5 s ago" in page(process)
+    assert "connected" in (await page(process))
+    assert "current 4.5 s ago" in (await page(process))
     status.connected, status.problem = False, "connection <refused>"
     await trio.sleep(3 * 86400)
-    text = page(process)
+    text = await page(process)
     assert "connection &lt;refused&gt;" in text
     assert "current 3 days ago" in text
-    found = metrics(process)
+    found = await metrics(process)
     assert found["meshlocal_snapshot_age_seconds",] == 3 * 86400 + 4.5
     assert found["meshlocal_discovery_connected",] == 0
 
@@ -166,7 +169,7 @@ async def test_the_state_and_age_of_discovery(autojump_clock: trio.testing.MockC
 async def test_services_tells_each_instances_place() -> None:
     process = make_process()
     publish(process)
-    b, c = json.loads(get(process, "/services").body)
+    b, c = json.loads((await get(process, "/services")).body)
     assert (b["service"], b["known"], b["tiers"]) == ("b", True, {"node": 1, "other": 1})
     assert [(each["node"], each["tier"], each["left_out"]) for each in b["instances"]] == [
         ("n1", "node", None),
@@ -174,46 +177,46 @@ async def test_services_tells_each_instances_place() -> None:
         ("<n3>", None, "not_ready"),
     ]
     assert (c["known"], c["version"], c["instances"]) == (None, None, [])
-    assert "&lt;n3&gt;" in page(process)
-    assert "<n3>" not in page(process)
+    assert "&lt;n3&gt;" in (await page(process))
+    assert "<n3>" not in (await page(process))
 
 
 async def test_services_that_are_not_there() -> None:
     process = make_process()
-    assert "nothing heard of it yet" in page(process)
+    assert "nothing heard of it yet" in (await page(process))
     publish(process, unknown=True)
-    assert "no registry knows it" in page(process)
-    assert json.loads(get(process, "/services").body)[0]["known"] is False
+    assert "no registry knows it" in (await page(process))
+    assert json.loads((await get(process, "/services")).body)[0]["known"] is False
 
 
 async def test_a_long_list_is_cut_on_the_page_only() -> None:
     process = make_process()
     many = [make_instance(f"10.0.{number // 250}.{number % 250}", 1) for number in range(500)]
     process.services.publish(ServiceSnapshot(B, "1", model.index(many)))
-    assert "The first 200 of 500 instances" in page(process)
-    assert page(process).count("<tr><td><code>10.0.") == 200
-    assert len(json.loads(get(process, "/services").body)[0]["instances"]) == 500
+    assert "The first 200 of 500 instances" in (await page(process))
+    assert (await page(process)).count("<tr><td><code>10.0.") == 200
+    assert len(json.loads((await get(process, "/services")).body)[0]["instances"]) == 500
 
 
 async def test_explain() -> None:
     """R2."""
     process = make_process()
-    assert get(process, "/explain?service=b").status == 503
+    assert (await get(process, "/explain?service=b")).status == 503
     publish(process)
-    view = json.loads(get(process, "/explain?service=b").body)
+    view = json.loads((await get(process, "/explain?service=b")).body)
     assert [(step["node"], step["tier"], step["reason"]) for step in view["plan"]] == [
         ("n1", "node", None),
         ("n2", "other", "local_failed"),
     ]
     assert [each["why"] for each in view["left_out"]] == ["not_ready"]
     for target in ("/explain", "/explain?service=zz", "/explain?service=%3Cb%3E"):
-        missing = get(process, target)
+        missing = await get(process, target)
         assert (missing.status, missing.content_type) == (404, "text/plain; charset=utf-8")
         assert missing.body.endswith(b"there are: b, c\n")
 
 
 async def test_config_is_as_the_file_would_have_it() -> None:
-    view = json.loads(get(make_process(), "/config").body)
+    view = json.loads((await get(make_process(), "/config")).body)
     assert view["proxy"]["listen"] == ["tcp://127.0.0.1:0=b", "tcp://127.0.0.1:0=c"]
     assert view["proxy"]["discovery"]["urls"] == ["grpc://127.0.0.1:1"]
     assert view["proxy"]["node_name"] == "n1"

@@ -6,13 +6,15 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
-from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
+from meshlocal.app.signals import SIGNALS, Stop, cancel_when_set, handle_signals
 
 
 def test_readiness_is_never_regained_in_a_drain() -> None:
@@ -62,9 +64,10 @@ async def test_signals_drain_then_end_and_reload(nursery: trio.Nursery) -> None:
     reloads: list[bool] = []
     reloaded = trio.Event()
 
-    def reload() -> None:
+    async def reload() -> None:
         reloads.append(stop.requested.is_set())
         reloaded.set()
+        await trio.sleep_forever()  # a stop does not wait for it
 
     await nursery.start(handle_signals, stop, reload)
     with trio.fail_after(10):
@@ -77,6 +80,58 @@ async def test_signals_drain_then_end_and_reload(nursery: trio.Nursery) -> None:
         signal.raise_signal(signal.SIGINT)
         await stop.now.wait()
     assert reloads == [False]
+    nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def _signals_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals_restored")
+async def test_after_a_stop_signals_are_ignored_to_the_end() -> None:
+    """S1: a third Ctrl-C, while the process ends, is no traceback. There is no moment without a handler."""
+    seen = []
+    stop = Stop()
+    async with trio.open_nursery() as inner:
+        await inner.start(handle_signals, stop, None)
+        signal.raise_signal(signal.SIGINT)
+        with trio.fail_after(10):
+            await stop.requested.wait()
+        inner.cancel_scope.cancel()
+        seen = [signal.getsignal(number) for number in SIGNALS]
+        assert signal.default_int_handler not in seen
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 3
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    await trio.lowlevel.checkpoint()
+
+
+async def test_reloads_that_are_asked_for_during_one_become_one(nursery: trio.Nursery) -> None:
+    """S2."""
+    begun, proceed = trio.Event(), trio.Event()
+    count = 0
+
+    async def reload() -> None:
+        nonlocal count
+        count += 1
+        begun.set()
+        await proceed.wait()
+
+    await nursery.start(handle_signals, Stop(), reload)
+    signal.raise_signal(signal.SIGHUP)
+    with trio.fail_after(10):
+        await begun.wait()
+        for _ in range(200):
+            signal.raise_signal(signal.SIGHUP)
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked()
+        proceed.set()
+        await trio.testing.wait_all_tasks_blocked()
+    assert count == 2
     nursery.cancel_scope.cancel()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
+
 import pytest
 import trio
 import trio.testing
 
 from meshlocal.admin.messages import Request, Response
-from meshlocal.app.worker_channel import Answer, Call, Channel, Configure, Show, Start
+from meshlocal.app.worker_channel import SEND_LIMIT, Answer, Call, Channel, Configure, Show, Start
 from meshlocal.policy.config import Config
 
 MESSAGES: list[object] = [
@@ -42,13 +45,45 @@ async def test_what_is_cut_within_a_message_is_its_end() -> None:
     assert await receiver.receive() is None
 
 
-async def test_nothing_follows_a_message_that_was_not_sent_whole() -> None:
-    """Cancelled half-way: what came next would be read as its rest."""
+async def test_a_message_that_was_begun_is_sent_whole(autojump_clock: trio.testing.MockClock) -> None:
+    """A sender that is cancelled half-way leaves a channel that others can go on with: an order to stop, for one."""
+    near, far = trio.testing.lockstep_stream_pair()
+    sender, receiver = Channel(near), Channel(far)
+    received: list[object] = []
+
+    async def read_later() -> None:
+        await trio.sleep(1)
+        received.append(await receiver.receive())
+        received.append(await receiver.receive())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_later)
+        with trio.move_on_after(0.01) as scope:
+            await sender.send(MESSAGES[0])
+        assert scope.cancel_called
+        await sender.send(MESSAGES[1])
+    assert received == [MESSAGES[0], MESSAGES[1]]
+    await near.aclose()
+
+
+async def test_nothing_follows_a_message_that_was_not_sent_whole(autojump_clock: trio.testing.MockClock) -> None:
+    """To a process that has stopped: what came next would be read as its rest."""
     near, far = trio.testing.lockstep_stream_pair()
     sender = Channel(near)
-    with trio.move_on_after(0.01) as scope:
-        await sender.send(MESSAGES[0])
-    assert scope.cancelled_caught
-    with pytest.raises(trio.BrokenResourceError):
-        await sender.send(MESSAGES[0])
+    began = trio.current_time()
+    for _ in range(2):
+        with pytest.raises(trio.BrokenResourceError):
+            await sender.send(MESSAGES[0])
+    assert trio.current_time() - began == pytest.approx(SEND_LIMIT)
     await far.aclose()
+
+
+async def test_a_message_that_cannot_be_read_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    """P1: the package was upgraded below a supervisor that runs, and its workers say what it does not know."""
+    near, far = trio.testing.memory_stream_pair()
+    receiver = Channel(far)
+    unknown = b"\x80\x04cmeshlocal.app.of_tomorrow\nNews\n."
+    for data in (unknown, b"no pickle", pickle.dumps(MESSAGES[1])):
+        await near.send_all(struct.pack("!I", len(data)) + data)
+    assert await receiver.receive() == MESSAGES[1]
+    assert caplog.text.count("cannot be read; was it upgraded?") == 2

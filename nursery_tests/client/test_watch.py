@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import anyio
@@ -101,26 +103,28 @@ def scheme(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def serving(routes: Routes, port: int = 0) -> AsyncIterator[DiscoveryUrl]:
+async def serving(
+    routes: Routes, port: int = 0, ssl_context: ssl.SSLContext | None = None
+) -> AsyncIterator[DiscoveryUrl]:
     sockets = open_tcp_listeners("127.0.0.1", port)
     url = DiscoveryUrl(SCHEME.get(), "127.0.0.1", sockets[0].getsockname()[1])
     server = GrpcServer(routes) if url.scheme == "grpc" else WebSocketServer(routes)
     async with trio.open_nursery() as nursery:
-        await nursery.start(server.serve, sockets)
+        await nursery.start(partial(server.serve, sockets, ssl_context=ssl_context))
         yield url
         nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
 async def discovery(
-    services: Mapping[ServiceKey, Instances], port: int = 0
+    services: Mapping[ServiceKey, Instances], port: int = 0, ssl_context: ssl.SSLContext | None = None
 ) -> AsyncIterator[tuple[DiscoveryUrl, FixedSource]]:
     source = FixedSource(services)
     hub = Hub([source], random.Random(0))
     async with trio.open_nursery() as nursery:
         await nursery.start(hub.run)
         await hub.wait_in_sync()
-        async with serving(DiscoveryService(hub, heartbeat_interval=0.05).handlers(), port) as url:
+        async with serving(DiscoveryService(hub, heartbeat_interval=0.05).handlers(), port, ssl_context) as url:
             yield url, source
         nursery.cancel_scope.cancel()
 

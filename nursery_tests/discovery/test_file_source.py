@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
+from meshlocal.discovery import file_source
 from meshlocal.discovery.file_source import FileSource, is_written_to
 from meshlocal.discovery.hub import Hub
+from meshlocal.net.blocking import Blocking
 from meshlocal.policy.model import ServiceKey
 
 B = ServiceKey("b")
@@ -218,3 +221,66 @@ def test_a_file_that_cannot_be_asked_about_is_not_waited_for(tmp_path: Path) -> 
     assert not is_written_to(tmp_path / "missing")
     assert not is_written_to(tmp_path)
     assert not is_written_to(Path("/dev/null"))
+
+
+async def test_a_file_system_that_hangs_holds_nobody_up(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1: what was read before is served, the problem is told, and once it answers the file is read anew."""
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    released, hanging = threading.Event(), threading.Event()
+    stat = os.stat
+
+    def stat_that_hangs(where: object, **options: object) -> os.stat_result:
+        if where == path and hanging.is_set():
+            released.wait(LIMIT)
+        return stat(where, **options)  # type: ignore[arg-type] - as it was called
+
+    source = FileSource(path, poll_interval=0.005)
+    source._files = Blocking(limit=0.05)
+    monkeypatch.setattr(file_source, "LOOK_FOR", 0.02)
+    monkeypatch.setattr(file_source, "BLOCKED_PAUSE", 0.005)
+    monkeypatch.setattr(os, "stat", stat_that_hangs)
+    hub = Hub([source], random.Random(0))
+    try:
+        await nursery.start(hub.run)
+        await hub.wait_in_sync()
+        hanging.set()
+        turns = 0
+        with trio.fail_after(LIMIT):
+            while hub.sources[0].problem is None:
+                await trio.sleep(0.001)
+                turns += 1
+        assert "the file system" in (hub.sources[0].problem or "")
+        assert turns > 5
+        assert ports(hub) == [1]
+        replace(path, content(1, 2))
+        hanging.clear()
+        released.set()
+        await until(lambda: ports(hub) == [1, 2])
+        assert hub.sources[0].problem is None
+    finally:
+        released.set()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_quiet_file_leaves_the_loop_alone(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """P3: a thread does the looking, and wakes the loop for a change."""
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await hub.wait_in_sync()
+    steps: list[str] = []
+
+    class Steps(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            steps.append(task.name)
+
+    await trio.sleep(0.1)
+    counting = Steps()
+    trio.lowlevel.add_instrument(counting)
+    await trio.sleep(0.3)  # sixty looks
+    trio.lowlevel.remove_instrument(counting)
+    assert len([name for name in steps if "FileSource" in name or "_supervise" in name]) <= 2
+    nursery.cancel_scope.cancel()

@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 from h2.errors import ErrorCodes
 
-from meshlocal.net.connect_errors import why_not_connected
+from meshlocal.net.connect_errors import CONNECT_ERRORS, why_not_connected
 from meshlocal.net.grpc.clientcall import ClientCall
 from meshlocal.net.grpc.connection import Connection
 from meshlocal.net.grpc.options import GrpcOptions
@@ -142,6 +142,14 @@ class Channel:
         connection = self._connection
         return connection.closed_reason if connection.goaway is None else connection.goaway.message
 
+    async def probe(self) -> None:
+        """Wait until a call could start.
+
+        Raises:
+            GrpcError: none can, on this channel.
+        """
+        await self._connection.wait_slot()
+
     async def wait_closing(self) -> str:
         """Wait until no call can start any more (GOAWAY came, or the connection ended), and say why."""
         await self._connection.closing.wait()
@@ -247,7 +255,7 @@ async def open_channel(
             stream: ByteStream = await anyio.connect_tcp(host, port)
         else:
             stream = await _connect_tls(host, port, ssl_context, _host_of(authority) if authority else host)
-    except OSError as error:
+    except CONNECT_ERRORS as error:
         raise GrpcError(StatusCode.UNAVAILABLE, why_not_connected(error), unprocessed=True) from error
     scheme = "http" if ssl_context is None else "https"
     async with channel_over(stream, options=options, authority=name, scheme=scheme) as channel:
@@ -255,7 +263,7 @@ async def open_channel(
 
 
 async def _connect_tls(host: str, port: int, context: ssl.SSLContext, hostname: str) -> ByteStream:
-    from anyio.streams.tls import TLSAttribute  # here, as few channels use TLS
+    from anyio.streams.tls import TLSAttribute  # few channels use TLS; `client.link.import_links` imports it in time
 
     context.set_alpn_protocols(["h2"])
     # HTTP/2 frames its messages, so a connection cut short is noticed without TLS's own closing handshake.

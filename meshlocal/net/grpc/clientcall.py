@@ -34,6 +34,11 @@ class ClientCall(Generic[Req, Resp]):
         self._decoder: MessageDecoder | None = None
         self._finished = False
 
+    @property
+    def received(self) -> int:
+        """Bytes of responses that came so far, of one that is not whole yet too."""
+        return self._stream.received
+
     async def send(self, request: Req, *, end: bool = False) -> None:
         """Send one request, waiting while the server's windows are full. `end`: no other follows.
 

@@ -35,9 +35,12 @@ from h2.events import (
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream, TrioByteStream
+from meshlocal.net.log import hush_libraries
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http2_error
 from meshlocal.wire.http2 import GoAway, Headers, Http2Error, Http2Protocol
+
+hush_libraries()
 
 SEND_MARK = 65_536
 READ_MARK = 131_072

@@ -41,6 +41,7 @@ class Stream:
         "partial",
         "peer_ended",
         "peer_refuses",
+        "received",
         "trailers",
     )
 
@@ -57,6 +58,8 @@ class Stream:
         self.local_ended = False
         self.partial = False
         """A cancelled send left a message half sent: nothing can follow it but a reset."""
+        self.received = 0
+        """Bytes of data that came so far, taken or not: what shows that a long message makes progress."""
         self._sending = False
         self._inbox = bytearray()
         self._changed: anyio.Event | None = None
@@ -65,6 +68,7 @@ class Stream:
 
     def put(self, data: bytes) -> None:
         """Data came."""
+        self.received += len(data)
         self._inbox += data
         self.wake()
 

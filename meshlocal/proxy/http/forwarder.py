@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -13,10 +15,11 @@ import trio
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import format_address
+from meshlocal.net.supervision import Supervision
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.http import answers
+from meshlocal.proxy.http import answers, pump, tunnel  # noqa: F401 - once the loop runs nothing is imported (P1)
 from meshlocal.proxy.http.account import log_refused
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.connection import DRAIN_GRACE, ClientConnection
@@ -41,6 +44,7 @@ class HttpForwarder:
     Args:
         services: the services that listeners name, and those that requests do.
         config: the proxy's section.
+        supervision: of what keeps all limits of time, which is vital.
 
     Attributes:
         settings: what the config says.
@@ -51,7 +55,8 @@ class HttpForwarder:
         patience: see `meshlocal.proxy.http.waiting`.
     """
 
-    def __init__(self, services: ServiceTable, config: ProxyConfig) -> None:
+    def __init__(self, services: ServiceTable, config: ProxyConfig, supervision: Supervision | None = None) -> None:
+        self._supervision = supervision or Supervision(random.Random())
         self._table = services
         self._services: dict[ServiceKey, HttpService] = {}
         self._connections: dict[ClientConnection, None] = {}
@@ -106,8 +111,8 @@ class HttpForwarder:
         """Keep all limits of time, until cancelled; then close what is pooled."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.patience.run)
-                nursery.start_soon(self._sweep)
+                for name, run in (("http deadlines", self.patience.run), ("http sweep", self._sweep)):
+                    nursery.start_soon(partial(self._supervision.keep, name, run, vital=True))
         finally:
             for service in self._services.values():
                 service.close()
