@@ -21,6 +21,7 @@ import anyio
 import anyio.to_thread
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot
 from meshlocal.wire.snapshot_cache import MAX_SIZE, CachedSnapshot, CacheError, decode_cache, encode_cache
@@ -35,6 +36,16 @@ CONFIRM_INTERVAL = 30.0
 
 KEEP = 86400.0
 """Seconds for which a service is kept that nobody follows any more: a request may name it again."""
+
+KEEP_SERVICES = 256
+KEEP_INSTANCES = 20_000
+"""Of such services and their instances, at most: a few megabytes, whatever names requests make up."""
+
+WRITE_LIMIT = 30.0
+"""Seconds that a write may take, before the file system is said to hang."""
+
+SPARE = 20.0
+"""How many times longer than a write took it is waited before the next."""
 
 LAST_WRITE = 2.0
 """Seconds that the last write may take, when the proxy ends."""
@@ -71,8 +82,14 @@ class SnapshotCache:
         self._clock = clock
         self._held: dict[ServiceKey, CachedSnapshot] = {}
         self._from_file: set[ServiceKey] = set()
+        self._before: set[ServiceKey] = set()
+        """What was followed when it was last asked."""
         self._passed_on = False
         self._age = 0.0
+        self._most = KEEP_SERVICES
+        """Services held from which on it is looked which may be forgotten."""
+        self._took = 0.0
+        self._files = Blocking(limit=WRITE_LIMIT)
         self._changes = 0
         self._written = 0
         self._writing = threading.Lock()
@@ -108,8 +125,19 @@ class SnapshotCache:
         return self.recall(self._followed())
 
     def recall(self, services: Iterable[ServiceKey]) -> list[ServiceSnapshot]:
-        """Pass on what the file had of these services, each once. Returns what was passed on."""
-        found = [self._held[service].snapshot for service in services if service in self._from_file]
+        """Pass on what the file had of these services, each once. Returns what was passed on.
+
+        While discovery is away, also what it said itself of a service that is followed again: nobody else can say it.
+        """
+        services = list(services)
+        new = set(services) - self._before
+        self._before = set(services)
+        away = not self.status.connected
+        found = [
+            self._held[service].snapshot
+            for service in services
+            if service in self._from_file or (away and service in new and service in self._held)
+        ]
         for snapshot in found:
             self._from_file.discard(snapshot.service)
             self._sink.publish(snapshot)
@@ -127,10 +155,35 @@ class SnapshotCache:
     def publish(self, snapshot: ServiceSnapshot) -> None:
         """See `SnapshotSink`: what comes from the feed."""
         self._from_file.discard(snapshot.service)
+        self._before.add(snapshot.service)
         self._held[snapshot.service] = CachedSnapshot(snapshot, self._clock())
+        if len(self._held) > self._most:
+            self._prune(self._clock())
         self._changes += 1
         self._dirty.set()
         self._sink.publish(snapshot)
+
+    def _prune(self, now: float) -> None:
+        """Forget what nobody follows any more: what no registry knew, what is old, and what is too much (P2)."""
+        followed = set(self._followed())
+        left: list[CachedSnapshot] = []
+        kept: dict[ServiceKey, CachedSnapshot] = {}
+        for key, each in self._held.items():
+            if key in followed:
+                kept[key] = each
+            elif not each.snapshot.unknown and now - each.followed_at < KEEP:
+                left.append(each)
+        # The longest unused go first.
+        left.sort(key=lambda each: each.followed_at, reverse=True)
+        room = KEEP_INSTANCES
+        for each in left[:KEEP_SERVICES]:
+            room -= len(each.snapshot.instances)
+            if room < 0:
+                break
+            kept[each.snapshot.service] = each
+        self._held = kept
+        self._from_file &= kept.keys()
+        self._most = len(kept) + KEEP_SERVICES
 
     def mark_stale(self) -> None:
         """What is known came from the file: so old is it, until discovery says more."""
@@ -146,33 +199,43 @@ class SnapshotCache:
             while True:
                 with anyio.move_on_after(CONFIRM_INTERVAL):
                     await self._dirty.wait()
-                    await anyio.sleep(DELAY)
+                    # The file is written whole: where that takes its time, it is done less often.
+                    await anyio.sleep(max(DELAY, min(self._took * SPARE, CONFIRM_INTERVAL / 2)))
                 self._dirty = anyio.Event()
                 if self._changes != self._written:
                     await self._write()
                 elif self.status.connected and not self.status.stale:
-                    await anyio.to_thread.run_sync(self._touch, abandon_on_cancel=True)
+                    with suppress(BlockedError):
+                        await self._files.run(self._touch)
         finally:
             if self._changes != self._written:
                 with anyio.move_on_after(LAST_WRITE, shield=True):
-                    await self._write()
+                    await self._write(last=True)
 
-    async def _write(self) -> None:
+    async def _write(self, *, last: bool = False) -> None:
         now = self._clock()
         for service in self._followed():
             held = self._held.get(service)
             if held is not None:
                 self._held[service] = CachedSnapshot(held.snapshot, now)
-        self._held = {key: each for key, each in self._held.items() if now - each.followed_at < KEEP}
+        self._prune(now)
         cached = list(self._held.values())
         changes = self._changes
+        began = anyio.current_time()
         try:
-            await anyio.to_thread.run_sync(self._replace, cached, abandon_on_cancel=True)
+            if last:
+                # It waits for one that was given up when this task was cancelled.
+                await anyio.to_thread.run_sync(self._replace, cached, abandon_on_cancel=True)
+            else:
+                await self._files.run(self._replace, cached)
+        except BlockedError as error:
+            self._report(str(error))
         except OSError as error:
             self._report(error.strerror or str(error))
         else:
             self._written = changes
             self._report("")
+        self._took = anyio.current_time() - began
 
     def _report(self, problem: str) -> None:
         # Said once, not once a try.

@@ -109,6 +109,7 @@ class Connected:
         pick: the instance that connected, or was tried last; None if none was.
         tier: its tier's name; empty if there is none.
         attempts: how many were tried.
+        began: when the last attempt did, by trio.current_time().
         error: how the last attempt failed.
         errno: the system's number for it; 0 where the system gave none.
         failures: the attempts that failed, in order.
@@ -118,6 +119,7 @@ class Connected:
 
     __slots__ = (
         "attempts",
+        "began",
         "deadline",
         "errno",
         "error",
@@ -135,6 +137,7 @@ class Connected:
         self.pick: Pick | None = None
         self.tier = ""
         self.attempts = 0
+        self.began = 0.0
         self.error = ""
         self.errno = 0
         self.failures: list[FailedAttempt] = []
@@ -245,12 +248,12 @@ def _count(service: ServiceState, pick: Pick, result: Connected, error: str) -> 
     if result.upstream is not None:
         result.error = ""
         attempts[tier, AttemptOutcome.CONNECTED] += 1
-        fitness.connected(pick.instance)
+        fitness.connected(pick.instance, result.began)
     elif error:
         attempts[tier, error] += 1
         result.error = error
         result.failures.append(FailedAttempt(pick, error, result.errno))
-        fitness.failed(pick.instance, error)
+        fitness.failed(pick.instance, error, began=result.began)
     else:
         attempts[tier, AttemptOutcome.ABANDONED] += 1
         fitness.abandoned(pick.instance)
@@ -266,6 +269,7 @@ def _begin(pick: Pick, result: Connected) -> Connecting | str:
     """Begin to connect to an instance: how that failed at once, empty if it did not; or what has to be waited for."""
     key = pick.instance.key
     result.errno = 0
+    result.began = trio.current_time()
     try:
         connecting = Connecting(key.address, key.port)
     except OSError as error:
@@ -312,10 +316,13 @@ async def _wait_connected(client: Waiting, upstream: socket.socket, limit: float
     async def wait() -> None:
         await trio.lowlevel.wait_writable(upstream)
 
-    with trio.move_on_after(min(PATIENCE, limit)):
+    patience = min(PATIENCE, limit)
+    with trio.move_on_after(patience):
         await wait()
         return
-    with trio.move_on_after(limit - PATIENCE) as scope:
-        await client.watched(wait)
-    if scope.cancelled_caught:
-        raise TimeoutError
+    if limit > patience:
+        with trio.move_on_after(limit - patience) as scope:
+            await client.watched(wait)
+        if not scope.cancelled_caught:
+            return
+    raise TimeoutError

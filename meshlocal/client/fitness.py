@@ -57,43 +57,55 @@ class Fitness:
             return None
         return Admission(self.health, anyio.current_time(), self.spill, self.under_way)
 
-    def connected(self, instance: Instance) -> None:
-        """A request connected it. That readmits one that could not be connected before."""
+    def connected(self, instance: Instance, began: float | None = None) -> None:
+        """A request connected it. That readmits one that could not be connected before.
+
+        Args:
+            instance: which.
+            began: when the attempt did, by anyio.current_time(); by default now. What an attempt shows counts from then.
+        """
         if self.feedback.failing and not self.health.is_doubted(_place(instance.key)):
             self.feedback.succeeded()
-        if not self.health.quiet and self.health.succeeded(_place(instance.key), anyio.current_time(), shallow=True):
+        if not self.health.quiet and self.health.succeeded(
+            _place(instance.key), anyio.current_time(), shallow=True, began=began
+        ):
             self._say_readmitted(instance.key, "connected")
 
-    def worked(self, instance: Instance) -> None:
-        """It answered a request, with whatever answer, or kept its connection for a while."""
+    def worked(self, instance: Instance, began: float | None = None) -> None:
+        """It answered a request, with whatever answer, or kept its connection for a while. `began` as in `connected`."""
         if self.feedback.failures:
             self.feedback.succeeded()
-        if self.health.known and self.health.succeeded(_place(instance.key), anyio.current_time()):
+        if self.health.known and self.health.succeeded(_place(instance.key), anyio.current_time(), began=began):
             self._say_readmitted(instance.key, "answered")
 
-    def failed(self, instance: Instance, error: str, cause: Cause = Cause.CONNECT) -> None:
+    def misbehaved(self, instance: Instance, problem: str) -> None:
+        """It said what nobody had asked for: what comes of it on that connection cannot be told from an answer."""
+        seconds = self.health.misbehaved(_place(instance.key), anyio.current_time())
+        if seconds is not None:
+            self._say_ejected(instance, problem, Cause.PROTOCOL, seconds)
+
+    def ready_again(self, key: EndpointKey) -> None:
+        """It was not ready, and is: if it is ejected, the next request tries it (F1)."""
+        self.health.ready_again(_place(key), anyio.current_time())
+
+    def failed(
+        self, instance: Instance, error: str, cause: Cause = Cause.CONNECT, began: float | None = None
+    ) -> None:
         """A request failed on it.
 
         Args:
             instance: which.
             error: how, in a word, as `classify_connect_error` has it.
             cause: whether it could not be connected, or was and failed before it said a word.
+            began: as in `connected`.
         """
         now = anyio.current_time()
         if error in OWN_FAULTS:
             self.health.abandoned(_place(instance.key), now)
             return
-        seconds = self.health.failed(_place(instance.key), now, cause)
+        seconds = self.health.failed(_place(instance.key), now, cause, began=began)
         if seconds is not None:
-            _log.warning(
-                "instance ejected",
-                service=self._service,
-                instance=str(instance.key),
-                node=instance.node or None,
-                problem=error,
-                cause=cause,
-                seconds=round(seconds, 1),
-            )
+            self._say_ejected(instance, error, cause, seconds)
         if self.feedback.failed(now) and self.on_failing is not None:
             _log.warning("every attempt fails; asking discovery again", service=self._service, problem=error)
             self.on_failing(self._service)
@@ -143,6 +155,17 @@ class Fitness:
         """Forget all instances but these."""
         if not self.health.quiet:
             self.health.retain({_place(key) for key in keys})
+
+    def _say_ejected(self, instance: Instance, problem: str, cause: Cause, seconds: float) -> None:
+        _log.warning(
+            "instance ejected",
+            service=self._service,
+            instance=str(instance.key),
+            node=instance.node or None,
+            problem=problem,
+            cause=cause,
+            seconds=round(seconds, 1),
+        )
 
     def _say_readmitted(self, key: EndpointKey, why: str) -> None:
         _log.info("instance readmitted", service=self._service, instance=str(key), why=why)

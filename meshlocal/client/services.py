@@ -149,6 +149,8 @@ class ServiceState:
             self.first_snapshot.set()
         else:
             self.fitness.retain(snapshot.instances)
+            if self.fitness.health.unfit:
+                self._look_for_ready_again(before.snapshot, snapshot)
         if self.changed is not None:
             self.changed(snapshot)
         if not look_at_ports:
@@ -162,6 +164,14 @@ class ServiceState:
                 port_names=",".join(sorted(ports)),
                 config_key=f"proxy.services.{self.key}.port_name",
             )
+
+    def _look_for_ready_again(self, before: ServiceSnapshot, after: ServiceSnapshot) -> None:
+        unfit = self.fitness.health.unfit
+        for key, instance in after.instances.items():
+            if key[:2] in unfit and instance.conditions.ready:
+                was = before.instances.get(key)
+                if was is not None and not was.conditions.ready:
+                    self.fitness.ready_again(key)
 
     def reselect(
         self, selector: Selector, policy: AttemptPolicy, ejection: EjectionConfig, config: ServiceConfig

@@ -5,7 +5,11 @@ reads no more. Edge-triggered events come again whenever something changed after
 that did not fill its space needs no second one to find the socket empty (epoll(7), Q9). After one that did, the
 direction gives way to all others before it goes on. Its reads grow, from `FIRST` to `LARGEST` bytes, for as long as its
 sink takes each of them whole, and are small again when it does not: so what is held for a slow reader is little, and
-for one that stalls amid a fast transfer `LARGEST` at most.
+for one that stalls amid a fast transfer `LARGEST` at most. Once `HELD_MOST` bytes are held in all, reads are `SCANT`, so
+that a crowd of readers that stall cannot take the memory.
+
+Large reads cost milliseconds, and everybody else in the loop waits for them. So all directions together move no more
+than `TURN_BYTES` in large reads in one turn; those that are left have theirs first in the next.
 
 Nothing here waits: an epoll instance tells when there is something to do, and what ended is handed to `_finish`.
 """
@@ -32,6 +36,15 @@ FIRST = 128 * 1024
 
 LARGEST = 1024 * 1024
 """Bytes that one read may give, and the most that a direction holds."""
+
+TURN_BYTES = 2 * LARGEST
+"""Bytes that large reads move in one turn of the loop, before others have theirs: some two milliseconds."""
+
+HELD_MOST = 64 * LARGEST
+"""Bytes held for sinks that take nothing, in all, from which on reads are `SCANT`."""
+
+SCANT = 4096
+"""Bytes that a read gives while too much is held."""
 
 FLOW_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What an epoll instance tells of a socket that is read, edge-triggered."""
@@ -140,6 +153,10 @@ class Flows:
         """Those that have gone on for long enough, and are served once others were; each once."""
         self._view = _buffer(LARGEST)
         self._first = self._view[:FIRST]
+        self._left = TURN_BYTES
+        """Bytes that large reads may still move in this turn."""
+        self.held = 0
+        """Bytes that are held for sinks, in all."""
         self._now = 0.0
         """When the events that are served now were told, by Trio's clock."""
 
@@ -164,6 +181,7 @@ class Flows:
         for fd in pair.fds:
             flow = self._flows.pop(fd, None)
             if flow is not None:
+                self._drop_rest(flow)
                 # Otherwise it would take the garbage collector to free them, whose pauses stop all traffic.
                 del flow.twin
 
@@ -185,6 +203,10 @@ class Flows:
         """Move what there is to move one way, or as much as one read gives."""
         if flow.rest:
             self._send_rest(flow)
+        if self._left <= 0 and flow.limit > FIRST:
+            # Others have had as much as there is for all in this turn.
+            self._again[flow] = None
+            return
         while flow.ready:
             size = -1
             try:
@@ -193,6 +215,8 @@ class Flows:
             except OSError as error:
                 self._stopped(flow, size, error)
                 return
+            if size > FIRST:
+                self._left -= size
             if not 0 < size == sent < flow.limit:
                 self._after(flow, size, sent)
                 return
@@ -229,7 +253,7 @@ class Flows:
         elif sent < size:
             self._hold(flow, sent, size)
         else:
-            if size < LARGEST:
+            if size < LARGEST and self.held < HELD_MOST:
                 flow.limit = min(2 * size, LARGEST)
                 flow.space = self._view[: flow.limit]
             self._again[flow] = None
@@ -241,7 +265,28 @@ class Flows:
         flow.ready = False
         flow.space = self._first
         flow.limit = len(self._first)
+        before, self.held = self.held, self.held + size - sent
+        if before < HELD_MOST <= self.held:
+            self._set_first(SCANT)
         self._arm(flow)
+
+    def _let_go(self, size: int) -> None:
+        """So much is held no longer."""
+        before, self.held = self.held, self.held - size
+        if before > HELD_MOST // 2 >= self.held and len(self._first) == SCANT:
+            self._set_first(FIRST)
+
+    def _drop_rest(self, flow: Flow) -> None:
+        if flow.rest:
+            self._let_go(len(flow.rest))
+            flow.rest = b""
+
+    def _set_first(self, size: int) -> None:
+        """How much a direction reads at first, from now on and of those that there are."""
+        self._first = self._view[:size]
+        for flow in self._flows.values():
+            flow.space = self._first
+            flow.limit = size
 
     def _send_rest(self, flow: Flow) -> None:
         try:
@@ -252,6 +297,7 @@ class Flows:
             self._sink_failed(flow, error)
             return
         self._count(flow, sent)
+        self._let_go(sent)
         if sent == len(flow.rest):
             flow.rest = b""
             flow.ready = True
@@ -290,7 +336,7 @@ class Flows:
         """The sink is dead. What it sent before is still delivered, so the other direction goes on to its end."""
         flow.ended = True
         flow.ready = False
-        flow.rest = b""
+        self._drop_rest(flow)
         flow.pair.state.fail(flow.twin.side, error.errno or errno.EIO)
         # A dead socket gives what it received and then its end. Should this one be alive after all (the system had no
         # memory for it), it is made to do the same.

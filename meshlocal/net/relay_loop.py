@@ -37,7 +37,7 @@ from typing import Protocol
 import trio
 
 from meshlocal.net.busy_poll import BusyPoll
-from meshlocal.net.flows import ALL_EVENTS, FLOW_EVENTS, Flows, Pair
+from meshlocal.net.flows import ALL_EVENTS, FIRST, FLOW_EVENTS, TURN_BYTES, Flow, Flows, Pair
 from meshlocal.net.log import get_log
 from meshlocal.net.relay import RelayCounters, RelayResult, RelayState, current_loop
 from meshlocal.net.sockets import on_close
@@ -56,6 +56,7 @@ _BYTES = select.EPOLLIN
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 _SPLIT = select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_DEAD = select.EPOLLHUP | select.EPOLLERR
 _BATCH = 256
 
 _ROUND = 32
@@ -197,6 +198,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
             # A client has most likely said something already. What it said before the registration is read here, and
             # what comes later is an event.
             there.rest = bytes(early)
+            self.held += len(there.rest)
             self._move(there)
             if not pair.done:
                 self._register(pair.fds[0], ALL_EVENTS if back.armed else FLOW_EVENTS)
@@ -311,6 +313,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self.turns += 1
         self.crowd = len(events)
         self._now = now = self.time()
+        self._left = TURN_BYTES
         flows, view = self._flows, self._view
         last = self._last
         self._turning = True
@@ -327,7 +330,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
                         self._end_round()
                 else:
                     trio_ready = trio_ready or fd == self._trio
-            elif mask == _BYTES and flow.ready:
+            elif mask == _BYTES and flow.ready and (self._left > 0 or flow.limit <= FIRST):
                 # What nearly every message is, so it is `_move` without a call.
                 try:
                     size = -1
@@ -337,6 +340,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
                     except OSError as error:
                         self._stopped(flow, size, error)
                         continue
+                    if size > FIRST:
+                        self._left -= size
                     if 0 < size == sent < flow.limit:
                         counters = flow.counters
                         counters.last_activity = now
@@ -357,15 +362,34 @@ class RelayLoop(Flows, trio.abc.Instrument):
                         flow.split = True
                     if flow.ready:
                         self._serve(flow)
+                    elif mask & _DEAD and flow.ended and not flow.pair.done:
+                        self._source_died(flow)
         if last:
             self._end_round()
+        left: dict[Flow, None] = {}
         for flow in again:
-            if flow not in self._again:  # it had an event as well
+            if flow in self._again:  # it had an event as well
+                continue
+            if self._left > 0:
                 self._serve(flow)
+            else:
+                left[flow] = None
+        if left:
+            # They come first in the next turn.
+            self._again = left | self._again
         self._turning = False
         if self._over:
             self._hand_back()
         return trio_ready
+
+    def _source_died(self, flow: Flow) -> None:
+        """A side that had ended its stream reset its connection: what is still to be sent to it can go nowhere."""
+        try:
+            number = flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:
+            number = error.errno or 0
+        flow.pair.state.fail(flow.side, number or errno.ECONNRESET)
+        self._finish(flow.pair)
 
     def _hand_back(self) -> None:
         """Only now that no event is left may sockets be closed: the numbers of theirs would be those of others."""

@@ -25,6 +25,9 @@ thousand proxies that lost one instance at the same moment do not return to it a
 anew when the instance stayed admitted for as long as its last ejection was. One request makes the trial; if it brings
 no verdict, because its client left, the next request tries. A trial that nobody hears of again ends after `time`.
 
+What a request shows counts from when it began: one that began before its instance was ejected, or readmitted, says
+nothing of what the instance has been since. An instance that was not ready, and is again, is due for its trial at once.
+
 (*) That an instance can be connected says nothing about one that resets what it accepts. Such a *shallow* success, a
 tcp request's connect or a check of kind tcp, changes nothing where the last failure was a reset; what counts there is
 that a connection lives.
@@ -34,6 +37,7 @@ Only what is not simply admitted is remembered, so that a service in good health
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
@@ -65,6 +69,8 @@ class Cause(StrEnum):
     """It was connected, and failed before it said a word."""
     CHECK = "check"
     """Its health checks fail."""
+    PROTOCOL = "protocol"
+    """It said what nobody had asked for."""
 
 
 class Standing(NamedTuple):
@@ -86,7 +92,7 @@ class Standing(NamedTuple):
 
 
 class _Record:
-    __slots__ = ("cause", "ejections", "failures", "lasted", "readmitted", "state", "until")
+    __slots__ = ("cause", "changed", "ejections", "failures", "lasted", "readmitted", "state", "until")
 
     def __init__(self) -> None:
         self.state = State.ADMITTED
@@ -96,6 +102,8 @@ class _Record:
         self.lasted = 0.0
         self.until = 0.0
         self.readmitted = 0.0
+        self.changed = -math.inf
+        """When it was ejected or readmitted last."""
 
 
 class Health:
@@ -157,8 +165,16 @@ class Health:
         record.until = now + self.policy.time
         return True
 
-    def failed(self, place: Place, now: float, cause: Cause = Cause.CONNECT) -> float | None:
+    def failed(
+        self, place: Place, now: float, cause: Cause = Cause.CONNECT, *, began: float | None = None
+    ) -> float | None:
         """A request failed on the instance.
+
+        Args:
+            place: the instance.
+            now: the time.
+            cause: how.
+            began: when the attempt did; by default now.
 
         Returns:
             The seconds for which it is ejected, if this ejected it.
@@ -169,6 +185,8 @@ class Health:
         record = self.known.get(place)
         if record is None:
             record = self.known[place] = _Record()
+        elif began is not None and began < record.changed:
+            return None
         if record.state is State.ADMITTED:
             record.failures += 1
             record.cause = cause
@@ -180,21 +198,46 @@ class Health:
             return None
         return self._eject(place, record, now, cause)
 
+    def misbehaved(self, place: Place, now: float) -> float | None:
+        """The instance did what no instance may do: one time is enough.
+
+        Returns:
+            The seconds for which it is ejected, if this ejected it.
+        """
+        if self.policy.failures is None:
+            return None
+        record = self.known.get(place)
+        if record is None:
+            record = self.known[place] = _Record()
+        if record.state not in (State.ADMITTED, State.TRIAL):
+            return None
+        return self._eject(place, record, now, Cause.PROTOCOL)
+
+    def ready_again(self, place: Place, now: float) -> None:
+        """The instance was not ready, and is: what was found out about it before may be over (F1)."""
+        record = self.unfit.get(place)
+        if record is not None and record.state in (State.EJECTED, State.TRIAL):
+            record.state = State.EJECTED
+            record.until = now
+
     def is_doubted(self, place: Place) -> bool:
         """Whether a shallow success of the instance would change nothing."""
         record = self.known.get(place)
         return record is not None and record.cause is Cause.RESET
 
-    def succeeded(self, place: Place, now: float, *, shallow: bool = False) -> bool:
+    def succeeded(self, place: Place, now: float, *, shallow: bool = False, began: float | None = None) -> bool:
         """A request succeeded on the instance; tells whether that readmitted it.
 
         Args:
             place: the instance.
             now: the time.
             shallow: all that is known is that it could be connected.
+            began: when the attempt did; by default now.
         """
         record = self.known.get(place)
         if record is None or record.state is State.FAILING or (shallow and record.cause is Cause.RESET):
+            return False
+        if began is not None and began < record.changed:
             return False
         return self._admit(place, record, now)
 
@@ -254,6 +297,7 @@ class Health:
         record.ejections += 1
         record.lasted = lasts * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
         record.until = now + record.lasted
+        record.changed = now
         self.unfit[place] = record
         self.total[cause] += 1
         return record.lasted
@@ -264,7 +308,7 @@ class Health:
         record.cause = None
         if was_unfit:
             record.state = State.ADMITTED
-            record.readmitted = now
+            record.readmitted = record.changed = now
         if not record.ejections or (not was_unfit and now - record.readmitted > record.lasted):
             del self.known[place]
         return was_unfit

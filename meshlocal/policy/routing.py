@@ -22,6 +22,11 @@ class PrefixRoute(NamedTuple):
     host: str | None = None
 
 
+_LONGEST = 255
+_MOST_FOUND = 1024
+"""Hosts whose service is remembered, and bytes of each: a quarter of a megabyte in all."""
+
+
 class Router:
     """Finds the service of a request.
 
@@ -62,9 +67,12 @@ class Router:
         try:
             return self._found[host]
         except KeyError:
-            if len(self._found) >= 1024:
-                self._found.clear()
-            found = self._found[host] = self.by_host(host.decode("ascii", "replace"))
+            found = self.by_host(host.decode("ascii", "replace"))
+            if len(host) <= _LONGEST:
+                # What is longer is no host's name (RFC 1035, 2.3.4), and would fill the memory with what clients make up.
+                if len(self._found) >= _MOST_FOUND:
+                    self._found.clear()
+                self._found[host] = found
             return found
 
     def by_host(self, host: str) -> ServiceKey | None:

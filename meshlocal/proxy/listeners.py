@@ -34,6 +34,10 @@ class HttpServer(Protocol):
         """Serve one connection to its end. `service` is None if each request says its own."""
         ...
 
+    def shed(self) -> None:
+        """Close what is idle: descriptors ran out."""
+        ...
+
 
 class Listener:
     """One configured listener: one socket, or two for `localhost`.
@@ -174,10 +178,15 @@ class Listeners:
 
     async def _accept_on(self, listener: Listener, sock: socket.socket, take: Take) -> None:
         try:
-            await accept_each(sock, take, on_error=listener.on_accept_error, ceiling=connections_ceiling())
+            await accept_each(sock, take, on_error=partial(self._on_full, listener), ceiling=connections_ceiling())
         except OSError as error:
             # The socket is of no use any more, and would be of none to who began again with it.
             self._supervision.die(f"accept on {listener.bound[0]}", os.strerror(error.errno or 0))
+
+    def _on_full(self, listener: Listener, error: OSError) -> None:
+        listener.on_accept_error(error)
+        if self.http is not None:
+            self.http.shed()
 
     def _take(self, listener: Listener, connections: trio.Nursery, client: socket.socket, peer: object) -> Started:
         """See `meshlocal.net.listen.Take`."""

@@ -20,7 +20,10 @@ from meshlocal.proxy.tcp import RETURNED, Connection, TcpForwarder
 _log = get_log(__name__)
 
 LOOK = 0.1
-"""Seconds between two looks at the services."""
+"""Seconds between two looks at the services while a connection may have to return."""
+
+LOOK_AT_REST = 1.0
+"""The same while there is none."""
 
 
 class Returning:
@@ -42,7 +45,14 @@ class Returning:
         """Look after them until cancelled."""
         while True:
             self.look(trio.current_time())
-            await trio.sleep(LOOK)
+            await trio.sleep(LOOK if self._some_away() else LOOK_AT_REST)
+
+    def _some_away(self) -> bool:
+        """Whether a connection of such a service is with an instance of another tier."""
+        return any(
+            connection.service.key in self._paces and connection.result.pick is not None and connection.result.pick.tier
+            for connection in self._forwarder
+        )
 
     def look(self, now: float) -> None:
         """End one connection of each service for which it is time."""

@@ -378,14 +378,12 @@ class TcpForwarder:
         try:
             verdict = await overture.play(result.upstream)
         finally:
-            if verdict is not None and verdict.spoke:
-                service.fitness.worked(instance)
-            elif verdict is not None and verdict.moves:
-                service.fitness.failed(instance, verdict.moves, Cause.RESET)
-            elif verdict is None or not verdict.ended:
-                service.fitness.abandoned(instance)
+            if verdict is not None and verdict.moves:
+                service.fitness.failed(instance, verdict.moves, Cause.RESET, connection.connected)
+            elif verdict is not None and (verdict.spoke or verdict.ended):
+                service.fitness.worked(instance, connection.connected)
             else:
-                service.fitness.worked(instance)
+                service.fitness.abandoned(instance)
         counters.client_to_upstream += verdict.sent
         if verdict.moves:
             service.statistics.replays[verdict.moves] += 1
@@ -425,9 +423,9 @@ class TcpForwarder:
         if ended is None or (silent and ended.failed == "client"):
             fitness.abandoned(pick.instance)
         elif not silent or ended.failed is None or ended.first_end is not None:
-            fitness.worked(pick.instance)
+            fitness.worked(pick.instance, connection.connected)
         elif trio.current_time() - connection.connected < SETTLED:
-            fitness.failed(pick.instance, ended.reason, Cause.RESET)
+            fitness.failed(pick.instance, ended.reason, Cause.RESET, connection.connected)
 
     def _is_doubted(self, connection: Connection) -> bool:
         """Whether it has to live for a while to show that its instance works."""
@@ -439,7 +437,7 @@ class TcpForwarder:
         pick = connection.result.pick
         assert pick is not None
         await trio.sleep(SETTLED)
-        connection.service.fitness.worked(pick.instance)
+        connection.service.fitness.worked(pick.instance, connection.connected)
 
     def _account(self, connection: Connection, outcome: Outcome) -> None:
         service, result = connection.service, connection.result

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from meshlocal.client.cache import CONFIRM_INTERVAL, DELAY, KEEP, SnapshotCache
+from meshlocal.client.cache import CONFIRM_INTERVAL, DELAY, KEEP, KEEP_INSTANCES, KEEP_SERVICES, SnapshotCache
 from meshlocal.client.feed import FeedStatus
 from meshlocal.policy import model
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
@@ -259,3 +259,55 @@ async def test_a_cancelled_write_is_finished_by_the_last_one(setup: Setup, monke
         cache.publish(at(2))
         nursery.cancel_scope.cancel()
     assert setup.start().load() == [at(2)]
+
+
+async def test_names_that_requests_make_up_do_not_fill_it(setup: Setup) -> None:
+    """P2: of what nobody follows any more, nothing is kept that no registry knew, and little of what one did."""
+    cache = setup.start()
+    for number in range(5000):
+        setup.followed = [B, ServiceKey(f"made-up-{number}")]
+        cache.publish(ServiceSnapshot(setup.followed[1], "unknown", {}, unknown=True))
+        assert len(cache._held) <= KEEP_SERVICES + 2
+    for number in range(2 * KEEP_SERVICES):
+        setup.now += 1
+        setup.followed = [B, ServiceKey(f"real-{number}")]
+        cache.publish(at(number % 250, service=setup.followed[1]))
+    cache.publish(at(1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.run)
+        nursery.cancel_scope.cancel()
+    again = setup.start()
+    again.load()
+    names = set(again._held)
+    assert {B, setup.followed[1]} <= names
+    assert len(names) <= KEEP_SERVICES + 2
+    assert not any(name.startswith("made-up") for name in names - set(setup.followed))
+    # Those that were followed last are kept.
+    assert ServiceKey(f"real-{2 * KEEP_SERVICES - 2}") in names
+    assert ServiceKey("real-0") not in names
+
+
+async def test_what_is_kept_is_bounded_by_instances_too(setup: Setup) -> None:
+    """P2."""
+    cache = setup.start()
+    crowd = model.index(make_instance(f"10.{n >> 8}.{n & 255}.1", 1) for n in range(KEEP_INSTANCES // 2))
+    for number in range(6):
+        setup.now += 1
+        setup.followed = [ServiceKey(f"large-{number}")]
+        cache.publish(ServiceSnapshot(setup.followed[0], "v", crowd))
+    cache._prune(setup.now)
+    assert sorted(cache._held) == ["large-3", "large-4", "large-5"]
+
+
+async def test_while_discovery_is_away_what_it_said_is_said_again(setup: Setup) -> None:
+    """D7: of a service that is followed anew, from what is held, whether or not it came from the file."""
+    cache = setup.start()
+    cache.publish(at(1))
+    setup.followed = [C]
+    assert cache.recall([C]) == []
+    assert cache.recall([B, C]) == [at(1)]
+    assert cache.recall([B, C]) == []
+    assert setup.sink.published == [at(1), at(1)]
+    cache.status.connected = True
+    cache.recall([C])
+    assert cache.recall([B, C]) == []

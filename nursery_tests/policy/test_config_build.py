@@ -332,7 +332,7 @@ def test_numbers_are_floats_where_they_are_times() -> None:
         ),
         (
             {"proxy": {"discovery": {"backoff_initial": 20}}},
-            "proxy.discovery.backoff_initial: 20 is more than proxy.discovery.backoff_max, 15",
+            "proxy.discovery.backoff_initial: 20 is more than proxy.discovery.backoff_max, 5",
         ),
         (
             {"proxy": {"http": {"routes": [{"prefix": "api", "service": "b"}]}}},

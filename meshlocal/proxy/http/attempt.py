@@ -58,6 +58,7 @@ class Attempt:
         streaming: the request's body is being sent by another task.
         scope: of the wait for a head, while `streaming`; its deadline is the instance's.
         deadline: when the instance must have answered.
+        began: when the request was sent, by trio.current_time(); what the attempt shows of its instance is from then.
     """
 
     __slots__ = (
@@ -66,6 +67,7 @@ class Attempt:
         "_switch",
         "_unread",
         "_wait_first",
+        "began",
         "connection",
         "deadline",
         "exchange",
@@ -95,6 +97,7 @@ class Attempt:
         self.sock = upstream.sock
         self.flow = ResponseFlow(exchange.head.method, connection.forwarder.settings.heads)
         self.deadline = exchange.deadline
+        self.began = exchange.started
         self.scope: trio.CancelScope | None = None
         self.failure: Failure | None = None
         self.started = False
@@ -119,7 +122,12 @@ class Attempt:
         self.started = self.sent = True
         self._limit(self.exchange.started)
 
+    def take_over_count(self) -> None:
+        """That the request is under way on the instance was counted, and is this attempt's to undo."""
+        self._counted = True
+
     def _limit(self, now: float) -> None:
+        self.began = now
         limit = self.service.state.policy.attempt_timeout
         if limit is not None:
             self.deadline = min(self.deadline, now + limit)
@@ -128,7 +136,7 @@ class Attempt:
         """Send the request, as far as the connection takes it. Sets `failure` if that is dead."""
         self.started = True
         exchange, state = self.exchange, self.service.state
-        if state.fitness.spill is not None and exchange.pick is not None:
+        if exchange.pick is not None and not self._counted:
             state.fitness.begin(exchange.pick.instance)
             self._counted = True
         payload = exchange.payload()
@@ -228,7 +236,7 @@ class Attempt:
         if self.scope is not None:
             self.scope.deadline = math.inf
         if exchange.pick is not None:
-            service.state.fitness.worked(exchange.pick.instance)
+            service.state.fitness.worked(exchange.pick.instance, self.began)
         exchange.status = status
         exchange.outcome = Outcome.CUT
         connection.begun = True
@@ -255,7 +263,9 @@ class Attempt:
         if not self._close_client:
             exchange.end = End.KEEP
         else:
-            exchange.end = End.LINGER if self._unread or connection.early else End.CLOSE
+            # A client that did not ask for it may be sending its next request.
+            linger = self._unread or exchange.head.keep_alive or connection.has_input()
+            exchange.end = End.LINGER if linger else End.CLOSE
 
     def release(self, now: float, *, watched: bool = False) -> None:
         """Give the connection back, close it, or reset it if something on it was cut short.
@@ -337,7 +347,7 @@ class Attempt:
         from meshlocal.proxy.http.tunnel import run_tunnel
 
         if exchange.pick is not None:
-            self.service.state.fitness.worked(exchange.pick.instance)
+            self.service.state.fitness.worked(exchange.pick.instance, self.began)
         self.connection.begun = True
         exchange.status = 101
         exchange.outcome = Outcome.CUT
@@ -384,17 +394,13 @@ class Attempt:
         finally:
             patience.waiting.pop(self, None)
 
-    def lose_patience(self) -> None:
-        """See `Waiter.lose_patience`."""
+    def on_slow(self) -> None:
+        """See `Waiter.on_slow`."""
         self.impatient = True
         notify_closing(self.sock)
 
-    def waits_for(self, what: object) -> bool:
-        """See `Waiter.waits_for`: it asks for nothing."""
-        return False
-
-    def lose_hope(self) -> None:
-        """See `Waiter.lose_hope`."""
+    def on_deadline(self) -> None:
+        """See `Waiter.on_deadline`: it asks for no time."""
 
     async def _wait_watching(self) -> None:
         self.impatient = False

@@ -83,8 +83,8 @@ class ClientConnection(Client):
 
     @property
     def is_idle(self) -> bool:
-        """It waits for a request of which nothing came."""
-        return self.expiry is Expiry.IDLE and self.exchange is None
+        """It waits for a request of which nothing came, its first one or the next."""
+        return self.expiry in (Expiry.IDLE, Expiry.FIRST) and self.exchange is None
 
     @property
     def idle_limit(self) -> float:
@@ -200,12 +200,9 @@ class ClientConnection(Client):
     def await_request(self, now: float) -> None:
         """It waits for a request of which nothing came."""
         config = self.forwarder.settings.config
-        if self.fresh:
-            self.expiry = Expiry.FIRST
-            self.deadline = now + config.header_timeout
-        else:
-            self.expiry = Expiry.IDLE
-            self.deadline = now + (DRAIN_GRACE if self.forwarder.draining else config.keep_alive_timeout)
+        self.expiry = Expiry.FIRST if self.fresh else Expiry.IDLE
+        limit = config.header_timeout if self.fresh else config.keep_alive_timeout
+        self.deadline = now + (min(limit, DRAIN_GRACE) if self.forwarder.draining else limit)
 
     async def _begin_head(self) -> bytes | None:
         """The first bytes of the next request; None if none comes."""

@@ -325,6 +325,7 @@ class Exchange:
                 unknown = state.picker is not None and state.picker.snapshot.unknown
                 return await self.refuse(answers.UNKNOWN_SERVICE if unknown else answers.NO_INSTANCE)
             outcome: str = AttemptOutcome.ABANDONED
+            began = trio.current_time() if attempt is None else attempt.began
             try:
                 failure, sent = await self._attempt(service, pick, attempt)
                 outcome = ANSWERED if failure is None else self._word(failure)
@@ -336,7 +337,7 @@ class Exchange:
                 return self.end
             if self.refusal is not None:
                 return await self.refuse(self.refusal)
-            self._judge(service, failure, pick)
+            self._judge(service, failure, pick, began)
             if not self._find_next(service, failure, sent):
                 return await self._answer_failure(failure)
             service.statistics.retries[failure] += 1
@@ -344,13 +345,13 @@ class Exchange:
             # An instance that fails at once must not keep other tasks waiting, nor cancellation.
             await trio.lowlevel.checkpoint()
 
-    def _judge(self, service: HttpService, failure: Failure, pick: Pick) -> None:
+    def _judge(self, service: HttpService, failure: Failure, pick: Pick, began: float) -> None:
         """What a failure shows of the instance (H1). What became of a connect was told already."""
         fitness = service.state.fitness
         if failure is Failure.NO_RESPONSE:
-            fitness.failed(pick.instance, failure, Cause.RESET)
+            fitness.failed(pick.instance, failure, Cause.RESET, began)
         elif failure is Failure.STATUS:
-            fitness.worked(pick.instance)
+            fitness.worked(pick.instance, began)
         elif failure is not Failure.CONNECT:
             fitness.abandoned(pick.instance)
 
@@ -404,12 +405,12 @@ class Exchange:
             raise ClientLeftError
         if result.upstream is not None:
             service.statistics.connections_made += 1
-            state.fitness.connected(pick.instance)
+            state.fitness.connected(pick.instance, result.began)
         elif scope.cancelled_caught:
             self.error = AttemptOutcome.TIMEOUT
             state.fitness.abandoned(pick.instance)
         else:
-            state.fitness.failed(pick.instance, self.error)
+            state.fitness.failed(pick.instance, self.error, began=result.began)
         return result.upstream
 
     # What follows from a failure.
@@ -488,4 +489,7 @@ class Exchange:
                 without_body=head.method == b"HEAD",
             )
         )
-        return End.LINGER if unread or (close and connection.early) else End.CLOSE if close else End.KEEP
+        if not close:
+            return End.KEEP
+        # A client that did not ask for it may be sending its next request.
+        return End.LINGER if unread or head.keep_alive or connection.has_input() else End.CLOSE

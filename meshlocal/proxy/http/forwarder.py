@@ -37,6 +37,9 @@ _SWEEP_LONGEST = 1.0
 _SWEEP_SHORTEST = 0.01
 _WARNING_INTERVAL = 5.0
 
+SHED_AT_ONCE = 64
+"""Idle clients that are closed at once when descriptors run out; that is looked at ten times a second."""
+
 
 class HttpForwarder:
     """Serves the connections of all http listeners.
@@ -64,6 +67,8 @@ class HttpForwarder:
         self.access_log = config.access_log
         self.draining = False
         self._drain_begins = trio.Event()
+        self._busy = trio.Event()
+        """There is something to sweep."""
         self.drained = 0
         self.refused: defaultdict[str, int] = defaultdict(int)
         self.patience = Patience()
@@ -99,6 +104,7 @@ class HttpForwarder:
             await connection.refuse(answers.TOO_MANY_CONNECTIONS)
             return
         self._connections[connection] = None
+        self._busy.set()
         try:
             await connection.run()
         except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
@@ -116,6 +122,19 @@ class HttpForwarder:
         finally:
             for service in self._services.values():
                 service.close()
+
+    def shed(self) -> None:
+        """Give descriptors back: what is idle goes before new clients are kept waiting.
+
+        Connections to instances are made anew when they are wanted. Clients that wait between two requests expect that
+        their connection may end (RFC 9112, 9.3); those that were idle longest go first.
+        """
+        now = trio.current_time()
+        for service in self._services.values():
+            service.pool.sweep(now)
+        idle = [each for each in self._connections if each.is_idle and not each.fresh and not each.has_input()]
+        for connection in sorted(idle, key=lambda each: each.deadline)[:SHED_AT_ONCE]:
+            connection.expire()
 
     def reconfigure(self, config: ProxyConfig) -> None:
         """Apply another configuration: requests that begin now go by it (S2)."""
@@ -177,8 +196,11 @@ class HttpForwarder:
     # Time.
 
     async def _sweep(self) -> None:
-        """Look at all connections and pools, again and again."""
+        """Look at all connections and pools, again and again, while there are some (P3)."""
         while True:
+            if not (self._connections or self._services):
+                self._busy = trio.Event()
+                await self._busy.wait()
             config = self.settings.config
             limits = (
                 config.header_timeout,

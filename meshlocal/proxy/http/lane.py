@@ -34,6 +34,7 @@ from meshlocal.proxy.http.attempt import CHUNK, Attempt
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.proxy.http.quick import Quick, is_usual
+from meshlocal.proxy.http.waiting import Reminder
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
@@ -70,6 +71,7 @@ class Lane:
         "_more",
         "_quick",
         "_registered",
+        "_reminder",
         "_sent_in",
         "attempt",
         "end",
@@ -87,6 +89,7 @@ class Lane:
         self._more = False
         self._handed_over = False
         self._sent_in = 0
+        self._reminder: Reminder | None = None
         self._quick: Quick | None = None
         self.task: trio.lowlevel.Task | None = None
         self.received = b""
@@ -136,6 +139,7 @@ class Lane:
     def _leave(self) -> None:
         handlers = self._loop.handlers
         handlers.pop(self._fd, None)
+        self._call_off()
         if self.attempt is not None:
             handlers.pop(self.attempt.upstream.number, None)
             self._connection.forwarder.patience.waiting.pop(self, None)
@@ -158,8 +162,8 @@ class Lane:
         if self.task is not None:
             self._loop.finish(self)
 
-    def lose_patience(self) -> None:
-        """See `Waiter.lose_patience`.
+    def on_slow(self) -> None:
+        """See `Waiter.on_slow`.
 
         A client that leaves makes an event here too, so that all that is wanted is to be told when the instance's time
         is over. Once its head came it has the connection's time, which is swept with all others'.
@@ -170,15 +174,22 @@ class Lane:
         if attempt.head_came:
             self._connection.await_transfer()
         else:
-            self._connection.forwarder.patience.ask(attempt.deadline, self, attempt)
+            self._reminder = self._connection.forwarder.patience.ask(attempt.deadline, self)
 
-    def waits_for(self, what: object) -> bool:
-        """See `Waiter.waits_for`."""
-        attempt = self.attempt
-        return attempt is not None and attempt is what and not attempt.head_came and not self._handed_over
+    def on_deadline(self) -> None:
+        """See `Waiter.on_deadline`."""
+        self._reminder = None
+        if self.attempt is not None and not self.attempt.head_came and not self._handed_over:
+            self._give_to_task()
 
-    def lose_hope(self) -> None:
-        """See `Waiter.lose_hope`."""
+    def _call_off(self) -> None:
+        """Nobody need be reminded of the request's time."""
+        if self._reminder is not None:
+            self._reminder.call_off()
+            self._reminder = None
+
+    def _give_to_task(self) -> None:
+        """The task is to go on, with a watch on the client and the clock."""
         if self._quick is not None:
             self._unfold(self._quick)
         if self.attempt is not None:
@@ -196,7 +207,7 @@ class Lane:
         # It sends its next request, or ended its stream, before the response: that has its turn. But a reset ends all.
         self._more = True
         if mask & _DEAD:
-            self.lose_hope()
+            self._give_to_task()
 
     def _read_client(self, *, more: bool) -> None:
         """Read, and begin with what came; `more`: there may be something behind it."""
@@ -214,6 +225,9 @@ class Lane:
             self.end = End.CLOSE
             self._hand_over()
             return
+        if len(received) == CHUNK:
+            # What is behind a read that was full makes no event of its own.
+            self._more = True
         try:
             begun = self._begin(received)
         except Exception as error:  # noqa: BLE001 - the loop is no place to raise; the task does
@@ -493,6 +507,7 @@ class Lane:
         assert attempt is not None
         now = self._loop.time()
         connection.forwarder.patience.waiting.pop(self, None)
+        self._call_off()
         self.exchange = self.attempt = connection.exchange = None
         attempt.complete()
         # The pool, or who closes it, takes the handler's place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
 from meshlocal.net.sockets import close
@@ -46,7 +46,18 @@ class Upstream:
     def on_event(self, mask: int) -> None:
         """While it waits for a request nothing may come on it: neither its end nor what nobody asked for."""
         if self.pool is not None:
-            self.pool.drop(self)
+            self.pool.drop(self, spoke=self.spoke())
+
+    def spoke(self) -> bool:
+        """Whether something came on it that may have been meant as the answer to a request.
+
+        A 408 is none: that is how a server may say that it waited for long enough (RFC 9110, 15.5.9). Nor is white space.
+        """
+        try:
+            said = self.sock.recv(16, socket.MSG_PEEK)
+        except OSError:
+            return False
+        return bool(said.strip()) and said[9:12] != b"408"
 
     def look_behind(self) -> None:
         """A response filled the last read of it: what may be behind it, read by nobody, would make no other event."""
@@ -74,12 +85,16 @@ class Pool:
 
     Args:
         loop: if there is one.
+
+    Attributes:
+        on_unasked: told of an instance that said something while nobody had asked it.
     """
 
-    __slots__ = ("_idle", "_loop", "_places")
+    __slots__ = ("_idle", "_loop", "_places", "on_unasked")
 
     def __init__(self, loop: RelayLoop | None = None) -> None:
         self._loop = loop
+        self.on_unasked: Callable[[Place], None] | None = None
         self._idle: dict[Place, deque[Upstream]] = {}
         self._places: Collection[Place] | None = None
 
@@ -106,7 +121,7 @@ class Pool:
                 return upstream
             if upstream.is_silent():
                 return upstream
-            close(upstream.sock)
+            self._close(upstream, spoke=upstream.spoke())
         return None
 
     def put(self, upstream: Upstream, now: float, limit: int, *, watched: bool = False) -> None:
@@ -139,12 +154,17 @@ class Pool:
                 self._loop.watch(upstream.sock)
                 upstream.watched = True
 
-    def drop(self, upstream: Upstream) -> None:
-        """Close one that waits."""
+    def drop(self, upstream: Upstream, *, spoke: bool = False) -> None:
+        """Close one that waits; `spoke`: something came on it."""
         idle = self._idle.get(upstream.place)
         if idle is not None and upstream in idle:
             idle.remove(upstream)
-            close(upstream.sock)
+            self._close(upstream, spoke=spoke)
+
+    def _close(self, upstream: Upstream, *, spoke: bool) -> None:
+        close(upstream.sock)
+        if spoke and self.on_unasked is not None:
+            self.on_unasked(upstream.place)
 
     def keep_only(self, places: Collection[Place]) -> None:
         """Close the connections to all other places, now and when they are given back (H2)."""
@@ -177,4 +197,4 @@ class Pool:
         for idle in self._idle.values():
             for upstream in [each for each in idle if each.sock.fileno() in ended]:
                 idle.remove(upstream)
-                close(upstream.sock)
+                self._close(upstream, spoke=upstream.spoke())

@@ -93,6 +93,7 @@ class Quick:
             self.upstream = service.pool.take(pick.instance.key[:2], sure=False)
             if self.upstream is not None:
                 service.statistics.connections_reused += 1
+                state.fitness.begin(pick.instance)
 
     def payload(self) -> bytes:
         """The head for the instance."""
@@ -130,7 +131,8 @@ class Quick:
         state = service.state
         state.in_use -= 1
         state.circuit.leave(Limit.REQUESTS)
-        state.fitness.worked(pick.instance)
+        state.fitness.end(pick.instance)
+        state.fitness.worked(pick.instance, self._started)
         if self._reusable and not upstream.ending:
             service.pool.put(upstream, now, self._connection.forwarder.settings.config.pool_size, watched=True)
         else:
@@ -148,6 +150,7 @@ class Quick:
         if self.upstream is None:
             return exchange, None
         attempt = Attempt(exchange, self._service, self.upstream)
+        attempt.take_over_count()
         if self.sent:
             attempt.resume()
         if self.out:

@@ -7,7 +7,7 @@ from meshlocal.net.relay import current_loop
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import ServiceSnapshot
 from meshlocal.policy.retry import RetryBudget
-from meshlocal.proxy.http.pool import Pool
+from meshlocal.proxy.http.pool import Place, Pool
 from meshlocal.proxy.http.statistics import HttpStatistics
 
 
@@ -26,6 +26,7 @@ class HttpService:
     def __init__(self, state: ServiceState, config: HttpConfig) -> None:
         self.state = state
         self.pool = Pool(current_loop.get())
+        self.pool.on_unasked = self._on_unasked
         self.statistics = HttpStatistics()
         self.budget = self._make_budget(config)
         if state.picker is not None:
@@ -43,6 +44,15 @@ class HttpService:
 
     def _on_snapshot(self, snapshot: ServiceSnapshot) -> None:
         self.pool.keep_only({key[:2] for key in snapshot.instances})
+
+    def _on_unasked(self, place: Place) -> None:
+        """An instance said something that nobody had asked for. Had it come a moment later, on a connection that waits
+        for an answer, it would have been taken for that: HTTP/1.1 has nothing to tell them apart by."""
+        picker = self.state.picker
+        found = picker.snapshot.instances.values() if picker is not None else ()
+        instance = next((each for each in found if each.key[:2] == place), None)
+        if instance is not None:
+            self.state.fitness.misbehaved(instance, "a response that nobody asked for")
 
     @staticmethod
     def _make_budget(config: HttpConfig) -> RetryBudget:

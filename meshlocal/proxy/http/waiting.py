@@ -2,7 +2,9 @@
 
 To begin a cancel scope for each wait, or to watch the client, would cost more than all else that a small request takes.
 So one task looks a hundred times a second at who has waited for `PATIENCE`, and tells them. Few get that far, and they
-can be told once more, at a time that they choose. While nobody waits, the task sleeps.
+can be told once more, at a time that they choose. The task sleeps while nobody waits, and from one look on in which
+nobody had begun to (P3); with a request or more in each hundredth of a second it goes on looking, as it costs more to
+wake it than to let it look.
 """
 
 from __future__ import annotations
@@ -15,24 +17,36 @@ import trio
 
 from meshlocal.client.connecting import PATIENCE
 
-_TICKS_AT_REST = 100
-_MANY = 4096
+_MANY = 1024
+"""Reminders, from which on those that were called off are thrown away before their time."""
 
 
 class Waiter(Protocol):
     """Who waits for an instance. None of these may block."""
 
-    def lose_patience(self) -> None:
+    def on_slow(self) -> None:
         """It has waited for `PATIENCE`."""
         ...
 
-    def waits_for(self, what: object) -> bool:
-        """Whether it still waits for what it asked to be told of."""
-        ...
-
-    def lose_hope(self) -> None:
+    def on_deadline(self) -> None:
         """The time has come that it asked to be told of."""
         ...
+
+
+class Reminder:
+    """A time that a waiter is to be told of.
+
+    It holds the waiter for no longer than that waits: what waited for seconds may have megabytes behind it.
+    """
+
+    __slots__ = ("waiter",)
+
+    def __init__(self, waiter: Waiter) -> None:
+        self.waiter: Waiter | None = waiter
+
+    def call_off(self) -> None:
+        """It waits no longer."""
+        self.waiter = None
 
 
 class Patience:
@@ -42,52 +56,57 @@ class Patience:
         waiting: since when each one waits, by trio.current_time(). They add and remove themselves.
     """
 
-    __slots__ = ("_asked", "_many", "_numbers", "_rested", "_resting", "waiting")
+    __slots__ = ("_added", "_asked", "_many", "_numbers", "_rested", "_resting", "waiting")
 
     def __init__(self) -> None:
         self.waiting: dict[Waiter, float] = {}
-        self._asked: list[tuple[float, int, Waiter, object]] = []
+        self._asked: list[tuple[float, int, Reminder]] = []
         self._many = _MANY
         self._numbers = count()
+        self._added = False
         self._resting = False
         self._rested = trio.Event()
 
     def add(self, waiter: Waiter, now: float) -> None:
         """Begin to wait."""
         self.waiting[waiter] = now
+        self._added = True
         if self._resting:
-            self._resting = False
-            # Not at once: this may be called where Trio is about to sleep, and would not look again before it does.
-            trio.lowlevel.current_trio_token().run_sync_soon(self._rested.set)
+            self._wake()
 
-    def ask(self, time: float, waiter: Waiter, what: object) -> None:
-        """Have a waiter that lost its patience told of a time, if it waits for the same then."""
+    def ask(self, time: float, waiter: Waiter) -> Reminder:
+        """Have a waiter that was told once be told of a time, too."""
         if len(self._asked) >= self._many:
-            self._asked = [asked for asked in self._asked if asked[2].waits_for(asked[3])]
+            self._asked = [asked for asked in self._asked if asked[2].waiter is not None]
             heapify(self._asked)
             self._many = max(_MANY, 2 * len(self._asked))
-        heappush(self._asked, (time, next(self._numbers), waiter, what))
+        reminder = Reminder(waiter)
+        heappush(self._asked, (time, next(self._numbers), reminder))
+        if self._resting:
+            self._wake()
+        return reminder
+
+    def _wake(self) -> None:
+        self._resting = False
+        # Not at once: this may be called where Trio is about to sleep, and would not look again before it does.
+        trio.lowlevel.current_trio_token().run_sync_soon(self._rested.set)
 
     async def run(self) -> None:
         """Tell the time, until cancelled."""
-        idle = 0
         while True:
             await trio.sleep(PATIENCE)
             now = trio.current_time()
-            while self._asked and self._asked[0][0] <= now:
-                _, _, waiter, what = heappop(self._asked)
-                if waiter.waits_for(what):
-                    waiter.lose_hope()
+            while self._asked and (self._asked[0][2].waiter is None or self._asked[0][0] <= now):
+                waiter = heappop(self._asked)[2].waiter
+                if waiter is not None:
+                    waiter.on_deadline()
+            added, self._added = self._added, False
             if self.waiting:
-                idle = 0
                 self._tell_waiting(now - PATIENCE)
-                continue
-            idle += 1
-            if idle > _TICKS_AT_REST:
-                idle = 0
+            elif not added:
                 self._rested = trio.Event()
                 self._resting = True
-                with trio.move_on_at(self._asked[0][0] if self._asked else float("inf")):
+                with trio.move_on_at(self._asked[0][0] - PATIENCE if self._asked else float("inf")):
                     await self._rested.wait()
                 self._resting = False
 
@@ -97,4 +116,4 @@ class Patience:
                 return
             # One that was told may have ended another's wait.
             if self.waiting.pop(waiter, None) is not None:
-                waiter.lose_patience()
+                waiter.on_slow()
