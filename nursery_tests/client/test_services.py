@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 
 import pytest
+import trio
+import trio.testing
 
-from meshlocal.client.services import ServiceState
+from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.policy import model
-from meshlocal.policy.config import AttemptPolicy, ServiceConfig
+from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
+from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.locality import Locality, Selector
-from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.model import Conditions, Instance, ServiceKey, ServiceSnapshot, make_instance
 
 B = ServiceKey("b")
 N1, N2 = Locality({"node": "n1"}), Locality({"node": "n2"})
@@ -64,3 +67,96 @@ def test_a_second_port_name_is_said_whenever_it_comes(caplog: pytest.LogCaptureF
     state.reselect(Selector(N1, "grpc"), AttemptPolicy(), EjectionConfig(), ServiceConfig())
     state.publish(snapshot(*crowd, other, version="z"))
     assert len([record for record in caplog.records if "several port names" in record.message]) == 2
+
+
+def unready(last: int, node: str) -> Instance:
+    return make_instance(f"10.0.0.{last}", 9000, labels={"node": node}, conditions=Conditions(ready=False))
+
+
+def ejected(state: ServiceState, instance: Instance) -> None:
+    for _ in range(3):
+        state.fitness.failed(instance, "refused")
+
+
+async def test_an_ejected_instance_that_becomes_ready_is_tried_at_once() -> None:
+    """F1: a rollout brings the new instance up at the old one's address."""
+    state = ServiceState(B, Selector(N1), AttemptPolicy(), random.Random(1))
+    state.publish(snapshot(at(1, "n1"), at(2, "n2")))
+    ejected(state, at(1, "n1"))
+    plan = state.plan()
+    assert plan is not None
+    assert [pick.instance for pick in iter(plan.next, None)] == [at(2, "n2"), at(1, "n1")]
+    state.publish(snapshot(unready(1, "n1"), at(2, "n2"), version="w"))
+    # A change of something else says nothing of it.
+    state.publish(snapshot(unready(1, "n1"), at(3, "n2"), version="x"))
+    assert not state.fitness.health.is_due(("10.0.0.1", 9000), trio.current_time())
+    state.publish(snapshot(at(1, "n1"), at(3, "n2"), version="y"))
+    plan = state.plan()
+    assert plan is not None
+    pick = plan.next()
+    assert pick is not None
+    assert pick.instance == at(1, "n1")
+
+
+def table(**http: object) -> ServiceTable:
+    return ServiceTable(ProxyConfig(http=HttpConfig(**http)), N1, random.Random(1))  # type: ignore[arg-type]
+
+
+async def test_what_is_known_is_kept_while_discovery_is_away() -> None:
+    """D7: however long nobody used it; what no registry knew, or was never heard of, is no loss."""
+    made = table(service_idle_timeout=10.0)
+    made.is_away = lambda: True
+    known, unknown, unheard = ServiceKey("known"), ServiceKey("unknown"), ServiceKey("unheard")
+    for key in (known, unknown, unheard):
+        made.demand(key, 0.0)
+    made.publish(ServiceSnapshot(known, "v", model.index([at(1, "n1")])))
+    made.publish(ServiceSnapshot(unknown, "v", {}, unknown=True))
+    assert made.drop_unused(1000.0) > 0
+    assert made.keys == [known]
+    made.is_away = lambda: False
+    made.drop_unused(1000.0)
+    assert made.keys == []
+
+
+async def test_a_full_table_gives_up_what_is_known_last() -> None:
+    """D7: bounded by count; the longest unused goes first, and before it what nothing is known of."""
+    made = table(max_services=3)
+    first, second, unheard, fourth, fifth = (ServiceKey(name) for name in ("first", "second", "unheard", "4", "5"))
+    for at_time, key in enumerate((first, second, unheard)):
+        made.demand(key, float(at_time))
+    for key in (first, second):
+        made.publish(ServiceSnapshot(key, "v", model.index([at(1, "n1")])))
+    made.demand(fourth, 10.0)
+    assert made.keys == [first, second, fourth]
+    made.publish(ServiceSnapshot(fourth, "v", model.index([at(1, "n1")])))
+    made.demand(fifth, 11.0)
+    assert made.keys == [second, fourth, fifth]
+
+
+async def test_a_partition_makes_one_question_of_all_services(autojump_clock: trio.testing.MockClock) -> None:
+    """D5: every service fails at once, for every proxy; each question is a new connection."""
+    made = table(max_services=100)
+    asked: list[tuple[float, ServiceKey]] = []
+    made.on_failing = lambda key: asked.append((trio.current_time(), key))
+    keys = [ServiceKey(f"s{number}") for number in range(40)]
+    for key in keys:
+        made.demand(key, 0.0)
+        made.publish(ServiceSnapshot(key, "v", model.index([at(1, "n1")])))
+    for _ in range(300):
+        await trio.sleep(0.1)
+        for key in keys:
+            made[key].fitness.failed(at(1, "n1"), "refused")
+    times = sorted({when for when, _ in asked})
+    assert 2 <= len(times) <= 3
+    assert all(later - earlier >= 10.0 for earlier, later in zip(times, times[1:], strict=False))
+    # Nobody's question is lost: each goes with the next.
+    assert {key for _, key in asked} == set(keys)
+
+
+async def test_unknown_names_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    made = table()
+    for number in range(200):
+        key = ServiceKey(f"made-up-{number}")
+        made.demand(key, 0.0)
+        made.publish(ServiceSnapshot(key, "v", {}, unknown=True))
+    assert caplog.text.count("no registry knows the service") == 1

@@ -313,3 +313,56 @@ class Ejections(RuleBasedStateMachine):
 
 
 TestEjections = Ejections.TestCase
+
+
+def test_what_an_older_attempt_shows_readmits_nobody_and_ejects_nobody() -> None:
+    """H1: an attempt speaks of its instance as it was when the attempt began."""
+    made = ejected(health(), 10.0)
+    assert not made.succeeded(A, 11.0, began=9.9)
+    assert not made.succeeded(A, 11.0, shallow=True, began=9.9)
+    assert made.standing(A, 11.0).state is State.EJECTED
+    # One that began since shows what it is now, trial or not.
+    assert made.succeeded(A, 12.0, began=11.0)
+    # And failures of before that say nothing of it any more.
+    for _ in range(10):
+        assert made.failed(A, 13.0, began=11.9) is None
+    assert made.is_admitted(A)
+    assert [made.failed(A, 13.0, began=12.5) for _ in range(3)][-1] is not None
+
+
+def test_an_older_answer_does_not_double_the_ejection() -> None:
+    """H1: it was readmitted by an answer on an older connection, and ejected at once for twice the time."""
+    made = ejected(health(), 10.0)
+    made.succeeded(A, 10.1, began=9.0)
+    for _ in range(5):
+        made.failed(A, 10.2, began=10.15)
+    assert made.standing(A, 10.3) == (State.EJECTED, Cause.CONNECT, 0, pytest.approx(4.7), 1)
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_an_instance_that_misbehaves_is_ejected_at_the_first_time(state: State) -> None:
+    """H1: unless it is already, or fails its checks."""
+    made = in_state(state)
+    before = made.standing(A, 5.0)
+    seconds = made.misbehaved(A, 5.0)
+    if state in (State.ADMITTED, State.TRIAL):
+        assert seconds is not None
+        assert (made.standing(A, 5.0).state, made.standing(A, 5.0).cause) == (State.EJECTED, Cause.PROTOCOL)
+        assert made.total[Cause.PROTOCOL] == 1
+        assert made.succeeded(A, 5.0 + seconds, began=5.0 + seconds)
+    else:
+        assert seconds is None
+        assert made.standing(A, 5.0) == before
+
+
+def test_nothing_is_ejected_where_nothing_may_be() -> None:
+    assert health(failures=None).misbehaved(A, 0.0) is None
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_an_instance_that_is_ready_again_is_tried_at_once(state: State) -> None:
+    """F1: what was ejected, by the next request; checks have their own say (H3)."""
+    made = in_state(state)
+    made.ready_again(A, 6.0)
+    assert made.is_due(A, 6.0) == (state in (State.EJECTED, State.TRIAL))
+    assert made.claim(A, 6.0) == (state in (State.EJECTED, State.TRIAL))

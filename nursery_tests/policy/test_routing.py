@@ -82,3 +82,14 @@ def test_domain() -> None:
     router = Router(domain="Corp.example.")
     assert router.route(b"b.ns.svc.corp.example", b"/") == "b.ns"
     assert router.route(b"b.ns.svc.cluster.local", b"/") is None
+
+
+def test_long_hosts_are_not_remembered() -> None:
+    """P2: clients can make up as many as they like, of any length."""
+    router = Router()
+    for number in range(100):
+        host = b"x" * 60_000 + str(number).encode()
+        assert router.route(host, b"/") is None
+    assert router._found == {}
+    assert router.route(b"b", b"/") == "b"
+    assert list(router._found) == [b"b"]
