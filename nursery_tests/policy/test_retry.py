@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, RetryBudget, decide
 
@@ -64,6 +66,56 @@ def test_budget_after_a_short_pause() -> None:
     assert budget.retry(7.0)  # the request is within the last ten seconds
     assert not budget.retry(7.0)
     assert not budget.retry(12.0)
+
+
+def test_budget_forgets_what_is_older_than_ten_seconds_while_requests_go_on() -> None:
+    """A3: second by second, requests and retries alike."""
+    budget = RetryBudget(0.5, 0)
+    for _ in range(100):
+        budget.request(0.5)
+    assert sum(budget.retry(0.5) for _ in range(100)) == 50
+    for second in range(1, 30):
+        budget.request(second + 0.5)
+    # Of the last ten seconds there are ten requests, and no retry.
+    assert sum(budget.retry(29.5) for _ in range(100)) == 5
+
+
+def test_budget_forgets_retries_by_its_floor_as_well() -> None:
+    """A3: so many are allowed in each ten seconds, not once."""
+    budget = RetryBudget(0.0, 2)
+    allowed = []
+    for second in range(40):
+        budget.request(float(second))
+        allowed.append(budget.retry(float(second)))
+    assert [second for second, each in enumerate(allowed) if each] == [0, 1, 10, 11, 20, 21, 30, 31]
+
+
+@given(
+    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    st.integers(0, 3),
+    st.lists(st.tuples(st.sampled_from([0.0, 0.25, 1.0, 2.5, 7.0, 9.5, 30.0]), st.booleans()), max_size=60),
+)
+def test_budget_is_of_the_last_ten_seconds(share: float, floor: int, steps: list[tuple[float, bool]]) -> None:
+    """A3: whatever comes when. What is between nine and ten seconds old may count or not."""
+    budget, now = RetryBudget(share, floor), 0.0
+    requests: list[float] = []
+    retries: list[float] = []
+    for gap, is_request in steps:
+        now += gap
+        if is_request:
+            budget.request(now)
+            requests.append(now)
+            continue
+        (requests_9, requests_10), (retries_9, retries_10) = [
+            (sum(at >= now - 9 for at in of), sum(at > now - 10 for at in of)) for of in (requests, retries)
+        ]
+        allowed = budget.retry(now)
+        if retries_10 < floor or retries_10 + 1 <= requests_9 * share:
+            assert allowed
+        if retries_9 >= floor and retries_9 + 1 > requests_10 * share:
+            assert not allowed
+        if allowed:
+            retries.append(now)
 
 
 def test_budget_of_nothing() -> None:
