@@ -73,12 +73,14 @@ class Setup:
 
 
 @asynccontextmanager
-async def setup(policy: AttemptPolicy | None = None) -> AsyncIterator[Setup]:
+async def setup(
+    policy: AttemptPolicy | None = None, ejection: meshlocal.EjectionConfig | None = None
+) -> AsyncIterator[Setup]:
     source = FakeSource()
     async with (
         open_upstream(node="n1", behaviour=http()) as near,
         open_upstream(node="n2", behaviour=http()) as far,
-        meshlocal.open_mesh(source, node_name="n1", attempts=policy) as mesh,
+        meshlocal.open_mesh(source, node_name="n1", attempts=policy, ejection=ejection) as mesh,
     ):
         source.set("b", near.instance, far.instance)
         made = Setup(near, far, source, mesh, MeshTransport(mesh))
@@ -278,6 +280,51 @@ def test_the_clients_own_timeouts_count(on_loop: Run) -> None:
     on_loop(main)
 
 
+@pytest.mark.parametrize(
+    ("policy", "given"), [(0.1, 30.0), (0.1, None), (30.0, 0.1)], ids=["policy", "policy alone", "client"]
+)
+def test_a_connect_takes_the_shorter_of_both_limits(on_loop: Run, policy: float, given: float | None) -> None:
+    """A1: the policy's `connect_timeout_local`, or httpx's own."""
+
+    async def main() -> None:
+        limits = AttemptPolicy(
+            connect_timeout_local=policy, connect_timeout=30, attempt_timeout=None, response_deadline=2
+        )
+        async with setup(limits) as its:
+            its.near.hang()
+            timeout = httpx.Timeout(10, connect=given)
+            assert (await its.client.get("http://b/", timeout=timeout)).text == "n2"
+            assert its.attempts() == {("node", "timeout"): 1, ("other", "answered"): 1}
+
+    on_loop(main)
+
+
+def test_a_trial_that_is_cancelled_is_made_by_the_next_request(on_loop: Run) -> None:
+    """H1, A8: it brought no verdict."""
+
+    async def main() -> None:
+        policy = AttemptPolicy(connect_timeout_local=30)
+        ejection = meshlocal.EjectionConfig(failures=1, time=0.4, max_time=0.4)
+        async with setup(policy, ejection) as its:
+            its.near.refuse()
+            assert (await its.client.get("http://b/")).text == "n2"
+            await anyio.sleep(0.5)
+            its.near.hang()
+            with anyio.move_on_after(0.05) as scope:
+                await its.client.get("http://b/")
+            assert scope.cancelled_caught
+            its.near.accept()
+            assert (await its.client.get("http://b/")).text == "n1"
+            assert its.attempts() == {
+                ("node", "refused"): 1,
+                ("other", "answered"): 1,
+                ("node", "abandoned"): 1,
+                ("node", "answered"): 1,
+            }
+
+    on_loop(main)
+
+
 def test_an_answer_of_503_is_a_failure_while_there_is_another_instance(on_loop: Run) -> None:
     """A3: `retry_on`; the last instance's answer counts, and what may not be repeated gets the first one."""
 
@@ -334,6 +381,24 @@ def test_bodies_that_stream(on_loop: Run) -> None:
                 await its.client.post("http://b/", content=body(500_000), headers=headers)
             whole = await its.client.post("http://b/", content=b"x" * 500_000, headers=headers)
             assert whole.text == "n2", "a body that the application holds needs no buffer"
+
+    on_loop(main)
+
+
+def test_a_body_whose_rest_is_lost_is_never_sent_in_part(on_loop: Run) -> None:
+    """A3: the attempt's time ends while the application is asked for more; no other instance gets the beginning."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x" * 1000
+        await anyio.sleep_forever()
+
+    async def main() -> None:
+        async with setup(AttemptPolicy(attempt_timeout=0.2)) as its:
+            with pytest.raises(HttpTimeoutError) as caught:
+                await its.client.put("http://b/", content=body())
+            assert [each.error for each in caught.value.attempts] == ["timeout"]
+            assert (its.near.requests, its.far.accepted) == ([], 0)
+            assert its.requests() == {RequestKey("node", "", Outcome.FAILED): 1}
 
     on_loop(main)
 
@@ -463,6 +528,23 @@ def test_connections_to_an_instance_that_left_are_closed(on_loop: Run) -> None:
                 assert len(await response.aread()) == 2_000_000
             await open_connections(its.near, 0)
             assert (await its.client.get("http://b/")).text == "n2"
+
+    on_loop(main)
+
+
+def test_a_response_on_a_kept_connection_outlives_its_instance(on_loop: Run) -> None:
+    """H2: the connection was unused before; now it is not, and goes on until the response has ended."""
+
+    async def main() -> None:
+        async with setup() as its:
+            its.near.behave(http(HttpResponse(200, b"z" * 2_000_000)))
+            await its.client.get("http://b/")
+            async with its.client.stream("GET", "http://b/") as response:
+                assert its.near.accepted == 1
+                its.source.set("b", its.far.instance)
+                await anyio.wait_all_tasks_blocked()
+                assert len(await response.aread()) == 2_000_000
+            await open_connections(its.near, 0)
 
     on_loop(main)
 
