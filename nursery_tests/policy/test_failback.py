@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,33 @@ def test_a_thousand_proxies_do_not_come_together() -> None:
     firsts = [returns(failback(seed), [True] * 200)[0] for seed in range(1000)]
     busiest = max(sum(second <= first < second + 0.5 for first in firsts) for second in range(20))
     assert busiest < 200
+
+
+class Always:
+    """A random source that gives the same share of each range."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def uniform(self, a: float, b: float, /) -> float:
+        return a + (b - a) * self._share
+
+
+@pytest.mark.parametrize(("share", "first", "gap"), [(0.0, 10.0, 1.0), (0.5, 12.5, 2.0), (1.0, 15.0, 3.0)])
+def test_the_range_of_chance(share: float, first: float, gap: float) -> None:
+    """F2: up to half as much again before the first one, between half and one and a half of the interval then."""
+    at = returns(Failback(FailbackConfig(after=10.0, interval=2.0), Always(share)), [True] * 300)
+    assert at[:4] == pytest.approx([first, first + gap, first + 2 * gap, first + 3 * gap], abs=0.31)
+
+
+def test_a_thousand_proxies_do_not_keep_step() -> None:
+    """F2: nor do the connections that follow the first."""
+    gaps = []
+    for seed in range(1000):
+        first, second = returns(failback(seed), [True] * 200)[:2]
+        gaps.append(second - first)
+    busiest = max(sum(half / 2 <= gap < (half + 1) / 2 for gap in gaps) for half in range(8))
+    assert busiest < 400
 
 
 @given(st.lists(st.integers(1, 90), max_size=30))

@@ -178,6 +178,24 @@ def test_jitter_is_a_tenth_either_way(seed: int) -> None:
     assert 4.5 <= lasts <= 5.5
 
 
+def test_a_thousand_proxies_do_not_return_to_an_instance_at_once() -> None:
+    """H1: all lost it at the same moment."""
+    ends = [Health(EjectionConfig(failures=1), random.Random(seed)).failed(A, 0.0) or 0.0 for seed in range(1000)]
+    busiest = max(sum(tenth / 10 <= each < (tenth + 1) / 10 for each in ends) for tenth in range(40, 60))
+    assert busiest < 200
+
+
+def test_an_ejection_is_over_when_it_was_said_to_be() -> None:
+    """H1: its jitter included."""
+    for seed in range(20):
+        made = Health(EjectionConfig(failures=1), random.Random(seed))
+        lasts = made.failed(A, 100.0)
+        assert lasts is not None
+        assert made.standing(A, 100.0).left == pytest.approx(lasts)
+        assert not made.is_due(A, 100.0 + lasts - 0.001)
+        assert made.is_due(A, 100.0 + lasts + 0.001)
+
+
 def test_without_a_limit_nothing_is_ejected_by_requests() -> None:
     """H1: failures: null."""
     made = health(failures=None)
