@@ -134,3 +134,89 @@ async def test_none_return_to_a_tier_that_is_ejected_or_full(proxy: Any, callers
     await trio.sleep(0.2)
     assert served(callers) == {"local": 3, "remote": 7}
     nursery.cancel_scope.cancel()
+
+
+LATER = 1000.0
+"""Seconds by which every wait is over."""
+
+
+async def connected(proxy: Any, name: bytes, count: int) -> list[tuple[trio.SocketStream, Any]]:
+    """Clients whose connections an instance of that name serves, with what the proxy knows of each."""
+    made = []
+    for _ in range(count):
+        known = set(proxy.forwarder)
+        stream = await proxy.connect()
+        assert await stream.receive_some(64) == name + b"\n"
+        (connection,) = set(proxy.forwarder) - known
+        made.append((stream, connection))
+    return made
+
+
+async def close(made: list[tuple[trio.SocketStream, Any]]) -> None:
+    for stream, _ in made:
+        await stream.aclose()
+
+
+async def test_those_that_were_silent_longest_come_back_first(proxy: Any, upstream: Any) -> None:
+    """F2: each of them once, whatever order they were made in; those that are served next door never."""
+    configure(proxy)
+    remote = await upstream("remote", "n2")
+    proxy.publish([remote])
+    away = await connected(proxy, b"remote", 3)
+    proxy.publish([await upstream("local", "n1"), remote])
+    here = await connected(proxy, b"local", 1)
+    for number in (1, 2, 0):
+        await away[number][0].send_all(b"x")
+        assert await away[number][0].receive_some(1) == b"x"
+    returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+    now = trio.current_time()
+    returning.look(now)
+    order = []
+    for _ in range(5):
+        before = [connection for _, connection in away + here if connection.cut]
+        now += LATER
+        returning.look(now)
+        order += [number for number, (_, each) in enumerate(away + here) if each.cut and each not in before]
+    assert order == [1, 2, 0]
+    await close(away + here)
+
+
+async def test_the_pace_is_kept_between_two_looks(proxy: Any, upstream: Any) -> None:
+    """F2: `interval` begins with a connection that is ended, not with a look that finds none silent for long enough."""
+    configure(proxy, FailbackConfig(after=10.0, interval=100.0, quiet=50.0))
+    remote = await upstream("remote", "n2")
+    proxy.publish([remote])
+    away = await connected(proxy, b"remote", 2)
+    proxy.publish([await upstream("local", "n1"), remote])
+    returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+    now = trio.current_time()
+
+    def ended_at(seconds: float) -> int:
+        returning.look(now + seconds)
+        return sum(bool(connection.cut) for _, connection in away)
+
+    assert [ended_at(seconds) for seconds in (0, 20, 45, 55, 60, 100, 210, 215)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    await close(away)
+
+
+@pytest.mark.parametrize("between", [None, FailbackConfig(after=20.0, interval=1.0, quiet=1.0)])
+async def test_a_reload_begins_the_wait_anew(proxy: Any, upstream: Any, between: FailbackConfig | None) -> None:
+    """F2, S2: switched off and on again, or changed."""
+    config = FailbackConfig(after=10.0, interval=1.0, quiet=1.0)
+    configure(proxy, config)
+    remote = await upstream("remote", "n2")
+    proxy.publish([remote])
+    away = await connected(proxy, b"remote", 1)
+    proxy.publish([await upstream("local", "n1"), remote])
+    returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+    now = trio.current_time()
+    returning.look(now)
+    configure(proxy, between)
+    returning.look(now + 5)
+    configure(proxy, config)
+    returning.look(now + LATER)
+    returning.look(now + LATER + 9)
+    assert [connection.cut for _, connection in away] == [""]
+    returning.look(now + LATER + 16)
+    assert [connection.cut for _, connection in away] == ["returned"]
+    await close(away)
