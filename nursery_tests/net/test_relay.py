@@ -199,6 +199,36 @@ async def test_last_activity_is_when_bytes_last_moved(autojump_clock: trio.testi
             made.server.close()
 
 
+class Slow(socket.socket):
+    """A sink that takes three bytes at a time."""
+
+    def send(self, data: bytes | memoryview, *_: int) -> int:  # type: ignore[override]  # narrower
+        return super().send(data[:3])
+
+
+@pytest.mark.parametrize("size", [CHUNK, 9])
+@pytest.mark.parametrize("who", ["app", "server"])
+async def test_bulk_is_activity_too(autojump_clock: trio.testing.MockClock, who: str, size: int) -> None:
+    """A1: also where reads are filled to the last byte, or a sink takes a message in pieces."""
+    with reads(CHUNK, CHUNK), setup() as made:
+        source, sink = (made.app, made.upstream) if who == "app" else (made.server, made.client)
+        if size == 9:
+            sink = Slow(fileno=sink.detach())
+        client, upstream = (made.client, sink) if who == "app" else (sink, made.upstream)
+        begin = made.counters.last_activity
+        with sink:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(relay, client, upstream, made.counters)
+                await trio.sleep(5)
+                assert source.send(bytes(size)) == size
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                moved = trio.current_time()
+                await trio.sleep(7)
+                assert made.counters.client_to_upstream + made.counters.upstream_to_client == size
+                assert begin + 5 <= made.counters.last_activity <= moved
+                nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("who", ["client", "upstream"])
 @pytest.mark.parametrize("sends_first", [True, False])
 async def test_a_reset_ends_both_directions_and_names_the_side(who: str, sends_first: bool) -> None:

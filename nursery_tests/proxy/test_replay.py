@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig
 from meshlocal.policy.health import Cause, State
 from meshlocal.policy.model import Instance, make_instance
+from nursery_tests.proxy.silent import silent
 
 LIMIT = 20
 Talk = Callable[[trio.SocketStream], Awaitable[None]]
@@ -251,6 +253,25 @@ async def test_when_every_instance_failed_the_client_is_reset(proxy: Any, script
     await finish(proxy)
     assert (local.connections, remote.connections) == (1, 1)
     assert proxy.requests == {RequestKey("other", "local_failed", Outcome.FAILED): 1}
+
+
+async def test_the_deadline_is_over_the_instances_that_were_left_too(
+    proxy: Any, scripted: Any, autojump_clock: MockClock
+) -> None:
+    """A1, A5: the time that an instance was silent is spent."""
+    configure(proxy, replay_wait=7, deadline=10, connect_timeout=100)
+    local = await scripted("n1", freeze)
+    with silent() as other:
+        proxy.publish([local.instance, make_instance(*other.key[:2], labels={"node": "n2"})])
+        async with await proxy.connect() as stream:
+            began = trio.current_time()
+            await stream.send_all(b"hello")
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+            assert 10 <= trio.current_time() - began <= 10.1
+        await finish(proxy)
+    assert proxy.table["b"].statistics.replays == {"timeout": 1}
+    assert proxy.requests == {RequestKey("other", "local_failed", Outcome.DEADLINE): 1}
 
 
 async def test_a_client_that_says_nothing_waits_for_nobody(proxy: Any, scripted: Any) -> None:

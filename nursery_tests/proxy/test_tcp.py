@@ -225,6 +225,25 @@ async def test_many_that_expire_one_by_one_cost_few_looks(
     assert 10 <= len(looks) <= 101
 
 
+async def test_each_is_cut_when_its_own_time_is_over(
+    proxy: Any, upstream: Any, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """A1: whenever in the sweep's round its last byte moved."""
+    proxy.configure(AttemptPolicy(idle_timeout=10))
+    proxy.publish([await upstream("local", "n1")])
+    nursery.start_soon(proxy.forwarder.sweep_idle)
+    await trio.sleep(3)
+    async with await proxy.connect() as stream:
+        assert await stream.receive_some(64) == b"local\n"
+        (connection,) = proxy.forwarder
+        active = connection.counters.last_activity
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some(1)
+        assert 10 <= trio.current_time() - active <= 10.2
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("node", "", Outcome.CUT): 1}
+
+
 async def test_idle_connections_are_cut(proxy: Any, upstream: Any, nursery: trio.Nursery) -> None:
     """A1: a connection on which nothing moves for `idle_timeout` is reset; one that moves is not."""
     proxy.configure(AttemptPolicy(idle_timeout=0.2))
