@@ -6,7 +6,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -84,7 +84,8 @@ class Resetting:
                 if self.greets:
                     await stream.send_all(b"local\n")
                 elif self.holds:
-                    await stream.receive_some(1)
+                    with suppress(trio.BrokenResourceError):
+                        await stream.receive_some(1)
                 else:
                     stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -186,6 +187,28 @@ async def test_a_connection_that_lives_ends_the_doubt(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("settled", [False, True])
+async def test_a_reset_after_a_long_silence_is_no_failure(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    """H1: a connection that lived for a while shows that its instance works, though it never said a word."""
+    monkeypatch.setattr(meshlocal.proxy.tcp, "SETTLED", 0.02 if settled else LIMIT)
+    configure(proxy, EjectionConfig(failures=1, time=1000.0, max_time=1000.0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LIMIT)
+        proxy.publish([instance := local_at(listener)])
+        async with await proxy.connect() as stream:
+            await until(lambda: proxy.table["b"].statistics.open == 1)
+            accepted, _ = listener.accept()
+            await trio.sleep(0.03)
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.close()
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some(1)
+        await finish(proxy)
+    assert state(proxy, instance) is (State.ADMITTED if settled else State.EJECTED)
+
+
 async def test_failures_of_this_host_eject_nobody(proxy: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """H1: that descriptors or ports ran out here says nothing about the instance."""
 
@@ -229,6 +252,41 @@ async def test_a_client_that_leaves_during_a_trial_leaves_no_verdict(proxy: Any,
         assert proxy.table["b"].fitness.health.is_due(place(instance), trio.current_time())
         for filler in fillers:
             filler.close()
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("who", ["client", "proxy"])
+async def test_a_trial_that_ends_before_the_instance_spoke_leaves_no_verdict(
+    proxy: Any, upstream: Any, nursery: Any, monkeypatch: pytest.MonkeyPatch, replay: bool, who: str
+) -> None:
+    """A8, H1, S1: the client leaves, or the proxy cuts the connection; the next request makes the trial instead."""
+    monkeypatch.setattr(meshlocal.proxy.tcp, "SETTLED", LIMIT)
+    configure(proxy, EjectionConfig(failures=1, time=0.2, max_time=0.2), replay=replay, replay_wait=None)
+    remote = await upstream("remote", "n2")
+    with reserved_port() as sock:
+        instance = local_at(sock)
+        local = Resetting(sock)
+        await nursery.start(local.serve)
+        proxy.publish([instance, remote])
+        assert await proxy.ask() == ("remote" if replay else "")
+        await finish(proxy)
+        assert state(proxy, instance) is State.EJECTED
+        local.holds = True
+        await until(lambda: proxy.table["b"].fitness.health.is_due(place(instance), trio.current_time()))
+        stream = await proxy.connect()
+        await until(lambda: local.accepted == 2)
+        assert state(proxy, instance) is State.TRIAL
+        if who == "client":
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await stream.aclose()
+        else:
+            (connection,) = proxy.forwarder
+            connection.scope.cancel()
+        await finish(proxy)
+        await stream.aclose()
+        assert state(proxy, instance) is State.EJECTED
+        assert proxy.table["b"].fitness.health.is_due(place(instance), trio.current_time())
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_is_known_of_an_instance_survives_snapshots(proxy: Any, upstream: Any) -> None:
