@@ -1,4 +1,4 @@
-"""What is known of services: snapshots that arrive while other things change."""
+"""What is known of services: snapshots that arrive while other things change, and which services are followed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import trio.testing
 
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.policy import model
+from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.config_http import HttpConfig
@@ -160,3 +161,99 @@ async def test_unknown_names_do_not_flood_the_log(caplog: pytest.LogCaptureFixtu
         made.demand(key, 0.0)
         made.publish(ServiceSnapshot(key, "v", {}, unknown=True))
     assert caplog.text.count("no registry knows the service") == 1
+IDLE = 100.0
+
+
+def config(*services: str, most: int = 256) -> ProxyConfig:
+    """With a listener for each of these services."""
+    listen = tuple(ListenAddress.parse(f"tcp://127.0.0.1:0={service}") for service in services)
+    return ProxyConfig(listen=listen, http=HttpConfig(service_idle_timeout=IDLE, max_services=most))
+
+
+def table(*services: str, most: int = 256) -> ServiceTable:
+    return ServiceTable(config(*services, most=most), N1, random.Random(1))
+
+
+def demand(of: ServiceTable, name: str, now: float) -> ServiceState:
+    state = of.demand(ServiceKey(name), now)
+    assert state is not None
+    return state
+
+
+def followed(of: ServiceTable) -> set[str]:
+    return set(of.keys)
+
+
+def test_what_no_request_asked_for_in_a_while_is_followed_no_longer() -> None:
+    """Each by its own last request; a request that is under way, or a listener, keeps its service."""
+    made = table("configured")
+    told: list[set[str]] = []
+    made.on_followed = lambda keys: told.append(set(keys))
+    for number, name in enumerate(("old", "busy", "young", "asked again")):
+        demand(made, name, float(number))
+    demand(made, "configured", 4.0)
+    demand(made, "asked again", 50.0)
+    demand(made, "busy", 1.0).in_use += 1
+    del told[:]
+
+    assert made.drop_unused(99.0) == pytest.approx(1.0)
+    assert not told
+    assert made.drop_unused(100.0) == pytest.approx(2.0)
+    assert followed(made) == {"configured", "busy", "young", "asked again"}
+    assert made.drop_unused(102.0) == pytest.approx(48.0)
+    assert followed(made) == {"configured", "busy", "asked again"}
+    assert made.drop_unused(1000.0) == pytest.approx(IDLE)
+    assert followed(made) == {"configured", "busy"}
+
+    state = demand(made, "busy", 1000.0)
+    state.in_use -= 1
+    assert made.drop_unused(1050.0) == pytest.approx(50.0)
+    made.drop_unused(1100.0)
+    assert followed(made) == {"configured"}
+    assert told[-1] == {"configured"}
+    made.drop_unused(1e9)
+    assert followed(made) == {"configured"}
+
+
+def test_a_service_that_gets_a_listener_is_no_longer_dropped() -> None:
+    """S2: a request named it first; it keeps its state. Once no listener names it any more, it goes with the reload."""
+    made = table("configured")
+    state = demand(made, "b", 0.0)
+    other = demand(made, "on demand", 0.0)
+    made.reconfigure(config("b"), N1)
+    assert followed(made) == {"b", "on demand"}
+    assert (made[ServiceKey("b")], made[ServiceKey("on demand")]) == (state, other)
+    made.drop_unused(1000.0)
+    assert followed(made) == {"b"}
+    made.reconfigure(config("c"), N1)
+    assert followed(made) == {"c"}
+
+
+def test_a_reload_reaches_what_requests_asked_for() -> None:
+    """S2: another place, and other limits."""
+    made = table()
+    state = demand(made, "b", 0.0)
+    made.publish(snapshot(at(1, "n1"), at(2, "n2"), at(3, "n2")))
+    assert state.picker is not None
+    assert state.picker.tier_sizes() == {"node": 1, "other": 2}
+    made.reconfigure(ProxyConfig(services={B: ServiceConfig(spill=7)}), N2)
+    assert made.get(B) is state
+    assert state.picker.tier_sizes() == {"node": 2, "other": 1}
+    assert state.fitness.spill == 7
+
+
+def test_one_more_than_may_be_followed_takes_the_place_of_an_unused_one() -> None:
+    """First of what nobody knows, then of what was not asked for the longest time; never of one that is in use."""
+    made = table("configured", most=3)
+    oldest, _, unknown = (demand(made, name, float(number)) for number, name in enumerate(("one", "two", "nobody")))
+    made.publish(ServiceSnapshot(unknown.key, "v", {}, unknown=True))
+    demand(made, "three", 3.0)
+    assert followed(made) == {"configured", "one", "two", "three"}
+    oldest.in_use += 1
+    demand(made, "four", 4.0)
+    assert followed(made) == {"configured", "one", "three", "four"}
+    for name in ("three", "four"):
+        demand(made, name, 5.0).in_use += 1
+    assert made.demand(ServiceKey("five"), 6.0) is None
+    assert followed(made) == {"configured", "one", "three", "four"}
+    assert made.demand(ServiceKey("configured"), 6.0) is not None
