@@ -15,8 +15,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
+from trio.testing import MockClock
 
-from meshlocal.client.watch import DiscoveryWatch, WatchOptions
+from meshlocal.client.watch import FIRST_EVENT_LIMIT, DiscoveryWatch, WatchOptions
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import Instances, Publisher
@@ -335,6 +336,32 @@ async def test_age_counts_from_the_last_word_while_registries_are_away(nursery: 
         await sink.until(lambda each: each.service == B)
         await until(lambda: following.status.connected)
         assert following.status.confirmed_at is None
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("interval", "lasts"), [(0.01, 1.0), (1.0, 3.0), (5.0, 15.0), (None, FIRST_EVENT_LIMIT)], ids=str
+)
+async def test_a_server_that_misses_its_heartbeats_is_given_up(
+    nursery: trio.Nursery, autojump_clock: MockClock, interval: float | None, lasts: float
+) -> None:
+    """D1: after three of the intervals that it told, though it answers pings; what is known stays."""
+    sink = Sink()
+    requests: list[pb.WatchInstancesRequest] = []
+    events = [whole("b", "1", at(1))] + ([] if interval is None else [heartbeat_event(interval, [])])
+    options = WatchOptions(keepalive_interval=0.5, keepalive_timeout=0.4, backoff_initial=0.01, backoff_max=0.02)
+    async with serving(scripted(events, [], requests=requests)) as url:
+        following = DiscoveryWatch([url], [B], sink, random.Random(0), options)
+        nursery.start_soon(following.run)
+        await sink.until(lambda each: each.service == B)
+        began = anyio.current_time()
+        with anyio.fail_after(100):
+            while len(requests) < 2:  # noqa: ASYNC110 - a list, with no event to wait for
+                await anyio.sleep(0.1)
+        assert lasts <= anyio.current_time() - began <= lasts + 0.2
+        assert following.status.problem == "no answer in time"
+        assert len(sink.snapshots) == 1
+        assert [each.version for each in requests[1].subscriptions] == ["1"]
         nursery.cancel_scope.cancel()
 
 
