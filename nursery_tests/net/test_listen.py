@@ -578,6 +578,29 @@ async def test_exhaustion_met_in_the_loop_is_waited_out(
     assert errors[0][0] == pytest.approx(start, abs=0.05)
 
 
+async def test_waiting_for_a_descriptor_takes_no_turns(stack: ExitStack) -> None:
+    """At the ceiling, clients wait in the listener's queue, and cost nothing there."""
+    with open_relay_loop() as loop:
+        assert loop is not None
+        [listener] = map(stack.enter_context, open_tcp_listeners("127.0.0.1", 0))
+        idle, _ = map(stack.enter_context, socket.socketpair())
+        loop.watch(idle)
+        loop.handlers[idle.fileno()] = lambda _: None  # something that the loop sleeps for
+        taken = Taken(stack)
+        turns: list[int] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                lambda: accept_each(listener, taken, on_error=lambda _: turns.append(loop.turns), ceiling=0)
+            )
+            await trio.testing.wait_all_tasks_blocked()
+            dial(stack, listener, 2)
+            await until(lambda: len(turns) == 3)
+            nursery.cancel_scope.cancel()
+        assert turns[2] - turns[1] < 2000
+        assert len(taken.peers) == 1
+        del loop.handlers[idle.fileno()]
+
+
 async def test_a_broken_listener_met_in_the_loop_is_an_error(stack: ExitStack) -> None:
     with open_relay_loop() as loop:
         assert loop is not None

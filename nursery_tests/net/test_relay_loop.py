@@ -762,11 +762,13 @@ class Waiting:
 
     Attributes:
         woken: how often it went on.
+        next: set when it does so next.
     """
 
     def __init__(self) -> None:
         self.task: trio.lowlevel.Task | None = None
         self.woken = 0
+        self.next = trio.Event()
 
     async def wait(self) -> None:
         while True:
@@ -774,11 +776,69 @@ class Waiting:
             await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
             assert self.task is None
             self.woken += 1
+            self.next.set()
+            self.next = trio.Event()
 
 
-async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in its own time; nothing else wakes Trio, and no relay is under way."""
-    monkeypatch.setattr(relay_loop, "DEFERRAL", 0.2)
+async def test_a_listener_that_is_left_alone_takes_no_turn() -> None:
+    """Connections that wait for nobody make no event: a proxy at its ceiling of descriptors must not spin."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())  # something that the loop sleeps for
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        taken: list[socket.socket] = []
+
+        def handler(_: int) -> None:
+            taken.append(stack.enter_context(listener.accept()[0]))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            await trio.testing.wait_all_tasks_blocked()
+            for round_ in (1, 2):
+                loop.listen(listener, handler)
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+                await until(lambda round_=round_: len(taken) == round_)  # type: ignore[misc]  # binds this round's
+                loop.unlisten(listener)
+                loop.unlisten(listener)  # of no effect
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            before = loop.turns
+            await trio.sleep(0.05)
+            assert loop.turns - before < 100
+            assert len(taken) == 2
+            # Who listens again finds the one that waited.
+            loop.listen(listener, handler)
+            await until(lambda: len(taken) == 3)
+            loop.unlisten(listener)
+            nursery.cancel_scope.cancel()
+
+
+class Hands:
+    """A clock that stands still until a test moves it, in the place of the loop's module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
+    """Tasks are deferred by 8 seconds of this clock."""
+    made = Hands()
+    monkeypatch.setattr(relay_loop, "time", made)
+    monkeypatch.setattr(relay_loop, "DEFERRAL", 8.0)
+    return made
+
+
+async def a_pass() -> None:
+    """Let Trio come by, and whoever it finds go on."""
+    for _ in range(3):
+        await trio.lowlevel.checkpoint()
+
+
+async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(hands: Hands) -> None:
+    """Each in its own time."""
     with ExitStack() as stack:
         loop = opened(stack)
         waiters = [Waiting() for _ in range(3)]
@@ -786,47 +846,68 @@ async def test_deferred_tasks_go_on_when_they_are_due_unless_recalled(monkeypatc
             for waiter in waiters:
                 nursery.start_soon(waiter.wait)
             await trio.testing.wait_all_tasks_blocked()
-            before = trio.current_time()
+
+            async def woken_at(seconds: float) -> list[int]:
+                hands.now = 1000.0 + seconds
+                await a_pass()
+                return [each.woken for each in waiters]
+
             loop.defer(waiters[0])
-            await trio.sleep(0.12)
+            assert await woken_at(5) == [0, 0, 0]
             loop.defer(waiters[1])
             loop.defer(waiters[2])
             loop.recall(waiters[2])
             loop.recall(waiters[2])  # of no effect
-            assert not any(each.woken for each in waiters)
-            await until(lambda: waiters[0].woken == 1)
-            assert trio.current_time() - before >= 0.199
-            await until(lambda: waiters[1].woken == 1)
-            assert trio.current_time() - before >= 0.319
+            assert await woken_at(7.5) == [0, 0, 0]
+            assert await woken_at(8) == [1, 0, 0]
+            assert await woken_at(12.5) == [1, 0, 0]
+            assert await woken_at(13) == [1, 1, 0]
             loop.defer(waiters[2])
-            await until(lambda: waiters[2].woken == 1)
-            await trio.sleep(0.25)
-            assert [each.woken for each in waiters] == [1, 1, 1]
+            assert await woken_at(20.5) == [1, 1, 0]
+            assert await woken_at(21) == [1, 1, 1]
+            assert await woken_at(1000) == [1, 1, 1]
             nursery.cancel_scope.cancel()
 
 
-async def test_deferred_tasks_whose_times_are_close_go_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pass of Trio's costs as much as a few of their steps."""
-    monkeypatch.setattr(relay_loop, "DEFERRAL", 5.0)
+async def test_deferred_tasks_whose_times_are_close_go_on_together(hands: Hands) -> None:
+    """Each pass of Trio's costs as much as a few of their steps. Those that come later may be recalled yet."""
     with ExitStack() as stack:
         loop = opened(stack)
-        waiters = [Waiting() for _ in range(3)]
+        waiters = [Waiting() for _ in range(4)]
         async with trio.open_nursery() as nursery:
             for waiter in waiters:
                 nursery.start_soon(waiter.wait)
             await trio.testing.wait_all_tasks_blocked()
-            for waiter, late in zip(waiters, (5.0, 2.0, 0.0), strict=True):  # as if deferred so long ago
+            for waiter, seconds in zip(waiters, (0, 3, 4, 5), strict=True):
+                hands.now = 1000.0 + seconds
                 loop.defer(waiter)
-                loop._deferred[waiter] -= late
-            await until(lambda: waiters[0].woken == 1)
-            assert [each.woken for each in waiters] == [1, 0, 0]
-            loop.recall(waiters[1])
-            for waiter, late in zip(waiters[:2], (5.0, 3.0), strict=True):
+            hands.now = 1007.5
+            await a_pass()
+            assert [each.woken for each in waiters] == [0, 0, 0, 0]
+            hands.now = 1008.0
+            await a_pass()
+            assert [each.woken for each in waiters] == [1, 1, 1, 0]
+            hands.now = 1013.0
+            await a_pass()
+            assert [each.woken for each in waiters] == [1, 1, 1, 1]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_deferred_task_goes_on_though_nothing_else_wakes_trio() -> None:
+    """Nor is a relay under way; and not before its time."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        waiter = Waiting()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waiter.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            for round_ in (1, 2):
+                before = trio.current_time()
                 loop.defer(waiter)
-                loop._deferred[waiter] -= late
-            loop._deferred = dict(sorted(loop._deferred.items(), key=lambda item: item[1]))
-            await until(lambda: waiters[0].woken == 2)
-            assert [each.woken for each in waiters] == [2, 1, 0]
+                with trio.fail_after(5):
+                    await waiter.next.wait()
+                assert trio.current_time() - before >= relay_loop.DEFERRAL - 0.001
+                assert waiter.woken == round_
             nursery.cancel_scope.cancel()
 
 
