@@ -69,7 +69,8 @@ def test_a_real_refusal(backend: str) -> None:
         for host in ("127.0.0.1", "localhost"):
             with pytest.raises(OSError) as caught:
                 await anyio.connect_tcp(host, free_port())
-            assert why_not_connected(caught.value) == "connection refused"
+            # Of a host without IPv6, more may be said about the other address of the name.
+            assert "connection refused" in why_not_connected(caught.value).split(", ")
 
     anyio.run(main, backend=backend)
 

@@ -101,6 +101,8 @@ SAID = "limit of open files"
         (64, 64, None, (64, 64), {FEW: "WARNING"}),
         (1024, EVER, None, (EVER, EVER), {SAID: "DEBUG"}),
         (EVER, EVER, None, (EVER, EVER), {SAID: "DEBUG"}),
+        # What is so already is not set again.
+        (5000, 5000, PermissionError(1, "no"), (5000, 5000), {SAID: "DEBUG"}),
         # A hard limit above what the kernel takes now (fs.nr_open).
         (1024, 2**40, PermissionError(1, "no"), (1024, 2**40), {STAYS: "WARNING", FEW: "WARNING"}),
         (1024, 2**40, ValueError("no"), (1024, 2**40), {STAYS: "WARNING", FEW: "WARNING"}),
