@@ -62,7 +62,7 @@ class Fitness:
 
         Args:
             instance: which.
-            began: when the attempt did, by anyio.current_time(); by default now. What an attempt shows counts from then.
+            began: when the attempt did, by anyio.current_time(); by default now. What it shows counts from then.
         """
         if self.feedback.failing and not self.health.is_doubted(_place(instance.key)):
             self.feedback.succeeded()
@@ -72,7 +72,7 @@ class Fitness:
             self._say_readmitted(instance.key, "connected")
 
     def worked(self, instance: Instance, began: float | None = None) -> None:
-        """It answered a request, with whatever answer, or kept its connection for a while. `began` as in `connected`."""
+        """It answered a request, with whatever answer, or kept its connection for a while. `began`: as above."""
         if self.feedback.failures:
             self.feedback.succeeded()
         if self.health.known and self.health.succeeded(_place(instance.key), anyio.current_time(), began=began):
@@ -88,9 +88,7 @@ class Fitness:
         """It was not ready, and is: if it is ejected, the next request tries it (F1)."""
         self.health.ready_again(_place(key), anyio.current_time())
 
-    def failed(
-        self, instance: Instance, error: str, cause: Cause = Cause.CONNECT, began: float | None = None
-    ) -> None:
+    def failed(self, instance: Instance, error: str, cause: Cause = Cause.CONNECT, began: float | None = None) -> None:
         """A request failed on it.
 
         Args:

@@ -5,8 +5,8 @@ reads no more. Edge-triggered events come again whenever something changed after
 that did not fill its space needs no second one to find the socket empty (epoll(7), Q9). After one that did, the
 direction gives way to all others before it goes on. Its reads grow, from `FIRST` to `LARGEST` bytes, for as long as its
 sink takes each of them whole, and are small again when it does not: so what is held for a slow reader is little, and
-for one that stalls amid a fast transfer `LARGEST` at most. Once `HELD_MOST` bytes are held in all, reads are `SCANT`, so
-that a crowd of readers that stall cannot take the memory.
+for one that stalls amid a fast transfer `LARGEST` at most. Once `HELD_MOST` bytes are held in all, reads are `SCANT`,
+so that a crowd of readers that stall cannot take the memory.
 
 Large reads cost milliseconds, and everybody else in the loop waits for them. So all directions together move no more
 than `TURN_BYTES` in large reads in one turn; those that are left have theirs first in the next.

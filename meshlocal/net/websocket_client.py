@@ -94,7 +94,7 @@ class WebSocket:
         self._closed: ClosedError | None = None
         self.subprotocol: str | None = None
         self.received = 0
-        """Bytes that came so far, of a message that is not whole yet too."""
+        """Bytes of messages that came so far, of one that is not whole yet too; answers to pings are none."""
 
     async def send(self, message: str | bytes) -> None:
         """Send a message.
@@ -125,6 +125,7 @@ class WebSocket:
         for event in self._protocol.events():
             if isinstance(event, TextMessage | BytesMessage):
                 self._size += len(event.data)
+                self.received += len(event.data)
                 if self._size > self._options.max_message_size:
                     reason = f"a message exceeds {self._options.max_message_size} bytes"
                     await self.aclose(_TOO_BIG, reason)
@@ -160,7 +161,6 @@ class WebSocket:
             data = await self._read_within(options.keepalive_timeout)
             if data is None:
                 raise self._ended(_ABNORMAL, "a ping was not answered in time")
-        self.received += len(data)
         try:
             self._protocol.receive_data(data)
         except (RemoteProtocolError, LocalProtocolError) as error:

@@ -69,7 +69,7 @@ class Router:
         except KeyError:
             found = self.by_host(host.decode("ascii", "replace"))
             if len(host) <= _LONGEST:
-                # What is longer is no host's name (RFC 1035, 2.3.4), and would fill the memory with what clients make up.
+                # What is longer is no host's name (RFC 1035, 2.3.4); clients can make up as many as they like.
                 if len(self._found) >= _MOST_FOUND:
                     self._found.clear()
                 self._found[host] = found

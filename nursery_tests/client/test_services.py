@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import trio
@@ -99,13 +100,13 @@ async def test_an_ejected_instance_that_becomes_ready_is_tried_at_once() -> None
     assert pick.instance == at(1, "n1")
 
 
-def table(**http: object) -> ServiceTable:
+def by_host(**http: object) -> ServiceTable:
     return ServiceTable(ProxyConfig(http=HttpConfig(**http)), N1, random.Random(1))  # type: ignore[arg-type]
 
 
 async def test_what_is_known_is_kept_while_discovery_is_away() -> None:
     """D7: however long nobody used it; what no registry knew, or was never heard of, is no loss."""
-    made = table(service_idle_timeout=10.0)
+    made = by_host(service_idle_timeout=10.0)
     made.is_away = lambda: True
     known, unknown, unheard = ServiceKey("known"), ServiceKey("unknown"), ServiceKey("unheard")
     for key in (known, unknown, unheard):
@@ -121,7 +122,7 @@ async def test_what_is_known_is_kept_while_discovery_is_away() -> None:
 
 async def test_a_full_table_gives_up_what_is_known_last() -> None:
     """D7: bounded by count; the longest unused goes first, and before it what nothing is known of."""
-    made = table(max_services=3)
+    made = by_host(max_services=3)
     first, second, unheard, fourth, fifth = (ServiceKey(name) for name in ("first", "second", "unheard", "4", "5"))
     for at_time, key in enumerate((first, second, unheard)):
         made.demand(key, float(at_time))
@@ -136,7 +137,7 @@ async def test_a_full_table_gives_up_what_is_known_last() -> None:
 
 async def test_a_partition_makes_one_question_of_all_services(autojump_clock: trio.testing.MockClock) -> None:
     """D5: every service fails at once, for every proxy; each question is a new connection."""
-    made = table(max_services=100)
+    made = by_host(max_services=100)
     asked: list[tuple[float, ServiceKey]] = []
     made.on_failing = lambda key: asked.append((trio.current_time(), key))
     keys = [ServiceKey(f"s{number}") for number in range(40)]
@@ -149,18 +150,20 @@ async def test_a_partition_makes_one_question_of_all_services(autojump_clock: tr
             made[key].fitness.failed(at(1, "n1"), "refused")
     times = sorted({when for when, _ in asked})
     assert 2 <= len(times) <= 3
-    assert all(later - earlier >= 10.0 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 10.0 for earlier, later in pairwise(times))
     # Nobody's question is lost: each goes with the next.
     assert {key for _, key in asked} == set(keys)
 
 
 async def test_unknown_names_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    made = table()
+    made = by_host()
     for number in range(200):
         key = ServiceKey(f"made-up-{number}")
         made.demand(key, 0.0)
         made.publish(ServiceSnapshot(key, "v", {}, unknown=True))
     assert caplog.text.count("no registry knows the service") == 1
+
+
 IDLE = 100.0
 
 
@@ -242,7 +245,7 @@ def test_a_reload_reaches_what_requests_asked_for() -> None:
     assert state.fitness.spill == 7
 
 
-def test_one_more_than_may_be_followed_takes_the_place_of_an_unused_one() -> None:
+async def test_one_more_than_may_be_followed_takes_the_place_of_an_unused_one() -> None:
     """First of what nobody knows, then of what was not asked for the longest time; never of one that is in use."""
     made = table("configured", most=3)
     oldest, _, unknown = (demand(made, name, float(number)) for number, name in enumerate(("one", "two", "nobody")))

@@ -51,7 +51,7 @@ class Upstream:
     def spoke(self) -> bool:
         """Whether something came on it that may have been meant as the answer to a request.
 
-        A 408 is none: that is how a server may say that it waited for long enough (RFC 9110, 15.5.9). Nor is white space.
+        A 408 is none: so a server may say that it waited for long enough (RFC 9110, 15.5.9). Nor is white space.
         """
         try:
             said = self.sock.recv(16, socket.MSG_PEEK)
