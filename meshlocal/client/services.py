@@ -242,8 +242,8 @@ class ServiceTable:
                 unused = [each for each in on_demand if not each.in_use]
                 if not unused:
                     return None
-                # What nobody knows goes first, then what was not asked for the longest time.
-                oldest = min(unused, key=lambda each: (_is_known(each), each.last_used))
+                # What nobody knows goes first, then what was not heard of yet, then what is longest unused (D7).
+                oldest = min(unused, key=lambda each: (_worth(each), each.last_used))
                 del self._states[oldest.key]
             state = self._states[key] = self._make(key)
             state.on_demand = True
@@ -384,6 +384,13 @@ class ServiceTable:
                 "no instance of any watched service is on this node; every request leaves it",
                 node=self.locality.node,
             )
+
+
+def _worth(state: ServiceState) -> int:
+    """How much is lost with it: 0, nobody knows it; 1, nothing was heard of it yet; 2, its instances are known."""
+    if state.picker is None:
+        return 1
+    return 0 if state.picker.snapshot.unknown else 2
 
 
 def _is_known(state: ServiceState) -> bool:
