@@ -19,7 +19,9 @@ same step. That spares thousands of tasks their waking up, which costs more than
 they would do.
 
 A service can be spoken of when some source in sync knows it, or when all
-sources are in sync and none does (D3).
+sources that may know it are in sync and none does (D3). To who holds something
+of it from before already, it is spoken of only when they all are: a part would
+take away what the others have (D8).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import anyio
 import anyio.lowlevel
 
-from meshlocal.discovery.source import Instances, Source
+from meshlocal.discovery.source import Instances, PartialSource, Source
 from meshlocal.net.log import get_log
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy import version
@@ -69,7 +71,8 @@ class _Service:
     def __init__(self) -> None:
         self.snapshot: ServiceSnapshot | None = None
         self.total = 0
-        self.history: OrderedDict[str, ServiceSnapshot] = OrderedDict()
+        # Plain, as many names that clients made up may be watched; its order is that of insertion all the same.
+        self.history: dict[str, ServiceSnapshot] = {}
         # A dict for its order: who came first is told first.
         self.watchers: dict[Watcher, None] = {}
 
@@ -163,6 +166,10 @@ class Hub:
         """Whether every source has been in sync once."""
         return self._synced.is_set()
 
+    def speaks_of(self, service: ServiceKey) -> bool:
+        """Whether every source that may know the service has been in sync once."""
+        return self.in_sync or all(state.in_sync or not _may_know(state.source, service) for state in self.sources)
+
     async def wait_in_sync(self) -> None:
         """Wait until every source has been in sync once."""
         await self._synced.wait()
@@ -220,7 +227,7 @@ class Hub:
         known = self._services.get(service)
         if known is not None and known.snapshot is not None:
             return known.snapshot
-        return ServiceSnapshot(service, version.UNKNOWN, {}, unknown=True) if self.in_sync else None
+        return ServiceSnapshot(service, version.UNKNOWN, {}, unknown=True) if self.speaks_of(service) else None
 
     def snapshots(self) -> list[ServiceSnapshot]:
         """The latest state of every service that some registry knows, by name."""
@@ -259,8 +266,11 @@ class Hub:
                 if source.in_sync and (instances := source.services.get(service)) is not None
             ]
             if not tables:
-                if self.in_sync:
+                if self.speaks_of(service):
                     self._publish(service, {}, unknown=True)
+                elif (known := self._services.get(service)) is not None:
+                    # Who knew it no longer does, and others may: until they have said, nobody can speak of it.
+                    known.snapshot, known.total = None, 0
                 continue
             merged = tables[0]
             if len(tables) > 1:
@@ -282,22 +292,27 @@ class Hub:
         state.total = version.changed(state.total, gone, change.upserted)
         latest = ServiceSnapshot(service, version.UNKNOWN if unknown else version.text(state.total), instances, unknown)
         state.snapshot = latest
+        state.history.pop(latest.version, None)
         state.history[latest.version] = latest
-        state.history.move_to_end(latest.version)
         while len(state.history) > HISTORY:
-            state.history.popitem(last=False)
+            del state.history[next(iter(state.history))]
         self.changes += 1
         for watcher in state.watchers:
             watcher._mark(service)
         self._forget_if_idle(service, state)
 
     def _source_in_sync(self) -> None:
-        if self.in_sync or not all(source.in_sync for source in self.sources):
-            return
-        self._synced.set()
+        """A source was in sync for the first time: more services can be spoken of than before."""
+        if not self._synced.is_set() and all(source.in_sync for source in self.sources):
+            self._synced.set()
         for service, state in list(self._services.items()):
+            if not self.speaks_of(service):
+                continue
             if state.snapshot is None:
                 self._publish(service, {}, unknown=True)
+            for watcher in state.watchers:
+                if service in watcher.pending:
+                    watcher._mark(service)
 
     def _forget_if_idle(self, service: ServiceKey, state: _Service) -> None:
         """Names that no registry knows are kept only while somebody watches them: anybody may ask for any."""
@@ -307,6 +322,10 @@ class Hub:
     def _recall(self, service: ServiceKey, held: str) -> ServiceSnapshot | None:
         state = self._services.get(service)
         return state.history.get(held) if state is not None else None
+
+
+def _may_know(source: Source, service: ServiceKey) -> bool:
+    return not isinstance(source, PartialSource) or source.may_know(service)
 
 
 class Watcher:
@@ -363,8 +382,11 @@ class Watcher:
             latest = self._hub.snapshot(service)
             if latest is None:
                 continue
-            self.pending.discard(service)
             base = self._held.get(service)
+            if base is None and self._resume[service] not in ("", latest.version) and not self._hub.speaks_of(service):
+                # It holds more than those who are in sync may know.
+                continue
+            self.pending.discard(service)
             if base is None:
                 resume = self._resume.pop(service)
                 self._held[service] = latest

@@ -33,16 +33,35 @@ from meshlocal.wire.discovery_methods import (
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
 
-_ENCODED = 64
+_ENCODED = 16 << 20
+"""Bytes of encoded events that are kept."""
+
+GOODBYES = 400
+"""Watches that a drain ends in a second at most, unless its time is too short for that."""
+
+PUSHBACK = "grpc-retry-pushback-ms"
+"""The metadata in which a client is asked to come back later only (gRFC A6)."""
+
+_MOST_OF = 0.8
+"""Of a drain's time that goodbyes may take: what is left is for calls to end."""
+
+_STEP = 0.01
+"""Seconds that a drain sleeps at least, if it sleeps between two goodbyes."""
+
 _Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
 
 
 class EncodedEvents:
-    """Events in their encoded form, so that a change is encoded once however many watch the service."""
+    """Events in their encoded form, so that a change is encoded once however many watch the service.
 
-    def __init__(self, capacity: int = _ENCODED) -> None:
-        self._capacity = capacity
+    Args:
+        most: bytes that are kept in all, beside the latest event, which may be larger.
+    """
+
+    def __init__(self, most: int = _ENCODED) -> None:
+        self._most = most
         self._events: OrderedDict[tuple[ServiceKey, str, str], bytes] = OrderedDict()
+        self.size = 0
 
     def encode(self, update: Update) -> bytes:
         """The event that takes a watcher from the update's base to its latest snapshot."""
@@ -51,8 +70,9 @@ class EncodedEvents:
         encoded = self._events.get(key)
         if encoded is None:
             encoded = self._events[key] = _event(base, latest).SerializeToString()
-            while len(self._events) > self._capacity:
-                self._events.popitem(last=False)
+            self.size += len(encoded)
+            while self.size > self._most and len(self._events) > 1:
+                self.size -= len(self._events.popitem(last=False)[1])
         else:
             self._events.move_to_end(key)
         return encoded
@@ -83,6 +103,7 @@ class DiscoveryService:
         self._heartbeat_interval = heartbeat_interval
         self._encoded = EncodedEvents()
         self._draining = False
+        self._watches: dict[trio.CancelScope, None] = {}
         self.events_sent = 0
 
     def handlers(self) -> Routes:
@@ -147,32 +168,56 @@ class DiscoveryService:
             instances=[instance_to_message(each) for each in instances if _carries(each.labels, wanted)],
         )
 
-    def drain(self) -> None:
-        """End every watch with UNAVAILABLE, so that watchers turn to another server; new ones end likewise."""
+    async def drain(self, within: float) -> None:
+        """End every watch with UNAVAILABLE, so that watchers turn to another server; new ones end likewise, at once.
+
+        Thousands that turn up at another server in the same moment would wait for each other there. So they are ended
+        one after the other, `GOODBYES` in a second, or as fast as it takes to be through in most of `within` seconds.
+        """
         self._draining = True
-        self._hub.wake_watchers()
+        leaving = list(self._watches)
+        pause = min(1 / GOODBYES, within * _MOST_OF / max(len(leaving), 1))
+        due = began = trio.current_time()
+        for position, scope in enumerate(leaving):
+            due = began + position * pause
+            if due - trio.current_time() > _STEP:
+                await trio.sleep_until(due)
+            scope.cancel()
 
     async def _watch_instances(self, call: _Call) -> None:
         request = await call.receive()
         if request is None:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
         wanted = len(request.subscriptions)
-        with self._limits.watch(call.peer, wanted), self._hub.watch(_subscriptions(request)) as watcher:
-            resumed = True
-            pusher = _Pusher(self, call, watcher)
-            while not self._draining:
-                updates = [*pusher.take_left(), *watcher.take()]
-                for update in updates:
-                    await call.send_encoded(self._encoded.encode(update))
-                # The first round ends with a heartbeat too, which tells one that resumed that it is current.
-                if resumed or not updates:
-                    resumed = False
-                    await call.send(heartbeat_event(self._heartbeat_interval, watcher.pending))
-                self.events_sent += max(1, len(updates))
-                # What is pushed meanwhile does not put the heartbeat off: one may be sent too soon, never too late.
-                with trio.move_on_after(self._heartbeat_interval):
-                    await watcher.wait(pusher.push)
+        with (
+            self._limits.watch(call.peer, wanted),
+            self._hub.watch(_subscriptions(request)) as watcher,
+            trio.CancelScope() as leaving,
+        ):
+            if self._draining:
+                leaving.cancel()
+            self._watches[leaving] = None
+            try:
+                await self._serve_watch(call, watcher)
+            finally:
+                del self._watches[leaving]
         raise GrpcError(StatusCode.UNAVAILABLE, "this server is going away; watch another one")
+
+    async def _serve_watch(self, call: _Call, watcher: Watcher) -> None:
+        resumed = True
+        pusher = _Pusher(self, call, watcher)
+        while True:
+            updates = [*pusher.take_left(), *watcher.take()]
+            for update in updates:
+                await call.send_encoded(self._encoded.encode(update))
+            # The first round ends with a heartbeat too, which tells one that resumed that it is current.
+            if resumed or not updates:
+                resumed = False
+                await call.send(heartbeat_event(self._heartbeat_interval, watcher.pending))
+            self.events_sent += max(1, len(updates))
+            # What is pushed meanwhile does not put the heartbeat off: one may be sent too soon, never too late.
+            with trio.move_on_after(self._heartbeat_interval):
+                await watcher.wait(pusher.push)
 
 
 class _Pusher:

@@ -48,6 +48,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class PartialSource(Protocol):
+    """A source that knows beforehand that it will never know some services: nobody need wait for it to say so."""
+
+    def may_know(self, service: ServiceKey) -> bool:
+        """Whether the registry can have the service."""
+        ...
+
+
 class FollowedResource(NamedTuple):
     """One stream of changes that a source reads.
 
