@@ -106,6 +106,61 @@ async def test_one_source_out_of_sync_holds_up_only_what_nobody_else_knows(nurse
     nursery.cancel_scope.cancel()
 
 
+async def test_a_service_that_a_source_leaves_out_is_served_no_longer(nursery: trio.Nursery) -> None:
+    """D1: what a source's next full statement does not name is gone, for watchers, questions and lists alike."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1)), C: listed(at(2))})
+    source.started()
+    with hub.watch({B: "", C: ""}) as watcher:
+        watcher.take()
+        source.publisher.replace({C: listed(at(2))})
+        (update,) = watcher.take()
+        assert (update.latest.service, update.latest.unknown) == (B, True)
+        answer = hub.snapshot(B)
+        assert answer is not None
+        assert answer.unknown
+        assert [each.service for each in hub.snapshots()] == [C]
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_a_restarted_source_knows_no_longer_goes(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """D3: what went while a source was away is served until the source is in sync again, and no longer."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.replace({B: listed(at(1)), C: listed(at(2))})
+    source.started()
+    source.fail(RuntimeError("registry on fire"))
+    await trio.sleep(60)
+    source.publisher.replace({C: listed(at(2))})
+    assert [each.service for each in hub.snapshots()] == [B, C]
+    source.started()
+    assert [each.service for each in hub.snapshots()] == [C]
+    nursery.cancel_scope.cancel()
+
+
+async def test_absence_is_claimed_by_all_sources_or_by_none(nursery: trio.Nursery) -> None:
+    """D3: while one source is not in sync, a service that another stops to know is not said to be unknown."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    first.publisher.replace({B: listed(at(1))})
+    first.started()
+    with hub.watch({B: "", C: ""}) as watcher:
+        (update,) = watcher.take()
+        assert addresses(update.latest) == ["10.0.0.1"]
+        first.publisher.update(B, None)
+        first.publisher.update(C, None)
+        assert watcher.take() == []
+        assert watcher.pending == {C}
+        assert addresses(hub.snapshot(B)) == ["10.0.0.1"]
+        second.publisher.replace({B: listed(at(2))})
+        second.started()
+        told = {update.latest.service: update.latest for update in watcher.take()}
+        assert addresses(told[B]) == ["10.0.0.2"]
+        assert told[C].unknown
+    nursery.cancel_scope.cancel()
+
+
 async def test_sources_merge_the_first_winning(nursery: trio.Nursery) -> None:
     """Two sources of one service: the union, and of one endpoint the first source's word."""
     first, second = ScriptedSource("first"), ScriptedSource("second")
