@@ -161,6 +161,21 @@ async def test_absence_is_claimed_by_all_sources_or_by_none(nursery: trio.Nurser
     nursery.cancel_scope.cancel()
 
 
+async def test_what_went_before_all_sources_were_in_sync_goes_once_they_are(nursery: trio.Nursery) -> None:
+    """D3: a service that one source stopped to know is unknown as soon as the last source, which has none, says so."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    first.publisher.replace({B: listed(at(1))})
+    first.started()
+    with hub.watch({B: ""}) as watcher:
+        watcher.take()
+        first.publisher.update(B, None)
+        second.started()
+        assert [update.latest.unknown for update in watcher.take()] == [True]
+        assert hub.snapshots() == []
+    nursery.cancel_scope.cancel()
+
+
 async def test_sources_merge_the_first_winning(nursery: trio.Nursery) -> None:
     """Two sources of one service: the union, and of one endpoint the first source's word."""
     first, second = ScriptedSource("first"), ScriptedSource("second")
