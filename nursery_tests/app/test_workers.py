@@ -313,3 +313,34 @@ async def test_a_worker_that_ends_while_it_is_asked_prevents_no_configuration(
     assert [workers[number].config.proxy.node_name for number in (1, 2, 3)] == ["n2"] * 3
     await workers.until_ready()
     assert await workers.stop() == 0
+
+
+async def test_a_worker_that_has_ended_before_it_is_asked_prevents_no_configuration(
+    workers: Workers, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """S2: nor does it end the proxy."""
+    await workers.start(listen=(listener(0),), node_name="n1")
+    living = [workers[number] for number in (1, 2, 3)]
+    supervisor = workers.supervisor
+
+    async def end_the_others(number: int, config: Config) -> list[str]:
+        for worker in living:
+            if worker.number != number:
+                worker.end(-9)
+        while len(supervisor.workers) > 1:  # noqa: ASYNC110 - another task's doing
+            await trio.sleep(0.001)
+        return []
+
+    for worker in living:
+        worker.on_configure = partial(end_the_others, worker.number)
+    workers.set(node_name="n2")
+    with trio.fail_after(LIMIT):
+        await supervisor.reload()
+    assert refused(caplog) == []
+    (first,) = [worker for worker in living if worker.returncode is None]
+    for worker in living:
+        if worker is not first:
+            await workers.until_another(worker)
+    assert [workers[number].config.proxy.node_name for number in (1, 2, 3)] == ["n2"] * 3
+    await workers.until_ready()
+    assert await workers.stop() == 0
