@@ -166,6 +166,28 @@ async def test_the_file_says_when_what_it_holds_was_current(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(
+    ("connected", "stale", "younger"),
+    [(False, False, False), (False, True, False), (True, True, False), (True, False, True)],
+)
+async def test_the_file_grows_younger_only_while_discovery_confirms_it(
+    setup: Setup, inline: None, autojump_clock: MockClock, connected: bool, stale: bool, younger: bool
+) -> None:
+    """D2: a feed that lost its server, or has not heard its first word, leaves the file as old as what it holds."""
+    await written(setup, at(1))
+    os.utime(setup.path, (1000, 1000))
+    cache = setup.start()
+    cache.load()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.run)
+        await trio.sleep(1)
+        cache.status.connected, cache.status.stale = connected, stale
+        await trio.sleep(3 * CONFIRM_INTERVAL)
+        assert (setup.path.stat().st_mtime > 1000) == younger
+        nursery.cancel_scope.cancel()
+    assert (setup.path.stat().st_mtime > 1000) == younger
+
+
 async def test_a_disk_that_takes_no_writes_is_said_once_and_tried_again(
     setup: Setup, inline: None, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
