@@ -382,6 +382,77 @@ async def test_an_event_that_cannot_be_sent_ends_its_watch_only(
     assert "no such event" in caplog.text
 
 
+class FullCall:
+    """A watch of b and c whose connection is full at times: it takes the second of two events only by waiting."""
+
+    peer = "test"
+
+    def __init__(self, source: HeldSource) -> None:
+        self.source = source
+        self.instances = [at(1), at(2)]
+        self.tries = 0
+        self.held: dict[str, str] = {}
+        self.late = 0
+
+    def grow(self, *services: str) -> None:
+        """Give services one more instance, each."""
+        self.instances.append(at(len(self.instances) + 1))
+        for service in services:
+            self.source.update(service, *self.instances)
+
+    async def receive(self) -> pb.WatchInstancesRequest:
+        await trio.lowlevel.checkpoint()
+        return subscribe("b", "c")
+
+    async def send(self, response: pb.WatchInstancesResponse) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def send_encoded(self, payload: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self._take(payload)
+
+    def try_send_encoded(self, payload: bytes) -> bool:
+        self.tries += 1
+        if self.tries == 2:
+            self.late += 1
+            self.grow("b", "c")  # before anybody else has a turn
+            return False
+        self._take(payload)
+        return True
+
+    def _take(self, payload: bytes) -> None:
+        event = pb.WatchInstancesResponse.FromString(payload)
+        if event.HasField("snapshot"):
+            self.held[event.snapshot.service] = event.snapshot.version
+        else:
+            assert event.change.base_version == self.held[event.change.service], "overtaken by what came later"
+            self.held[event.change.service] = event.change.version
+
+
+async def test_no_event_overtakes_one_that_could_not_be_sent_at_once(nursery: trio.Nursery) -> None:
+    """D1: what is left of a push is sent first, whoever gets to send what changed after it."""
+    source = HeldSource()
+    hub = Hub([source], random.Random(0))
+    service = DiscoveryService(hub, 1000.0)
+    await nursery.start(hub.run)
+    await wait_all_tasks_blocked()
+    call = FullCall(source)
+    call.grow("b", "c")
+    source.sync.set()
+    await hub.wait_in_sync()
+    watch: Any = service.handlers()[WATCH_INSTANCES]
+    nursery.start_soon(watch, call)
+    await wait_all_tasks_blocked()
+    rounds = 30  # who has the next turn, the hub or the watch, is left to chance
+    for _ in range(rounds):
+        call.tries = 0
+        call.grow("b", "c")
+        await wait_all_tasks_blocked()
+    assert call.late == rounds
+    assert call.held == {each.service: each.version for each in hub.snapshots()}
+    nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
