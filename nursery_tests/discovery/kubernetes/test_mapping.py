@@ -331,6 +331,51 @@ def key_of(item):
     return item["metadata"].get("namespace", ""), item["metadata"]["name"]
 
 
+def _node(name, zone):
+    return {"metadata": {"name": name, "labels": {ZONE: zone}}}
+
+
+@pytest.mark.parametrize("ports", [[TCP], [TCP, {"name": "http", "port": 80}]])
+def test_a_node_and_what_stands_on_it_change_at_once(ports):
+    """Between two publications, in this order: the object's instances have the labels of the node as it is now."""
+    tables = Tables()
+    endpoint = {"addresses": ["10.0.0.1"], "nodeName": "n1"}
+    tables.nodes.changed("ADDED", raw(_node("n1", "z1")))
+    tables.slices.changed("ADDED", raw(_slice("shop", "s-1", "b", "IPv4", [endpoint], [TCP])))
+    tables.slices.flush()
+    tables.nodes.changed("MODIFIED", raw(_node("n1", "z2")))
+    endpoints = [endpoint, {"addresses": ["10.0.0.2"], "nodeName": "n1"}]
+    tables.slices.changed("MODIFIED", raw(_slice("shop", "s-1", "b", "IPv4", endpoints, ports)))
+    tables.slices.flush()
+    (instances,) = tables.services.values()
+    assert {key.address for key in instances} == {"10.0.0.1", "10.0.0.2"}
+    assert {instance.labels["zone"] for instance in instances.values()} == {"z2"}
+
+
+@pytest.mark.parametrize("order", ["node, slice", "slice, node"])
+def test_a_node_changes_and_what_stood_on_it_goes_at_once(order):
+    """Between two publications: the service is gone, and the others on the node follow it."""
+    tables = Tables()
+    slices = [
+        _slice("shop", f"s-{service}", service, "IPv4", [{"addresses": ["10.0.0.1"], "nodeName": "n1"}], [TCP])
+        for service in ("b", "c")
+    ]
+    tables.nodes.changed("ADDED", raw(_node("n1", "z1")))
+    for item in slices:
+        tables.slices.changed("ADDED", raw(item))
+    tables.slices.flush()
+    assert sorted(tables.services) == ["b.shop", "c.shop"]
+    for what in order.split(", "):
+        if what == "node":
+            tables.nodes.changed("MODIFIED", raw(_node("n1", "z2")))
+        else:
+            tables.slices.changed("DELETED", raw(slices[0]))
+    tables.slices.flush()
+    assert list(tables.services) == ["c.shop"]
+    (instance,) = tables.services["c.shop"].values()
+    assert instance.labels["zone"] == "z2"
+
+
 def test_a_change_costs_work_for_its_service_only(monkeypatch):
     """Of a thousand objects one is mapped, and one service merged."""
     from meshlocal.discovery.kubernetes import table as module
