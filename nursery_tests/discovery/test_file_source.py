@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from meshlocal.discovery import file_source
 from meshlocal.discovery.file_source import FileSource, is_written_to
@@ -199,6 +200,117 @@ async def test_a_file_that_is_being_written_at_the_start_is_waited_for(
         assert ports(hub) is None
         file.write(content(1, 2)[len(content(1)) :])
     await until(lambda: ports(hub) == [1, 2])
+
+
+class Stepped:
+    """A source whose looks at the file come one at a time, and whose reads happen within them.
+
+    Attributes:
+        after_read: called with the file's path after each read, before anything comes of it.
+    """
+
+    interval = 1.0
+
+    def __init__(self, path: Path, clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path = path
+        self.after_read: Callable[[Path], object] = lambda path: None
+        self.hub = Hub([FileSource(path, poll_interval=self.interval)], random.Random(0))
+        self._clock = clock
+
+        async def run_sync(work: Callable[[], object], *, abandon_on_cancel: bool) -> object:
+            await trio.lowlevel.checkpoint()
+            try:
+                return work()
+            finally:
+                self.after_read(path)
+
+        monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self.hub.run)
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def look(self) -> list[int] | None:
+        """Let it look once more; returns what is served then."""
+        self._clock.jump(self.interval)
+        await trio.testing.wait_all_tasks_blocked()
+        return ports(self.hub)
+
+
+@pytest.fixture
+def stepped(tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> Stepped:
+    return Stepped(tmp_path / "instances.yaml", mock_clock, monkeypatch)
+
+
+async def test_a_file_that_grows_is_read_once_it_rests(
+    stepped: Stepped, nursery: trio.Nursery, mock_clock: MockClock
+) -> None:
+    """D3: also where its writer closes it between two pieces, each of which parses."""
+    write(stepped.path, content(1, 2, 3))
+    await stepped.start(nursery)
+    assert ports(stepped.hub) == [1, 2, 3]
+    for listed in ([], [4], [4, 5], [4, 5, 6]):
+        write(stepped.path, content(*listed))
+        assert await stepped.look() == [1, 2, 3]
+    assert await stepped.look() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("change", [replace, write])
+async def test_a_file_that_changes_while_it_is_read_is_read_again(
+    stepped: Stepped, nursery: trio.Nursery, mock_clock: MockClock, change: Callable[[Path, str], None]
+) -> None:
+    """D3: what was read of it may be half of it."""
+    write(stepped.path, content(1, 2))
+    await stepped.start(nursery)
+    write(stepped.path, content(3))
+    stepped.after_read = lambda path: change(path, content(3, 4))
+    assert await stepped.look() == [1, 2]
+    assert await stepped.look() == [1, 2], "it was read, and had changed"
+    stepped.after_read = lambda path: None
+    served = [await stepped.look() for _ in range(2)]
+    assert served == [[1, 2], [3, 4]]
+
+
+async def test_a_file_that_was_away_while_it_was_read_is_read_again(
+    stepped: Stepped, nursery: trio.Nursery, mock_clock: MockClock
+) -> None:
+    """D3: though it is as it was before."""
+    write(stepped.path, content(1))
+    await stepped.start(nursery)
+    aside = stepped.path.with_name("aside")
+    write(stepped.path, content(2, 3))
+    stepped.after_read = lambda path: path.rename(aside)
+    assert [await stepped.look() for _ in range(2)] == [[1], [1]]
+    stepped.after_read = lambda path: None
+    assert await stepped.look() == [1], "it is not there"
+    aside.rename(stepped.path)
+    assert [await stepped.look() for _ in range(2)] == [[1], [2, 3]]
+
+
+async def test_a_file_that_changes_while_it_is_first_read_is_no_sync(
+    stepped: Stepped, nursery: trio.Nursery, mock_clock: MockClock
+) -> None:
+    """D3."""
+    write(stepped.path, content(1))
+    stepped.after_read = lambda path: write(path, content(1, 2))
+    await stepped.start(nursery)
+    assert not stepped.hub.in_sync
+    stepped.after_read = lambda path: None
+    assert [await stepped.look() for _ in range(2)] == [None, [1, 2]]
+
+
+def test_a_question_about_a_file_leaves_nothing_open(tmp_path: Path) -> None:
+    """Whatever the answer: it is asked for as long as the process lives."""
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    with path.open("a"):
+        before = os.listdir("/proc/self/fd")
+        assert is_written_to(path)
+        assert os.listdir("/proc/self/fd") == before
+    before = os.listdir("/proc/self/fd")
+    for asked in (path, tmp_path, tmp_path / "missing", Path("/dev/null")):
+        assert not is_written_to(asked)
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_who_never_closes_it_is_not_waited_for_for_ever(
