@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import socket
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -143,6 +144,44 @@ async def test_a_server_that_is_not_read_stops_at_the_window_and_its_neighbour_f
         link.assert_nothing_left()
 
 
+@pytest.mark.parametrize("side", ["client", "server"])
+async def test_what_nobody_took_of_a_call_is_given_back_to_the_connections_window(
+    connect: Any, autojump_clock: object, side: str
+) -> None:
+    """Else a few calls that were left would leave no room for any other."""
+    left = 0
+
+    async def pour(call: Chat) -> None:
+        await call.send(BytesValue(value=bytes(WINDOW // 2)))
+        await trio.sleep_forever()
+
+    async def pass_over(call: Chat) -> None:
+        await wait_all_tasks_blocked()
+        raise GrpcError(StatusCode.ABORTED, "not read")
+
+    narrow = GrpcOptions(max_concurrent_streams=1)
+    handler = pour if side == "client" else pass_over
+    async with connect(
+        {STREAM: handler, BYTES: unary(lambda request, call: _same(request))},
+        client_options=narrow,
+        server_options=narrow,
+    ) as link:
+        with trio.move_on_after(20):
+            for _ in range(10):  # of the connection's window, each takes a quarter
+                async with link.channel.call(STREAM) as call:
+                    if side == "server":
+                        with suppress(GrpcError):
+                            await call.send(BytesValue(value=bytes(WINDOW // 2)))
+                    await wait_all_tasks_blocked()
+                await wait_all_tasks_blocked()  # the server's handler has ended, too
+                left += 1
+            large = BytesValue(value=bytes(2 * WINDOW))
+            assert await link.channel.unary(BYTES, large) == large
+            left += 1
+        assert left == 11
+        link.assert_nothing_left()
+
+
 async def _same(request: BytesValue) -> BytesValue:
     return request
 
@@ -198,6 +237,53 @@ async def test_calls_over_the_servers_limit_wait_their_turn(connect: Any) -> Non
             for _ in range(10):
                 nursery.start_soon(link.channel.unary, ECHO, StringValue())
         assert most == 3
+        link.assert_nothing_left()
+
+
+async def test_a_place_that_a_cancelled_call_was_given_goes_to_the_next(connect: Any, autojump_clock: object) -> None:
+    """Cancelled at the moment that the place comes free."""
+    answered: list[str] = []
+
+    async with connect({STREAM: hang, ECHO: unary(echo)}, client_options=GrpcOptions(max_concurrent_streams=1)) as link:
+
+        async def ask(name: str, scope: trio.CancelScope) -> None:
+            with scope:
+                answered.append((await link.channel.unary(ECHO, StringValue(value=name))).value)
+
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope() for _ in range(3)]
+            async with link.channel.call(STREAM):
+                for name, scope in zip("abc", scopes, strict=True):
+                    nursery.start_soon(ask, name, scope)
+                    await wait_all_tasks_blocked()
+                scopes[0].cancel()
+            await wait_all_tasks_blocked()
+            assert answered == ["b", "c"]
+            nursery.cancel_scope.cancel()
+        link.assert_nothing_left()
+
+
+async def test_a_call_that_is_cancelled_in_the_queue_costs_nobody_a_place(connect: Any, autojump_clock: object) -> None:
+    answered: list[str] = []
+
+    async with connect({STREAM: hang, ECHO: unary(echo)}, client_options=GrpcOptions(max_concurrent_streams=1)) as link:
+
+        async def ask(name: str, scope: trio.CancelScope) -> None:
+            with scope:
+                answered.append((await link.channel.unary(ECHO, StringValue(value=name))).value)
+
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope() for _ in range(3)]
+            async with link.channel.call(STREAM):
+                for name, scope in zip("abc", scopes, strict=True):
+                    nursery.start_soon(ask, name, scope)
+                    await wait_all_tasks_blocked()
+                scopes[1].cancel()
+                await wait_all_tasks_blocked()
+                assert answered == []
+            await wait_all_tasks_blocked()
+            assert answered == ["a", "c"]
+            nursery.cancel_scope.cancel()
         link.assert_nothing_left()
 
 
@@ -324,6 +410,83 @@ async def test_a_status_raised_in_a_handlers_nursery_is_the_calls(connect: Any) 
             await link.channel.unary(STREAM, BytesValue())
         assert caught.value.code is StatusCode.PERMISSION_DENIED
         assert caught.value.trailing == (("why", "so"),)
+
+
+@pytest.mark.parametrize("other", [RuntimeError("the password is hunter2"), trio.TooSlowError("hunter2")])
+async def test_a_status_beside_a_crash_is_not_the_calls(
+    connect: Any, caplog: pytest.LogCaptureFixture, other: Exception
+) -> None:
+    """What a handler's nursery raises beside a status is a fault, which is logged and not told."""
+
+    async def handler(call: Chat) -> None:
+        raise ExceptionGroup("both", [GrpcError(StatusCode.PERMISSION_DENIED, "no"), ExceptionGroup("one", [other])])
+
+    async with connect({STREAM: handler}) as link:
+        with pytest.raises(GrpcError) as caught:
+            await link.channel.unary(STREAM, BytesValue())
+    assert (caught.value.code, caught.value.message) == (StatusCode.UNKNOWN, "the handler failed")
+    assert "hunter2" in caplog.text
+
+
+async def test_a_status_within_nurseries_within_nurseries_is_the_calls(connect: Any) -> None:
+    async def handler(call: Chat) -> None:
+        no = GrpcError(StatusCode.PERMISSION_DENIED, "no")
+        raise ExceptionGroup("outer", [ExceptionGroup("inner", [no, no]), no])
+
+    async with connect({STREAM: handler}) as link:
+        with pytest.raises(GrpcError) as caught:
+            await link.channel.unary(STREAM, BytesValue())
+    assert (caught.value.code, caught.value.message) == (StatusCode.PERMISSION_DENIED, "no")
+
+
+@pytest.mark.parametrize(
+    ("code", "seen"),
+    [
+        (StatusCode.ABORTED, StatusCode.INTERNAL),
+        (StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED),
+        (StatusCode.RESOURCE_EXHAUSTED, StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+async def test_after_half_a_message_the_reset_says_what_it_can(
+    connect: Any, code: StatusCode, seen: StatusCode
+) -> None:
+    """A status cannot follow half a message. It must not pass for a whole one either."""
+
+    async def handler(call: Chat) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call.send, BytesValue(value=bytes(10 * WINDOW)))
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        raise GrpcError(code, "unseen")
+
+    async with connect({STREAM: handler, ECHO: unary(echo)}) as link:
+        async with link.channel.call(STREAM) as call:
+            await wait_all_tasks_blocked()
+            with pytest.raises(GrpcError, match="reset") as caught:
+                await call.receive()
+        assert caught.value.code is seen
+        assert await link.channel.unary(ECHO, StringValue(value="x")) == StringValue(value="x")
+        await wait_all_tasks_blocked()
+        link.assert_nothing_left()
+
+
+@pytest.mark.parametrize(("size", "sent"), [(1000, True), (5000, False)])
+async def test_trailing_metadata_over_the_clients_limit_is_left_out(
+    connect: Any, caplog: pytest.LogCaptureFixture, size: int, sent: bool
+) -> None:
+    """The status itself arrives, whatever its handler adds to it."""
+
+    async def handler(call: Chat) -> None:
+        call.trailing_metadata.append(("one", "x" * (size // 2)))
+        raise GrpcError(StatusCode.ABORTED, "no", (("other", "y" * (size // 2)),))
+
+    limited = GrpcOptions(max_header_list_size=2000)
+    async with connect({STREAM: handler}, client_options=limited) as link:
+        with pytest.raises(GrpcError) as caught:
+            await link.channel.unary(STREAM, BytesValue())
+    assert (caught.value.code, caught.value.message) == (StatusCode.ABORTED, "no")
+    assert [name for name, _ in caught.value.trailing] == (["one", "other"] if sent else [])
+    assert ("exceeds the client's limit" in caplog.text) == (not sent)
 
 
 async def test_a_failure_after_half_a_message_resets_the_stream(connect: Any) -> None:

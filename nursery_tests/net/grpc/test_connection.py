@@ -10,8 +10,8 @@ import pytest
 import trio
 from google.protobuf.wrappers_pb2 import BytesValue, StringValue
 from h2.errors import ErrorCodes
-from h2.events import ResponseReceived, StreamReset, TrailersReceived
-from hyperframe.frame import PingFrame, RstStreamFrame, SettingsFrame
+from h2.events import ResponseReceived, StreamReset, TrailersReceived, WindowUpdated
+from hyperframe.frame import DataFrame, PingFrame, RstStreamFrame, SettingsFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
@@ -24,7 +24,7 @@ from meshlocal.wire.grpc.framing import encode_message
 from meshlocal.wire.grpc.metadata import decode_grpc_message, header
 from meshlocal.wire.grpc.method import Method
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.http2 import MAX_STREAM_ID, PREFACE, GoAway, Http2Protocol
+from meshlocal.wire.http2 import DEFAULT_WINDOW, MAX_STREAM_ID, PREFACE, GoAway, Http2Protocol
 
 ECHO = Method("/test.Echo/Echo", StringValue, StringValue)
 STREAM = Method("/test.Echo/Stream", BytesValue, BytesValue, client_streaming=True, server_streaming=True)
@@ -36,6 +36,8 @@ REQUEST = [
     (b"te", b"trailers"),
     (b"content-type", b"application/grpc+proto"),
 ]
+LONG = 20.0
+"""Seconds, less than a keepalive's."""
 HI = encode_message(StringValue(value="hi").SerializeToString())
 
 
@@ -341,6 +343,136 @@ async def test_answers_of_other_servers(
         await peer.settle()
 
 
+GRPC = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+DONE = [(b"grpc-status", b"0")]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "code", "text"),
+    [
+        ([(b":status", b"200"), (b"content-type", b"text/html")], HI, StatusCode.UNKNOWN, "content-type b'text/html'"),
+        ([(b":status", b"200")], HI, StatusCode.UNKNOWN, "content-type None"),
+        ([(b":status", b"503"), (b"content-type", b"application/grpc")], HI, StatusCode.UNAVAILABLE, "HTTP status 503"),
+        (GRPC, HI[:-1], StatusCode.INTERNAL, "within a message"),
+        (GRPC, HI[:3], StatusCode.INTERNAL, "within a message"),
+        (GRPC, HI + HI[:-1], StatusCode.INTERNAL, "within a message"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_an_answer_that_is_not_whole_or_not_grpcs_is_no_answer(
+    autojump_clock: object,
+    raw_peer: Any,
+    kind: str,
+    headers: list[tuple[bytes, bytes]],
+    body: bytes,
+    code: StatusCode,
+    text: str,
+) -> None:
+    """Though it ends with the status OK."""
+    ours, theirs = memory_stream_pair()
+    peer = raw_peer(theirs, client=False)
+    caught: list[GrpcError] = []
+    async with channel_over(ours) as channel, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            if kind == "unary":
+                await channel.unary(ECHO, StringValue())
+                return
+            async with channel.call(ECHO) as call:
+                await call.send(StringValue(), end=True)
+                async for response in call:
+                    assert response.value == "hi"
+
+        async def fail() -> None:
+            with pytest.raises(GrpcError) as error:
+                await ask()
+            caught.append(error.value)
+
+        nursery.start_soon(fail)
+        await peer.settle()
+        peer.protocol.send_headers(1, headers)
+        peer.protocol.send_data(1, body)
+        peer.protocol.send_headers(1, DONE, end_stream=True)
+        await peer.settle()
+        assert [(each.code, text in each.message) for each in caught] == [(code, True)]
+
+
+# Windows
+
+
+async def test_padding_is_given_back_to_the_windows(autojump_clock: object, raw_peer: Any) -> None:
+    """It counts against them as data does: a peer that pads what it sends is not cut off for it."""
+    ours, theirs = memory_stream_pair()
+    peer = raw_peer(ours, client=True)
+    got = 0
+
+    async def handler(call: ServerCall[BytesValue, BytesValue]) -> None:
+        nonlocal got
+        async for _ in call:
+            got += 1
+
+    server = GrpcServer({STREAM: handler}, GrpcOptions(max_concurrent_streams=1))
+    message = encode_message(BytesValue(value=b"x").SerializeToString())
+    padded = DataFrame(1, data=message, pad_length=255, flags=["PADDED"]).serialize()
+    empty = DataFrame(1, data=b"", pad_length=255, flags=["PADDED"]).serialize()
+    rounds = 20
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_stream, theirs)
+        peer.protocol.send_headers(1, [(name, b"/test.Echo/Stream" if name == b":path" else v) for name, v in REQUEST])
+        await peer.settle()
+        for _ in range(rounds):  # each is a quarter of the stream's window, and an eighth of the connection's
+            await peer.send((padded + empty) * 32)
+            await peer.settle()
+        assert not peer.closed
+        assert got == rounds * 32
+        sent = rounds * 32 * (len(message) + 2 * 256)
+        given = sum(event.delta for event in peer.seen(WindowUpdated) if event.stream_id == 1)
+        assert sent - DEFAULT_WINDOW <= given <= sent
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("refused", ["over the limit", "no gRPC"])
+async def test_data_of_a_call_that_is_not_served_is_given_back_to_the_connections_window(
+    autojump_clock: object, raw_peer: Any, refused: str
+) -> None:
+    """Else a few refused calls would leave no room for any other."""
+    ours, theirs = memory_stream_pair()
+    peer = raw_peer(ours, client=True)
+
+    async def slow_to_leave(call: ServerCall[Any, Any]) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(LONG)
+
+    server = GrpcServer({ECHO: unary(echo), STREAM: slow_to_leave}, GrpcOptions(max_concurrent_streams=1))
+    headers = dict(REQUEST)
+    if refused == "no gRPC":
+        headers[b"content-type"] = b"text/plain"
+    size = 16_384
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_stream, theirs)
+        if refused == "over the limit":
+            stream_id = peer.protocol.next_stream_id()
+            peer.protocol.send_headers(stream_id, list((headers | {b":path": b"/test.Echo/Stream"}).items()))
+            await peer.settle()
+            peer.protocol.reset(stream_id, ErrorCodes.CANCEL)
+        await peer.settle()
+        for _ in range(20):  # more than twice the connection's window
+            stream_id = peer.protocol.next_stream_id()
+            peer.protocol.send_headers(stream_id, list(headers.items()))
+            assert peer.protocol.sendable(stream_id) == size
+            peer.protocol.send_data(stream_id, bytes(size))
+            await peer.settle()
+        assert not peer.closed
+        await trio.sleep(LONG)
+        stream_id = peer.protocol.next_stream_id()
+        peer.protocol.send_headers(stream_id, REQUEST)
+        peer.protocol.send_data(stream_id, HI, end_stream=True)
+        await peer.settle()
+        trailers = {event.stream_id: header(event.headers, b"grpc-status") for event in peer.seen(TrailersReceived)}
+        assert trailers == {stream_id: b"0"}
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     ("error_code", "status", "unprocessed"),
     [
@@ -400,6 +532,64 @@ async def test_goaway_fails_streams_above_it_and_lets_the_others_end(autojump_cl
         await peer.settle()
         assert results["first"] == "hi"
         assert "going" in await channel.wait_closed()
+
+
+async def test_goaway_fails_what_waits_for_a_place_and_the_channel_lasts_as_long_as_its_last_call(
+    autojump_clock: object, raw_peer: Any
+) -> None:
+    """Whoever waits, waits for nothing then. One of two open calls that ends does not end the other."""
+    ours, theirs = memory_stream_pair()
+    peer = raw_peer(theirs, client=False)
+    results: dict[str, object] = {}
+    two = GrpcOptions(max_concurrent_streams=2)
+
+    async with channel_over(ours, options=two) as channel, trio.open_nursery() as nursery:
+
+        async def call(name: str) -> None:
+            try:
+                results[name] = (await channel.unary(ECHO, StringValue(value=name))).value
+            except GrpcError as error:
+                results[name] = (error.code, error.unprocessed)
+
+        async def answer(stream_id: int) -> None:
+            peer.protocol.send_headers(stream_id, GRPC)
+            peer.protocol.send_data(stream_id, HI)
+            peer.protocol.send_headers(stream_id, DONE, end_stream=True)
+            await peer.settle()
+
+        for name in ("first", "second", "third", "fourth"):
+            nursery.start_soon(call, name)
+            await peer.settle()
+        assert results == {}
+        peer.protocol.send_goaway(3, ErrorCodes.NO_ERROR, b"going")
+        await peer.settle()
+        assert results == dict.fromkeys(("third", "fourth"), (StatusCode.UNAVAILABLE, True))
+        await answer(1)
+        assert results["first"] == "hi"
+        assert not peer.closed
+        await answer(3)
+        assert results["second"] == "hi"
+        assert peer.closed
+        with trio.fail_after(LONG):
+            assert "going" in await channel.wait_closed()
+        nursery.cancel_scope.cancel()
+
+
+async def test_goaway_ends_a_channel_without_calls(autojump_clock: object, raw_peer: Any) -> None:
+    """And the end of its last call does not end a channel without GOAWAY."""
+    ours, theirs = memory_stream_pair()
+    peer = raw_peer(theirs, client=False)
+    async with channel_over(ours) as channel:
+        await peer.settle()
+        async with channel.call(ECHO):
+            await peer.settle()
+        await peer.settle()
+        assert channel.closed_reason is None
+        peer.protocol.send_goaway(1, ErrorCodes.NO_ERROR, b"going")
+        await peer.settle()
+        assert peer.closed
+        with trio.fail_after(LONG):
+            assert "going" in await channel.wait_closed()
 
 
 async def test_drain_announces_first_and_fixes_the_last_stream_after_the_answer(
