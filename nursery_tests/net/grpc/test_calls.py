@@ -263,6 +263,38 @@ async def test_a_place_that_a_cancelled_call_was_given_goes_to_the_next(connect:
         link.assert_nothing_left()
 
 
+@pytest.mark.parametrize("first", ["the place", "the cancellation"])
+async def test_a_call_that_is_cancelled_as_it_is_given_a_place_ends_as_cancelled(
+    connect: Any, autojump_clock: object, first: str
+) -> None:
+    """Whichever of the two came first; and its place goes to the next."""
+    ended: list[str] = []
+
+    async with connect({STREAM: hang, ECHO: unary(echo)}, client_options=GrpcOptions(max_concurrent_streams=1)) as link:
+
+        async def ask(name: str, scope: trio.CancelScope) -> None:
+            with scope:
+                try:
+                    ended.append((await link.channel.unary(ECHO, StringValue(value=name))).value)
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is wrong
+                    ended.append(f"{name}: {error!r}")
+
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope(), trio.CancelScope()]
+            async with link.channel.call(STREAM):
+                for name, scope in zip("ab", scopes, strict=True):
+                    nursery.start_soon(ask, name, scope)
+                    await wait_all_tasks_blocked()
+                if first == "the cancellation":
+                    scopes[0].cancel()
+            scopes[0].cancel()
+            await wait_all_tasks_blocked()
+            assert ended == ["b"]
+            assert scopes[0].cancelled_caught
+            nursery.cancel_scope.cancel()
+        link.assert_nothing_left()
+
+
 async def test_a_call_that_is_cancelled_in_the_queue_costs_nobody_a_place(connect: Any, autojump_clock: object) -> None:
     answered: list[str] = []
 
