@@ -54,8 +54,15 @@ def test_the_service_manager_is_told(tmp_path: Path, abstract: bool) -> None:
 
 
 @pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "/nowhere/at/all"}])
-def test_without_a_service_manager_nothing_happens(environment: dict[str, str]) -> None:
+def test_without_a_service_manager_nothing_happens(
+    environment: dict[str, str], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is raised, said or left open."""
+    before = os.listdir("/proc/self/fd")
     notify_service_manager(environment, "READY=1")
+    assert os.listdir("/proc/self/fd") == before
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 async def test_signals_drain_then_end_and_reload(nursery: trio.Nursery) -> None:
@@ -148,5 +155,8 @@ async def test_a_scope_ends_with_its_event() -> None:
     with trio.fail_after(10):
         async with trio.open_nursery() as inner:
             inner.start_soon(cancel_when_set, event, inner.cancel_scope)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not inner.cancel_scope.cancel_called
             event.set()
             await trio.sleep_forever()
+    assert inner.cancel_scope.cancelled_caught

@@ -277,7 +277,8 @@ async def test_a_cancelled_write_is_finished_by_the_last_one(setup: Setup, monke
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cache.run)
         cache.publish(at(1))
-        await started.wait()
+        with trio.fail_after(20):
+            await started.wait()
         cache.publish(at(2))
         nursery.cancel_scope.cancel()
     assert setup.start().load() == [at(2)]

@@ -63,7 +63,7 @@ async def test_changes_are_published(
     path = tmp_path / "instances.yaml"
     write(path, content(1))
     hub = await start(nursery, path)
-    await hub.wait_in_sync()
+    await until(lambda: hub.in_sync)
     assert ports(hub) == [1]
     for listed in ([1, 2], [2], [], [3]):
         change(path, content(*listed))
@@ -80,8 +80,10 @@ async def test_a_swapped_link_is_seen(tmp_path: Path, nursery: trio.Nursery) -> 
     hub = await start(nursery, tmp_path / "data" / "instances.yaml")
     await until(lambda: ports(hub) == [1])
     (tmp_path / "fresh").symlink_to("two")
+    assert ports(hub) == [1], "the link is as it was"
     os.replace(tmp_path / "fresh", tmp_path / "data")
-    await until(lambda: ports(hub) == [2])
+    await until(lambda: ports(hub) != [1])
+    assert ports(hub) == [2]
     nursery.cancel_scope.cancel()
 
 
@@ -90,7 +92,7 @@ async def test_labels_of_the_file_and_its_place(tmp_path: Path, nursery: trio.Nu
     path = tmp_path / "instances.yaml"
     write(path, content(1))
     hub = await start(nursery, path)
-    await hub.wait_in_sync()
+    await until(lambda: hub.in_sync)
     (snapshot,) = hub.snapshots()
     (instance,) = snapshot.instances.values()
     assert instance.labels == {"node": "n1", "zone": "z1", "cluster": "c1", "service": "b", "registry": "file"}
@@ -104,7 +106,7 @@ async def test_a_broken_file_changes_nothing_and_is_reported(
     path = tmp_path / "instances.yaml"
     write(path, content(1))
     hub = await start(nursery, path)
-    await hub.wait_in_sync()
+    await until(lambda: hub.in_sync)
     (state,) = hub.sources
     before = hub.snapshot(B)
     problems = []
@@ -146,9 +148,11 @@ async def test_cancellation_while_reading(tmp_path: Path) -> None:
     try:
         with trio.fail_after(LIMIT):
             async with trio.open_nursery() as nursery:
-                await start(nursery, path)
+                hub = await start(nursery, path)
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
+        assert nursery.cancel_scope.cancelled_caught
+        assert not hub.in_sync
     finally:
         os.write(writer, b"done")
         os.close(writer)

@@ -333,7 +333,8 @@ async def test_a_wait_that_is_cancelled_loses_nothing(nursery: trio.Nursery) -> 
             scope.cancel()
             await watcher.wait()
         source.publisher.update(B, listed(at(2)))
-        await watcher.wait()
+        with trio.fail_after(20):
+            await watcher.wait()
         assert len(watcher.take()) == 1
     nursery.cancel_scope.cancel()
 

@@ -191,3 +191,7 @@ async def test_a_reset_in_the_midst_of_a_frame(served: Served) -> None:
                 await raw.stream.send_all(frame(BINARY, REQUEST)[:size])
                 raw.stream.socket.setsockopt(1, 13, struct.pack("ii", 1, 0))  # type: ignore[attr-defined]  # Trio's stream has a socket
         await served.no_connection()
+        assert served.requests == [], "half a request is none"
+        async with served.connect() as raw:
+            await raw.stream.send_all(frame(BINARY, REQUEST))
+            assert (await raw.receive()).payload == EVENT.SerializeToString()

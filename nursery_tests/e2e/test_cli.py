@@ -312,20 +312,22 @@ async def test_the_ready_line_names_every_address(cli: Cli, processes: Any) -> N
         *("--listen", "tcp://localhost:0=b", "--admin", "127.0.0.1:0"),
         env={"NODE_NAME": "n1"},
     )
-    await proxy.printed(
+    ready = await proxy.printed(
         r"^meshlocal proxy ready: node=n1 tcp://127\.0\.0\.1:[1-9]\d*=b tcp://\[::1\]:[1-9]\d*=empty"
         r" tcp://127\.0\.0\.1:([1-9]\d*)=b tcp://\[::1\]:\1=b admin=http://127\.0\.0\.1:[1-9]\d*\n$",
         "out",
     )
+    assert proxy.out == ready[0], "and nothing else"
     discovery = await processes.meshlocal(
         *("discovery", "--source", "file:instances.yaml", "--bind", "127.0.0.1:0", "--bind", "[::1]:0"),
         *("--admin", "127.0.0.1:0"),
     )
-    await discovery.printed(
+    ready = await discovery.printed(
         r"^meshlocal discovery ready: grpc://127\.0\.0\.1:[1-9]\d* grpc://\[::1\]:[1-9]\d*"
         r" admin=http://127\.0\.0\.1:[1-9]\d*\n$",
         "out",
     )
+    assert discovery.out == ready[0], "and nothing else"
 
 
 async def test_the_demo_shows_what_it_should(cli: Cli) -> None:

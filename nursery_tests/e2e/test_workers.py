@@ -233,12 +233,15 @@ async def test_a_killed_worker_is_replaced_and_the_others_go_on(running: Running
 
 
 async def test_workers_end_when_the_supervisor_is_killed(running: Running) -> None:
+    """Nobody would stop them, or start them again."""
     await running.start(B)
     pids = await running.pids()
+    assert [alive(pid) for pid in pids] == [True] * WORKERS
     await running.proxy.killed()
-    with trio.fail_after(LIMIT):
-        while any(alive(pid) for pid in pids):  # noqa: ASYNC110 - no parent of theirs
+    with trio.move_on_after(LIMIT):
+        while any(alive(pid) for pid in pids):  # noqa: ASYNC110 - no children of this process
             await trio.sleep(0.02)
+    assert [alive(pid) for pid in pids] == [False] * WORKERS
 
 
 async def test_sighup_is_applied_by_all_workers_or_by_none(running: Running) -> None:

@@ -410,7 +410,9 @@ async def test_details_before_it_runs(kube):
 async def test_cancellation(kube, moment):
     """Cancelled at any moment of its start, it ends at once and leaves no connection behind."""
     async with kube.serving(three) as server:
-        with trio.move_on_after(moment * 0.004):
+        with trio.fail_after(20), trio.move_on_after(moment * 0.004) as scope:
             async with kube.following(server, in_sync=False):
                 await trio.sleep_forever()
+        assert scope.cancelled_caught
         await kube.until(lambda: server.open == 0)
+        assert server.watching == 0
