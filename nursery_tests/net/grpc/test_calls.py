@@ -295,6 +295,30 @@ async def test_a_call_that_is_cancelled_as_it_is_given_a_place_ends_as_cancelled
         link.assert_nothing_left()
 
 
+async def test_a_place_of_a_call_that_cannot_start_goes_to_the_next(connect: Any, autojump_clock: object) -> None:
+    """As where its metadata exceeds what the server takes, which is known only once there is a place."""
+    ended: list[object] = []
+
+    async with connect({STREAM: hang, ECHO: unary(echo)}, client_options=GrpcOptions(max_concurrent_streams=1)) as link:
+
+        async def ask(name: str, size: int) -> None:
+            try:
+                answer = await link.channel.unary(ECHO, StringValue(value=name), [("large", "x" * size)])
+                ended.append(answer.value)
+            except GrpcError as error:
+                ended.append(error.code)
+
+        async with trio.open_nursery() as nursery:
+            async with link.channel.call(STREAM):
+                for name, size in (("a", 20_000), ("b", 1)):
+                    nursery.start_soon(ask, name, size)
+                    await wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
+            assert ended == [StatusCode.RESOURCE_EXHAUSTED, "b"]
+            nursery.cancel_scope.cancel()
+        link.assert_nothing_left()
+
+
 async def test_a_call_that_is_cancelled_in_the_queue_costs_nobody_a_place(connect: Any, autojump_clock: object) -> None:
     answered: list[str] = []
 
