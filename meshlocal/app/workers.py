@@ -62,6 +62,10 @@ STOP_GRACE = 10.0
 """Seconds that workers may take to end, beyond what the drain allows them."""
 
 
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+"""What a channel raises whose other end has gone, or whose own was closed as its worker ended."""
+
+
 class WorkerGoneError(Exception):
     """A worker ended, or did not answer in time."""
 
@@ -85,12 +89,12 @@ class Worker:
 
     async def start(self, message: Start) -> None:
         """Tell it what it is; one that has gone need not hear it."""
-        with suppress(trio.BrokenResourceError):
+        with suppress(*_GONE):
             await self._channel.send(message)
 
     async def order(self, stop: Stop) -> None:
         """Tell it to stop as far as was asked for, if it was not told already."""
-        with suppress(trio.BrokenResourceError):
+        with suppress(*_GONE):
             while self._stops < stop.requested.is_set() + stop.now.is_set():
                 self._stops += 1
                 await self._channel.send(StopOrder())
@@ -108,7 +112,7 @@ class Worker:
             with trio.move_on_after(limit):
                 await self._channel.send(call)
                 await answered.wait()
-        except trio.BrokenResourceError:
+        except _GONE:
             raise WorkerGoneError(f"worker {self.number} has ended") from None
         finally:
             del self._waiting[call.number]
@@ -125,6 +129,10 @@ class Worker:
             elif isinstance(message, Answer) and (waiting := self._waiting.get(message.number)) is not None:
                 waiting[1].append(message.value)
                 waiting[0].set()
+        self.end()
+
+    def end(self) -> None:
+        """It has gone: nobody need wait for its answers."""
         for answered, _ in self._waiting.values():
             answered.set()
 
@@ -289,6 +297,7 @@ class Supervisor:
                 nursery.cancel_scope.cancel()
         finally:
             self.workers.pop(number, None)
+            worker.end()
             self.on_end(number)
             self._see_whether_ready()
             if process.returncode is None:

@@ -74,6 +74,10 @@ class _ClientConnection(Connection):
         if refusal is not None:
             raise refusal
 
+    def give_place_back(self) -> None:
+        """A call will not start in the place that `wait_slot` found."""
+        self._wake_waiting()
+
     def open_stream(self, headers: Headers) -> Stream:
         """Send a request's headers on a new stream, in the place that `wait_slot` found."""
         limit = self.protocol.peer_max_header_list_size
@@ -200,10 +204,17 @@ class Channel:
         headers: list[tuple[bytes, bytes]] = [(b":method", b"POST"), (b":path", method.path.encode()), *self._base]
         if options.gzip:
             headers.append((b"grpc-encoding", b"gzip"))
-        left = anyio.current_effective_deadline() - anyio.current_time()
-        if left != math.inf:
-            headers.append((b"grpc-timeout", format_timeout(left)))
-        stream = self._connection.open_stream([*headers, *custom])
+        try:
+            left = anyio.current_effective_deadline() - anyio.current_time()
+            if left == -math.inf:
+                await anyio.lowlevel.checkpoint()  # cancelled as it was given its place
+            if left != math.inf:
+                headers.append((b"grpc-timeout", format_timeout(left)))
+            stream = self._connection.open_stream([*headers, *custom])
+        except BaseException:
+            # The place that it was given goes to the next in the queue.
+            self._connection.give_place_back()
+            raise
         try:
             yield ClientCall(stream, method, options)
         finally:

@@ -92,6 +92,9 @@ class Connection:
     def on_end(self) -> None:
         """The connection is ending: `closed_reason` was set, and every stream failed."""
 
+    def on_reset(self, stream_id: int) -> None:
+        """The peer reset a stream."""
+
     def on_stall(self) -> None:
         """The peer did not read in time: a call's failure, or the connection's end, comes of it."""
 
@@ -317,6 +320,8 @@ class Connection:
 
     def _on_reset(self, event: StreamReset) -> None:
         stream = self.streams.get(event.stream_id)
+        if event.remote_reset:
+            self.on_reset(event.stream_id)
         if stream is None or stream.peer_refuses:
             return
         code = int(event.error_code)

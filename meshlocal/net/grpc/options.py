@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from meshlocal.wire.grpc.framing import DEFAULT_MAX_MESSAGE_SIZE
+
+
+class Holding(Protocol):
+    """Counts the bytes that are held for clients."""
+
+    def change(self, peer: str, size: int) -> None:
+        """So much more is held for a peer, or, negative, less. Raises GrpcError where more is too much."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,5 +40,7 @@ class GrpcOptions:
     """Bytes read in a second, beyond `receive_burst`; more wait in the peer. None: as many as come."""
     receive_burst: int = 2 * DEFAULT_MAX_MESSAGE_SIZE
     """Bytes read at once after a while without."""
+    holding: Holding | None = None
+    """A server: bounds what is held of requests that are not whole, of one client and of all. None: nothing does."""
     gzip: bool = False
     """Compress sent messages of 1 KiB and more (a server: if the client accepts it)."""

@@ -21,6 +21,7 @@ from meshlocal.net.grpc.transport import ByteStream, TrioByteStream, adapt
 from meshlocal.net.listen import Handle, accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import header
 from meshlocal.wire.grpc.method import Method, Req, Resp
@@ -36,6 +37,10 @@ Routes: TypeAlias = Mapping[Method[Any, Any], Handler]
 
 _DRAIN = b"mldrain."
 
+RESETS_PER_SECOND = 20
+RESETS_BURST = 200
+"""Calls that a client may reset on one connection: in a second, and at once after a while without."""
+
 
 def unary(
     func: Callable[[Req, ServerCall[Req, Resp]], Awaitable[Resp]],
@@ -46,8 +51,7 @@ def unary(
         request = await call.receive()
         if request is None:
             raise GrpcError(StatusCode.INTERNAL, "the client sent no request")
-        if await call.receive() is not None:
-            raise GrpcError(StatusCode.INTERNAL, "the client sent more than one request")
+        await call.receive_end()
         await call.send_last(await func(request, call))
 
     return handler
@@ -59,6 +63,7 @@ class _ServerConnection(Connection):
         self._server = server
         self._peer = peer
         self._handlers = 0
+        self._resets = TokenBucket(RESETS_PER_SECOND, RESETS_BURST, anyio.current_time())
         self._last_stream_id = MAX_STREAM_ID
         if server.draining.is_set():
             self.drain()
@@ -112,6 +117,14 @@ class _ServerConnection(Connection):
         if self._last_stream_id != MAX_STREAM_ID and not self._handlers:
             self.end("drained")
 
+    def on_reset(self, stream_id: int) -> None:
+        # A client that gives up its calls as fast as it makes them costs the others their time (CVE-2023-44487).
+        if not self._resets.take(anyio.current_time()):
+            log.warning("grpc client resets too many calls, and is cut off", peer=self._peer)
+            self._server.rapid_resets += 1
+            self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, ErrorCodes.ENHANCE_YOUR_CALM)
+            self.end("too many calls were reset")
+
     def on_stall(self) -> None:
         self._server.stalled += 1
 
@@ -145,12 +158,14 @@ class GrpcServer:
         crowding: how many connections were refused because there were `max_connections`.
         stalled: calls and connections that ended because the client did not read.
         paused: times that a client was made to wait with what it sends.
+        rapid_resets: connections that ended because the client reset calls too fast.
     """
 
     def __init__(self, handlers: Routes, options: GrpcOptions | None = None, *, max_connections: int = 4096) -> None:
         self.crowding = Crowding("grpc", max_connections)
         self.stalled = 0
         self.paused = 0
+        self.rapid_resets = 0
         self.options = options or GrpcOptions()
         self.draining = anyio.Event()
         """Set by `drain`. Long-lived calls watch it (`ServerCall.draining`)."""

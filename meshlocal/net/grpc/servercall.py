@@ -13,7 +13,7 @@ from h2.errors import ErrorCodes
 
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.log import get_log
-from meshlocal.wire.grpc.framing import ACCEPT_ENCODING, MessageDecoder, check_encoding, encode_message
+from meshlocal.wire.grpc.framing import ACCEPT_ENCODING, MessageDecoder, check_encoding, split_message
 from meshlocal.wire.grpc.metadata import decode_metadata, encode_grpc_message, encode_metadata, header, parse_timeout
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode
@@ -45,6 +45,7 @@ class ServerCall(Generic[Req, Resp]):
         self._decoder = MessageDecoder(self._options.max_message_size)
         self._request_type: type[Any] | None = None
         self._headers_sent = False
+        self._held = 0
         accepted = header(headers, b"grpc-accept-encoding") or b""
         self._gzip = self._options.gzip and b"gzip" in [name.strip() for name in accepted.split(b",")]
 
@@ -60,9 +61,11 @@ class ServerCall(Generic[Req, Resp]):
         while True:
             payload = self._decoder.next_message()
             if payload is not None:
+                self._hold(0)
                 break
             if data := stream.take():
                 self._decoder.feed(data)
+                self._hold(len(self._decoder))
             elif stream.peer_ended:
                 self._decoder.finish()
                 return None
@@ -77,6 +80,34 @@ class ServerCall(Generic[Req, Resp]):
             name = self._request_type.DESCRIPTOR.full_name
             raise GrpcError(StatusCode.INTERNAL, f"request is no {name}: {error}") from error
         return request
+
+    def _hold(self, size: int) -> None:
+        """So much of a request that is not whole is held for the client.
+
+        Raises:
+            GrpcError: that is more than there may be of all its calls.
+        """
+        holding = self._options.holding
+        if holding is not None and size != self._held:
+            holding.change(self.peer, size - self._held)
+            self._held = size
+
+    async def receive_end(self) -> None:
+        """Wait for the end of the client's stream, behind the one request of a call that takes no more.
+
+        Raises:
+            GrpcError: there is more. Nothing of it is kept.
+        """
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        stream = self._stream
+        while not (len(self._decoder) or stream.take()):
+            if stream.peer_ended:
+                await anyio.lowlevel.cancel_shielded_checkpoint()
+                return
+            if stream.failure is not None:
+                raise stream.failure
+            await stream.wait_changed()
+        raise GrpcError(StatusCode.INTERNAL, "the client sent more than one request")
 
     def __aiter__(self) -> AsyncIterator[Req]:
         return self
@@ -116,7 +147,11 @@ class ServerCall(Generic[Req, Resp]):
 
     def try_send_encoded(self, payload: bytes) -> bool:
         """The same without waiting, if that is possible: all of it, or none, False. `send_encoded` then says why."""
-        return self._headers_sent and self._stream.try_send_data(self._encode(payload))
+        return self._headers_sent and self._try_send(payload)
+
+    def _try_send(self, payload: bytes) -> bool:
+        prefix, rest = self._encode(payload)
+        return self._stream.try_send_data(rest, prefix)
 
     async def send_last(self, response: Resp) -> None:
         """Send the last response: what follows is the status, which goes in the same write."""
@@ -125,15 +160,24 @@ class ServerCall(Generic[Req, Resp]):
     async def _send(self, payload: bytes, *, checkpoint: bool) -> None:
         if not self._headers_sent:
             self.send_initial_metadata()
-        await self._stream.send_data(self._encode(payload), checkpoint=checkpoint)
+        prefix, rest = self._encode(payload)
+        await self._stream.send_data(rest, prefix, checkpoint=checkpoint)
 
-    def _encode(self, payload: bytes) -> bytes:
-        return encode_message(payload, compress=self._gzip and len(payload) >= COMPRESS_FROM)
+    def _encode(self, payload: bytes) -> tuple[bytes, bytes]:
+        return split_message(payload, compress=self._gzip and len(payload) >= COMPRESS_FROM)
 
     # What the server calls.
 
     async def run(self, method: Method[Req, Resp], handler: Callable[[ServerCall[Req, Resp]], Awaitable[None]]) -> None:
         """Run the handler under the call's deadline and end the call with a status."""
+        try:
+            await self._run(method, handler)
+        finally:
+            self._hold(0)
+
+    async def _run(
+        self, method: Method[Req, Resp], handler: Callable[[ServerCall[Req, Resp]], Awaitable[None]]
+    ) -> None:
         self._request_type = method.request_type
         try:
             timeout = header(self._headers, b"grpc-timeout")

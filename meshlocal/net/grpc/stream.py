@@ -114,8 +114,12 @@ class Stream:
         self.local_ended = end_stream
         self.connection.kick()
 
-    async def send_data(self, data: bytes, *, end_stream: bool = False, checkpoint: bool = True) -> None:
-        """Queue data, waiting for windows and room. Without `checkpoint`, only if it must wait.
+    async def send_data(
+        self, data: bytes, prefix: bytes = b"", *, end_stream: bool = False, checkpoint: bool = True
+    ) -> None:
+        """Queue a prefix and data, waiting for windows and room. Without `checkpoint`, only if it must wait.
+
+        Of the data no copy is made but of what is queued: who waits holds what others hold too.
 
         Raises:
             GrpcError: the stream's failure.
@@ -128,27 +132,27 @@ class Stream:
         self._sending = True
         try:
             await anyio.lowlevel.checkpoint_if_cancelled()
-            await self._send_data(data, end_stream)
+            await self._send_data(data, prefix, end_stream)
             if checkpoint:
                 await anyio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._sending = False
 
-    def try_send_data(self, data: bytes) -> bool:
-        """Send data without waiting, all of it or, False, none. What forbids it is for `send_data` to say."""
+    def try_send_data(self, data: bytes, prefix: bytes = b"") -> bool:
+        """Send it all without waiting, or, False, nothing of it. What forbids it is for `send_data` to say."""
         connection = self.connection
         if self._sending or self.partial or self.local_ended or self.peer_refuses or self.failure is not None:
             return False
-        if not data or connection.sendable(self.id) < len(data):
+        if not data or connection.sendable(self.id) < len(prefix) + len(data):
             return False
         try:
-            connection.protocol.send_data(self.id, data)
+            connection.protocol.send_data(self.id, prefix + data)
         except Http2Error:
             return False
         connection.flush()
         return True
 
-    async def _send_data(self, data: bytes, end_stream: bool) -> None:
+    async def _send_data(self, data: bytes, prefix: bytes, end_stream: bool) -> None:
         connection = self.connection
         timeout = connection.options.send_timeout
         position = 0
@@ -160,7 +164,7 @@ class Stream:
                 raise anyio.ClosedResourceError
             if self.peer_refuses:
                 raise anyio.BrokenResourceError
-            left = len(data) - position
+            left = len(prefix) + len(data) - position
             size = min(left, connection.sendable(self.id)) if left else 0
             if left and not size:
                 if timeout is not None and (due == math.inf or position - since >= _PROGRESS):
@@ -172,7 +176,12 @@ class Stream:
                     raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"too little was read for {timeout:g} s")
                 continue
             last = size == left
-            chunk = data if size == len(data) else memoryview(data)[position : position + size]
+            begin = position - len(prefix)
+            chunk: bytes | memoryview
+            if begin < 0:
+                chunk = prefix[position : position + size] + data[: max(begin + size, 0)]
+            else:
+                chunk = memoryview(data)[begin : begin + size]
             try:
                 connection.protocol.send_data(self.id, chunk, end_stream=end_stream and last)
             except Http2Error as error:

@@ -22,10 +22,15 @@ class MessageTooLargeError(GrpcError):
 
 def encode_message(payload: bytes, *, compress: bool = False) -> bytes:
     """A message with its prefix, gzip-compressed if asked."""
+    return b"".join(split_message(payload, compress=compress))
+
+
+def split_message(payload: bytes, *, compress: bool = False) -> tuple[bytes, bytes]:
+    """A message's prefix, and what comes behind it: the payload itself, so that a thousand senders share one."""
     if compress:
         compressor = zlib.compressobj(wbits=_GZIP_WINDOW)
         payload = compressor.compress(payload) + compressor.flush()
-    return PREFIX.pack(compress, len(payload)) + payload
+    return PREFIX.pack(compress, len(payload)), payload
 
 
 def check_encoding(encoding: bytes | None) -> bool:
@@ -55,6 +60,10 @@ class MessageDecoder:
         self._buffer = bytearray()
         self._max_size = max_size
         self._gzip = gzip
+
+    def __len__(self) -> int:
+        """Bytes that are held."""
+        return len(self._buffer)
 
     def feed(self, data: bytes | bytearray) -> None:
         """Add bytes."""
