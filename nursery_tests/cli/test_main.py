@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,6 @@ def test_every_option_says_what_it_is() -> None:
         (["proxy", *TCP, *FILE, "--label", "node=n1"], "flag: proxy.labels.node: is set by proxy.node_name"),
         (["proxy", *TCP, *FILE, "--within", "zone"], "flag: proxy.within: "),
         (["proxy", *TCP, *FILE, "--log-level", "loud"], "flag: log.level: expected one of"),
-        (["proxy", "--nonsense"], "No such option '--nonsense'"),
         (["discovery"], "discovery.sources: no source is given"),
         (["discovery", "--source", "file:"], "flag: discovery.sources[0]: "),
         (["discovery", "--source", "ftp:x"], "flag: discovery.sources[0]: "),
@@ -117,6 +117,13 @@ def test_bad_flags_are_refused(run: Run, arguments: list[str], said: str) -> Non
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert said in err
+
+
+def test_an_unknown_flag_is_refused(run: Run) -> None:
+    """Click's versions put different characters between the two."""
+    status, out, err = run("proxy", "--nonsense")
+    assert (status, out) == (2, "")
+    assert re.search(r"No such option\W+--nonsense\b", err)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -115,7 +116,7 @@ def test_not_a_number(loader: None) -> None:
         ("a: !!int 3", "f.yaml:1:4: the tag '!!int' is not supported"),
         ("!x {a: 1}", "f.yaml:1:1: the tag '!x' is not supported"),
         ("!!seq {a: 1}", "f.yaml:1:1: the tag '!!seq' is not supported"),
-        ("[" * 100_000, f"f.yaml:1:{MAX_DEPTH + 1}: nested more than {MAX_DEPTH} deep"),
+        ("[" * 500, f"f.yaml:1:{MAX_DEPTH + 1}: nested more than {MAX_DEPTH} deep"),
         ("{a: " * 1000, f"f.yaml:1:{4 * MAX_DEPTH + 1}: nested more than {MAX_DEPTH} deep"),
         ("a: " + "9" * 5000, "f.yaml:1:4: a number of more than 400 characters"),
         ("a: b\nc: \x07", "f.yaml:2:4: a character that YAML does not allow"),
@@ -140,6 +141,11 @@ def test_refuses(loader: None, text: str, message: str) -> None:
 )
 def test_syntax_errors_have_a_place(loader: None, text: str, where: str) -> None:
     assert refused(text).startswith(where)
+
+
+def test_nesting_of_any_depth_is_refused(loader: None) -> None:
+    """Libyaml reads ahead: from PyYAML 6.0.4 on it may meet its own bound before ours, and words it differently."""
+    assert re.search(rf"nested more than {MAX_DEPTH} deep|exceeded maximum nesting depth", refused("[" * 100_000))
 
 
 def test_nesting_up_to_the_bound_is_fine(loader: None) -> None:
