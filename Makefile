@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test fuzz check format bench bench-quick bench-document bench-locality bench-latency bench-scale bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz check format bench bench-quick bench-document bench-locality bench-latency bench-scale bench-restart \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
 demo: $(VENV)/run.stamp
@@ -12,6 +12,15 @@ demo: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest
+
+# The tests with the lowest and with the newest versions that pyproject.toml admits: 15 minutes; the quick one: 3.
+test-versions: $(VENV)/dev.stamp
+	$(PIP) install uv
+	$(BIN)/python tools/test_versions.py
+
+test-versions-quick: $(VENV)/dev.stamp
+	$(PIP) install uv
+	$(BIN)/python tools/test_versions.py --quick
 
 # The fuzz tests with new examples, 2,000 for each test.
 FUZZ := nursery_tests/fuzz $(shell find nursery_tests -name test_fuzz.py)
@@ -92,7 +101,7 @@ lock: $(VENV)/dev.stamp
 	$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) build .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .venv-highest build .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("meshlocal needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
