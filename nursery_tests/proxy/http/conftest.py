@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.statistics import RequestKey
@@ -39,6 +40,13 @@ async def until(holds: Callable[[], object]) -> None:
     with trio.fail_after(LIMIT):
         while not holds():  # noqa: ASYNC110 - the counts are plain numbers, with no event to wait for
             await trio.sleep(0.001)
+
+
+async def forward(clock: MockClock, seconds: float, *, steps: int = 1) -> None:
+    """Put the clock forward, and let all that this wakes do what it has to, after each of so many steps."""
+    for _ in range(steps):
+        clock.jump(seconds / steps)
+        await wait_all_tasks_blocked()
 
 
 class EndedError(Exception):
@@ -447,6 +455,12 @@ class Proxy:
     @property
     def retries(self) -> dict[str, int]:
         return dict(self.forwarder.services[B].statistics.retries)
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    """Goes as a real one does, but that a test that asks for it can put it `forward`."""
+    return MockClock(rate=1.0)
 
 
 @pytest.fixture(params=["lane", "tasks"])

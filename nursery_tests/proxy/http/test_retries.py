@@ -7,6 +7,7 @@ import itertools
 import pytest
 import trio
 import trio.lowlevel
+from trio.testing import MockClock
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
@@ -19,6 +20,7 @@ from nursery_tests.proxy.http.conftest import (
     Upstream,
     Upstreams,
     closes,
+    forward,
     ok,
     resets,
     response,
@@ -181,6 +183,36 @@ async def test_chunks_up_to_the_replay_buffer_are_held(proxy: Proxy, pair: tuple
     assert (local.bodies, far.bodies) == ([body], [body])
 
 
+@pytest.mark.parametrize("state", ["fresh", "kept"])
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_a_head_that_stops_half_way_is_not_repeated(
+    clock: MockClock, proxy: Proxy, pair: tuple[Upstream, Upstream], method: str, state: str
+) -> None:
+    """A3: a byte of a response has come, so that the end of `attempt_timeout` moves the request nowhere."""
+    local, far = pair
+    proxy.configure(attempts={"attempt_timeout": 5.0})
+    begun = trio.Event()
+
+    async def stops(upstream: Upstream, served: Served) -> bool:
+        await served.send(HALF_HEAD)
+        begun.set()
+        return await stalls(upstream, served)
+
+    async with await proxy.connect() as client:
+        if state == "kept":
+            await client.get()
+        local.behaviour = stops
+        heard = len(local.heads)
+        await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\ncontent-length: 0\r\n\r\n".encode())
+        await begun.wait()
+        # So that it waits with a watch on the time.
+        await forward(clock, 0.1, steps=5)
+        await forward(clock, 10.0)
+        assert (await client.response()).told == BROKEN
+    assert len(local.heads) == heard + 1
+    assert not far.accepted
+
+
 @pytest.mark.parametrize("where", ["length", "chunk", "close"])
 async def test_a_response_that_breaks_off_is_cut_and_not_repeated(
     proxy: Proxy, pair: tuple[Upstream, Upstream], where: str
@@ -339,6 +371,30 @@ async def test_the_deadline_bounds_all_attempts(proxy: Proxy, pair: tuple[Upstre
     await until(lambda: not any(each.open for each in pair))
 
 
+@pytest.mark.parametrize(
+    ("limit", "error"), [("response_deadline", "deadline"), ("attempt_timeout", "attempt_timeout")]
+)
+@pytest.mark.parametrize("state", ["fresh", "kept"])
+async def test_an_instance_has_no_more_time_after_a_quiet_while(
+    clock: MockClock, proxy: Proxy, local: Upstream, state: str, limit: str, error: str
+) -> None:
+    """A1, A6: when no request came for seconds, the time of the next one is kept all the same."""
+    proxy.configure(attempts={limit: 5.0})
+    async with await proxy.connect() as client:
+        if state == "kept":
+            assert (await client.get()).body == b"local"
+        heard = len(local.heads)
+        await forward(clock, 5.0, steps=500)
+        local.behaviour = stalls
+        await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+        await until(lambda: len(local.heads) > heard)
+        await forward(clock, 0.1, steps=5)
+        await forward(clock, 10.0)
+        # Its connection to the instance has ended by now.
+        assert not local.open
+        assert (await client.response()).told == (504, error)
+
+
 async def test_the_deadline_bounds_a_connect(proxy: Proxy, local: Upstream) -> None:
     """A1, A6: an instance that does not answer a connect may have less time than `connect_timeout`."""
     proxy.configure(attempts={"response_deadline": 0.05, "connect_timeout": 1000.0, "connect_timeout_local": 1000.0})
@@ -405,15 +461,82 @@ async def test_the_first_snapshot_does_not_come(proxy: Proxy) -> None:
     assert (await proxy.ask()).told == (503, "no_snapshot")
 
 
-async def test_failures_to_answer_eject(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
-    """H1: connections that end without a word count as those that are not made; answers readmit."""
-    local, _far = pair
-    proxy.configure(ejection=EjectionConfig(failures=3, time=1000, max_time=1000))
+LONG = EjectionConfig(failures=3, time=10, max_time=10)
+EJECTED = RequestKey("other", "local_ejected", Outcome.SERVED)
+
+
+async def eject(proxy: Proxy, local: Upstream) -> None:
+    """Let requests fail on it, without a word, until it is ejected."""
+    proxy.configure(ejection=LONG)
     local.behaviour = closes
-    for _ in range(5):
+    for _ in range(3):
+        assert (await proxy.ask()).body == b"far"
+
+
+async def test_failures_to_answer_eject(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    """H1: connections that end without a word count as those that are not made."""
+    local, _far = pair
+    await eject(proxy, local)
+    for _ in range(2):
         assert (await proxy.ask()).body == b"far"
     assert len(local.heads) == 3
-    assert proxy.requests() == {FAR: 3, RequestKey("other", "local_ejected", Outcome.SERVED): 2}
+    assert proxy.requests() == {FAR: 3, EJECTED: 2}
+
+
+@pytest.mark.parametrize(("answer", "first"), [("200 OK", b"local"), ("500 Fault", b"local"), ("503 Busy", b"far")])
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_any_answer_readmits(
+    clock: MockClock, proxy: Proxy, pair: tuple[Upstream, Upstream], method: str, answer: str, first: bytes
+) -> None:
+    """H1: of an instance that failed after its connect only an answer shows that it is back; a busy one does, too."""
+    local, _far = pair
+    await eject(proxy, local)
+    await forward(clock, 1.2 * LONG.time)
+    local.behaviour = says(response(b"local", answer))
+    assert (await proxy.ask(method)).body == first
+    # Not one request in so many seconds, but all of them.
+    local.behaviour = ok
+    for _ in range(3):
+        assert (await proxy.ask(method)).body == b"local"
+    assert EJECTED not in proxy.requests()
+
+
+@pytest.mark.parametrize("answer", ["200 OK", "503 Busy"])
+async def test_an_answer_between_failures_ejects_nobody(
+    proxy: Proxy, pair: tuple[Upstream, Upstream], answer: str
+) -> None:
+    """H1: only failures in a row count."""
+    local, _far = pair
+    proxy.configure(ejection=LONG)
+    for _ in range(3):
+        local.behaviour = closes
+        for _ in range(2):
+            assert (await proxy.ask()).body == b"far"
+        local.behaviour = says(response(b"local", answer, connection="close"), closing=True)
+        await proxy.ask()
+    assert len(local.heads) == 9
+    assert EJECTED not in proxy.requests()
+
+
+async def test_a_trial_that_the_deadline_ends_is_given_back(
+    clock: MockClock, proxy: Proxy, upstream: Upstreams, pair: tuple[Upstream, Upstream]
+) -> None:
+    """H1: it brought no verdict, so that the next request tries."""
+    _local, far = pair
+    with silent() as instance:
+        proxy.publish(instance, far)
+        # An instance that answers no connect is ejected, and its time goes by.
+        proxy.configure(attempts={"connect_timeout_local": 0.02}, ejection=LONG)
+        for _ in range(3):
+            assert (await proxy.ask()).body == b"far"
+        assert (await proxy.ask()).body == b"far"
+        assert proxy.requests() == {FAR: 3, EJECTED: 1}
+        await forward(clock, 1.2 * LONG.time)
+        proxy.configure(attempts={"connect_timeout_local": 1000.0, "response_deadline": 0.05}, ejection=LONG)
+        assert (await proxy.ask()).told == (504, "deadline")
+        proxy.configure(attempts={"connect_timeout_local": 0.02}, ejection=LONG)
+        assert (await proxy.ask()).body == b"far"
+        assert proxy.requests()[FAR] == 4
 
 
 @pytest.mark.parametrize("failure", ["503", "stalls"])
