@@ -111,6 +111,17 @@ async def test_a_silent_local_instance_costs_its_connect_timeout(proxy: Any, ups
     assert proxy.requests == {RequestKey("other", "local_failed", Outcome.SERVED): 1}
 
 
+async def test_a_connect_timeout_may_be_as_short_as_one_likes(proxy: Any, upstream: Any) -> None:
+    """A1: also shorter than the time after which a client that waits is watched."""
+    remote = await upstream("remote", "n2")
+    proxy.configure(AttemptPolicy(connect_timeout_local=0.001, connect_timeout=LIMIT, deadline=LIMIT))
+    with silent() as instance:
+        proxy.publish([instance, remote])
+        assert await proxy.ask() == "remote"
+    await finish(proxy)
+    assert proxy.table["b"].statistics.attempts[("node", "timeout")] == 1
+
+
 async def test_the_deadline_ends_all_attempts(proxy: Any) -> None:
     """A1: the request's deadline is over all of its attempts."""
     proxy.configure(AttemptPolicy(connect_timeout_local=LIMIT, deadline=0.05))

@@ -404,6 +404,15 @@ async def test_the_deadline_bounds_a_connect(proxy: Proxy, local: Upstream) -> N
     assert [key.outcome for key in proxy.requests()] == [Outcome.DEADLINE]
 
 
+async def test_a_connect_timeout_may_be_as_short_as_one_likes(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    """A1: also shorter than the time after which a client that waits is watched."""
+    _local, far = pair
+    proxy.configure(attempts={"connect_timeout_local": 0.001})
+    with silent() as instance:
+        proxy.publish(instance, far)
+        assert (await proxy.ask()).body == b"far"
+
+
 @pytest.mark.parametrize("limit", ["response_deadline", "attempt_timeout"])
 async def test_a_body_on_its_way_takes_nothing_from_the_time_of_the_response(
     proxy: Proxy, local: Upstream, limit: str
