@@ -54,6 +54,8 @@ SMUGGLING = {
     "chunk ended by LF": CHUNKED + b"1\nx\r\n0\r\n\r\n",
     "chunk longer than said": CHUNKED + b"1\r\nxy\r\n0\r\n\r\n",
     "chunk data ended by LF": CHUNKED + b"1\r\nx\n0\r\n\r\n",
+    "chunk data ended by CR and more": CHUNKED + b"1\r\nx\rX0\r\n\r\n",
+    "fragment": b"GET /a#b HTTP/1.1\r\nhost: b\r\n\r\n",
     "trailer folded": CHUNKED + b"0\r\nx: a\r\n b\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
 }
@@ -86,6 +88,7 @@ async def test_smuggling(proxy: Proxy, local: Upstream, sent: bytes, kept: bool)
         assert len(local.heads) == heard
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize(
     ("sent", "status", "http"),
     [
@@ -107,14 +110,17 @@ async def test_smuggling(proxy: Proxy, local: Upstream, sent: bytes, kept: bool)
     ],
 )
 async def test_limits_and_what_is_not_served(
-    proxy: Proxy, local: Upstream, sent: bytes, status: int, http: dict[str, int]
+    proxy: Proxy, local: Upstream, sent: bytes, status: int, http: dict[str, int], kept: bool
 ) -> None:
-    proxy.configure(http=http)
+    """Whatever else the limits are, and whether the connection had a request before."""
     async with await proxy.connect() as client:
+        if kept:
+            await client.get()
+        proxy.configure(http=http)
         await client.send(sent)
         await refused(proxy, client, status=status)
     await proxy.idle()
-    assert not local.heads
+    assert len(local.heads) == kept
     assert sum(proxy.forwarder.refused.values()) == 1
 
 
