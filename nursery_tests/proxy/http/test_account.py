@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from meshlocal.app.http_metrics import HttpCollector
 from meshlocal.net.log import JsonFormatter, TextFormatter
-from nursery_tests.proxy.http.conftest import Proxy, Served, Upstream, closes, response, says, until
+from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, closes, response, says, until
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -113,6 +113,21 @@ async def test_metrics(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
     assert value("pool_connections") == proxy.pooled
     assert value("pool_connections_made_total") == local.accepted + far.accepted
     assert (value("pool_connections_reused_total") or 0) >= 3
+
+
+@pytest.mark.parametrize("replay_buffer", [0, 65536])
+async def test_the_bytes_of_bodies_are_counted(proxy: Proxy, local: Upstream, replay_buffer: int) -> None:
+    """Both ways; whether a request's was held or streamed."""
+    proxy.configure(attempts={"replay_buffer": replay_buffer})
+    statistics = proxy.table[B].statistics
+    async with await proxy.connect() as client:
+        for number in range(1, 4):
+            assert (await client.ask("PUT", "/", b"x" * 100)).body == b"local"
+            await until(lambda number=number: sum(proxy.requests().values()) == number)
+            assert (statistics.bytes_sent, statistics.bytes_received) == (100 * number, 5 * number)
+        await client.get()
+    await proxy.idle()
+    assert (statistics.bytes_sent, statistics.bytes_received) == (300, 20)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -10,6 +10,7 @@ from contextlib import nullcontext, suppress
 import pytest
 import trio
 import trio.lowlevel
+from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.relay import current_loop
@@ -237,6 +238,51 @@ async def test_a_request_that_comes_just_after_a_drain_began(proxy: Proxy, local
         # Who says nothing is not waited for.
         assert await late.rest() == b""
     await proxy.idle()
+    assert_nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("request_behind", [b"", GET])
+async def test_an_answer_of_the_proxys_own_amid_a_drain(
+    proxy: Proxy, local: Upstream, kept: bool, request_behind: bytes
+) -> None:
+    """S1: it says `connection: close` like any other, and the connection ends with it, whatever is behind."""
+    go_on = trio.Event()
+
+    async def behaviour(upstream: Upstream, served: Served) -> bool:
+        await go_on.wait()
+        return False
+
+    async with await proxy.connect() as client:
+        if kept:
+            await client.get()
+        local.behaviour = behaviour
+        await client.send(POST + request_behind)
+        await until(lambda: len(local.heads) == 1 + kept)
+        await drain(proxy)
+        go_on.set()
+        answer = await client.response()
+        assert (answer.told, answer.fields["connection"]) == ((502, "no_response"), "close")
+        # No other request is waited for. But what the client still sends must not cost it the answer: then it is read
+        # on until the client ends, too.
+        await wait_all_tasks_blocked()
+        assert len(proxy.forwarder) == bool(request_behind)
+        assert await client.rest() == b""
+    await proxy.idle()
+    assert len(local.heads) == 1 + kept
+    assert_nothing_is_left(proxy)
+
+
+async def test_a_request_that_is_refused_amid_a_drain(proxy: Proxy, local: Upstream) -> None:
+    """S1: its answer says `connection: close`, too."""
+    async with await proxy.connect() as client:
+        await client.get()
+        await drain(proxy)
+        answer = await client.get(host="1.2.3.4")
+        assert (answer.told, answer.fields["connection"]) == ((503, "unknown_host"), "close")
+        await wait_all_tasks_blocked()
+        assert not len(proxy.forwarder)
+        assert await client.rest() == b""
     assert_nothing_is_left(proxy)
 
 

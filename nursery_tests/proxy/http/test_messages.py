@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
 from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from nursery_tests.proxy.http.conftest import Proxy, Served, Upstream, ok, response, says, until
@@ -407,6 +410,50 @@ async def test_an_idle_tunnel_ends(proxy: Proxy, local: Upstream) -> None:
         await client.until(b"\r\n\r\n")
         assert await client.is_reset()
     await until(lambda: not local.open)
+
+
+class Counting:
+    """A socket that counts what is sent on it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.sent = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def send(self, data: bytes) -> int:
+        sent = self._sock.send(data)
+        self.sent += sent
+        return sent
+
+
+async def test_a_long_response_keeps_nobody_waiting(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tasks have their turn while it is passed on, also if all of it is there when the first of it is read."""
+    size = 60_000
+    # So that what the kernel has room for is many pieces.
+    monkeypatch.setattr("meshlocal.proxy.http.lane.CHUNK", 64)
+    monkeypatch.setattr("meshlocal.proxy.http.attempt.CHUNK", 64)
+    seen = [0]
+
+    async def look(counting: Counting) -> None:
+        while True:
+            seen.append(counting.sent)
+            await trio.lowlevel.checkpoint()
+
+    async with await proxy.connect() as client, trio.open_nursery() as nursery:
+        await client.get()
+        (connection,) = proxy.forwarder
+        counting = Counting(connection.socket)
+        monkeypatch.setattr(connection, "socket", counting)
+        nursery.start_soon(look, counting)
+        local.behaviour = says(response(bytes(size)))
+        assert (await client.get()).body == bytes(size)
+        nursery.cancel_scope.cancel()
+    assert seen[-1] > size
+    assert max(after - before for before, after in itertools.pairwise(seen)) < size / 4
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

@@ -6,10 +6,11 @@ import logging
 from typing import NoReturn
 
 import pytest
+from trio.testing import MockClock
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL
-from nursery_tests.proxy.http.conftest import B, Client, Proxy, Served, Upstream, until
+from nursery_tests.proxy.http.conftest import B, Client, Proxy, Served, Upstream, forward, stalls, until
 
 HOST = b"host: b\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nhost: b\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -202,6 +203,28 @@ async def test_a_body_that_does_not_come_in_time(
     assert len(told) == 1
     assert "status=408" in told[0]
     assert "error=body_timeout" in told[0]
+
+
+async def test_a_body_that_stops_amid_its_response(clock: MockClock, proxy: Proxy, local: Upstream) -> None:
+    """Reset: a 408 would be taken for a part of the response."""
+    proxy.configure(http={"body_timeout": 5.0}, attempts={"replay_buffer": 0})
+    local.reads_bodies = False
+
+    async def answers_early(upstream: Upstream, served: Served) -> bool:
+        await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nhello")
+        return await stalls(upstream, served)
+
+    local.behaviour = answers_early
+    async with await proxy.connect() as client:
+        await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ncontent-length: 500\r\n\r\nfirst")
+        await client.until(b"hello")
+        await client.send(b"second")
+        await until(lambda: local.open[0].received.endswith(b"second"))
+        await forward(clock, 10.0)
+        assert await client.is_reset()
+    await proxy.idle()
+    assert proxy.requests() == {RequestKey("node", "", Outcome.CUT): 1}
+    assert not proxy.forwarder.refused
 
 
 @pytest.mark.parametrize("replay_buffer", [0, 65536])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import socket
 
 import pytest
 import trio
 import trio.lowlevel
 from trio.testing import MockClock
 
-from meshlocal.client.statistics import Outcome, RequestKey
+from meshlocal.client.statistics import Outcome, RequestKey, ServiceStatistics
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.limits import Limit
+from meshlocal.policy.model import make_instance
 from nursery_tests.proxy.http.conftest import (
     B,
     Behaviour,
@@ -302,6 +304,28 @@ async def test_every_instance_is_tried_and_none_twice(proxy: Proxy, pair: tuple[
     far.refuse()
     assert (await proxy.ask()).told == (502, "failed")
     assert [key.outcome for key in proxy.requests()] == [Outcome.FAILED]
+
+
+async def test_instances_that_fail_at_once_keep_nobody_waiting(proxy: Proxy) -> None:
+    """Other tasks have their turn between two attempts, however many instances refuse."""
+    seen = [0]
+
+    async def look(service: ServiceStatistics) -> None:
+        while True:
+            seen.append(service.attempts[("node", "refused")])
+            await trio.lowlevel.checkpoint()
+
+    # A port of 127.0.0.0/8 that is bound, and nobody listens there.
+    with socket.socket() as nobody:
+        nobody.bind(("0.0.0.0", 0))
+        port = nobody.getsockname()[1]
+        proxy.publish(*(make_instance(f"127.0.0.{host}", port, labels={"node": "n1"}) for host in range(1, 31)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look, proxy.table[B].statistics)
+            assert (await proxy.ask()).told == (502, "failed")
+            nursery.cancel_scope.cancel()
+    # Of tasks that are ready together the order is random.
+    assert max(after - before for before, after in itertools.pairwise([*seen, 30])) <= 2
 
 
 async def test_max_attempts(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
