@@ -1,0 +1,156 @@
+"""How those who wait for an instance are told the time (A1, A8)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable
+
+import trio
+import trio.lowlevel
+from trio.testing import MockClock
+
+from meshlocal.client.connecting import PATIENCE
+from meshlocal.proxy.http.waiting import Patience
+
+TICK = PATIENCE * 1.01
+"""How late one may be told of anything."""
+
+
+class Waiter:
+    """Who waits.
+
+    Attributes:
+        impatient: when it was told that it has waited for long.
+        hopeless: when it was told that its time has come.
+        wants: what it still waits for.
+        ends: whose waits it ends when it has waited for long.
+    """
+
+    def __init__(self, patience: Patience, ends: Iterable[Waiter] = ()) -> None:
+        self.impatient: list[float] = []
+        self.hopeless: list[float] = []
+        self.wants: object = None
+        self.ends = ends
+        self._patience = patience
+
+    def lose_patience(self) -> None:
+        self.impatient.append(trio.current_time())
+        for other in self.ends:
+            self._patience.waiting.pop(other, None)
+
+    def waits_for(self, what: object) -> bool:
+        return what is self.wants
+
+    def lose_hope(self) -> None:
+        self.hopeless.append(trio.current_time())
+
+
+async def test_who_waits_is_told_once(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """When it has waited for as long as is patient, and not before; whoever waits no longer is not told."""
+    patience = Patience()
+    nursery.start_soon(patience.run)
+    early, ended, late = Waiter(patience), Waiter(patience), Waiter(patience)
+    began = trio.current_time()
+    for each in (early, ended):
+        patience.add(each, began)
+    await trio.sleep(PATIENCE / 2)
+    patience.add(late, began + PATIENCE / 2)
+    del patience.waiting[ended]
+    await trio.sleep(10 * PATIENCE)
+    (told,) = early.impatient
+    assert PATIENCE <= told - began <= PATIENCE + TICK
+    (told,) = late.impatient
+    assert 1.5 * PATIENCE <= told - began <= 1.5 * PATIENCE + TICK
+    assert not ended.impatient
+    assert not patience.waiting
+    nursery.cancel_scope.cancel()
+
+
+async def test_who_is_told_may_end_anothers_wait(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """That one is not told then."""
+    patience = Patience()
+    nursery.start_soon(patience.run)
+    others = [Waiter(patience), Waiter(patience)]
+    first = Waiter(patience, others[:1])
+    for each in (first, *others):
+        patience.add(each, trio.current_time())
+    await trio.sleep(10 * PATIENCE)
+    assert [len(each.impatient) for each in (first, *others)] == [1, 0, 1]
+    nursery.cancel_scope.cancel()
+
+
+async def test_who_asks_is_told_of_its_time(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """In whatever order they ask; if it waits for the same thing then."""
+    patience = Patience()
+    nursery.start_soon(patience.run)
+    began = trio.current_time()
+    waiters = {seconds: Waiter(patience) for seconds in (3.0, 1.0, 2.0, 4.0)}
+    for seconds, each in waiters.items():
+        each.wants = each
+        patience.ask(began + seconds, each, each)
+    waiters[2.0].wants = "something else"
+    await trio.sleep(3.5)
+    assert not waiters[2.0].hopeless
+    assert not waiters[4.0].hopeless
+    for seconds in (1.0, 3.0):
+        (told,) = waiters[seconds].hopeless
+        assert seconds <= told - began <= seconds + TICK
+    nursery.cancel_scope.cancel()
+
+
+class Steps(trio.abc.Instrument):
+    """Counts what all tasks do."""
+
+    count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += 1
+
+
+async def test_nothing_is_done_while_nobody_waits(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """And yet whoever asked is told in time, and whoever begins to wait, too."""
+    patience = Patience()
+    nursery.start_soon(patience.run)
+    asked, waiter = Waiter(patience), Waiter(patience)
+    patience.ask(trio.current_time() + 5000, asked, None)
+    await trio.sleep(10)
+    steps = Steps()
+    trio.lowlevel.add_instrument(steps)
+    for hour in range(1, 4):
+        await trio.sleep(3600)
+        began = trio.current_time()
+        patience.add(waiter, began)
+        await trio.sleep(10)
+        assert len(waiter.impatient) == hour
+        assert PATIENCE <= waiter.impatient[-1] - began <= PATIENCE + TICK
+    trio.lowlevel.remove_instrument(steps)
+    (told,) = asked.hopeless
+    assert 5000 <= told <= 5000 + 2 * TICK
+    # About a second of ticks each time that it was woken. In three hours there are a million.
+    assert steps.count < 1000
+    nursery.cancel_scope.cancel()
+
+
+async def test_those_who_wait_no_longer_are_not_kept(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """However long the time is that they asked for: a busy proxy would hold an hour's requests; nobody else is lost."""
+    patience = Patience()
+    nursery.start_soon(patience.run)
+    wants = object()
+    waits: list[Waiter] = []
+    gone: list[weakref.ref[Waiter]] = []
+    many = 30_000
+    for number in range(many):
+        waiter = Waiter(patience)
+        patience.ask(trio.current_time() + 3600 - number / many, waiter, wants)
+        if number % 100:
+            gone.append(weakref.ref(waiter))
+        else:
+            waiter.wants = wants
+            waits.append(waiter)
+    del waiter
+    gc.collect()
+    assert sum(each() is not None for each in gone) < many / 3
+    await trio.sleep(3601)
+    assert all(len(each.hopeless) == 1 for each in waits)
+    nursery.cancel_scope.cancel()
