@@ -31,6 +31,7 @@ from nursery_tests.proxy.http.conftest import (
     stalls,
     until,
 )
+from nursery_tests.proxy.silent import silent
 
 GET = b"GET / HTTP/1.1\r\nhost: b\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nhost: b\r\ncontent-length: 2\r\n\r\nhi"
@@ -134,6 +135,40 @@ async def test_a_client_that_leaves_within_its_body(proxy: Proxy, local: Upstrea
         await proxy.idle()
         await until(lambda: not local.open)
     assert proxy.requests() == {RequestKey("node", "", Outcome.CLIENT_LEFT): 1}
+    assert_nothing_is_left(proxy)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_client_that_leaves_after_a_body_that_streamed(proxy: Proxy, local: Upstream, kept: bool) -> None:
+    """A8."""
+    proxy.configure(attempts={"replay_buffer": 0})
+    async with await proxy.connect() as client:
+        if kept:
+            await client.get()
+        local.behaviour = stalls
+        await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ncontent-length: 5\r\n\r\nhello")
+        await until(lambda: b"hello" in local.bodies)
+        await wait_all_tasks_blocked()
+        client.reset()
+        await proxy.idle()
+        await until(lambda: not local.open)
+    assert proxy.requests()[RequestKey("node", "", Outcome.CLIENT_LEFT)] == 1
+    assert_nothing_is_left(proxy)
+
+
+async def test_a_client_that_leaves_during_a_connect(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    """A8: no other instance is tried then."""
+    _local, far = pair
+    proxy.configure(attempts={"connect_timeout_local": 1000.0})
+    with silent() as instance:
+        proxy.publish(instance, far)
+        async with await proxy.connect() as client:
+            await client.send(GET)
+            await until(lambda: proxy.table[B].statistics.connecting)
+            client.reset()
+            await proxy.idle()
+    assert proxy.requests() == {RequestKey("node", "", Outcome.CLIENT_LEFT): 1}
+    assert not far.accepted
     assert_nothing_is_left(proxy)
 
 

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 import trio.lowlevel
+from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
-from nursery_tests.proxy.http.conftest import Proxy, Served, Upstream, ok, response, says, until
+from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, ok, response, says, until
+
+
+class Wrapped:
+    """A socket that sends in another way."""
+
+    def __init__(self, sock: socket.socket, send: Callable[[socket.socket, bytes], int]) -> None:
+        self._sock = sock
+        self._send = send
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def send(self, data: bytes) -> int:
+        return self._send(self._sock, data)
+
 
 CHUNKS = b"5;ext=1\r\nhello\r\n6\r\n world\r\n0\r\nx-sum: 1\r\n\r\n"
 
@@ -252,6 +270,56 @@ async def test_an_answer_before_the_body_is_over(proxy: Proxy, local: Upstream) 
         assert (answer.status, answer.body, answer.fields["connection"]) == (413, b"too much", "close")
 
 
+async def test_a_response_that_breaks_off_before_the_body_is_over(proxy: Proxy, local: Upstream) -> None:
+    """What the client got of it must not look whole."""
+    proxy.configure(attempts={"replay_buffer": 0})
+    local.reads_bodies = False
+    local.behaviour = says(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello", closing=True)
+    async with await proxy.connect() as client:
+        await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ncontent-length: 500\r\n\r\nsome")
+        assert await client.until(b"\r\n\r\n")
+        assert await client.exactly(5) == b"hello"
+        assert await client.is_reset()
+    await proxy.idle()
+    assert proxy.requests() == {RequestKey("node", "", Outcome.CUT): 1}
+    assert proxy.pooled == 0
+
+
+async def test_an_instance_that_takes_no_more_of_a_body_is_heard(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have answered before it closed."""
+    proxy.configure(attempts={"replay_buffer": 0})
+    local.reads_bodies = False
+    closed = trio.Event()
+
+    def takes_the_head(sock: socket.socket, data: bytes) -> int:
+        if data != b"some":
+            return sock.send(data)
+        closed.set()
+        raise BrokenPipeError(errno.EPIPE, "closed")
+
+    async def answers_late(upstream: Upstream, served: Served) -> bool:
+        await closed.wait()
+        # Nothing but the response tells the proxy's other task.
+        await wait_all_tasks_blocked()
+        await served.send(response(b"too much", "413 Content Too Large"))
+        return False
+
+    async with await proxy.connect() as client:
+        await client.get()
+        await until(lambda: proxy.pooled == 1)
+        (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
+        monkeypatch.setattr(upstream, "sock", Wrapped(upstream.sock, takes_the_head))
+        local.behaviour = answers_late
+        await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ncontent-length: 500\r\n\r\nsome")
+        answer = await client.response()
+        assert (answer.status, answer.body, answer.fields["connection"]) == (413, b"too much", "close")
+    await proxy.idle()
+    assert proxy.requests() == {RequestKey("node", "", Outcome.SERVED): 2}
+    assert proxy.pooled == 0
+
+
 @pytest.mark.parametrize("keep_alive", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_http_1_0_clients(proxy: Proxy, local: Upstream, keep_alive: bool, chunked: bool) -> None:
@@ -381,6 +449,39 @@ async def test_upgrade(proxy: Proxy, local: Upstream) -> None:
     assert proxy.requests() == {RequestKey("node", "", Outcome.SERVED): 1}
 
 
+async def test_upgrade_that_an_instance_takes_in_pieces(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the client says early is for the other protocol, and does not get lost."""
+
+    def takes_half(sock: socket.socket, data: bytes) -> int:
+        return sock.send(data[: (len(data) + 1) // 2])
+
+    async def switch(upstream: Upstream, served: Served) -> bool:
+        await wait_all_tasks_blocked()
+        await served.send(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n")
+        while await served.more():
+            await served.send(served.received.upper())
+            served.received = b""
+        return False
+
+    async with await proxy.connect() as client:
+        await client.get()
+        await until(lambda: proxy.pooled == 1)
+        (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
+        monkeypatch.setattr(upstream, "sock", Wrapped(upstream.sock, takes_half))
+        local.behaviour = switch
+        await client.send(UPGRADE)
+        await until(lambda: len(local.heads) == 2)
+        await client.send(b"early")
+        assert (await client.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+        assert await client.exactly(5) == b"EARLY"
+        await client.send_eof()
+        assert await client.rest() == b""
+    await proxy.idle()
+    assert proxy.requests() == {RequestKey("node", "", Outcome.SERVED): 2}
+
+
 async def test_upgrade_that_is_declined(proxy: Proxy, local: Upstream) -> None:
     """Then it was a request like any other."""
     async with await proxy.connect() as client:
@@ -412,22 +513,6 @@ async def test_an_idle_tunnel_ends(proxy: Proxy, local: Upstream) -> None:
     await until(lambda: not local.open)
 
 
-class Counting:
-    """A socket that counts what is sent on it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.sent = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-    def send(self, data: bytes) -> int:
-        sent = self._sock.send(data)
-        self.sent += sent
-        return sent
-
-
 async def test_a_long_response_keeps_nobody_waiting(
     proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,19 +521,25 @@ async def test_a_long_response_keeps_nobody_waiting(
     # So that what the kernel has room for is many pieces.
     monkeypatch.setattr("meshlocal.proxy.http.lane.CHUNK", 64)
     monkeypatch.setattr("meshlocal.proxy.http.attempt.CHUNK", 64)
+    sent = 0
     seen = [0]
 
-    async def look(counting: Counting) -> None:
+    def counts(sock: socket.socket, data: bytes) -> int:
+        nonlocal sent
+        taken = sock.send(data)
+        sent += taken
+        return taken
+
+    async def look() -> None:
         while True:
-            seen.append(counting.sent)
+            seen.append(sent)
             await trio.lowlevel.checkpoint()
 
     async with await proxy.connect() as client, trio.open_nursery() as nursery:
         await client.get()
         (connection,) = proxy.forwarder
-        counting = Counting(connection.socket)
-        monkeypatch.setattr(connection, "socket", counting)
-        nursery.start_soon(look, counting)
+        monkeypatch.setattr(connection, "socket", Wrapped(connection.socket, counts))
+        nursery.start_soon(look)
         local.behaviour = says(response(bytes(size)))
         assert (await client.get()).body == bytes(size)
         nursery.cancel_scope.cancel()

@@ -32,6 +32,7 @@ from nursery_tests.proxy.http.conftest import (
     stalls,
     until,
 )
+from nursery_tests.proxy.http.test_retries import FAILURES, MOVED, SAME, TABLE
 
 SERVED = RequestKey("node", "", Outcome.SERVED)
 
@@ -270,6 +271,33 @@ async def test_fewer_tiers_before_the_client_leaves(proxy: Proxy, upstream: Upst
     assert proxy.forwarder.patience.waiting == {}
 
 
+@pytest.mark.parametrize("failure", TABLE["kept"])
+async def test_what_follows_from_a_failure(proxy: Proxy, pair: tuple[Upstream, Upstream], failure: str) -> None:
+    """A2, A3, A4: the same as for other requests, which are served otherwise if their responses tell of it."""
+    local, far = pair
+    expected, _ = TABLE["kept"][failure]
+    proxy.configure(attempts={"attempt_timeout": 0.05 if failure == "stalls" else None})
+    async with await proxy.connect() as client:
+        assert (await client.get()).body == b"local"
+
+        async def once(upstream: Upstream, served: Served) -> bool | None:
+            local.behaviour = ok
+            return await FAILURES[failure](upstream, served)
+
+        local.behaviour = once
+        answer = await client.get()
+        if expected == MOVED:
+            assert answer.body == b"far"
+        elif expected == SAME:
+            assert answer.body == b"local"
+        else:
+            assert answer.told == expected
+        assert (await client.get()).body == b"local"
+    assert len(local.heads) == 3 + (expected == SAME)
+    assert len(far.heads) == (expected == MOVED)
+    assert counted(proxy)["under way"] == (0, 0)
+
+
 async def test_a_status_to_retry_moves_on(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
     """A3."""
     local, _far = pair
@@ -287,7 +315,8 @@ async def test_a_status_to_retry_moves_on(proxy: Proxy, pair: tuple[Upstream, Up
     assert proxy.requests() == {SERVED: 2, RequestKey("other", "local_failed", Outcome.SERVED): 1}
 
 
-async def test_no_more_requests_than_the_limit(proxy: Proxy, local: Upstream) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_no_more_requests_than_the_limit(proxy: Proxy, local: Upstream, method: str) -> None:
     """And the refused one is counted once."""
     proxy.configure(limits=LimitsConfig(requests=1))
     release = trio.Event()
@@ -303,9 +332,9 @@ async def test_no_more_requests_than_the_limit(proxy: Proxy, local: Upstream) ->
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.get)
             await until(lambda: len(local.heads) == 3)
-            assert (await two.get()).told == (503, "limit_requests")
+            assert (await two.ask(method)).told == (503, "limit_requests")
             release.set()
-        assert (await two.get()).body == b"local"
+        assert (await two.ask(method)).body == b"local"
     await proxy.idle()
     assert proxy.table.circuit.refused[Limit.REQUESTS] == 1
     assert counted(proxy)["under way"] == (0, 0)

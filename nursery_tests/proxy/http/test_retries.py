@@ -215,7 +215,7 @@ async def test_a_head_that_stops_half_way_is_not_repeated(
     assert not far.accepted
 
 
-@pytest.mark.parametrize("where", ["length", "chunk", "close"])
+@pytest.mark.parametrize("where", ["length", "chunk", "nonsense", "close"])
 async def test_a_response_that_breaks_off_is_cut_and_not_repeated(
     proxy: Proxy, pair: tuple[Upstream, Upstream], where: str
 ) -> None:
@@ -229,6 +229,11 @@ async def test_a_response_that_breaks_off_is_cut_and_not_repeated(
         if where == "chunk":
             await served.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n")
             return False
+        if where == "nonsense":
+            await served.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n")
+            await until(lambda: came)
+            await served.send(b"world\r\n0\r\n\r\n")
+            return True
         await served.send(b"HTTP/1.1 200 OK\r\n\r\nhello")
         await until(lambda: came)
         served.reset()
@@ -471,11 +476,17 @@ async def test_the_deadline_counts_from_the_end_of_a_body_that_was_held(proxy: P
         assert (await client.response()).told == (504, "deadline")
 
 
-async def test_no_instance(proxy: Proxy, local: Upstream) -> None:
-    """A6: 503."""
-    proxy.publish()
-    assert (await proxy.ask()).told == (503, "no_instance")
-    assert proxy.requests() == {RequestKey("", "", Outcome.NO_INSTANCE): 1}
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("kept", [False, True])
+async def test_no_instance(proxy: Proxy, local: Upstream, method: str, kept: bool) -> None:
+    """A6: 503; the client's connection stays."""
+    async with await proxy.connect() as client:
+        if kept:
+            assert (await client.get()).body == b"local"
+        proxy.publish()
+        for _ in range(2):
+            assert (await client.ask(method)).told == (503, "no_instance")
+    assert proxy.requests()[RequestKey("", "", Outcome.NO_INSTANCE)] == 2
 
 
 async def test_the_first_snapshot_is_waited_for(proxy: Proxy, upstream: Upstreams) -> None:
