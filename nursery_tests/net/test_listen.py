@@ -198,18 +198,22 @@ async def test_unix_listeners_are_served_too(stack: ExitStack) -> None:
     listener.bind(b"")  # the kernel chooses an abstract name
     listener.listen()
     listener.setblocking(False)
-    done = trio.Event()
+    families: list[int] = []
 
     async def handle(client: socket.socket, _: object) -> None:
+        families.append(client.family)
+        client.send(b"served")
         client.close()
-        done.set()
 
     dialled = stack.enter_context(socket.socket(socket.AF_UNIX))
     dialled.connect(listener.getsockname())
+    dialled.setblocking(False)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: accept_loop(listener, nursery, handle, on_error=no_error))
-        await done.wait()
+        await until(lambda: families)
         nursery.cancel_scope.cancel()
+    assert families == [socket.AF_UNIX]
+    assert (dialled.recv(9), dialled.recv(9)) == (b"served", b"")
 
 
 class Scripted:
@@ -465,7 +469,7 @@ def dial(stack: ExitStack, listener: socket.socket, count: int) -> list[socket.s
     return [stack.enter_context(socket.create_connection(listener.getsockname(), timeout=30)) for _ in range(count)]
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def until(holds: Callable[[], object]) -> None:
     with trio.fail_after(30):
         while not holds():  # noqa: ASYNC110 - what the kernel brings about sets no event
             await trio.sleep(0.001)
@@ -644,6 +648,7 @@ async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(
     served = trio.Event()
 
     async def serve(client: socket.socket) -> None:
+        client.send(b"served")
         client.close()
         served.set()
 
@@ -656,11 +661,13 @@ async def test_tasks_started_in_the_loop_run_without_anything_else_to_wake_trio(
 
             nursery.start_soon(lambda: accept_each(listener, take, on_error=no_error))
             await trio.testing.wait_all_tasks_blocked()
-            dial(stack, listener, 1)
+            [dialled] = dial(stack, listener, 1)
             # Nothing but the deadline, far away, would wake Trio.
-            with trio.fail_after(30):
+            with trio.move_on_after(10) as scope:
                 await served.wait()
+            assert not scope.cancelled_caught
             nursery.cancel_scope.cancel()
+    assert (dialled.recv(9), dialled.recv(9)) == (b"served", b"")
 
 
 @pytest.mark.parametrize(("others", "expected"), [(0, [1] * 10), (15, [3, 3, 3, 1]), (80, [10])])

@@ -99,8 +99,9 @@ async def test_leaving_the_block_early_cancels_the_handler(connect: Any) -> None
     async with connect({STREAM: handler}) as link:
         async with link.channel.call(STREAM):
             await wait_all_tasks_blocked()
-        await cancelled.wait()
+            assert not cancelled.is_set()
         await wait_all_tasks_blocked()
+        assert cancelled.is_set()
         link.assert_nothing_left()
 
 

@@ -330,17 +330,20 @@ async def test_answers_of_other_servers(
 ) -> None:
     ours, theirs = memory_stream_pair()
     peer = raw_peer(theirs, client=False)
+    codes: list[StatusCode] = []
     async with channel_over(ours) as channel, trio.open_nursery() as nursery:
 
         async def call() -> None:
             with pytest.raises(GrpcError) as caught:
                 await channel.unary(ECHO, StringValue())
-            assert caught.value.code is code
+            codes.append(caught.value.code)
 
         nursery.start_soon(call)
         await peer.settle()
+        assert not codes
         peer.protocol.send_headers(1, headers, end_stream=True)
         await peer.settle()
+        assert codes == [code]
 
 
 GRPC = [(b":status", b"200"), (b"content-type", b"application/grpc")]
@@ -487,17 +490,20 @@ async def test_a_reset_becomes_a_status(
 ) -> None:
     ours, theirs = memory_stream_pair()
     peer = raw_peer(theirs, client=False)
+    told: list[tuple[StatusCode, bool]] = []
     async with channel_over(ours) as channel, trio.open_nursery() as nursery:
 
         async def call() -> None:
             with pytest.raises(GrpcError) as caught:
                 await channel.unary(ECHO, StringValue())
-            assert (caught.value.code, caught.value.unprocessed) == (status, unprocessed)
+            told.append((caught.value.code, caught.value.unprocessed))
 
         nursery.start_soon(call)
         await peer.settle()
+        assert not told
         peer.protocol.reset(1, error_code)
         await peer.settle()
+        assert told == [(status, unprocessed)]
 
 
 # GOAWAY and drain

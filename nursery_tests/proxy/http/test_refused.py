@@ -6,6 +6,7 @@ import logging
 from typing import NoReturn
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from meshlocal.client.statistics import Outcome, RequestKey
@@ -284,4 +285,9 @@ async def test_a_client_that_does_not_read(proxy: Proxy, local: Upstream) -> Non
     async with await proxy.connect() as client:
         await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
         await proxy.idle()
+        # Reset: what it has got must not look whole.
+        with pytest.raises(trio.BrokenResourceError):
+            await client.rest()
     await until(lambda: not local.open)
+    assert proxy.requests() == {RequestKey("node", "", Outcome.CUT): 1}
+    assert proxy.pooled == 0

@@ -195,8 +195,14 @@ WHOLE = request(b"GET /some/path?query=1 HTTP/1.1", HOST + b"User-Agent: x\r\nCo
 
 @given(st.sampled_from([WHOLE, HTTP2_PREFACE]), st.data())
 def test_no_beginning_of_a_good_head_is_refused(whole: bytes, data: st.DataObject) -> None:
-    """Nor one of HTTP/2's preface, which has an answer of its own once it is whole."""
+    """Nor one of HTTP/2's preface, which has an answer of its own once it is whole.
+
+    One that ends with something else is refused as soon as its first line is there.
+    """
     check_unfinished(whole[: data.draw(st.integers(0, len(whole) - 1))], LIMITS)
+    bad = whole.replace(b" HTTP/", b" HTTQ/")
+    with pytest.raises(ProtocolError):
+        check_unfinished(bad[: data.draw(st.integers(bad.index(b"\n") + 1, len(bad)))], LIMITS)
 
 
 @given(
