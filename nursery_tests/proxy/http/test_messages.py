@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import trio
 import trio.lowlevel
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
-from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, ok, response, says, until
+from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, forward, ok, response, says, stalls, until
 
 
 class Wrapped:
@@ -258,6 +258,71 @@ async def test_expect_continue_moves_on_while_the_body_was_not_asked_for(
         await client.until(b"HTTP/1.1 100 Continue\r\n\r\n")
         await client.send(b"hello")
         assert (await client.response()).body == b"far"
+
+
+async def test_an_instance_that_does_not_say_whether_it_wants_the_body(
+    clock: MockClock, proxy: Proxy, local: Upstream
+) -> None:
+    """A1: the time to answer is its own while the client waits for its word."""
+    proxy.configure(attempts={"attempt_timeout": 5.0})
+    local.reads_bodies = False
+    local.behaviour = stalls
+    async with await proxy.connect() as client:
+        await client.send(b"POST / HTTP/1.1\r\nhost: b\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n")
+        await until(lambda: local.heads)
+        await wait_all_tasks_blocked()
+        await forward(clock, 10.0)
+        assert not local.open
+        assert (await client.response()).told == (504, "attempt_timeout")
+
+
+async def test_a_client_that_does_not_wait_to_be_asked_for_its_body(
+    clock: MockClock, proxy: Proxy, local: Upstream
+) -> None:
+    """A1: from its first byte on it is the client that is waited for."""
+    proxy.configure(attempts={"attempt_timeout": 5.0})
+    async with await proxy.connect() as client:
+        await client.send(b"POST / HTTP/1.1\r\nhost: b\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n")
+        await until(lambda: local.open)
+        await wait_all_tasks_blocked()
+        await client.send(b"he")
+        await until(lambda: local.open[0].received == b"he")
+        await forward(clock, 10.0)
+        await client.send(b"llo")
+        assert (await client.response()).body == b"local"
+    assert local.bodies == [b"hello"]
+
+
+@pytest.mark.parametrize("rest", [b"1\r\nx\r\n", b"0\r\n\r\n", b"nonsense\r\n"], ids=["more", "end", "malformed"])
+async def test_what_comes_of_a_body_after_the_response_began_does_not_harm_that(
+    clock: MockClock, proxy: Proxy, local: Upstream, rest: bytes
+) -> None:
+    """A1: it has no time to keep any more, and is not cut for what is wrong with the body: nothing else is said."""
+    proxy.configure(attempts={"attempt_timeout": 5.0})
+    local.reads_bodies = False
+    go_on = trio.Event()
+
+    async def answers_early(upstream: Upstream, served: Served) -> bool:
+        await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")
+        await go_on.wait()
+        await served.send(b"world")
+        return await stalls(upstream, served)
+
+    local.behaviour = answers_early
+    async with await proxy.connect() as client:
+        await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        head = await client.until(b"\r\n\r\n")
+        assert b"connection: close\r\n" in head
+        assert await client.exactly(5) == b"hello"
+        await client.send(rest)
+        await wait_all_tasks_blocked()
+        await forward(clock, 10.0)
+        go_on.set()
+        assert await client.rest() == b"world"
+    await proxy.idle()
+    assert proxy.requests() == {RequestKey("node", "", Outcome.SERVED): 1}
+    # Of a body that was not whole nobody can tell what the instance made.
+    assert proxy.pooled == (rest == b"0\r\n\r\n")
 
 
 async def test_an_answer_before_the_body_is_over(proxy: Proxy, local: Upstream) -> None:

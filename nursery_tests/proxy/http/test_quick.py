@@ -379,8 +379,10 @@ async def test_an_instance_that_does_not_take_all(
         monkeypatch.setattr(upstream, "sock", Stingy(upstream.sock, send))
         assert (await client.get("/second")).body == b"local"
         assert [head.partition(b" HTTP")[0] for head in local.heads] == [b"GET /", b"GET /second"]
+        # And it is as good for the next one as any other.
+        assert (await client.get("/third")).body == b"local"
         assert local.accepted == (2 if send is is_dead else 1)
-        await until(lambda: proxy.requests() == {SERVED: 2})
+        await until(lambda: proxy.requests() == {SERVED: 3})
 
 
 @pytest.mark.parametrize("send", [takes_half, is_full, is_dead])
