@@ -276,17 +276,22 @@ async def test_an_instance_that_does_not_say_whether_it_wants_the_body(
         assert (await client.response()).told == (504, "attempt_timeout")
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 async def test_a_client_that_does_not_wait_to_be_asked_for_its_body(
-    clock: MockClock, proxy: Proxy, local: Upstream
+    clock: MockClock, proxy: Proxy, local: Upstream, at_once: bool
 ) -> None:
     """A1: from its first byte on it is the client that is waited for."""
     proxy.configure(attempts={"attempt_timeout": 5.0})
     async with await proxy.connect() as client:
-        await client.send(b"POST / HTTP/1.1\r\nhost: b\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n")
-        await until(lambda: local.open)
-        await wait_all_tasks_blocked()
-        await client.send(b"he")
-        await until(lambda: local.open[0].received == b"he")
+        head = b"POST / HTTP/1.1\r\nhost: b\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n"
+        if at_once:
+            await client.send(head + b"he")
+        else:
+            await client.send(head)
+            await until(lambda: local.open)
+            await wait_all_tasks_blocked()
+            await client.send(b"he")
+        await until(lambda: local.open and local.open[0].received == b"he")
         await forward(clock, 10.0)
         await client.send(b"llo")
         assert (await client.response()).body == b"local"
