@@ -323,7 +323,8 @@ async def test_what_comes_of_a_body_after_the_response_began_does_not_harm_that(
         await wait_all_tasks_blocked()
         await forward(clock, 10.0)
         go_on.set()
-        assert await client.rest() == b"world"
+        assert await client.exactly(5) == b"world"
+        assert await client.rest() == b""
     await proxy.idle()
     assert proxy.requests() == {RequestKey("node", "", Outcome.SERVED): 1}
     # Of a body that was not whole nobody can tell what the instance made.
