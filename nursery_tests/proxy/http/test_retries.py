@@ -562,6 +562,31 @@ async def test_an_answer_between_failures_ejects_nobody(
     assert EJECTED not in proxy.requests()
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"), [("stalls", (200, None)), ("half a head", BROKEN), ("limit", (503, "limit_waiting"))]
+)
+async def test_a_trial_without_a_verdict_is_given_back(
+    clock: MockClock, proxy: Proxy, pair: tuple[Upstream, Upstream], failure: str, told: object
+) -> None:
+    """H1: what is no failure of the connection, nor an answer, lets the next request try."""
+    local, _far = pair
+    await eject(proxy, local)
+    await forward(clock, 1.2 * LONG.time)
+    if failure == "limit":
+        proxy.configure(ejection=LONG, service={"limits": LimitsConfig(waiting=1)})
+        proxy.table[B].circuit.enter(Limit.WAITING)
+        assert (await proxy.ask()).told == told
+        proxy.table[B].circuit.leave(Limit.WAITING)
+    else:
+        proxy.configure(ejection=LONG, attempts={"attempt_timeout": 0.05 if failure == "stalls" else None})
+        local.behaviour = FAILURES[failure]
+        assert (await proxy.ask()).told == told
+    proxy.configure(ejection=LONG)
+    local.behaviour = ok
+    assert (await proxy.ask()).body == b"local"
+    assert EJECTED not in proxy.requests()
+
+
 async def test_a_trial_that_the_deadline_ends_is_given_back(
     clock: MockClock, proxy: Proxy, upstream: Upstreams, pair: tuple[Upstream, Upstream]
 ) -> None:
