@@ -386,21 +386,38 @@ async def test_an_instance_that_does_not_take_all(
 
 
 @pytest.mark.parametrize("send", [takes_half, is_full, is_dead])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("split", [False, True])
 async def test_a_client_that_does_not_take_all(
-    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch, send: Callable[[socket.socket, bytes], int]
+    proxy: Proxy,
+    local: Upstream,
+    monkeypatch: pytest.MonkeyPatch,
+    send: Callable[[socket.socket, bytes], int],
+    method: str,
+    split: bool,
 ) -> None:
+    """It gets the response once and whole, in whatever pieces that came, or none if it is gone."""
+    whole = response(b"local")
+
+    async def answers(_: Upstream, served: Served) -> None:
+        if split:
+            await served.send(whole[:-2])
+            await trio.testing.wait_all_tasks_blocked(0.002)
+        await served.send(whole[-2:] if split else whole)
+
     async with await proxy.connect() as client:
         await client.get()
+        local.behaviour = answers
         await until(lambda: proxy.pooled == 1)
         (connection,) = proxy.forwarder
         monkeypatch.setattr(connection, "socket", Stingy(connection.socket, send))
         if send is is_dead:
-            await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+            await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\n\r\n".encode())
             assert await client.is_reset()
             await until(lambda: proxy.requests() == {SERVED: 1, RequestKey("node", "", Outcome.CUT): 1})
         else:
-            assert (await client.get()).body == b"local"
-            assert (await client.get()).body == b"local"
+            assert (await client.ask(method)).body == b"local"
+            assert (await client.ask(method)).body == b"local"
             await until(lambda: proxy.requests() == {SERVED: 3})
 
 

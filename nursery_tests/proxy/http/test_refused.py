@@ -250,12 +250,15 @@ async def test_a_head_that_ends_early(proxy: Proxy, local: Upstream) -> None:
         assert await client.rest() == b""
 
 
-async def test_a_response_that_stands_still(proxy: Proxy, local: Upstream) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_response_that_stands_still(proxy: Proxy, local: Upstream, method: str, slow: bool) -> None:
     """The idle limit ends it with a reset; the time that its head took does not matter."""
 
     async def stops(upstream: Upstream, served: Served) -> bool:
-        # Slower than what is looked at without a clock.
-        await until(lambda: not proxy.forwarder.patience.waiting)
+        if slow:
+            # Slower than what is looked at without a clock.
+            await until(lambda: not proxy.forwarder.patience.waiting)
         await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")
         await served.more()
         return False
@@ -264,7 +267,7 @@ async def test_a_response_that_stands_still(proxy: Proxy, local: Upstream) -> No
     async with await proxy.connect() as client:
         await client.get()
         local.behaviour = stops
-        await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+        await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\n\r\n".encode())
         await client.until(b"hello")
         assert await client.is_reset()
     await proxy.idle()
