@@ -75,7 +75,7 @@ class WebSocketCall:
         connection: WebSocketConnection,
         method: Method[Any, Any],
         codec: Codec,
-        request: Any,
+        frame: str | bytes,
         peer: str,
         metadata: Metadata,
     ) -> None:
@@ -84,13 +84,21 @@ class WebSocketCall:
         self._connection = connection
         self._method = method
         self._codec = codec
-        self._request: Any | None = request
+        self._frame: str | bytes | None = frame
 
     async def receive(self) -> Any | None:
-        """The request; None after it."""
+        """The request; None after it. It is read only now: who has no token, or asks too often, costs no parsing.
+
+        Raises:
+            Close: it makes no sense, or is too large for its kind.
+        """
         await trio.lowlevel.checkpoint()
-        request, self._request = self._request, None
-        return request
+        frame, self._frame = self._frame, None
+        return None if frame is None else self._codec.decode(frame, self._method.request_type)
+
+    async def receive_end(self) -> None:
+        """A connection is for one request: whatever else comes on it ends the call."""
+        await trio.lowlevel.checkpoint()
 
     async def send(self, response: Any) -> None:
         """Send one response, waiting while the client does not read."""
@@ -304,9 +312,8 @@ class WebSocketServer:
                         frame = await connection.get_message()
                     if frame is None:
                         raise Close(wire.POLICY, "no request came")
-                    request = codec.decode(frame, method.request_type)
                     nursery.start_soon(_look_out, connection, calling, ended)
-                    await handler(WebSocketCall(connection, method, codec, request, peer, metadata))
+                    await handler(WebSocketCall(connection, method, codec, frame, peer, metadata))
                 except Exception as error:  # noqa: BLE001 - raised below: the nursery would wrap it in a group
                     ended.append(error)
             nursery.cancel_scope.cancel()

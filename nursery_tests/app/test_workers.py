@@ -18,8 +18,8 @@ from trio.testing import MockClock
 
 from meshlocal.app.config_loader import load_config
 from meshlocal.app.proxy import Operator
-from meshlocal.app.worker_channel import Answer, Call, Channel, Configure, Ready, Start, StopOrder
-from meshlocal.app.workers import Supervisor
+from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Ready, Start, StopOrder
+from meshlocal.app.workers import BEAT_INTERVAL, BEAT_LIMIT, Supervisor
 from meshlocal.policy.config import Config
 from nursery_tests.ports import free_port
 
@@ -39,6 +39,7 @@ class FakeWorker:
         config: what it goes by: what it was started with, or applied last.
         applied: all that it was told to apply.
         on_configure: what it answers then; nothing prevents it by default.
+        hangs: its event loop stands still, so that it does not answer whether it runs.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -48,6 +49,7 @@ class FakeWorker:
         self.applied: list[Config] = []
         self.on_configure: Callable[[Config], Awaitable[object]] = applies
         self.returncode: int | None = None
+        self.hangs = False
         self._ended = trio.Event()
         self._alive = trio.CancelScope()
 
@@ -83,6 +85,10 @@ class FakeWorker:
             self.end(0)
         else:
             assert isinstance(message, Call)
+            if isinstance(message.message, Beat):
+                if not self.hangs:
+                    await self.channel.send(Answer(message.number, True))
+                return
             assert isinstance(message.message, Configure)
             config = message.message.config
             self.applied.append(config)
@@ -344,3 +350,20 @@ async def test_a_worker_that_has_ended_before_it_is_asked_prevents_no_configurat
     assert [workers[number].config.proxy.node_name for number in (1, 2, 3)] == ["n2"] * 3
     await workers.until_ready()
     assert await workers.stop() == 0
+
+
+async def test_a_worker_that_hangs_is_replaced(
+    workers: Workers, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """P1: it would go on to be given connections, and serve none of them. Those that answer are left alone."""
+    await workers.start(listen=(listener(0),))
+    living = [workers[number] for number in (1, 2, 3)]
+    await trio.sleep(10 * BEAT_LIMIT)
+    assert [worker.returncode for worker in living] == [None] * 3
+    living[1].hangs = True
+    began = trio.current_time()
+    await workers.until_another(living[1])
+    assert living[1].returncode == -9
+    assert BEAT_LIMIT <= trio.current_time() - began <= BEAT_LIMIT + 2 * BEAT_INTERVAL + 1
+    assert [living[number].returncode for number in (0, 2)] == [None, None]
+    assert "worker hangs, and is killed" in caplog.text

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -218,17 +219,25 @@ class Stepped:
     def __init__(self, path: Path, clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = path
         self.after_read: Callable[[Path], object] = lambda path: None
-        self.hub = Hub([FileSource(path, poll_interval=self.interval)], random.Random(0))
+        source = FileSource(path, poll_interval=self.interval)
+        self.hub = Hub([source], random.Random(0))
         self._clock = clock
 
-        async def run_sync(work: Callable[[], object], *, abandon_on_cancel: bool) -> object:
+        async def run(work: Callable[..., object], *arguments: Any) -> object:
             await trio.lowlevel.checkpoint()
+            if work == source._look_until_changed:
+                (known, _) = arguments
+                if known is not None:
+                    await trio.sleep(self.interval)
+                found = source._look()
+                return found if known is None or found != known else None
             try:
-                return work()
+                return work(*arguments)
             finally:
-                self.after_read(path)
+                if work == source.load:
+                    self.after_read(path)
 
-        monkeypatch.setattr("anyio.to_thread.run_sync", run_sync)
+        monkeypatch.setattr(source._files, "run", run)
 
     async def start(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self.hub.run)

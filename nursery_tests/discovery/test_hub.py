@@ -152,7 +152,8 @@ async def test_absence_is_claimed_by_all_sources_or_by_none(nursery: trio.Nurser
         first.publisher.update(C, None)
         assert watcher.take() == []
         assert watcher.pending == {C}
-        assert addresses(hub.snapshot(B)) == ["10.0.0.1"]
+        # Nor is it told to anybody else any more, as who said it takes it back.
+        assert hub.snapshot(B) is None
         second.publisher.replace({B: listed(at(2))})
         second.started()
         told = {update.latest.service: update.latest for update in watcher.take()}
@@ -437,3 +438,65 @@ def _follow(watcher: Watcher, held: dict[ServiceKey, ServiceSnapshot]) -> None:
         else:
             assert held[latest.service] == base
             held[latest.service] = apply(base, diff(base, latest))
+
+
+async def test_who_resumes_is_told_of_no_half(nursery: trio.Nursery) -> None:
+    """D8: after a restart one source is in sync before the other; who holds what both said keeps it until both say."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    first.publisher.replace({B: listed(at(1))})
+    first.started()
+    with hub.watch({B: "of before"}) as resuming, hub.watch({B: ""}) as fresh, hub.watch({C: "of before"}) as other:
+        assert resuming.take() == []
+        assert resuming.pending == {B}
+        # Who has nothing is better off with a part.
+        assert [addresses(update.latest) for update in fresh.take()] == [["10.0.0.1"]]
+        assert other.take() == []
+        assert other.pending == {C}
+        second.publisher.replace({B: listed(at(2))})
+        second.started()
+        (update,) = resuming.take()
+        assert addresses(update.latest) == ["10.0.0.1", "10.0.0.2"]
+        assert resuming.pending == set()
+        assert [update.latest.unknown for update in other.take()] == [True]
+    nursery.cancel_scope.cancel()
+
+
+async def test_who_resumes_at_the_latest_is_current_at_once(nursery: trio.Nursery) -> None:
+    """D1: whatever the other source is about to say, nothing of it is out of date now."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    first.publisher.replace({B: listed(at(1))})
+    first.started()
+    latest = hub.snapshot(B)
+    assert latest is not None
+    with hub.watch({B: latest.version}) as watcher:
+        assert watcher.take() == []
+        assert watcher.pending == set()
+    nursery.cancel_scope.cancel()
+
+
+class OfOneNamespace(ScriptedSource):
+    def may_know(self, service: ServiceKey) -> bool:
+        return service.endswith(".shop")
+
+
+async def test_a_source_that_cannot_know_a_service_is_not_waited_for(nursery: trio.Nursery) -> None:
+    """D3, D8: a namespace that may not be read holds up its own services, and no others."""
+    first, denied = ScriptedSource("first"), OfOneNamespace("denied")
+    hub = await start(nursery, first, denied)
+    ours, theirs = ServiceKey("cache.ours"), ServiceKey("cache.shop")
+    first.publisher.replace({ours: listed(at(1))})
+    with hub.watch({ours: "of before", theirs: "of before", C: ""}) as watcher:
+        assert watcher.take() == []
+        first.started()
+        told = {update.latest.service: update.latest for update in watcher.take()}
+        assert addresses(told[ours]) == ["10.0.0.1"]
+        assert told[C].unknown
+        assert watcher.pending == {theirs}
+        assert hub.snapshot(theirs) is None
+        denied.publisher.replace({theirs: listed(at(2))})
+        denied.started()
+        (update,) = watcher.take()
+        assert addresses(update.latest) == ["10.0.0.2"]
+    nursery.cancel_scope.cancel()

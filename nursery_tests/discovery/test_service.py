@@ -483,7 +483,7 @@ async def test_a_drain_ends_watches(serving: Serving) -> None:
             await call.send(subscribe("b"), end=True)
             assert await call.receive() is not None
             assert await call.receive() is not None
-            served.service.drain()
+            await served.service.drain(10)
             with pytest.raises(GrpcError, match="going away") as ended:
                 await call.receive()
         assert ended.value.code is StatusCode.UNAVAILABLE
@@ -496,14 +496,18 @@ def snapshot_of(version: str, instances: Instances, *, unknown: bool = False) ->
 
 def test_an_event_is_encoded_once_however_many_watch() -> None:
     """The fan-out's cost: one encoding a change; and it stays bounded."""
-    encoded = EncodedEvents(capacity=2)
+    encoded = EncodedEvents(most=1000)
     one, two = snapshot_of("1", model.index([at(1), at(2)])), snapshot_of("2", model.index([at(1), at(2), at(3)]))
     assert encoded.encode(Update(one, two)) is encoded.encode(Update(one, two))
     event = pb.WatchInstancesResponse.FromString(encoded.encode(Update(one, two)))
     assert addresses(event.change.upserted) == ["10.0.0.3"]
-    for i in range(9):
+    for i in range(200):
         encoded.encode(Update(None, snapshot_of(str(i), {})))
-    assert len(encoded._events) == 2
+        assert encoded.size == sum(map(len, encoded._events.values())) <= 1000
+    assert len(encoded._events) > 10
+    large = snapshot_of("large", model.index(at(number) for number in range(1, 200)))
+    assert encoded.encode(Update(None, large)) is encoded.encode(Update(None, large))
+    assert len(encoded._events) == 1
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ async def respond_streaming(attempt: Attempt) -> None:
     """
     body = attempt.exchange.body
     attempt.streaming = body is not None and not body.finished
-    attempt.expecting = attempt.streaming and attempt.exchange.head.expect_continue
+    # A client that has begun with its body does not wait to be asked for it.
+    attempt.expecting = attempt.streaming and attempt.exchange.head.expect_continue and not (body and body.size)
     raised: Exception | None = None
     responded = False
     pump = _Pump(attempt)

@@ -93,22 +93,24 @@ class Patience:
 
     async def run(self) -> None:
         """Tell the time, until cancelled."""
+        rests = not self.waiting
         while True:
-            await trio.sleep(PATIENCE)
+            if rests:
+                self._rested = trio.Event()
+                self._resting = True
+                with trio.move_on_at(self._asked[0][0] if self._asked else float("inf")):
+                    await self._rested.wait()
+                self._resting = False
+            else:
+                await trio.sleep(PATIENCE)
             now = trio.current_time()
             while self._asked and (self._asked[0][2].waiter is None or self._asked[0][0] <= now):
                 waiter = heappop(self._asked)[2].waiter
                 if waiter is not None:
                     waiter.on_deadline()
             added, self._added = self._added, False
-            if self.waiting:
-                self._tell_waiting(now - PATIENCE)
-            elif not added:
-                self._rested = trio.Event()
-                self._resting = True
-                with trio.move_on_at(self._asked[0][0] - PATIENCE if self._asked else float("inf")):
-                    await self._rested.wait()
-                self._resting = False
+            self._tell_waiting(now - PATIENCE)
+            rests = not (added or self.waiting)
 
     def _tell_waiting(self, limit: float) -> None:
         for waiter, since in list(self.waiting.items()):
