@@ -101,8 +101,10 @@ class DiscoveryProcess:
                 send_timeout=config.limits.stall_timeout,
                 receive_rate=config.limits.bytes_per_second,
                 receive_burst=_receive_burst(config.limits),
+                holding=self.limits,
             ),
             max_connections=config.limits.connections,
+            max_client_connections=config.limits.client_connections,
         )
         self.websocket = _websocket_server(config, self.limits.guard(guarded)) if config.websocket_bind else None
         self.readiness = Readiness("waiting for the sources")
@@ -268,7 +270,12 @@ def _websocket_server(config: DiscoveryServerConfig, handlers: Routes) -> WebSoc
         receive_burst=_receive_burst(config.limits),
         origins=config.websocket_origins,
     )
-    return WebSocketServer(handlers, options, max_connections=config.limits.connections)
+    return WebSocketServer(
+        handlers,
+        options,
+        max_connections=config.limits.connections,
+        max_client_connections=config.limits.client_connections,
+    )
 
 
 def _receive_burst(limits: ServerLimitsConfig) -> int:

@@ -71,8 +71,10 @@ class DiscoveryCollector(Collector):
             servers.append(self._websocket)
         for server in servers:
             counts[Limited.CONNECTIONS] += server.crowding.refused
+            counts[Limited.CLIENT_CONNECTIONS] += server.crowding.client_refused
             counts[Limited.STALL] += server.stalled
             counts[Limited.BYTES] += server.paused
+        counts[Limited.RESETS] += self._server.rapid_resets
         if self._websocket is not None:
             counts[Limited.MESSAGE_SIZE] += self._websocket.too_large
         metric = CounterMetricFamily(

@@ -37,7 +37,7 @@ from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceKey, ServiceSnapshot, apply
 from meshlocal.policy.steps import STEP
 from meshlocal.wire.discovery_codec import change_in_steps, snapshot_in_steps
-from meshlocal.wire.grpc.status import GrpcError
+from meshlocal.wire.grpc.status import PUSHBACK, GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
 _log = get_log(__name__)
@@ -63,9 +63,6 @@ PROBE_INTERVAL = 10.0
 
 MOST_SUBSCRIPTIONS = 1000
 """Services on one stream at most: as many as a discovery server takes by default."""
-
-PUSHBACK = "grpc-retry-pushback-ms"
-"""The metadata in which a server says how long it wants to be left alone (gRFC A6)."""
 
 PUSHBACK_LONGEST = 60.0
 """Seconds for which a server is left alone at its word."""

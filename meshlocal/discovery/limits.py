@@ -6,7 +6,6 @@ whoever has one address has them all. What is refused costs its caller that call
 
 from __future__ import annotations
 
-import ipaddress
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,25 +14,38 @@ from typing import Any
 
 import trio
 
+from meshlocal.net.crowding import client_of
 from meshlocal.net.grpc.server import Handler, Routes, ServerCall
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.framing import MessageTooLargeError
-from meshlocal.wire.grpc.status import GrpcError, StatusCode
+from meshlocal.wire.grpc.status import PUSHBACK, GrpcError, StatusCode
 
 MAX_CLIENTS = 4096
 """Clients whose rates are remembered: those who called last."""
 
 
+MOST_UNFINISHED = 64 << 20
+CLIENT_UNFINISHED = 8 << 20
+"""Bytes that are held of requests that are not whole: of all clients, and of each."""
+
+FULL_PUSHBACK = 2.0
+"""Seconds for which a client that is refused is asked to leave the server alone; it is to spread them by chance."""
+
+
 class Limited(StrEnum):
-    """The limits, by their keys."""
+    """The limits: by their keys where they have one."""
 
     CONNECTIONS = "connections"
+    CLIENT_CONNECTIONS = "client_connections"
     WATCHERS = "watchers"
     CLIENT_WATCHERS = "client_watchers"
     SUBSCRIPTIONS = "subscriptions"
+    CLIENT_SUBSCRIPTIONS = "client_subscriptions"
     ALL_SUBSCRIPTIONS = "all_subscriptions"
     MESSAGE_SIZE = "message_size"
+    UNFINISHED = "unfinished_requests"
+    RESETS = "resets"
     CLIENT_CALLS = "client_calls_per_second"
     BYTES = "bytes_per_second"
     STALL = "stall_timeout"
@@ -48,6 +60,7 @@ class ServerLimits:
     Attributes:
         refused: how often each limit refused something.
         subscriptions: services that all watches follow.
+        unfinished: bytes that are held of requests that are not whole.
     """
 
     def __init__(self, config: ServerLimitsConfig | None = None) -> None:
@@ -56,6 +69,9 @@ class ServerLimits:
         self.subscriptions = 0
         self._watchers = 0
         self._client_watchers: dict[str, int] = {}
+        self._client_subscriptions: dict[str, int] = {}
+        self._unfinished: dict[str, int] = {}
+        self.unfinished = 0
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def guard(self, handlers: Routes) -> Routes:
@@ -106,32 +122,50 @@ class ServerLimits:
         if config.client_watchers is not None and of_client >= config.client_watchers:
             text = f"{client} has {config.client_watchers} watches, and gets no more"
             raise self._refuse(Limited.CLIENT_WATCHERS, text)
+        followed = self._client_subscriptions.get(client, 0)
+        if config.client_subscriptions is not None and followed + subscriptions > config.client_subscriptions:
+            text = f"{client}'s watches follow {followed} services of {config.client_subscriptions}"
+            raise self._refuse(Limited.CLIENT_SUBSCRIPTIONS, text)
         if self.subscriptions + subscriptions > config.all_subscriptions:
             text = f"this server's watches follow {self.subscriptions} services of {config.all_subscriptions}"
             raise self._refuse(Limited.ALL_SUBSCRIPTIONS, text)
         self._watchers += 1
         self._client_watchers[client] = of_client + 1
+        self._client_subscriptions[client] = followed + subscriptions
         self.subscriptions += subscriptions
         try:
             yield
         finally:
             self._watchers -= 1
             self.subscriptions -= subscriptions
-            left = self._client_watchers.pop(client) - 1
-            if left:
-                self._client_watchers[client] = left
+            _less(self._client_watchers, client, 1)
+            _less(self._client_subscriptions, client, subscriptions)
+
+    def change(self, peer: str, size: int) -> None:
+        """So much more is held of a peer's requests that are not whole, or, negative, less (`Holding`).
+
+        Raises:
+            GrpcError: RESOURCE_EXHAUSTED, more is too much; it does not count then.
+        """
+        client = client_of(peer)
+        held = self._unfinished.get(client, 0) + size
+        if size > 0 and (held > CLIENT_UNFINISHED or self.unfinished + size > MOST_UNFINISHED):
+            raise self._refuse(Limited.UNFINISHED, f"{client} has {held - size} bytes of unfinished requests here")
+        self.unfinished += size
+        if held:
+            self._unfinished[client] = held
+        else:
+            self._unfinished.pop(client, None)
 
     def _refuse(self, limit: Limited, text: str) -> GrpcError:
         self.refused[limit] += 1
-        return GrpcError(StatusCode.RESOURCE_EXHAUSTED, text)
+        pushback = ((PUSHBACK, str(round(FULL_PUSHBACK * 1000))),)
+        return GrpcError(StatusCode.RESOURCE_EXHAUSTED, text, pushback)
 
 
-def client_of(peer: str) -> str:
-    """Whom a peer's address, `HOST:PORT`, counts as."""
-    host = peer.rpartition(":")[0] or peer
-    if host.startswith("["):
-        try:
-            return str(ipaddress.ip_network((host.strip("[]").partition("%")[0], 64), strict=False))
-        except ValueError:
-            return host
-    return host
+def _less(counts: dict[str, int], client: str, by: int) -> None:
+    left = counts[client] - by
+    if left:
+        counts[client] = left
+    else:
+        del counts[client]

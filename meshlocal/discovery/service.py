@@ -39,9 +39,6 @@ _ENCODED = 16 << 20
 GOODBYES = 400
 """Watches that a drain ends in a second at most, unless its time is too short for that."""
 
-PUSHBACK = "grpc-retry-pushback-ms"
-"""The metadata in which a client is asked to come back later only (gRFC A6)."""
-
 _MOST_OF = 0.8
 """Of a drain's time that goodbyes may take: what is left is for calls to end."""
 

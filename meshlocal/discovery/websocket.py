@@ -134,15 +134,19 @@ class WebSocketServer:
     """
 
     def __init__(
-        self, handlers: Routes, options: WebSocketOptions | None = None, *, max_connections: int = MAX_CONNECTIONS
+        self,
+        handlers: Routes,
+        options: WebSocketOptions | None = None,
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+        max_client_connections: int | None = None,
     ) -> None:
         self._routes = {method.path: (method, handler) for method, handler in handlers.items()}
         self._options = options or WebSocketOptions()
-        self.crowding = Crowding("websocket", max_connections)
+        self.crowding = Crowding("websocket", max_connections, max_client_connections)
         self.stalled = 0
         self.paused = 0
         self.too_large = 0
-        self._open = 0
         self._idle = trio.Event()
         self._accepting: set[trio.CancelScope] = set()
         self.draining = False
@@ -150,7 +154,7 @@ class WebSocketServer:
     @property
     def connections(self) -> int:
         """How many connections are open."""
-        return self._open
+        return self.crowding.open
 
     async def serve(
         self,
@@ -190,40 +194,41 @@ class WebSocketServer:
         self.draining = True
         for scope in self._accepting:
             scope.cancel()
-        while self._open:
+        while self.crowding.open:
             self._idle = trio.Event()
             await self._idle.wait()
 
     async def serve_stream(self, stream: trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection to its end, and close it."""
-        if not self.crowding.has_room(self._open, peer):
-            await trio.aclose_forcefully(stream)
-            return
-        self._open += 1
-        try:
-            watched = WatchedStream(stream, self._options.stall_timeout, self._bucket(), self._count_pause)
-            try:
-                last_words: bytes | None = None
-                async with trio.open_nursery() as nursery:
-                    try:
-                        last_words = await self._serve(watched, nursery, peer)
-                    finally:
-                        nursery.cancel_scope.cancel()
-                # Now that nobody reads any more.
-                if last_words is not None:
-                    with trio.move_on_after(self._options.close_timeout):
-                        await _part(stream, last_words)
-            finally:
-                self.stalled += watched.stalled
+        with self.crowding.place(peer) as place:
+            if not place:
                 await trio.aclose_forcefully(stream)
-        except Exception as error:
-            # A fault in serving one connection must not end the others.
-            if not _is_peers(error):
-                log.exception("websocket connection failed", peer=peer)
+                return
+            try:
+                await self._serve_to_end(stream, peer)
+            except Exception as error:
+                # A fault in serving one connection must not end the others.
+                if not _is_peers(error):
+                    log.exception("websocket connection failed", peer=peer)
+        if not self.crowding.open:
+            self._idle.set()
+
+    async def _serve_to_end(self, stream: trio.abc.Stream, peer: str) -> None:
+        watched = WatchedStream(stream, self._options.stall_timeout, self._bucket(), self._count_pause)
+        try:
+            last_words: bytes | None = None
+            async with trio.open_nursery() as nursery:
+                try:
+                    last_words = await self._serve(watched, nursery, peer)
+                finally:
+                    nursery.cancel_scope.cancel()
+            # Now that nobody reads any more.
+            if last_words is not None:
+                with trio.move_on_after(self._options.close_timeout):
+                    await _part(stream, last_words)
         finally:
-            self._open -= 1
-            if not self._open:
-                self._idle.set()
+            self.stalled += watched.stalled
+            await trio.aclose_forcefully(stream)
 
     def _count_pause(self) -> None:
         self.paused += 1

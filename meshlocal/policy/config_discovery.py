@@ -15,12 +15,26 @@ class ServerLimitsConfig(Section, frozen=True):
     connections: Annotated[
         Count, Meta(description="Connections open at once, of gRPC and of WebSocket each. More are closed at once.")
     ] = 4096
+    client_connections: Annotated[
+        Count | None,
+        Meta(
+            description="Connections open at once from one address (IPv6: from one /64), of gRPC and of WebSocket each;"
+            " null: no matter how many."
+        ),
+    ] = 3072
     watchers: Annotated[Count, Meta(description="Watches under way at once.")] = 8192
     client_watchers: Annotated[
         Count | None,
         Meta(description="Watches under way at once from one address (IPv6: from one /64); null: no matter how many."),
-    ] = None
+    ] = 4096
     subscriptions: Annotated[Count, Meta(description="Services that one watch may follow.")] = 1000
+    client_subscriptions: Annotated[
+        Count | None,
+        Meta(
+            description="Services that all watches from one address (IPv6: from one /64) together may follow; null: no"
+            " matter how many."
+        ),
+    ] = 100_000
     all_subscriptions: Annotated[Count, Meta(description="Services that all watches together may follow.")] = 500_000
     message_size: Annotated[MessageSize, Meta(description="Bytes of one request at most.")] = 1 << 20
     client_calls_per_second: Annotated[

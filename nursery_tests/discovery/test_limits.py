@@ -22,10 +22,11 @@ from meshlocal.app.readiness import Readiness
 from meshlocal.client.watch import DiscoveryWatch, WatchOptions
 from meshlocal.client.websocket_link import Answers
 from meshlocal.discovery.hub import Hub
-from meshlocal.discovery.limits import MAX_CLIENTS, Limited, ServerLimits, client_of
+from meshlocal.discovery.limits import MAX_CLIENTS, Limited, ServerLimits
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import Publisher
 from meshlocal.discovery.websocket import WebSocketOptions, WebSocketServer
+from meshlocal.net.crowding import client_of
 from meshlocal.net.grpc.client import channel_over
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.server import GrpcServer

@@ -161,8 +161,15 @@ class GrpcServer:
         rapid_resets: connections that ended because the client reset calls too fast.
     """
 
-    def __init__(self, handlers: Routes, options: GrpcOptions | None = None, *, max_connections: int = 4096) -> None:
-        self.crowding = Crowding("grpc", max_connections)
+    def __init__(
+        self,
+        handlers: Routes,
+        options: GrpcOptions | None = None,
+        *,
+        max_connections: int = 4096,
+        max_client_connections: int | None = None,
+    ) -> None:
+        self.crowding = Crowding("grpc", max_connections, max_client_connections)
         self.stalled = 0
         self.paused = 0
         self.rapid_resets = 0
@@ -234,20 +241,21 @@ class GrpcServer:
 
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""
-        if not self.crowding.has_room(len(self._connections), peer):
-            await stream.aclose()
-            return
-        connection = _ServerConnection(adapt(stream), self, peer)
-        self._connections.add(connection)
-        try:
-            await connection.run()
-        except Exception:
-            # A fault in serving one connection must not end the others.
-            log.exception("grpc connection failed", peer=peer)
-        finally:
-            self._connections.discard(connection)
-            if not self._connections and self._idle is not None:
-                self._idle.set()
+        with self.crowding.place(peer) as place:
+            if not place:
+                await stream.aclose()
+                return
+            connection = _ServerConnection(adapt(stream), self, peer)
+            self._connections.add(connection)
+            try:
+                await connection.run()
+            except Exception:
+                # A fault in serving one connection must not end the others.
+                log.exception("grpc connection failed", peer=peer)
+            finally:
+                self._connections.discard(connection)
+                if not self._connections and self._idle is not None:
+                    self._idle.set()
 
     async def drain(self) -> None:
         """Stop accepting, tell every client (GOAWAY), and wait until the last call and connection ended.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote_to_bytes
 
-from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode
+from meshlocal.wire.grpc.status import PUSHBACK, GrpcError, Metadata, StatusCode
 
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _NANOSECONDS = {b"H": 3600 * 10**9, b"M": 60 * 10**9, b"S": 10**9, b"m": 10**6, b"u": 10**3, b"n": 1}
@@ -66,7 +66,7 @@ def encode_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[b
     for key, value in metadata:
         if not _KEY.fullmatch(key):
             raise ValueError(f"metadata key {key!r}: only 0-9, a-z, '_', '-' and '.' are allowed")
-        if key in _RESERVED or key.startswith("grpc-"):
+        if key in _RESERVED or (key.startswith("grpc-") and key != PUSHBACK):
             raise ValueError(f"metadata key {key!r} is reserved")
         if key.endswith("-bin"):
             if not isinstance(value, bytes):
@@ -80,7 +80,8 @@ def encode_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[b
 
 
 def decode_metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
-    """The custom metadata among header fields: all but pseudo-headers and those that gRPC or HTTP define.
+    """The custom metadata among header fields: all but pseudo-headers and those that gRPC or HTTP define, and of these
+    the one that tells a client when to come back.
 
     Raises:
         GrpcError: INTERNAL, a `-bin` value is no base64 text.
@@ -88,7 +89,8 @@ def decode_metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
     metadata: list[tuple[str, str | bytes]] = []
     for raw_key, raw_value in headers:
         key = raw_key.decode("ascii", "replace")
-        if key.startswith((":", "grpc-")) or (key in _RESERVED and key != "user-agent"):
+        reserved = key.startswith((":", "grpc-")) or (key in _RESERVED and key != "user-agent")
+        if reserved and key != PUSHBACK:
             continue
         if key.endswith("-bin"):
             metadata.extend((key, _decode_binary(key, part)) for part in raw_value.split(b","))

@@ -9,6 +9,10 @@ Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 """Pairs of a lower-case key and its value: bytes where the key ends in `-bin`, text elsewhere. Keys may repeat."""
 
 
+PUSHBACK = "grpc-retry-pushback-ms"
+"""The metadata in which a server says how many milliseconds it wants to be left alone (gRFC A6)."""
+
+
 class StatusCode(IntEnum):
     """The canonical codes."""
 
