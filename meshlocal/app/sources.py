@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
+
+import msgspec
 
 from meshlocal.discovery.file_source import FileSource
 from meshlocal.discovery.source import Source
@@ -29,10 +31,10 @@ def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mappin
         ConfigError: a cluster is not found, or its kubeconfig cannot be used; the text names the URL.
     """
     problems: list[Problem] = []
-    sources = []
+    sources: list[Source] = []
     for position, url in enumerate(config.sources):
         try:
-            sources.append(_make_source(url, config, rng, environment))
+            sources += _make_sources(url, config, rng, environment)
         except _SourceError as error:
             problems.append(Problem(f"discovery.sources[{position}]", f"{url}: {error}"))
     if problems:
@@ -44,11 +46,19 @@ class _SourceError(Exception):
     """What a URL names cannot be a source."""
 
 
-def _make_source(url: SourceUrl, config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]) -> Source:
+def _make_sources(
+    url: SourceUrl, config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]
+) -> Iterator[Source]:
     zone, cluster = config.zone or "", config.cluster or ""
     if url.kubernetes is None:
-        return FileSource(Path(url.path), zone=zone, cluster=cluster)
-    return _kubernetes_source(url.kubernetes, rng, environment, zone, cluster)
+        yield FileSource(Path(url.path), zone=zone, cluster=cluster)
+        return
+    # One that may not be read holds up its own services, and no others'.
+    for namespace in url.kubernetes.namespaces or (None,):
+        options = url.kubernetes
+        if namespace is not None:
+            options = msgspec.structs.replace(options, namespaces=(namespace,))
+        yield _kubernetes_source(options, rng, environment, zone, cluster)
 
 
 def _kubernetes_source(

@@ -15,9 +15,12 @@ from meshlocal.discovery.kubernetes.credentials import Credentials, CredentialsE
 from meshlocal.discovery.kubernetes.http import HttpError, Origin, Response
 from meshlocal.discovery.kubernetes.kubeconfig import Access, KubeconfigError
 from meshlocal.discovery.kubernetes.objects import UNREADABLE, Status, decode_status
+from meshlocal.net.blocking import Blocking
 
 HEAD_TIMEOUT = 30.0
 """Seconds to connect and to get an answer's head."""
+FILES_TIMEOUT = 30.0
+"""Seconds that reading kubeconfigs may take."""
 MAX_ERROR = 65536
 """Bytes of an error's body."""
 MAX_RETRY_AFTER = 300.0
@@ -55,7 +58,11 @@ class DataError(Exception):
 
 
 class StreamError(Exception):
-    """A watch that fell silent, or ended as soon as it had begun."""
+    """A watch that ended as soon as it had begun."""
+
+
+class SilenceError(Exception):
+    """A watch that fell silent."""
 
 
 FAILURES = (
@@ -66,6 +73,7 @@ FAILURES = (
     ApiError,
     DataError,
     StreamError,
+    SilenceError,
     KubeconfigError,
     CredentialsError,
 )
@@ -116,6 +124,7 @@ class Api:
         self._utc_now = utc_now
         self._user_agent = user_agent
         self._head_timeout = head_timeout
+        self._files = Blocking(limit=FILES_TIMEOUT)
         self._lock = trio.Lock()
         self._known: tuple[Access, Credentials] | None = None
         self._tls: tuple[Secrets, Access, ssl.SSLContext] | None = None
@@ -134,9 +143,10 @@ class Api:
         for last_try in (False, True):
             error: ApiError | None = None
             async with AsyncExitStack() as stack:
+                # A plugin has a time of its own, which is longer; files have theirs.
+                known = await self._find_once()
+                origin, headers, prefix = await self._prepare(*known, accept)
                 with trio.fail_after(self._head_timeout):
-                    known = await self._find_once()
-                    origin, headers, prefix = await self._prepare(*known, accept)
                     target = f"{prefix}{path}?{urlencode(query)}" if query else prefix + path
                     response = await stack.enter_async_context(http.get(origin, target, headers))
                     if response.status != 200:
@@ -154,7 +164,7 @@ class Api:
         # Several watches start at once, and are refused at once; a plugin runs for the first of them only.
         async with self._lock:
             if self._known is None:
-                access = await trio.to_thread.run_sync(self._find, abandon_on_cancel=True)
+                access = await self._files.run(self._find)
                 self._known = access, Credentials(access, self._utc_now)
             return self._known
 

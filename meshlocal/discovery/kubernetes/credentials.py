@@ -20,6 +20,7 @@ import trio
 
 from meshlocal.discovery.kubernetes.kubeconfig import Access, Content, ExecPlugin
 from meshlocal.discovery.kubernetes.objects import encode
+from meshlocal.net.blocking import Blocking
 
 PLUGIN_TIMEOUT = 60.0
 """Seconds for a plugin to answer."""
@@ -72,6 +73,7 @@ class Credentials:
     def __init__(self, access: Access, utc_now: UtcNow) -> None:
         self._access = access
         self._utc_now = utc_now
+        self._files = Blocking()
         self._lock = trio.Lock()
         self._status: _ExecStatus | None = None
 
@@ -82,9 +84,8 @@ class Credentials:
             CredentialsError: a file cannot be read, or the plugin failed.
         """
         access = self._access
-        authority, token, certificate, key = await trio.to_thread.run_sync(
-            lambda: [_load(each) for each in (access.authority, access.token, access.certificate, access.key)],
-            abandon_on_cancel=True,
+        authority, token, certificate, key = await self._files.run(
+            lambda: [_load(each) for each in (access.authority, access.token, access.certificate, access.key)]
         )
         secrets = Secrets(authority, _token(token, access.token), certificate, key)
         if access.plugin is not None and not secrets.token and not secrets.certificate:

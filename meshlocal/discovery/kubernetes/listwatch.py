@@ -6,13 +6,17 @@ the version to resume from.
 
     what happens                          what follows
     the server ends the watch             watch again from the last version, at once
-    the stream is cut, or falls silent    likewise, with backoff; half a line is thrown away: it will come again
-    429                                   likewise, not before Retry-After
-    the server is away, or answers 5xx    likewise
-    410: the version is too old           list again
+    the stream is cut                     likewise, with backoff; half a line is thrown away: it will come again
+    the stream falls silent               list again: a server whose etcd was restored accepts a watch from a version
+                                          that it has not reached, and says nothing
+    429                                   watch again, not before Retry-After
+    the server is away, or answers 5xx    likewise, with backoff
+    410: the version is too old           list again; at once, but not twice in a row
     any refusal a second time in a row    list again: the version may be one that this server never had
     a line that cannot be read            list again: nobody knows what it was
     a page's continue token is too old    list again from the first page; the second time, all in one page
+    404, twice in a row                   the resource is no longer served: `run` ends, for its source to choose anew
+    nothing, for `relist` seconds         list again, once the watch ends: whatever was lost on the way is found then
 
 A list never shows as an outage: its objects are put beside those that are held, and what it did not name is removed
 at its end, in one step. The version is opaque and never compared.
@@ -27,7 +31,15 @@ from typing import Literal, Protocol
 import msgspec
 import trio
 
-from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError, DataError, StreamError, describe_failure
+from meshlocal.discovery.kubernetes.api import (
+    FAILURES,
+    Api,
+    ApiError,
+    DataError,
+    SilenceError,
+    StreamError,
+    describe_failure,
+)
 from meshlocal.discovery.kubernetes.http import Response
 from meshlocal.discovery.kubernetes.objects import (
     UNREADABLE,
@@ -38,7 +50,9 @@ from meshlocal.discovery.kubernetes.objects import (
     decode_status,
 )
 from meshlocal.net.log import get_log
+from meshlocal.net.slices import in_slices
 from meshlocal.policy.backoff import Backoff, UniformSource
+from meshlocal.policy.steps import Steps
 
 _log = get_log(__name__)
 
@@ -55,7 +69,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_page: the longest page; a page of all objects may be as long too.
         watch_shortest: the least time after which the server is asked to end a watch; drawn up to twice that, so that
             a fleet's watches do not all end at once.
-        silence: the longest time without a byte of a watch. Servers send a bookmark about once a minute.
+        silence: the longest time without a byte of a watch. Servers send a bookmark about once a minute; to one that
+            does not, twice as much time is given each time, up to `silence_longest`.
+        silence_longest: the most of it.
+        relist: after which all of it is listed again; up to half as much again by chance.
         max_line: the longest event. Kubernetes keeps no object of more than 3 MiB by default.
         steady: a watch that lasted this long, or got further than its version, ends the backoff.
         backoff_initial: before the first retry, before jitter.
@@ -66,7 +83,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     page_timeout: float = 60.0
     max_page: int = 256 * 1024 * 1024
     watch_shortest: float = 240.0
-    silence: float = 150.0
+    silence: float = 75.0
+    silence_longest: float = 600.0
+    relist: float = 3600.0
     max_line: int = 16 * 1024 * 1024
     steady: float = 5.0
     backoff_initial: float = 0.5
@@ -74,6 +93,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DEFAULT_LIMITS = Limits()
+
+FORBIDDEN_PAUSE = 5.0
+"""Seconds between two tries at most while the server says that the right to is missing."""
 
 
 class Resource(msgspec.Struct, frozen=True):
@@ -103,15 +125,16 @@ class Store(Protocol):
     """Where the objects go. Nothing of it blocks."""
 
     def begin(self) -> None:
-        """A list begins. Another may have begun, and not come to its end."""
+        """A list begins. Another may have begun, and not come to its end: nothing of that one counts."""
         ...
 
     def listed(self, item: msgspec.Raw) -> None:
         """An object of the list."""
         ...
 
-    def commit(self) -> None:
-        """The list is complete: what it did not name is gone. Publish what changed."""
+    def commit(self) -> Steps[None]:
+        """The list is complete: it takes the place of what is held, and what it did not name is gone. Publish what
+        changed. In steps, between which nothing of it may be published."""
         ...
 
     def changed(self, change: Change, item: msgspec.Raw) -> str:
@@ -163,7 +186,10 @@ class ListWatch:
         self._version: str | None = None
         self._retry = Retry(resource.kind, rng, report, limits)
         self._refusals = 0
-        self._listed = -math.inf
+        self._missing = 0
+        self._expired = False
+        self._silence = limits.silence
+        self._list_again = math.inf
         self.lists = 0
         self.events = 0
         self.heard: float | None = None
@@ -184,30 +210,46 @@ class ListWatch:
             try:
                 if self._version is None:
                     self._version = await self._list()
-                    self._listed = trio.current_time()
+                    relist = self._limits.relist * self._rng.uniform(1.0, 1.5)
+                    self._list_again = trio.current_time() + relist
+                    self._missing = 0
                     self.lists += 1
                     if self.lists == 1:
                         task_status.started()
                 await self._watch()
+                if trio.current_time() >= self._list_again:
+                    self._version = None
             except FAILURES as error:
                 await self._failed(error)
 
     async def _failed(self, error: Exception) -> None:
-        expired = isinstance(error, ApiError) and error.status == 410
-        if isinstance(error, ApiError) and error.status not in (401, 403, 429):
+        """Decide how to go on after a failure, and wait before that if it has to be.
+
+        Raises:
+            ApiError: the server serves no such resource any more.
+        """
+        status = error.status if isinstance(error, ApiError) else 0
+        self._missing = self._missing + 1 if status == 404 else 0
+        if self._missing > 1 and self.lists:
+            raise error
+        if status and status not in (401, 403, 429):
             self._refusals += 1
-        if expired or isinstance(error, DataError) or self._refusals > 1:
+        expired = status == 410
+        if expired or isinstance(error, DataError | SilenceError) or self._refusals > 1:
             self._version = None
-        if expired and self._retry.calm and trio.current_time() - self._listed >= self._limits.steady:
-            # The ordinary fate of a watch that was away for long: no failure of anybody's.
+        at_once = (expired and not self._expired) or isinstance(error, SilenceError)
+        self._expired = expired
+        if at_once:
+            # A version lives for some minutes, an outage may be longer, and some servers send no bookmarks: that is no
+            # failure of anybody's. If the list fails, that is one.
             _log.info("listing again", resource=self._resource.kind, reason=str(error))
-            self._retry.alarm()
             return
         await self._retry.wait(error)
 
     def _progress(self) -> None:
         """The watch works."""
         self._refusals = 0
+        self._expired = False
         self._retry.reset()
 
     # List
@@ -218,7 +260,7 @@ class ListWatch:
             self._store.begin()
             version = await self._list_once(self._limits.page if pages else 0)
             if version is not None:
-                self._store.commit()
+                await in_slices(self._store.commit())
                 self._report(None)
                 return version
         raise DataError("a list in one page was refused as too old")
@@ -265,7 +307,8 @@ class ListWatch:
         """Watch from the version that is held, until the server ends it.
 
         Raises:
-            StreamError: it ended as soon as it had begun, or fell silent.
+            StreamError: it ended as soon as it had begun.
+        SilenceError: it fell silent.
             DataError: a line of it cannot be read.
         """
         limits = self._limits
@@ -296,10 +339,11 @@ class ListWatch:
         pending = bytearray()
         start = self._version
         while True:
-            with trio.move_on_after(self._limits.silence) as silence:
+            with trio.move_on_after(self._silence) as silence:
                 piece = await response.receive()
             if silence.cancelled_caught:
-                raise StreamError(f"the watch was silent for {self._limits.silence:g} s")
+                lasted, self._silence = self._silence, min(2 * self._silence, self._limits.silence_longest)
+                raise SilenceError(f"the watch was silent for {lasted:g} s")
             if not piece:
                 # What has no line end yet is no event. It comes again, whole.
                 return self._version != start
@@ -324,6 +368,7 @@ class ListWatch:
             if event.type == "ERROR":
                 raise ApiError.from_status(decode_status(event.object))
             if event.type == "BOOKMARK":
+                self._silence = self._limits.silence
                 version = decode_bookmark(event.object).metadata.resource_version
             elif (change := _CHANGES.get(event.type)) is not None:
                 version = self._store.changed(change, event.object)
@@ -353,21 +398,14 @@ class Retry:
         self._report = report
         self._backoff = Backoff(limits.backoff_initial, limits.backoff_max, rng)
         self._calm = True
+        self._told = ""
         self.failures = 0
-
-    @property
-    def calm(self) -> bool:
-        """Nothing went wrong since the last reset."""
-        return self._calm
-
-    def alarm(self) -> None:
-        """Something went wrong, though there is nothing to wait for."""
-        self._calm = False
 
     def reset(self) -> None:
         """It works."""
         if not self._calm:
             self._calm = True
+            self._told = ""
             self._backoff.reset()
 
     async def wait(self, error: Exception) -> None:
@@ -376,10 +414,16 @@ class Retry:
         self.failures += 1
         delay = self._backoff.next()
         if isinstance(error, ApiError):
+            if error.status in (401, 403):
+                # Somebody has to grant a right, and expects it to be seen then.
+                delay = min(delay, FORBIDDEN_PAUSE)
             delay = max(delay, error.retry_after)
         problem = f"{self._kind}: {describe_failure(error)}"
         self._report(problem)
-        _log.warning("kubernetes cannot be followed", problem=problem, retry_in=round(delay, 3))
+        if problem != self._told:
+            # Once, not once a try: an outage may last for days, and what a server refuses for ever.
+            self._told = problem
+            _log.warning("kubernetes cannot be followed", problem=problem, retry_in=round(delay, 3))
         await trio.sleep(delay)
 
 

@@ -266,7 +266,7 @@ class _PartMapper:
 
     def _tcp_ports(self, at: str, group: Group) -> list[tuple[int, str]]:
         ports: list[tuple[int, str]] = []
-        addresses = sum(len(endpoint.addresses) for endpoint in group.endpoints)
+        addresses = sum(bool(endpoint.addresses) for endpoint in group.endpoints)
         for index, port in enumerate(group.ports):
             protocol = port.protocol or "TCP"
             if protocol not in _PROTOCOLS:
@@ -284,9 +284,9 @@ class _PartMapper:
     def _map_endpoint(self, at: str, endpoint: Endpoint, ports: list[tuple[int, str]], family: str) -> list[Instance]:
         labels = self._endpoint_labels(endpoint)
         conditions = _conditions(endpoint.conditions)
-        instances = []
-        for index, address in enumerate(endpoint.addresses):
-            where = f"{at}.addresses[{index}]"
+        instances: list[Instance] = []
+        # An endpoint is one pod: what further addresses would mean is not defined, and kube-proxy passes them over.
+        for address in endpoint.addresses[:1]:
             try:
                 for port, name in ports:
                     instance = make_instance(address, port, name, labels, conditions)
@@ -294,7 +294,7 @@ class _PartMapper:
                         raise ModelError("address", f"{address!r} in a slice of {family} addresses")
                     instances.append(instance)
             except ModelError as error:
-                self.refuse(f"{where}: {error.what}")
+                self.refuse(f"{at}.addresses[0]: {error.what}")
         return instances
 
     def _endpoint_labels(self, endpoint: Endpoint) -> dict[str, str]:

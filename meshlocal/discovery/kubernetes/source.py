@@ -11,7 +11,8 @@ change of an object publishes its service, and nothing but a change does: not an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -35,15 +36,25 @@ from meshlocal.discovery.source import FollowedResource, Publisher, SourceDetail
 from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.model import ServiceKey
 
 _log = get_log(__name__)
 
 NODES_WAIT = 5.0
 """Seconds that the first publication waits for the nodes' labels."""
+NODES_LOOK = 30.0
+"""Seconds between two looks at whether nodes may be read by now; up to half as much again by chance."""
+
+SLICES_LOOK = 3600.0
+"""The same, at whether an API server that had no slices has some by now."""
 _SLICES = ("/apis/discovery.k8s.io/v1", "endpointslices")
 _ENDPOINTS = ("/api/v1", "endpoints")
 _NODES = ("/api/v1", "nodes")
 Kind = Literal["endpointslices", "endpoints"]
+
+
+class SlicesFoundError(Exception):
+    """The API server has what it did not have when the source began."""
 
 
 class KubernetesSource:
@@ -84,6 +95,11 @@ class KubernetesSource:
         """`kubernetes:` and its options."""
         return f"kubernetes:{self._options}"
 
+    def may_know(self, service: ServiceKey) -> bool:
+        """See `PartialSource.may_know`: services are named by their namespace."""
+        namespaces = self._options.namespaces
+        return not namespaces or service.partition(".")[2] in namespaces
+
     def details(self) -> SourceDetails:
         """See `DetailedSource.details`."""
         if self._run is None:
@@ -109,6 +125,8 @@ class KubernetesSource:
         self.kind = await self._choose(problems)
         run = self._run = _Run(publisher, self._defaults, problems)
         async with trio.open_nursery() as nursery:
+            if self.kind == "endpoints":
+                nursery.start_soon(self._await_slices)
             nodes_known = trio.Event()
             if self._options.nodes:
                 nursery.start_soon(self._follow_nodes, run, nodes_known)
@@ -124,6 +142,21 @@ class KubernetesSource:
             problems.tell()
             counts = {name: count for name, count in run.table.left_out._asdict().items() if count}
             _log.info("kubernetes followed", kind=self.kind, objects=run.table.objects, left_out=counts)
+
+    async def _await_slices(self) -> None:
+        """Look from time to time whether the API server has slices by now, as after an upgrade.
+
+        Raises:
+            SlicesFoundError: it has, so that the source is to begin anew, with these.
+        """
+        while True:
+            await trio.sleep(SLICES_LOOK * self._rng.uniform(1.0, 1.5))
+            try:
+                found = await self._has(*_SLICES, (self._options.namespaces or ("",))[0])
+            except FAILURES:
+                continue
+            if found:
+                raise SlicesFoundError("the API server has EndpointSlices now")
 
     async def _choose(self, problems: _Problems) -> Kind:
         """Which resource the API server has. It is asked until it answers one way or the other."""
@@ -162,7 +195,7 @@ class KubernetesSource:
         name = f"{kind} in {namespace}" if namespace else kind
         path = collection(prefix, resource, namespace)
         make: Callable[..., AnyStore] = slice_store if kind == "endpointslices" else endpoints_store
-        store = make(run.table, run.publish, run.warn_once)
+        store = make(run.table, run.publish, run.warn_once, run.hold)
         return self._add(run, Resource(path, name, self._options.selector), store)
 
     def _add(self, run: _Run, resource: Resource, store: AnyStore) -> ListWatch:
@@ -181,17 +214,20 @@ class KubernetesSource:
                     break
             except ApiError as error:
                 if error.status in (403, 404):
-                    _log.info(
-                        "nodes are not read: zone comes from the slices alone, region is unknown", reason=str(error)
-                    )
-                    known.set()
-                    return
+                    if not known.is_set():
+                        _log.info(
+                            "nodes are not read: zone comes from the slices alone, region is unknown", reason=str(error)
+                        )
+                        known.set()
+                    # The right may be granted later.
+                    await trio.sleep(NODES_LOOK * self._rng.uniform(1.0, 1.5))
+                    continue
                 await retry.wait(error)
             except FAILURES as error:
                 await retry.wait(error)
         run.problems.of("nodes")(None)
         resource = Resource(path, "nodes", metadata_only=True)
-        watch = self._add(run, resource, node_store(run.table, run.publish))
+        watch = self._add(run, resource, node_store(run.table, run.publish, run.hold))
         async with trio.open_nursery() as nursery:
             await nursery.start(watch.run)
             known.set()
@@ -256,15 +292,25 @@ class _Run:
         self.watches: list[tuple[ListWatch, AnyStore]] = []
         self._publisher = publisher
         self._published = False
+        self._held = 0
         self._warned: set[str] = set()
 
     def publish_all(self) -> None:
         self._published = True
         self._publisher.replace(self.table.take_all())
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Publish nothing while this is entered: what is put belongs together."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
     def publish(self) -> None:
-        """Publish the services that changed, once the whole was."""
-        if self._published:
+        """Publish the services that changed, once the whole was, and nothing is half put."""
+        if self._published and not self._held:
             for service, instances in self.table.take().items():
                 self._publisher.update(service, instances)
 

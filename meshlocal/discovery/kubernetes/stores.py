@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
@@ -23,7 +24,9 @@ from meshlocal.discovery.kubernetes.objects import (
 )
 from meshlocal.discovery.kubernetes.table import EndpointTable
 from meshlocal.net.log import get_log
+from meshlocal.net.slices import pieces
 from meshlocal.policy.model import ModelError
+from meshlocal.policy.steps import Steps
 
 _log = get_log(__name__)
 
@@ -54,6 +57,7 @@ class ObjectStore(Generic[_T]):
         put: takes what was read.
         remove: takes the key of an object that is gone.
         publish: called when everything that came is put.
+        hold: while what it gives is entered, nobody publishes: what is put belongs together.
     """
 
     def __init__(
@@ -63,12 +67,16 @@ class ObjectStore(Generic[_T]):
         put: Callable[[_T], None],
         remove: Callable[[ObjectKey], None],
         publish: Callable[[], None],
+        hold: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._kind = kind
         self._decode = decode
         self._put = put
         self._remove = remove
         self._publish = publish
+        self._hold = hold
+        self._staged: list[tuple[ObjectKey, _T]] = []
+        """What a list has named so far: nothing of it is held before all of it has come (D8)."""
         self._held: set[ObjectKey] = set()
         self._listed: set[ObjectKey] = set()
         self._unreadable: dict[ObjectKey, str] = {}
@@ -81,22 +89,33 @@ class ObjectStore(Generic[_T]):
     def begin(self) -> None:
         """See `Store.begin`."""
         self._listed = set()
+        self._staged = []
 
     def listed(self, item: msgspec.Raw) -> None:
         """See `Store.listed`."""
         try:
-            key, _ = self._take(item)
+            key, found = self._read(item)
         except DataError as error:
             # Nobody knows whose it is. What is held of it will go at the end of the list.
             _log.error("kubernetes object refused", kind=self._kind, problem=str(error))
             return
         self._listed.add(key)
+        if found is not None:
+            self._staged.append((key, found))
 
-    def commit(self) -> None:
+    def commit(self) -> Steps[None]:
         """See `Store.commit`."""
-        for key in sorted((self._held | self._unreadable.keys()) - self._listed):
-            self._drop(key)
-        self._listed = set()
+        staged, self._staged = self._staged, []
+        with self._hold():
+            for piece in pieces(staged):
+                for key, found in piece:
+                    self._take(key, found)
+                yield
+            for gone in pieces(sorted((self._held | self._unreadable.keys()) - self._listed)):
+                for key in gone:
+                    self._drop(key)
+                yield
+            self._listed = set()
         self._publish()
 
     def changed(self, change: Change, item: msgspec.Raw) -> str:
@@ -105,7 +124,11 @@ class ObjectStore(Generic[_T]):
             identity = self._identify(item)
             self._drop(ObjectKey(identity.namespace, identity.name))
             return identity.resource_version
-        return self._take(item)[1]
+        key, found = self._read(item)
+        if found is None:
+            return self._identify(item).resource_version
+        self._take(key, found)
+        return found.metadata.resource_version
 
     def flush(self) -> None:
         """See `Store.flush`."""
@@ -117,20 +140,29 @@ class ObjectStore(Generic[_T]):
             self._held.remove(key)
             self._remove(key)
 
-    def _take(self, item: msgspec.Raw) -> tuple[ObjectKey, str]:
+    def _read(self, item: msgspec.Raw) -> tuple[ObjectKey, _T | None]:
+        """An object and its key; no object, and it is reported, if it cannot be read.
+
+        Raises:
+            DataError: nor does it say what it is.
+        """
         try:
             found = self._decode(item)
-            meta = found.metadata
-            key = ObjectKey(meta.namespace, meta.name)
-            self._put(found)
         except (*UNREADABLE, ModelError) as error:
             meta = self._identify(item)
             key = ObjectKey(meta.namespace, meta.name)
             self._refuse(key, str(error))
-            return key, meta.resource_version
+            return key, None
+        return ObjectKey(found.metadata.namespace, found.metadata.name), found
+
+    def _take(self, key: ObjectKey, found: _T) -> None:
+        try:
+            self._put(found)
+        except ModelError as error:
+            self._refuse(key, str(error))
+            return
         self._unreadable.pop(key, None)
         self._held.add(key)
-        return key, meta.resource_version
 
     def _identify(self, item: msgspec.Raw) -> Identity:
         try:
@@ -172,15 +204,22 @@ class _PartPutter:
             self._warn_once("an Endpoints object holds only some of its service's addresses", part.key)
 
 
-def slice_store(table: EndpointTable, publish: Callable[[], None], warn_once: WarnOnce) -> ObjectStore[EndpointSlice]:
+Hold: TypeAlias = "Callable[[], AbstractContextManager[None]]"
+
+
+def slice_store(
+    table: EndpointTable, publish: Callable[[], None], warn_once: WarnOnce, hold: Hold = nullcontext
+) -> ObjectStore[EndpointSlice]:
     """The store of EndpointSlices."""
     putter = _PartPutter("EndpointSlice", table, warn_once)
     return ObjectStore(
-        "EndpointSlice", decode_slice, lambda item: putter.put(part_of_slice(item)), table.remove, publish
+        "EndpointSlice", decode_slice, lambda item: putter.put(part_of_slice(item)), table.remove, publish, hold
     )
 
 
-def endpoints_store(table: EndpointTable, publish: Callable[[], None], warn_once: WarnOnce) -> ObjectStore[Endpoints]:
+def endpoints_store(
+    table: EndpointTable, publish: Callable[[], None], warn_once: WarnOnce, hold: Hold = nullcontext
+) -> ObjectStore[Endpoints]:
     """The store of v1 Endpoints."""
     putter = _PartPutter("Endpoints", table, warn_once)
 
@@ -191,10 +230,10 @@ def endpoints_store(table: EndpointTable, publish: Callable[[], None], warn_once
         else:
             putter.put(part)
 
-    return ObjectStore("Endpoints", decode_endpoints, put, table.remove, publish)
+    return ObjectStore("Endpoints", decode_endpoints, put, table.remove, publish, hold)
 
 
-def node_store(table: EndpointTable, publish: Callable[[], None]) -> ObjectStore[Node]:
+def node_store(table: EndpointTable, publish: Callable[[], None], hold: Hold = nullcontext) -> ObjectStore[Node]:
     """The store of Nodes, of which only the topology counts."""
     return ObjectStore(
         "Node",
@@ -202,4 +241,5 @@ def node_store(table: EndpointTable, publish: Callable[[], None]) -> ObjectStore
         lambda item: table.set_node(item.metadata.name, item.metadata.labels),
         lambda key: table.set_node(key.name, None),
         publish,
+        hold,
     )

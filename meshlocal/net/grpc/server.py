@@ -119,7 +119,7 @@ class _ServerConnection(Connection):
 
     def on_reset(self, stream_id: int) -> None:
         # A client that gives up its calls as fast as it makes them costs the others their time (CVE-2023-44487).
-        if not self._resets.take(anyio.current_time()):
+        if self.closed_reason is None and not self._resets.take(anyio.current_time()):
             log.warning("grpc client resets too many calls, and is cut off", peer=self._peer)
             self._server.rapid_resets += 1
             self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, ErrorCodes.ENHANCE_YOUR_CALM)

@@ -260,6 +260,8 @@ class ApiServer:
 
     def _take_fault(self, request):
         for fault in self.faults:
+            if fault.get("page", "any") != "any" and bool(request.query.get("continue")) != (fault["page"] == "later"):
+                continue
             if all(fault.get(name, mine) == mine for name, mine in vars(request).items() if name in _SELECTS):
                 self.faults.remove(fault)
                 return fault

@@ -19,7 +19,7 @@ def meaning(slices, nodes=None):
             continue
         instances = found.setdefault(name, {})
         for endpoint in item.get("endpoints") or []:
-            for address in endpoint["addresses"]:
+            for address in endpoint["addresses"][:1]:
                 for port in item.get("ports") or []:
                     if item["addressType"] == "FQDN" or not _usable(address, item["addressType"], port):
                         continue

@@ -111,6 +111,7 @@ class Store:
 
     def commit(self):
         self.held = {name: rv for name, rv in self.held.items() if name in self.listing}
+        yield
         self.published.append(sorted(self.held))
 
     def changed(self, change, item):
@@ -222,16 +223,64 @@ async def test_a_stream_cut_in_a_line(at, autojump_clock):
     assert found.reports[3] is None
 
 
-async def test_a_silent_stream_is_given_up(autojump_clock):
-    """A watch without a byte for the deadline is closed and made again; any byte counts, whole line or not."""
+async def test_a_silent_stream_lists_again(autojump_clock):
+    """A watch without a byte for the deadline is closed; any byte counts, whole line or not.
+
+    The server may have been restored to an earlier state: then it accepts the version, and would be silent for ever.
+    """
     found = await follow(
-        page("7"),
+        page("7", "ghost"),
         Body(b" ", b" ", bookmark("8"), end="silence", delay=40),
+        page("3", "a"),
+        Body(event("ADDED", "b", "4"), end="silence"),
     )
-    # 3 pieces in 120 s, 50 s of silence, 1 s of backoff.
-    assert found.api.pauses == [0, 171]
-    assert found.api.versions[-1] == "8"
-    assert "things: the watch was silent for 50 s" in found.reports
+    # 3 pieces in 120 s, and 50 s of silence.
+    assert found.api.pauses[:3] == [0, 170, 0]
+    assert found.api.versions[:4] == ["-", "7", "-", "3"]
+    assert found.store.published[0] == ["ghost"]
+    assert found.store.published[-1] == ["a", "b"]
+    assert set(found.reports) == {None}
+
+
+async def test_a_server_that_sends_no_bookmarks_is_not_listed_without_end(autojump_clock):
+    """Nor called unhealthy each time: where nothing happens, nothing comes. One that sends some is watched closely."""
+    quiet = [answer for _ in range(6) for answer in (page("7"), Body(end="silence"))]
+    found = await follow(*quiet, page("7"), Body(bookmark("8"), end="silence"), page("9"), Body(end="silence"))
+    assert [pause for pause in found.api.pauses if pause] == [50, 100, 200, 400, 600, 600, 50, 100]
+    assert set(found.reports) == {None}
+
+
+async def test_all_is_listed_again_once_in_a_while(autojump_clock):
+    """Whatever was lost on the way is found then; at the end of a watch, so that none is cut."""
+    # Each lasts for 80 s, so that the 47th is the first to end after half as much again as the limit.
+    ends = [Body(bookmark(str(100 + number)), delay=40) for number in range(94)]
+    script = [page("1"), *ends[:47], page("2"), *ends[47:], page("3"), Body(end="silence")]
+    found = await follow(*script, limits=msgspec.structs.replace(LIMITS, relist=2500))
+    assert [at for at, kind, _ in found.api.asked if kind == "list"][:3] == [0, 3760, 7520]
+    assert found.watch.failures == 0
+
+
+async def test_a_resource_that_is_no_longer_served_ends_it(autojump_clock):
+    """Its source chooses anew then."""
+    api, store = Api(page("7", "a"), ApiError(404, "no such thing"), ApiError(404, "no such thing")), Store()
+    api.start = trio.current_time()
+    watch = ListWatch(api, Resource(PATH, "things"), store, Half(), lambda problem: None, LIMITS)
+    with pytest.raises(ApiError, match="no such thing"):
+        await watch.run()
+    assert store.published == [["a"]]
+
+
+async def test_a_right_that_is_granted_is_seen_soon(autojump_clock):
+    """However long it was missing."""
+    found = await follow(*[ApiError(403, "forbidden")] * 100, page("7", "a"), Body(end="silence"))
+    assert max(found.api.pauses[:100]) == 5
+    assert found.store.published[0] == ["a"]
+
+
+async def test_what_is_wrong_for_long_is_logged_once(autojump_clock, caplog):
+    """A selector that the server refuses, for one."""
+    await follow(*[ApiError(400, "unable to parse selector")] * 50, page("7"), Body(end="silence"))
+    assert caplog.text.count("unable to parse selector") == 1
 
 
 async def test_an_expired_version_lists_again_at_once(autojump_clock):
@@ -261,7 +310,7 @@ async def test_versions_that_expire_at_once_are_not_asked_without_end(autojump_c
     """A server whose every list is too old for a watch is asked less and less often."""
     script = [answer for version in range(5) for answer in (page(str(version)), Body(error(410)))]
     found = await follow(*script)
-    assert [pause for pause in found.api.pauses if pause] == [1, 2, 4, 8, 16]
+    assert [pause for pause in found.api.pauses if pause] == [1, 2, 4, 8]
 
 
 async def test_retry_after_is_kept(autojump_clock):

@@ -12,6 +12,8 @@ import trio
 
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.kubernetes.kubeconfig import Content
+from meshlocal.discovery.kubernetes.source import KubernetesSource, SlicesFoundError
+from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 SERVICE = "kubernetes.io/service-name"
 ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
@@ -416,3 +418,84 @@ async def test_cancellation(kube, moment):
         assert scope.cancelled_caught
         await kube.until(lambda: server.open == 0)
         assert server.watching == 0
+
+
+async def test_a_list_that_is_half_done_publishes_nothing(kube):
+    """D3, D8: after 410 the second page fails for a while; an event of another resource publishes only what it says."""
+
+    def setup(server):
+        slices = server.collections[kube.slices]
+        slices.put("ADDED", part("a-1", "10.0.0.1 n1", service="a"))
+        slices.put("ADDED", part("z-1", "10.0.0.9 n1", service="z"))
+        server.collections[kube.nodes].put("ADDED", node("n1", zone="z1"))
+
+    limits = msgspec.structs.replace(kube.fast, page=1)
+    seen = []
+    async with kube.serving(setup) as server, kube.following(server, limits=limits) as (_, publications):
+        update = publications.update
+        publications.update = lambda service, instances: (
+            seen.append((service, sorted(key.address for key in instances or ()))),
+            update(service, instances),
+        )
+        await server.until(lambda: server.watching == 2)
+        slices = server.collections[kube.slices]
+        server.faults += [{"status": 503, "kind": "list", "collection": kube.slices, "page": "later"}] * 10
+        server.refuse = True
+        await server.cut()
+        # The service moves from one slice to another while the server is away: the first page has the empty one.
+        slices.put("MODIFIED", part("a-1", service="a"))
+        slices.put("ADDED", part("y-1", "10.0.0.2 n1", service="a"))
+        slices.compact()
+        server.refuse = False
+        server.wake()
+        await server.until(lambda: len(server.faults) < 8)
+        server.put(kube.nodes, "MODIFIED", node("n1", zone="z2"))
+        await publications.until(lambda: labels(publications, "10.0.0.9", "z.shop")["zone"] == "z2")
+        assert ("a.shop", []) not in seen
+        await publications.until(lambda: addresses(publications)["a.shop"] == ["10.0.0.2"])
+    assert ("a.shop", []) not in seen
+    assert ("a.shop", ["10.0.0.1", "10.0.0.2"]) not in seen
+
+
+async def test_the_right_to_read_nodes_may_come_later(kube, monkeypatch):
+    """Granted while it runs, it is used: no restart."""
+    monkeypatch.setattr("meshlocal.discovery.kubernetes.source.NODES_LOOK", 0.01)
+
+    def setup(server):
+        three(server)
+        server.collections[kube.nodes].put("ADDED", node("n1", zone="z1"))
+        server.forbidden = {kube.nodes}
+
+    async with kube.serving(setup) as server, kube.following(server) as (_, publications):
+        assert labels(publications, "10.0.0.1") == {"node": "n1"}
+        server.forbidden = set()
+        await publications.until(lambda: labels(publications, "10.0.0.1") == {"node": "n1", "zone": "z1"})
+
+
+async def test_slices_that_come_later_are_chosen(kube, monkeypatch):
+    """An upgraded API server: the source begins anew, with them."""
+    monkeypatch.setattr("meshlocal.discovery.kubernetes.source.SLICES_LOOK", 0.01)
+
+    def setup(server):
+        three(server)
+        server.absent = {kube.slices}
+
+    async def until_it_begins_anew(server):
+        async with kube.following(server, in_sync=False) as (source, publications):
+            await publications.until(lambda: publications.calls)
+            assert source.kind == "endpoints"
+            server.absent = set()
+            await trio.sleep(20)
+
+    async with kube.serving(setup) as server:
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await until_it_begins_anew(server)
+        assert raised.group_contains(SlicesFoundError)
+
+
+def test_a_source_of_namespaces_knows_what_it_cannot_know():
+    """D8: other sources' services need not wait for it."""
+    source = KubernetesSource(None, KubernetesOptions(namespaces=("shop",)), Random(0))
+    assert [source.may_know(name) for name in ("b.shop", "b.play", "b", "b.shop.x")] == [True, False, False, False]
+    everything = KubernetesSource(None, KubernetesOptions(), Random(0))
+    assert everything.may_know("b.play")
