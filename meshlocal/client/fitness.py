@@ -17,11 +17,13 @@ from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.feedback import Feedback
 from meshlocal.policy.health import Cause, Health, Place
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+from meshlocal.policy.retry import Failure, Verdict, verdict
 
 _log = get_log(__name__)
 
-OWN_FAULTS = frozenset({"no_descriptors", "no_ports", "no_memory"})
-"""Failures to connect that say nothing about the instance: this host has run out of something."""
+OWN_FAULTS = frozenset({"no_descriptors", "no_ports", "no_memory", "pool_timeout", "limit_waiting"})
+"""Failures to connect that say nothing about the instance: this host has run out of something, or this caller has as
+many connections as it allowed itself."""
 
 
 class Fitness:
@@ -107,6 +109,24 @@ class Fitness:
         if self.feedback.failed(now) and self.on_failing is not None:
             _log.warning("every attempt fails; asking discovery again", service=self._service, problem=error)
             self.on_failing(self._service)
+
+    def judge(self, instance: Instance, failure: Failure, word: str, began: float) -> None:
+        """A request's attempt failed on it.
+
+        Args:
+            instance: which.
+            failure: how.
+            word: the same, as the system has it.
+            began: as in `connected`.
+        """
+        told = verdict(failure)
+        if told is Verdict.FAILS:
+            cause = Cause.CONNECT if failure is Failure.CONNECT else Cause.RESET
+            self.failed(instance, word, cause, began)
+        elif told is Verdict.WORKS:
+            self.worked(instance, began)
+        else:
+            self.abandoned(instance)
 
     def abandoned(self, instance: Instance) -> None:
         """A request left it before there was a verdict: its client left, or its deadline came."""

@@ -22,7 +22,8 @@ from typing import NamedTuple
 from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Reason
 
-_SHOWN = 4
+_SHOWN = 3
+"""Attempts that a message names at each end of a long row: the first are the nearest, the last the final word."""
 
 
 class Attempt(NamedTuple):
@@ -115,8 +116,8 @@ class LimitedError(ServiceError):
 
 
 def tried(attempts: Sequence[Attempt]) -> str:
-    """The attempts in a few words, the last ones if there are many."""
-    shown = [str(each) for each in attempts[-_SHOWN:]]
-    if len(attempts) > _SHOWN:
-        shown.insert(0, "…")
+    """The attempts in a few words: of many the first, which are the nearest ones, and the last."""
+    shown = [str(each) for each in attempts]
+    if len(shown) > 2 * _SHOWN:
+        shown[_SHOWN:-_SHOWN] = [f"… {len(shown) - 2 * _SHOWN} more …"]
     return ", ".join(shown)

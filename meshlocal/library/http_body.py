@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import anyio
 import httpx
@@ -18,6 +18,8 @@ class ReplayableBody:
 
     Attributes:
         failure: what the application's own stream failed with.
+        on_wait: called before it is waited for the application's next piece.
+        on_piece: called once that came, or the end.
     """
 
     def __init__(self, stream: httpx.AsyncByteStream, hold: int) -> None:
@@ -27,6 +29,8 @@ class ReplayableBody:
         self._rest: AsyncIterator[bytes] | None = None
         self._begun = False
         self.failure: Exception | None = None
+        self.on_wait: Callable[[], None] = _nothing
+        self.on_piece: Callable[[], None] = _nothing
         if isinstance(stream, httpx.ByteStream):
             self._chunks = list(stream)
         else:
@@ -61,6 +65,7 @@ class ReplayableBody:
             return chunks[position]
         if self._rest is None:
             raise StopAsyncIteration
+        self.on_wait()
         try:
             piece = await anext(self._rest)
         except StopAsyncIteration:
@@ -71,6 +76,8 @@ class ReplayableBody:
             self._chunks = self._rest = None
             self.failure = error if isinstance(error, Exception) else None
             raise
+        finally:
+            self.on_piece()
         self._size += len(piece)
         if chunks is not None:
             if self._size <= self._limit:
@@ -78,6 +85,10 @@ class ReplayableBody:
             else:
                 self._chunks = None
         return piece
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class _Pass:

@@ -1,9 +1,15 @@
-"""One HTTP request: pick, attempts, what follows from each failure (behaviour rules A1 to A6, O1, R1)."""
+"""One HTTP request: pick, attempts, what follows from each failure (behaviour rules A1 to A6, H1, O1, R1).
+
+What httpx calls its read timeout is of the request, not of each attempt: it bounds the wait for a response's head over
+all attempts, and then each read of the body. Its connect timeout is for each instance that is tried, like the policy's,
+and its write and pool timeouts are for each write, and for a place among the connections to an instance. The clock of a
+response does not run while the application's body is waited for (A1).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 import anyio
@@ -18,7 +24,6 @@ from meshlocal.library.http_body import ReplayableBody
 from meshlocal.library.http_pool import InstancePool, Record, as_httpx_errors
 from meshlocal.library.http_pools import InstancePools
 from meshlocal.library.unavailable import why_none
-from meshlocal.policy.health import Cause
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Pick, Plan, Reason
@@ -81,6 +86,13 @@ class Exchange:
         assert isinstance(request.stream, httpx.AsyncByteStream)
         self._body = ReplayableBody(request.stream, state.policy.replay_buffer)
         self._idempotent = request.method.encode() in IDEMPOTENT_METHODS or "idempotency-key" in request.headers
+        given: Mapping[str, float | None] = request.extensions.get("timeout") or {}
+        self._given = given
+        self._read_left = _or_infinite(given.get("read"))
+        self._clocks: list[tuple[anyio.CancelScope, float]] = []
+        """Scopes whose time is the instances', and the seconds that they have for it."""
+        self._body.on_wait = self._stop_clocks
+        self._body.on_piece = self._restart_clocks
         self._attempts = 0
         self._failures: list[Attempt] = []
         self._pick: Pick | None = None
@@ -102,7 +114,9 @@ class Exchange:
         response: httpx.Response | None = None
         outcome = Outcome.CLIENT_LEFT
         try:
-            with anyio.move_on_after(state.policy.response_deadline) as deadline:
+            limit = state.policy.response_deadline
+            with anyio.move_on_after(limit) as deadline:
+                self._clocks.append((deadline, limit))
                 response = await self._forward()
             if response is None and deadline.cancelled_caught:
                 outcome = Outcome.DEADLINE
@@ -122,6 +136,15 @@ class Exchange:
                 await self._body.aclose()
         assert response is not None
         return response
+
+    def _stop_clocks(self) -> None:
+        for scope, _ in self._clocks:
+            scope.deadline = math.inf
+
+    def _restart_clocks(self) -> None:
+        now = anyio.current_time()
+        for scope, limit in self._clocks:
+            scope.deadline = now + limit
 
     def _end(self, outcome: Outcome) -> None:
         """Count it, once."""
@@ -213,7 +236,7 @@ class Exchange:
 
     def _may_go_on(self) -> bool:
         most = self._state.policy.max_attempts
-        return most is None or self._attempts < most
+        return (most is None or self._attempts < most) and self._read_left > 0
 
     def _late(self) -> ServiceError:
         state, pick = self._state, self._pick
@@ -237,37 +260,41 @@ class Exchange:
         fitness = self._state.fitness
         pool.in_use += 1
         fitness.begin(pick.instance)
-        record = Record()
+        began = anyio.current_time()
+        record = Record(self._state.circuit)
         try:
             while True:
                 try:
-                    return self._wrap(await self._send(pick, pool, record), pick, pool, record)
+                    return self._wrap(await self._send(pick, pool, record, began), pick, pool, record)
                 except _FailedError as failed:
                     stale = failed.failure is Failure.STALE
                     if not stale or self._decide(failed.failure, sent=failed.sent) is not Decision.SAME:
                         raise
                 # Its other unused connections have most likely ended too.
                 await pool.close_idle()
-                record = Record()
+                record = Record(self._state.circuit)
         except BaseException as error:
             if isinstance(error, _FailedError):
-                cause = Cause.CONNECT if error.failure is Failure.CONNECT else Cause.RESET
-                fitness.failed(pick.instance, error.word, cause)
+                fitness.judge(pick.instance, error.failure, error.word, began)
             else:
                 fitness.abandoned(pick.instance)
             self._leave(pick, pool, record)
             raise
 
-    async def _send(self, pick: Pick, pool: InstancePool, record: Record) -> httpcore.Response:
+    async def _send(self, pick: Pick, pool: InstancePool, record: Record, began: float) -> httpcore.Response:
         policy, fitness = self._state.policy, self._state.fitness
         limit = policy.attempt_timeout if policy.attempt_timeout is not None else math.inf
+        message, times = self._message(pick)
         failure: Exception
         with anyio.move_on_after(limit) as scope:
+            self._clocks.append((scope, limit))
             try:
-                response = await pool.send(self._message(pick), record)
+                response = await pool.send(message, record)
+                # From here on it is about the body, of which each read has the whole time again.
+                times["read"] = self._given.get("read")
                 if record.fresh:
-                    fitness.connected(pick.instance)
-                fitness.worked(pick.instance)
+                    fitness.connected(pick.instance, began)
+                fitness.worked(pick.instance, began)
                 return response
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
                 raise
@@ -275,28 +302,35 @@ class Exchange:
                 failure = error
                 if self._body.failure is not None:
                     raise
+            finally:
+                self._clocks.pop()
+                if record.asked is not None:
+                    self._read_left -= anyio.current_time() - record.asked
         if scope.cancelled_caught:
             failure = TimeoutError(f"no response within {limit:g} s")
             kind = Failure.TIMEOUT if record.sent else Failure.CONNECT
             raise _FailedError(kind, "timeout", record.sent, failure)
         raise _classify(failure, record)
 
-    def _message(self, pick: Pick) -> httpcore.Request:
-        """The request for one instance: its address, with the Host that the application gave."""
+    def _message(self, pick: Pick) -> tuple[httpcore.Request, dict[str, float | None]]:
+        """The request for one instance: its address, with the Host that the application gave; and its timeouts, which
+        may be changed."""
         request, policy, key = self._request, self._state.policy, pick.instance.key
         connect = policy.connect_timeout if pick.tier else policy.connect_timeout_local
-        times = dict(request.extensions.get("timeout", {}))
-        given = times.get("connect")
-        times["connect"] = connect if given is None else min(connect, given)
+        times = dict(self._given)
+        times["connect"] = min(connect, _or_infinite(self._given.get("connect")))
+        if self._read_left != math.inf:
+            times["read"] = self._read_left
         extensions = {**request.extensions, "timeout": times}
         if request.url.scheme == "https":
             extensions.setdefault("sni_hostname", request.url.host)
         url = httpcore.URL(
             scheme=request.url.raw_scheme, host=key.address.encode(), port=key.port, target=request.url.raw_path
         )
-        return httpcore.Request(
+        message = httpcore.Request(
             request.method, url, headers=request.headers.raw, content=self._body, extensions=extensions
         )
+        return message, times
 
     def _wrap(self, response: httpcore.Response, pick: Pick, pool: InstancePool, record: Record) -> httpx.Response:
         served = Served(pick.instance, self._state.tiers[pick.tier], pick.reason, self._attempts)
@@ -313,6 +347,10 @@ class Exchange:
         if record.stream is not None:
             record.stream.release()
         pool.in_use -= 1
+
+
+def _or_infinite(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def _classify(error: Exception, record: Record) -> _FailedError:

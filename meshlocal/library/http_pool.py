@@ -24,6 +24,7 @@ from anyio.abc import ByteStream, SocketAttribute, SocketStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from meshlocal.net.dial import Connecting, classify_connect_error
+from meshlocal.policy.limits import Circuit, Limit
 
 _ERRORS: dict[type[Exception], type[httpx.TransportError]] = {
     httpcore.ConnectTimeout: httpx.ConnectTimeout,
@@ -42,17 +43,23 @@ _ERRORS: dict[type[Exception], type[httpx.TransportError]] = {
 class Record:
     """What one attempt did on its connection.
 
+    Args:
+        circuit: counts those that wait for a connect; None: nobody does.
+
     Attributes:
         fresh: the connection was made for it.
         connect_error: how the connect failed, in a word; empty if it did not.
         sent: a byte of the request may have been sent.
         received: bytes of the response.
         stream: the connection; None before the first byte was sent.
+        asked: when the last byte of the request was sent so far, by anyio.current_time(); None before the first.
     """
 
-    __slots__ = ("connect_error", "fresh", "received", "sent", "stream")
+    __slots__ = ("asked", "circuit", "connect_error", "fresh", "received", "sent", "stream")
 
-    def __init__(self) -> None:
+    def __init__(self, circuit: Circuit | None = None) -> None:
+        self.circuit = circuit
+        self.asked: float | None = None
         self.fresh = False
         self.connect_error = ""
         self.sent = False
@@ -178,6 +185,8 @@ class _Stream(httpcore.AsyncNetworkStream):
         try:
             with anyio.fail_after(timeout):
                 await self._stream.send(buffer)
+            if record is not None:
+                record.asked = anyio.current_time()
         except TimeoutError as error:
             raise httpcore.WriteTimeout("the instance did not read in time") from error
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
@@ -246,6 +255,10 @@ class _Backend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         record = _record.get() or Record()
         record.fresh = True
+        circuit = record.circuit
+        if circuit is not None and not circuit.enter(Limit.WAITING):
+            record.connect_error = f"limit_{Limit.WAITING}"
+            raise httpcore.ConnectError("as many requests wait for an instance as its limits allow")
         try:
             with anyio.fail_after(timeout):
                 stream = await SocketStream.from_socket(await _connect(host, port))
@@ -255,6 +268,9 @@ class _Backend(httpcore.AsyncNetworkBackend):
         except OSError as error:
             record.connect_error = classify_connect_error(error)
             raise httpcore.ConnectError(error.strerror or str(error)) from error
+        finally:
+            if circuit is not None:
+                circuit.leave(Limit.WAITING)
         return _Stream(stream, self._pool)
 
 

@@ -34,6 +34,10 @@ class InstancePools:
         self._members: dict[ServiceKey, set[EndpointKey]] = {}
         self._sweeping: anyio.CancelScope | None = None
         mesh._listeners[self._on_snapshot] = None
+        # Of services that were heard of before this, too, it must be seen when an instance leaves.
+        for state in mesh._services:
+            if state.picker is not None:
+                self._members[state.key] = set(state.picker.snapshot.instances)
 
     def __len__(self) -> int:
         return len(self._pools)

@@ -28,6 +28,7 @@ from meshlocal.library.options import MAX_SERVICES, mesh_config
 from meshlocal.library.views import MeshStatistics, ServicePlan, plan_of, statistics_of
 from meshlocal.net.groups import single
 from meshlocal.net.log import get_log
+from meshlocal.net.supervision import Supervision
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.model import NODE, ModelError, ServiceKey, ServiceSnapshot, parse_service_key
@@ -62,6 +63,8 @@ class Mesh:
         self._config = config
         self._services = ServiceTable(config, locality_of(config), rng)
         self._services.on_followed = self._follow
+        self._services.is_away = self._is_away
+        self._supervision = Supervision(rng)
         self._feed: Feed | None = None
         self._cache: SnapshotCache | None = None
         self._tasks: TaskGroup | None = None
@@ -161,6 +164,9 @@ class Mesh:
                 self._cache.mark_stale()
             self._feed.follow(services)
 
+    def _is_away(self) -> bool:
+        return self._feed is not None and not self._feed.status.connected
+
     async def _wait_changed(self, key: ServiceKey) -> None:
         """Wait for the service's next snapshot, or the mesh's end."""
         state = self._demand(key)
@@ -191,16 +197,20 @@ class Mesh:
         await anyio.to_thread.run_sync(self._cache.load)
         return self._cache
 
-    def _open(self, feed: Feed, tasks: TaskGroup) -> None:
+    def _open(self, feed: Feed, tasks: TaskGroup, *, own: bool) -> None:
         self._feed = feed
         self._tasks = tasks
         if self._cache is not None:
             self._cache.status = feed.status
-            tasks.start_soon(self._cache.run)
+            tasks.start_soon(self._supervision.keep, "cache file", self._cache.run)
         if isinstance(feed, Refreshable):
             self._services.on_failing = feed.refresh
-        tasks.start_soon(feed.run)
-        tasks.start_soon(self._drop_unused)
+        if own:
+            # What an application's own source raises is the application's.
+            tasks.start_soon(feed.run)
+        else:
+            tasks.start_soon(self._supervision.keep, "discovery", feed.run)
+        tasks.start_soon(self._supervision.keep, "unused services", self._drop_unused)
         for line in unknown_labels(self._services.locality, ""):
             _log.warning(line)
 
@@ -312,7 +322,7 @@ async def open_mesh(
     failure: Exception | None = None
     try:
         async with anyio.create_task_group() as tasks:
-            mesh._open(feed, tasks)
+            mesh._open(feed, tasks, own=bool(own))
             try:
                 yield mesh
             except Exception as error:  # noqa: BLE001 - raised below: the task group would wrap it in a group

@@ -11,7 +11,7 @@ from meshlocal.library.errors import MeshConfigError
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig, resolve_node_name
 from meshlocal.policy.config_build import ConfigError, Layer, build_config
 from meshlocal.policy.config_health import EjectionConfig
-from meshlocal.policy.problems import quote
+from meshlocal.policy.problems import describe, quote
 
 MAX_SERVICES = 1000
 """Services that one mesh follows at once: as many as a discovery server takes in one watch."""
@@ -72,6 +72,9 @@ def mesh_config(
 def _of_no_use(services: Mapping[str, ServiceConfig]) -> Iterator[str]:
     """What a service is given that only a proxy does. To pass it over would let its author count on it."""
     for name, service in services.items():
+        if not isinstance(service, ServiceConfig):
+            yield f"services.{name}: expected a ServiceConfig, got {describe(service)}"
+            continue
         if service.health_check is not None:
             yield f"services.{name}.health_check: a mesh learns from its own requests only; a proxy checks"
         if service.failback is not None:
@@ -80,4 +83,4 @@ def _of_no_use(services: Mapping[str, ServiceConfig]) -> Iterator[str]:
 
 def _as_argument(problem: str) -> str:
     """A problem with the names that `open_mesh` gives to the config's keys."""
-    return problem.replace("proxy.discovery.", "").replace("proxy.", "")
+    return problem.replace("proxy.discovery.urls", "sources").replace("proxy.discovery.", "").replace("proxy.", "")

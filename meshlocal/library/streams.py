@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from meshlocal.library.errors import (
 )
 from meshlocal.library.unavailable import why_none
 from meshlocal.policy.limits import Limit
-from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.model import Instance, ServiceKey
 
 if TYPE_CHECKING:
     from meshlocal.library.mesh import Mesh
@@ -47,32 +48,98 @@ async def open_tcp_stream(mesh: Mesh, key: ServiceKey) -> trio.SocketStream:
         raise NotTrioError("open_tcp_stream gives a trio stream, and this loop is not trio's")
     await trio.lowlevel.checkpoint()
     state = mesh._demand(key)
-    statistics = state.statistics
+    statistics, circuit = state.statistics, state.circuit
     result = Connected()
-    if not state.circuit.enter(Limit.REQUESTS):
+    held = _Held(state)
+    for limit in (Limit.CONNECTIONS, Limit.REQUESTS):
+        if not held.enter(limit):
+            held.let_go()
+            statistics.requests[RequestKey("", "", Outcome.LIMITED)] += 1
+            what = "streams are open" if limit is Limit.CONNECTIONS else "requests are under way"
+            raise LimitedError(f"{key}: as many {what} as its limits allow", key)
+    if not circuit.enter(Limit.WAITING):
+        held.let_go()
         statistics.requests[RequestKey("", "", Outcome.LIMITED)] += 1
-        raise LimitedError(f"{key}: as many requests as its limits allow are under way", key)
+        raise LimitedError(f"{key}: as many requests wait for an instance as its limits allow", key)
     outcome = Outcome.CLIENT_LEFT
-    state.in_use += 1
     statistics.connecting += 1
+    stream: trio.SocketStream | None = None
     try:
         await connect(_CALLER, state, result)
         outcome = result.outcome if result.outcome is not None else Outcome.SERVED
+        if result.upstream is not None and outcome is Outcome.SERVED:
+            assert result.pick is not None
+            held.begin(result.pick.instance)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(result.upstream))
+            held.until_closed(stream)
     except Exception:
         outcome = Outcome.ERROR
         raise
     finally:
-        state.circuit.leave(Limit.REQUESTS)
-        state.in_use -= 1
+        circuit.leave(Limit.WAITING)
         statistics.connecting -= 1
-        if outcome is not Outcome.SERVED and result.upstream is not None:
-            result.upstream.close()
+        if stream is None:
+            held.let_go()
+            if result.upstream is not None:
+                result.upstream.close()
         reason = (result.pick.reason or "") if result.pick is not None else ""
         statistics.requests[RequestKey(result.tier, reason, outcome)] += 1
-    if result.upstream is None:
+    if stream is None:
         error = _failure(state, result, outcome)
         raise error from (error.attempt.cause if error.attempt is not None else None)
-    return trio.SocketStream(trio.socket.from_stdlib_socket(result.upstream))
+    return stream
+
+
+class _Held:
+    """What one stream counts in, from before its connect until it is closed: limits, and its instance's requests under
+    way (F3)."""
+
+    def __init__(self, state: ServiceState) -> None:
+        self._state = state
+        self._entered: list[Limit] = []
+        self._instance: Instance | None = None
+        state.in_use += 1
+        self._over = False
+
+    def enter(self, limit: Limit) -> bool:
+        """Count in a limit; false if there is no room."""
+        if not self._state.circuit.enter(limit):
+            return False
+        self._entered.append(limit)
+        return True
+
+    def begin(self, instance: Instance) -> None:
+        """It is under way on an instance."""
+        self._instance = instance
+        self._state.fitness.begin(instance)
+        self._state.statistics.open += 1
+
+    def let_go(self) -> None:
+        """It counts no longer; more than once is harmless."""
+        if self._over:
+            return
+        self._over = True
+        state = self._state
+        state.in_use -= 1
+        for limit in self._entered:
+            state.circuit.leave(limit)
+        if self._instance is not None:
+            state.fitness.end(self._instance)
+            state.statistics.open -= 1
+
+    def until_closed(self, stream: trio.SocketStream) -> None:
+        """Let go once the stream's socket is closed, in whatever way; or the stream is forgotten, open as it is."""
+        close = stream.socket.close
+
+        def close_and_let_go() -> None:
+            try:
+                close()
+            finally:
+                self.let_go()
+
+        # Trio's streams can be neither derived from nor told what to do then; but all ways to close one end here.
+        stream.socket.close = close_and_let_go  # type: ignore[method-assign]
+        weakref.finalize(stream, self.let_go)
 
 
 def _failure(state: ServiceState, result: Connected, outcome: Outcome) -> ServiceError:

@@ -79,6 +79,33 @@ def decide(failure: Failure, *, sent: bool, idempotent: bool, held: bool) -> Dec
     return Decision.ANSWER
 
 
+class Verdict(StrEnum):
+    """What a failed attempt shows of its instance (H1)."""
+
+    FAILS = "fails"
+    """It fails: it could not be connected, or ended a fresh connection before it said a word."""
+    WORKS = "works"
+    """It works: it takes a live instance to give an answer, whatever the answer is."""
+    NOTHING = "nothing"
+    """Nothing: it may have been slow, or been asked on a connection that was too old."""
+
+
+_VERDICTS = {
+    Failure.CONNECT: Verdict.FAILS,
+    Failure.NO_RESPONSE: Verdict.FAILS,
+    Failure.STATUS: Verdict.WORKS,
+    Failure.REFUSED: Verdict.WORKS,
+    Failure.STALE: Verdict.NOTHING,
+    Failure.TIMEOUT: Verdict.NOTHING,
+    Failure.BROKEN: Verdict.NOTHING,
+}
+
+
+def verdict(failure: Failure) -> Verdict:
+    """What a failure shows of the instance, to whoever tried it: the proxy and the library judge by this table."""
+    return _VERDICTS[failure]
+
+
 class RetryBudget:
     """How many requests may be repeated after an answer: a share of those of the last `WINDOW` seconds, and a floor.
 

@@ -15,6 +15,7 @@ import trustme
 import meshlocal
 from meshlocal import AttemptPolicy, Outcome, Reason, RequestKey
 from meshlocal.httpx import (
+    LIMITS,
     HttpBrokenError,
     HttpConnectError,
     HttpDeadlineError,
@@ -24,6 +25,8 @@ from meshlocal.httpx import (
     MeshTransport,
     Served,
 )
+from meshlocal.library.http_body import ReplayableBody
+from meshlocal.policy.limits import Limit
 from meshlocal.testing import (
     FakeSource,
     HttpRequest,
@@ -74,16 +77,21 @@ class Setup:
 
 @asynccontextmanager
 async def setup(
-    policy: AttemptPolicy | None = None, ejection: meshlocal.EjectionConfig | None = None
+    policy: AttemptPolicy | None = None,
+    ejection: meshlocal.EjectionConfig | None = None,
+    limits: httpx.Limits = LIMITS,
+    service: meshlocal.ServiceConfig | None = None,
 ) -> AsyncIterator[Setup]:
     source = FakeSource()
     async with (
         open_upstream(node="n1", behaviour=http()) as near,
         open_upstream(node="n2", behaviour=http()) as far,
-        meshlocal.open_mesh(source, node_name="n1", attempts=policy, ejection=ejection) as mesh,
+        meshlocal.open_mesh(
+            source, node_name="n1", attempts=policy, ejection=ejection, services={"b": service} if service else None
+        ) as mesh,
     ):
         source.set("b", near.instance, far.instance)
-        made = Setup(near, far, source, mesh, MeshTransport(mesh))
+        made = Setup(near, far, source, mesh, MeshTransport(mesh, limits=limits))
         async with made.client:
             yield made
             made.assert_nothing_left()
@@ -267,15 +275,66 @@ def test_the_deadline_is_over_all_attempts(on_loop: Run) -> None:
     on_loop(main)
 
 
-def test_the_clients_own_timeouts_count(on_loop: Run) -> None:
-    """httpx's read timeout is an attempt's failure: an idempotent request moves on."""
+def test_the_clients_own_read_timeout_is_of_the_request(on_loop: Run) -> None:
+    """A1: however many instances are slow, the application waits no longer than it said; none is ejected for it (H1).
+
+    To try another one when an instance is slow, the policy has `attempt_timeout`.
+    """
+
+    async def main() -> None:
+        async with setup(AttemptPolicy(attempt_timeout=None), meshlocal.EjectionConfig(failures=1)) as its:
+            its.near.behave(silent)
+            its.far.behave(silent)
+            for _ in range(2):
+                with pytest.raises(httpx.ReadTimeout) as caught:
+                    await its.client.get("http://b/", timeout=0.05)
+                assert isinstance(caught.value, HttpTimeoutError)
+                assert [each.error for each in caught.value.attempts] == ["timeout"]
+            with pytest.raises(httpx.ReadTimeout):
+                await its.client.post("http://b/", content=b"x", timeout=0.05)
+            assert its.far.accepted == 0
+            assert not its.mesh._services[meshlocal.ServiceKey("b")].fitness.health.unfit
+        async with setup(AttemptPolicy(attempt_timeout=0.05)) as its:
+            its.near.behave(silent)
+            assert (await its.client.get("http://b/", timeout=10)).text == "n2"
+
+    on_loop(main)
+
+
+def test_the_read_timeout_is_each_reads_again_once_the_head_came(on_loop: Run) -> None:
+    """What the wait for the head took is not missing from the body's time."""
+
+    async def slowly(connection: UpstreamConnection) -> None:
+        await connection.receive()
+        await anyio.sleep(0.3)
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nx")
+        await anyio.sleep(0.3)
+        await connection.send(b"y")
 
     async def main() -> None:
         async with setup() as its:
-            its.near.behave(silent)
-            assert (await its.client.get("http://b/", timeout=0.05)).text == "n2"
-            with pytest.raises(httpx.ReadTimeout):
-                await its.client.post("http://b/", content=b"x", timeout=0.05)
+            its.near.behave(slowly)
+            assert (await its.client.get("http://b/", timeout=0.5)).text == "xy"
+
+    on_loop(main)
+
+
+def test_a_pool_that_is_full_says_nothing_of_the_instance(on_loop: Run) -> None:
+    """H1: the application allowed itself so many connections."""
+
+    async def begun(connection: UpstreamConnection) -> None:
+        await connection.receive()
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nx")
+        await connection.receive()
+
+    async def main() -> None:
+        async with setup(ejection=meshlocal.EjectionConfig(failures=1), limits=httpx.Limits(max_connections=1)) as its:
+            its.far.refuse()
+            its.near.behave(begun)
+            async with its.client.stream("GET", "http://b/"):
+                with pytest.raises(HttpConnectError, match="pool_timeout"):
+                    await its.client.post("http://b/", content=b"x", timeout=httpx.Timeout(5, pool=0.01))
+            assert its.near.instance.key not in its.mesh._services[meshlocal.ServiceKey("b")].fitness.health.unfit
 
     on_loop(main)
 
@@ -385,20 +444,41 @@ def test_bodies_that_stream(on_loop: Run) -> None:
     on_loop(main)
 
 
-def test_a_body_whose_rest_is_lost_is_never_sent_in_part(on_loop: Run) -> None:
-    """A3: the attempt's time ends while the application is asked for more; no other instance gets the beginning."""
+def test_the_clock_stops_while_the_application_is_asked_for_more(on_loop: Run) -> None:
+    """A1: the instances' time is for what they do. An upload may take as long as it likes, as through the proxy."""
 
     async def body() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 1000
+            await anyio.sleep(0.3)
+
+    async def main() -> None:
+        async with setup(AttemptPolicy(attempt_timeout=0.2, response_deadline=0.25)) as its:
+            headers = {"Connection": "close"}
+            assert (await its.client.put("http://b/", content=body(), headers=headers)).text == "n1"
+            its.near.behave(silent)
+            its.far.behave(silent)
+            with pytest.raises(HttpDeadlineError):
+                await its.client.put("http://b/", content=body())
+
+    on_loop(main)
+
+
+def test_a_body_whose_rest_is_lost_is_never_sent_in_part(on_loop: Run) -> None:
+    """A3: a generator that was cancelled half-way has nothing more to give, and its beginning is no body."""
+
+    async def pieces() -> AsyncIterator[bytes]:
         yield b"x" * 1000
         await anyio.sleep_forever()
 
     async def main() -> None:
-        async with setup(AttemptPolicy(attempt_timeout=0.2)) as its:
-            with pytest.raises(HttpTimeoutError) as caught:
-                await its.client.put("http://b/", content=body())
-            assert [each.error for each in caught.value.attempts] == ["timeout"]
-            assert (its.near.requests, its.far.accepted) == ([], 0)
-            assert its.requests() == {RequestKey("node", "", Outcome.FAILED): 1}
+        body = ReplayableBody(httpx.AsyncClient().build_request("PUT", "http://b/", content=pieces()).stream, 65536)
+        with anyio.move_on_after(0.01):
+            async for _ in body:
+                assert body.held
+        assert not body.held
+        with pytest.raises(RuntimeError, match="cannot be sent again"):
+            aiter(body)
 
     on_loop(main)
 
@@ -647,5 +727,50 @@ def test_https(on_loop: Run) -> None:
                     await client.get("https://c/")
                 assert [each.error for each in caught.value.attempts] == ["tls"]
             tasks.cancel_scope.cancel()
+
+    on_loop(main)
+
+
+def test_an_instance_that_left_loses_its_connections_to_a_transport_that_came_later(on_loop: Run) -> None:
+    """H2: made after the first snapshot, it has to know what was there."""
+
+    async def main() -> None:
+        async with setup() as its:
+            assert (await its.client.get("http://b/")).text == "n1"
+            later = MeshTransport(its.mesh)
+            async with httpx.AsyncClient(transport=later) as client:
+                its.near.refuse()
+                assert (await client.get("http://b/")).text == "n2"
+                await open_connections(its.far, 1)
+                its.near.accept()
+                its.source.set("b", its.near.instance)
+                await open_connections(its.far, 0)
+
+    on_loop(main)
+
+
+def test_requests_beyond_the_limit_of_those_that_wait_are_refused(on_loop: Run) -> None:
+    """`limits.waiting`: while an instance is slow to connect. It says nothing of that (H1)."""
+
+    async def main() -> None:
+        limited = meshlocal.ServiceConfig(limits=meshlocal.LimitsConfig(waiting=1))
+        policy = AttemptPolicy(connect_timeout_local=5, connect_timeout=5)
+        async with setup(policy, meshlocal.EjectionConfig(failures=1), service=limited) as its:
+            its.near.hang()
+            its.source.set("b", its.near.instance)
+
+            def waiting() -> int:
+                state = its.mesh._services.get(meshlocal.ServiceKey("b"))
+                return 0 if state is None else state.circuit.now[Limit.WAITING]
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(its.client.get, "http://b/")
+                with anyio.fail_after(10):
+                    while not waiting():  # noqa: ASYNC110 - a count tells nobody
+                        await anyio.sleep(0.001)
+                with pytest.raises(HttpConnectError, match="limit_waiting"):
+                    await its.client.get("http://b/")
+                tasks.cancel_scope.cancel()
+            assert not its.mesh._services[meshlocal.ServiceKey("b")].fitness.health.unfit
 
     on_loop(main)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 import meshlocal
 from meshlocal import AttemptOverrides, AttemptPolicy, EjectionConfig, Outcome, Reason, RequestKey, ServiceConfig
+from meshlocal.library.errors import tried
 from meshlocal.policy.config_health import FailbackConfig, HealthCheckConfig
 from meshlocal.testing import FakeSource, Upstream, open_upstream, reset, silent
 
@@ -438,8 +445,8 @@ def test_a_watched_service_is_in_use(on_loop: Run) -> None:
     ("arguments", "problem"),
     [
         ({"sources": ()}, "sources: none is given"),
-        ({"sources": ("http://x:1",)}, r"urls\[0\]: expected grpc://"),
-        ({"sources": ("file:a", "grpc://b:1")}, r"urls\[0\]: an instances file stands alone"),
+        ({"sources": ("http://x:1",)}, r"sources\[0\]: expected grpc://"),
+        ({"sources": ("file:a", "grpc://b:1")}, r"sources\[0\]: an instances file stands alone"),
         ({"sources": (FakeSource(), "file:a")}, "sources: an InstanceSource stands alone"),
         ({"sources": ("file:a",), "prefer": ()}, "prefer: is empty"),
         ({"sources": ("file:a",), "labels": {"node": "n1"}}, "labels.node: is set by node_name"),
@@ -647,3 +654,120 @@ async def test_first_positions_are_by_the_random_source_given() -> None:
 
     assert await order(1) == await order(1)
     assert await order(1) != await order(2)
+
+
+# Limits and spill, of streams for as long as they are open.
+
+
+@asynccontextmanager
+async def limited(**service: Any) -> AsyncIterator[tuple[meshlocal.Mesh, Upstream, Upstream]]:
+    source = FakeSource()
+    async with (
+        open_upstream(node="n1") as near,
+        open_upstream(node="n2") as far,
+        meshlocal.open_mesh(source, node_name="n1", services={"b": meshlocal.ServiceConfig(**service)}) as mesh,
+    ):
+        source.set("b", near.instance, far.instance)
+        await mesh.wait_heard("b")
+        yield mesh, near, far
+
+
+@pytest.mark.parametrize("what", ["connections", "requests"])
+@pytest.mark.parametrize("how", ["aclose", "forcefully", "socket", "forgotten"])
+async def test_a_stream_counts_until_it_is_closed(what: str, how: str) -> None:
+    """Limits: in whatever way that happens. One too many is refused at once."""
+    async with limited(limits=meshlocal.LimitsConfig(**{what: 2})) as (mesh, _, _):
+        state = mesh._services[meshlocal.ServiceKey("b")]
+        streams = [await mesh.open_tcp_stream("b") for _ in range(2)]
+        with pytest.raises(meshlocal.LimitedError):
+            await mesh.open_tcp_stream("b")
+        assert state.statistics.open == 2
+        stream = streams.pop()
+        if how == "aclose":
+            await stream.aclose()
+        elif how == "forcefully":
+            await trio.aclose_forcefully(stream)
+        elif how == "socket":
+            stream.socket.close()
+        else:
+            os.close(stream.socket.detach())
+            del stream
+            gc.collect()
+        assert state.statistics.open == 1
+        async with await mesh.open_tcp_stream("b"):
+            assert state.statistics.open == 2
+        await streams[0].aclose()
+        await streams[0].aclose()
+        assert (state.in_use, state.statistics.open, state.fitness.under_way) == (0, 0, {})
+        assert set(state.circuit.now.values()) == {0}
+
+
+async def test_open_streams_spill_to_the_next_tier() -> None:
+    """F3: an instance is full of what is under way on it, and streams are, until they are closed."""
+    async with limited(spill=2) as (mesh, near, far), contextlib.AsyncExitStack() as opened:
+        streams = [await mesh.open_tcp_stream("b") for _ in range(3)]
+        for stream in streams:
+            opened.push_async_callback(stream.aclose)
+        ports = [stream.socket.getpeername()[1] for stream in streams]
+        assert ports == [near.port, near.port, far.port]
+        await streams[0].aclose()
+        async with await mesh.open_tcp_stream("b") as again:
+            assert again.socket.getpeername()[1] == near.port
+
+
+async def test_streams_that_wait_are_limited() -> None:
+    """`limits.waiting`."""
+    async with limited(
+        limits=meshlocal.LimitsConfig(waiting=1),
+        attempts=meshlocal.AttemptOverrides(connect_timeout_local=5.0, connect_timeout=5.0),
+    ) as (mesh, near, far):
+        near.hang()
+        far.hang()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mesh.open_tcp_stream, "b")
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(meshlocal.LimitedError, match="wait for an instance"):
+                await mesh.open_tcp_stream("b")
+            nursery.cancel_scope.cancel()
+        state = mesh._services[meshlocal.ServiceKey("b")]
+        assert set(state.circuit.now.values()) == {0}
+
+
+async def test_a_service_that_is_no_config_is_named() -> None:
+    with pytest.raises(meshlocal.MeshConfigError, match=r"services\.web: expected a ServiceConfig, got a mapping"):
+        async with meshlocal.open_mesh("grpc://127.0.0.1:1", services={"web": {"spill": 1}}):  # type: ignore[dict-item]
+            pass
+
+
+def test_a_long_row_of_attempts_names_the_first_ones_too() -> None:
+    """They are the nearest: why the local ones failed is what is asked first."""
+    attempts = [
+        meshlocal.Attempt(
+            meshlocal.make_instance(f"10.0.0.{n}", 1), "node" if n == 1 else "other", None, "refused", None
+        )
+        for n in range(1, 11)
+    ]
+    told = tried(attempts)
+    assert told.startswith("10.0.0.1:1 (node) refused, 10.0.0.2:1 (other) refused, ")
+    assert "… 4 more …" in told
+    assert told.endswith("10.0.0.10:1 (other) refused")
+    assert tried(attempts[:6]).count("refused") == 6
+
+
+async def test_a_fault_beside_the_data_path_leaves_the_application_alone(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """P1: the block of `open_mesh` goes on; what failed begins again."""
+    source = FakeSource()
+    failures = 0
+
+    def broken(self: Any, now: float) -> float:
+        nonlocal failures
+        failures += 1
+        raise KeyError("of ours")
+
+    monkeypatch.setattr("meshlocal.client.services.ServiceTable.drop_unused", broken)
+    async with meshlocal.open_mesh(source) as mesh:
+        await trio.sleep(300)
+        assert failures > 5
+        assert mesh._supervision.failures["unused services"] == failures

@@ -15,7 +15,6 @@ import trio
 
 from meshlocal.client.connecting import Connected, try_instance
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.policy.health import Cause
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.picker import Pick, Plan
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, decide
@@ -337,23 +336,15 @@ class Exchange:
                 return self.end
             if self.refusal is not None:
                 return await self.refuse(self.refusal)
-            self._judge(service, failure, pick, began)
+            if failure is not Failure.CONNECT:
+                # What became of a connect was told already.
+                state.fitness.judge(pick.instance, failure, failure, began)
             if not self._find_next(service, failure, sent):
                 return await self._answer_failure(failure)
             service.statistics.retries[failure] += 1
             attempt = None
             # An instance that fails at once must not keep other tasks waiting, nor cancellation.
             await trio.lowlevel.checkpoint()
-
-    def _judge(self, service: HttpService, failure: Failure, pick: Pick, began: float) -> None:
-        """What a failure shows of the instance (H1). What became of a connect was told already."""
-        fitness = service.state.fitness
-        if failure is Failure.NO_RESPONSE:
-            fitness.failed(pick.instance, failure, Cause.RESET, began)
-        elif failure is Failure.STATUS:
-            fitness.worked(pick.instance, began)
-        elif failure is not Failure.CONNECT:
-            fitness.abandoned(pick.instance)
 
     def _word(self, failure: Failure) -> str:
         return self.error if failure is Failure.CONNECT else failure
