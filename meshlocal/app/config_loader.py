@@ -32,6 +32,9 @@ PREFIX = "MESHLOCAL_"
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 """Variables that the kubelet makes of a Service's name."""
 
+UNUSED_VARIABLE = "environment variable {} is no key of the configuration: two underscores join the steps of a key"
+"""What is logged of each of `unused_variables`."""
+
 
 def load_config(
     file: Path | None,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshlocal.admin.server import AdminServer
+from meshlocal.app.config_loader import UNUSED_VARIABLE, unused_variables
 from meshlocal.app.discovery_access import DiscoveryAccess
 from meshlocal.app.discovery_pages import discovery_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
@@ -35,7 +36,7 @@ from meshlocal.net.grpc.health import HealthStatus
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.reflection import Reflection
 from meshlocal.net.grpc.server import GrpcServer, Routes
-from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.net.listen import open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
@@ -139,9 +140,10 @@ class DiscoveryProcess:
         raise_limit()
         config = self.config.discovery
         with ExitStack() as opened:
-            admin_sockets = _listen(opened, [] if config.admin is None else [config.admin])
-            sockets = _listen(opened, config.bind)
-            self.websocket_sockets = _listen(opened, config.websocket_bind)
+            admin = {} if config.admin is None else {"admin": config.admin}
+            admin_sockets = _listen(opened, admin)
+            sockets = _listen(opened, _named("bind", config.bind))
+            self.websocket_sockets = _listen(opened, _named("websocket_bind", config.websocket_bind))
             bound = [
                 f"{scheme}://{format_address(sock.getsockname())}"
                 for scheme, group in (
@@ -151,13 +153,13 @@ class DiscoveryProcess:
                 )
                 for sock in group
             ]
-            admin = AdminServer(discovery_routes(self))
+            pages = AdminServer(discovery_routes(self))
             async with trio.open_nursery() as lifetime:
                 keep = self.supervision.keep
                 await lifetime.start(self._take_orders)
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
-                    lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
+                    lifetime.start_soon(keep, "admin server", partial(pages.serve, admin_sockets))
                 serve = partial(self.server.serve, sockets, ssl_context=self.access.context())
                 await lifetime.start(self._serve_or_die, "grpc server", serve)
                 if self.websocket is not None:
@@ -248,10 +250,17 @@ class DiscoveryProcess:
         _log.info("config applied")
 
 
-def _listen(opened: ExitStack, addresses: Sequence[SocketAddress]) -> list[socket.socket]:
+def _named(key: str, addresses: Sequence[SocketAddress]) -> dict[str, SocketAddress]:
+    return {f"{key}[{position}]": address for position, address in enumerate(addresses)}
+
+
+def _listen(opened: ExitStack, addresses: Mapping[str, SocketAddress]) -> list[socket.socket]:
+    """Listen on addresses, by the keys of `discovery` that name them."""
     sockets = []
-    for address in addresses:
-        for sock in open_tcp_listeners(address.host, address.port):
+    for key, address in addresses.items():
+        with wanted_by(f"discovery.{key}"):
+            found = open_tcp_listeners(address.host, address.port)
+        for sock in found:
             opened.callback(close, sock)
             sockets.append(sock)
     return sockets
@@ -291,4 +300,6 @@ def run_discovery(load: Callable[[], Config]) -> int:
         ListenError: an address cannot be listened on.
     """
     process = DiscoveryProcess(load, Random(), os.environ)
+    for name in unused_variables(os.environ):
+        _log.warning(UNUSED_VARIABLE.format(name))
     return trio.run(process.run)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from meshlocal.admin.server import AdminServer
+from meshlocal.app.config_loader import UNUSED_VARIABLE, unused_variables
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
@@ -33,13 +34,14 @@ from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
-from meshlocal.net.listen import ListenError, open_tcp_listeners
+from meshlocal.net.listen import ListenError, open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.config_unused import unused_keys
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp import TcpForwarder
 
@@ -151,6 +153,8 @@ class ProxyProcess:
         self._serve_http(proxy)
         self.cache = self._open_cache(proxy)
         held = self.cache.load() if self.cache is not None else []
+        if self.cache is not None:
+            self.cache.try_path()
         self.feed = make_feed(proxy.discovery, self.services.keys, self.cache or self.services, rng, held)
         if self.cache is not None:
             self.cache.status = self.feed.status
@@ -188,7 +192,8 @@ class ProxyProcess:
             self._lifetime.start_soon(self.http.run)
 
     def _open_cache(self, config: ProxyConfig) -> SnapshotCache | None:
-        if config.discovery.cache_file is None:
+        # An instances file is there after a restart as it was before.
+        if config.discovery.cache_file is None or config.discovery.urls[0].scheme == "file":
             return None
         # Imported here: most proxies have no cache file.
         from meshlocal.client.cache import SnapshotCache
@@ -245,7 +250,8 @@ class ProxyProcess:
             self._loop = opened.enter_context(open_relay_loop())
             config = self.config.proxy
             self._set_busy_poll(config)
-            admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
+            with wanted_by("proxy.admin"):
+                admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
             for sock in admin_sockets:
                 opened.callback(close, sock)
             self.listeners.adopt(self.listeners.prepare(config), config)
@@ -354,7 +360,7 @@ class ProxyProcess:
         try:
             prepared = self.listeners.prepare(proxy)
         except ListenError as error:
-            return [f"proxy.listen: {error}"]
+            return [str(error)]
         self.config = config
         configure_logging(config.log.level, config.log.format)
         before = self.services.locality
@@ -388,11 +394,20 @@ async def read_again(files: Blocking, load: LoadConfig, current: Config, stop: S
         return None, [str(error)]
     if stop.requested.is_set():
         return None, ["draining"]
+    tell_unused(config.proxy, os.environ)
     changed = [key for key in _FIXED if getattr(config.proxy, key) != getattr(current.proxy, key)]
     if changed:
         names = ", ".join(f"proxy.{key}" for key in changed)
         return None, [f"{names}: {'takes' if len(changed) == 1 else 'take'} a restart to change"]
     return config, []
+
+
+def tell_unused(config: ProxyConfig, environment: Mapping[str, str]) -> None:
+    """Say what was given and does nothing: most likely it is misspelt."""
+    for name in unused_variables(environment):
+        _log.warning(UNUSED_VARIABLE.format(name))
+    for line in unused_keys(config):
+        _log.warning(line)
 
 
 def import_parts(config: ProxyConfig) -> None:
@@ -421,6 +436,8 @@ def run_proxy(load: LoadConfig) -> int:
         ListenError: an address cannot be listened on.
     """
     config = load()
+    configure_logging(config.log.level, config.log.format)
+    tell_unused(config.proxy, os.environ)
     if config.proxy.workers > 1:
         # Imported here: most proxies are one process.
         from meshlocal.app.workers import Supervisor

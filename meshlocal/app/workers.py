@@ -32,7 +32,7 @@ from meshlocal.app.signals import Stop, handle_signals
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
 from meshlocal.net.blocking import Blocking
 from meshlocal.net.descriptors import raise_limit
-from meshlocal.net.listen import ListenError, open_tcp_listeners
+from meshlocal.net.listen import ListenError, open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import Supervision
@@ -186,7 +186,8 @@ class Supervisor:
 
         with ExitStack() as opened:
             where = self.config.proxy.admin
-            admin_sockets = [] if where is None else open_tcp_listeners(where.host, where.port)
+            with wanted_by("proxy.admin"):
+                admin_sockets = [] if where is None else open_tcp_listeners(where.host, where.port)
             for sock in admin_sockets:
                 opened.callback(close, sock)
             self._admin = [format_address(sock.getsockname()) for sock in admin_sockets]
@@ -224,9 +225,10 @@ class Supervisor:
         found: list[Listener] = []
         kept = keep(self._addresses, config)
         try:
-            for configured, there in zip(config.listen, kept, strict=True):
+            for position, (configured, there) in enumerate(zip(config.listen, kept, strict=True)):
                 if there is None:
-                    sockets = open_tcp_listeners(configured.host, configured.port, None)
+                    with wanted_by(f"proxy.listen[{position}]"):
+                        sockets = open_tcp_listeners(configured.host, configured.port, None)
                     there = Listener(configured, service_key(config, configured), sockets)
                 found.append(there)
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException
 from random import Random
@@ -76,15 +77,23 @@ def explain(service: str, config: ProxyConfig, *, as_json: bool) -> str:
     return f"{_explanation(view)}\n\n{note}"
 
 
-def explain_running(service: str, admin: str, *, as_json: bool) -> str:
+def explain_running(service: str, admin: str, *, as_json: bool) -> tuple[str, bool]:
     """The plan of a running proxy's very next request.
+
+    Args:
+        service: its name.
+        admin: the proxy's admin address; as the line has it that says that the proxy is ready, too.
+        as_json: as the proxy gave it.
+
+    Returns:
+        The plan, and whether a registry knows the service.
 
     Raises:
         ConfigError: `admin` is no address.
         QueryError: the proxy could not be asked, or does not know the service.
     """
     try:
-        address = SocketAddress.parse(admin)
+        address = SocketAddress.parse(admin.removeprefix("http://").rstrip("/"))
     except AddressError as error:
         raise ConfigError([Problem("", str(error), "--proxy")]) from None
     connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)
@@ -93,8 +102,11 @@ def explain_running(service: str, admin: str, *, as_json: bool) -> str:
         response = connection.getresponse()
         body = response.read()
     except (OSError, HTTPException) as error:
-        why = os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else str(error)
-        raise QueryError(f"cannot ask the proxy at {admin}: {why or 'its answer is no HTTP'}") from None
+        # What came in place of HTTP is some other program's, and nothing to print.
+        why = "its answer is no HTTP"
+        if isinstance(error, OSError):
+            why = os.strerror(error.errno).lower() if error.errno else str(error) or type(error).__name__
+        raise QueryError(f"cannot ask the proxy at {admin}: {why}") from None
     finally:
         connection.close()
     text = body.decode(errors="replace").strip()
@@ -106,13 +118,16 @@ def explain_running(service: str, admin: str, *, as_json: bool) -> str:
         view = None
     if not isinstance(view, dict) or "plan" not in view:
         raise QueryError(f"{admin} does not answer as a proxy's admin address does")
-    return _json(view) if as_json else _explanation(view)
+    return (_json(view) if as_json else _explanation(view)), bool(view["known"])
 
 
 def _explanation(view: Mapping[str, Any]) -> str:
     node = view["node"] or "unknown"
     sizes = ", ".join(f"{name} {size}" for name, size in view["tiers"].items())
-    lines = [f"service {view['service']}, seen from node {node}; usable instances by tier: {sizes}"]
+    passed = Counter(step["passed_over"] for step in view["plan"] if step.get("passed_over"))
+    but = f" ({', '.join(f'{count} {why}' for why, count in sorted(passed.items()))})" if passed else ""
+    lines = [f"service {view['service']}, seen from node {node}; usable instances by tier: {sizes}{but}"]
+    lines += _staleness(view.get("discovery"))
     if not view["known"]:
         lines.append("no registry knows this service")
     if view["plan"]:
@@ -133,6 +148,17 @@ def _explanation(view: Mapping[str, Any]) -> str:
         rows_out = ((each["instance"], each["node"], each["why"]) for each in view["left_out"])
         lines += ["", "never tried:", table(("INSTANCE", "NODE", "WHY"), rows_out)]
     return "\n".join(lines)
+
+
+def _staleness(discovery: Mapping[str, Any] | None) -> list[str]:
+    """What a running proxy says of how old its knowledge is; nothing if that is current."""
+    if discovery is None or (discovery["connected"] and not discovery["from_cache_file"]):
+        return []
+    age = discovery["age_seconds"]
+    source = "from the cache file" if discovery["from_cache_file"] else "stale"
+    old = f", {age:g} s old" if age is not None else ""
+    why = f": {discovery['problem']}" if discovery["problem"] else ""
+    return [f"{source}{old}; discovery is {'connected' if discovery['connected'] else 'away'}{why}"]
 
 
 def _why(step: Mapping[str, Any], view: Mapping[str, Any]) -> str:

@@ -52,6 +52,10 @@ _discovery_option = click.option(
     metavar="URL",
     help="file:PATH, or grpc://HOST:PORT (grpcs, ws, wss too; several: tried in turn).",
 )
+_credential_options = _options(
+    click.option("--ca-file", metavar="PATH", help="Authorities that servers over TLS are checked by. [the system's]"),
+    click.option("--token-file", metavar="PATH", help="A file with the token that servers want."),
+)
 _output_option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="For people, or for machines."
 )
@@ -151,15 +155,24 @@ def discovery(
 @click.argument("what", type=click.Choice(["services", "instances", "zones", "clusters"]))
 @click.argument("service", required=False)
 @_discovery_option
+@_credential_options
 @_config_option
 @_output_option
-def get(what: str, service: str | None, urls: tuple[str, ...], config_file: Path | None, output: str) -> int:
+def get(
+    what: str,
+    service: str | None,
+    urls: tuple[str, ...],
+    ca_file: str | None,
+    token_file: str | None,
+    config_file: Path | None,
+    output: str,
+) -> int:
     """Ask discovery what it knows: services, zones, clusters, or the instances of a SERVICE."""
     from meshlocal.cli import lookup
 
     if (what == "instances") != (service is not None):
         raise click.UsageError("instances needs a SERVICE, and nothing else takes one")
-    config = _load(config_file, {"proxy.discovery.urls": urls})
+    config = _load(config_file, _discovery_flags(urls, ca_file, token_file))
     click.echo(lookup.get(what, service, config, as_json=output == "json"))
     return 0
 
@@ -167,14 +180,22 @@ def get(what: str, service: str | None, urls: tuple[str, ...], config_file: Path
 @cli.command()
 @click.argument("service")
 @_discovery_option
+@_credential_options
 @_place_options
 @click.option("--port-name", help="Use only instances whose port has this name.")
-@click.option("--proxy", "proxy_admin", metavar="HOST:PORT", help="Ask a running proxy at its admin address instead.")
+@click.option(
+    "--proxy",
+    "proxy_admin",
+    metavar="HOST:PORT",
+    help="Ask a running proxy at its admin address instead; http://HOST:PORT is the same.",
+)
 @_config_option
 @_output_option
 def explain(
     service: str,
     urls: tuple[str, ...],
+    ca_file: str | None,
+    token_file: str | None,
     port_name: str | None,
     proxy_admin: str | None,
     config_file: Path | None,
@@ -185,9 +206,10 @@ def explain(
     from meshlocal.cli import lookup
 
     if proxy_admin is not None:
-        click.echo(lookup.explain_running(service, proxy_admin, as_json=output == "json"))
-        return 0
-    flags: dict[str, object] = {"proxy.discovery.urls": urls, **_place_flags(**place)}
+        told, known = lookup.explain_running(service, proxy_admin, as_json=output == "json")
+        click.echo(told)
+        return 0 if known else 1
+    flags = {**_discovery_flags(urls, ca_file, token_file), **_place_flags(**place)}
     if port_name is not None:
         flags["proxy.services"] = {service: {"port_name": port_name}}
     config = _load(config_file, flags)
@@ -202,6 +224,14 @@ def demo(seconds: float) -> int:
     from meshlocal.app.demo import run_demo
 
     return run_demo(seconds)
+
+
+def _discovery_flags(urls: tuple[str, ...], ca_file: str | None, token_file: str | None) -> dict[str, object]:
+    return {
+        "proxy.discovery.urls": urls,
+        "proxy.discovery.ca_file": ca_file,
+        "proxy.discovery.token_file": token_file,
+    }
 
 
 def _place_flags(

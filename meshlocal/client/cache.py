@@ -124,6 +124,16 @@ class SnapshotCache:
         self._from_file = set(self._held)
         return self.recall(self._followed())
 
+    def try_path(self) -> None:
+        """Report at once if the file cannot be written, not when it would be. It blocks."""
+        beside = self._path.with_name(self._path.name + ".tmp")
+        try:
+            with beside.open("wb"):
+                pass
+            beside.unlink()
+        except OSError as error:
+            self._report(error.strerror or str(error))
+
     def recall(self, services: Iterable[ServiceKey]) -> list[ServiceSnapshot]:
         """Pass on what the file had of these services, each once. Returns what was passed on.
 

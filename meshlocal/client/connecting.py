@@ -22,6 +22,7 @@ import trio
 
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
+from meshlocal.client.tried import attempt_text
 from meshlocal.net.dial import Connecting, classify_connect_error
 from meshlocal.policy.picker import Pick, Plan
 
@@ -91,13 +92,18 @@ class FailedAttempt(NamedTuple):
 
     Attributes:
         pick: what was tried.
+        tier: its tier's name.
         error: how it failed, in a word.
         errno: the system's number for it; 0 where the system gave none.
     """
 
     pick: Pick
+    tier: str
     error: str
     errno: int
+
+    def __str__(self) -> str:
+        return attempt_text(self.pick.instance.key, self.tier, self.error)
 
 
 class Connected:
@@ -252,7 +258,7 @@ def _count(service: ServiceState, pick: Pick, result: Connected, error: str) -> 
     elif error:
         attempts[tier, error] += 1
         result.error = error
-        result.failures.append(FailedAttempt(pick, error, result.errno))
+        result.failures.append(FailedAttempt(pick, tier, error, result.errno))
         fitness.failed(pick.instance, error, began=result.began)
     else:
         attempts[tier, AttemptOutcome.ABANDONED] += 1

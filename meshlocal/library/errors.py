@@ -19,11 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from meshlocal.client.tried import attempt_text, in_a_row
 from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Reason
-
-_SHOWN = 3
-"""Attempts that a message names at each end of a long row: the first are the nearest, the last the final word."""
 
 
 class Attempt(NamedTuple):
@@ -44,7 +42,7 @@ class Attempt(NamedTuple):
     cause: Exception | None
 
     def __str__(self) -> str:
-        return f"{self.instance.key} ({self.tier}) {self.error}"
+        return attempt_text(self.instance.key, self.tier, self.error)
 
 
 class MeshError(Exception):
@@ -116,8 +114,5 @@ class LimitedError(ServiceError):
 
 
 def tried(attempts: Sequence[Attempt]) -> str:
-    """The attempts in a few words: of many the first, which are the nearest ones, and the last."""
-    shown = [str(each) for each in attempts]
-    if len(shown) > 2 * _SHOWN:
-        shown[_SHOWN:-_SHOWN] = [f"… {len(shown) - 2 * _SHOWN} more …"]
-    return ", ".join(shown)
+    """The attempts in a few words."""
+    return in_a_row([str(each) for each in attempts])

@@ -45,6 +45,8 @@ def mesh_config(
     for key, file in (("ca_file", ca_file), ("token_file", token_file), ("cache_file", cache_file)):
         if file is not None:
             discovery[key] = os.fspath(file)
+    if cache_file is not None and any(str(url).startswith("file:") for url in urls):
+        raise MeshConfigError(["cache_file: an instances file needs none"])
     proxy: dict[str, object] = {
         "discovery": discovery,
         "node_name": node_name,

@@ -158,10 +158,7 @@ def _failure(state: ServiceState, result: Connected, outcome: Outcome) -> Servic
 
 def attempts_of(state: ServiceState, failures: Sequence[FailedAttempt]) -> list[Attempt]:
     """Failed attempts as errors tell of them."""
-    return [
-        Attempt(each.pick.instance, state.tiers[each.pick.tier], each.pick.reason, each.error, _cause(each))
-        for each in failures
-    ]
+    return [Attempt(each.pick.instance, each.tier, each.pick.reason, each.error, _cause(each)) for each in failures]
 
 
 def _cause(failed: FailedAttempt) -> Exception:

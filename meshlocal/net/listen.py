@@ -11,7 +11,8 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -87,11 +88,20 @@ Take = Callable[[socket.socket, object], Started]
 class ListenError(Exception):
     """An address that cannot be listened on. `address` names it, `reason` says why, `errno` is the system's, or 0."""
 
-    def __init__(self, address: str, reason: str, number: int = 0) -> None:
-        super().__init__(f"cannot listen on {address}: {reason}")
+    def __init__(self, address: str, reason: str, number: int = 0, key: str = "") -> None:
+        super().__init__(f"{key}: " * bool(key) + f"cannot listen on {address}: {reason}")
         self.address = address
         self.reason = reason
         self.errno = number
+
+
+@contextmanager
+def wanted_by(key: str) -> Iterator[None]:
+    """Within this, a `ListenError` says which key of the configuration asked for the address."""
+    try:
+        yield
+    except ListenError as error:
+        raise ListenError(error.address, error.reason, error.errno, key) from error.__cause__
 
 
 def open_tcp_listeners(

@@ -60,8 +60,6 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
                     "an instances file stands alone, with no other discovery URL",
                 )
     yield from _check_repeated((at, "discovery", "urls"), urls)
-    if client.cache_file is not None and urls and urls[0].scheme == "file":
-        yield (at, "discovery", "cache_file"), "an instances file needs none"
     if client.backoff_initial > client.backoff_max:
         message = f"{client.backoff_initial:g} is more than proxy.discovery.backoff_max, {client.backoff_max:g}"
         yield (at, "discovery", "backoff_initial"), message

@@ -14,7 +14,7 @@ import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.descriptors import connections_ceiling
-from meshlocal.net.listen import Started, Take, accept_each, accept_queued, open_tcp_listeners
+from meshlocal.net.listen import Started, Take, accept_each, accept_queued, open_tcp_listeners, wanted_by
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.net.supervision import Supervision
@@ -114,9 +114,10 @@ class Listeners:
         kept = keep(self.current, config)
         prepared: list[Listener] = []
         try:
-            for configured, there in zip(config.listen, kept, strict=True):
+            for position, (configured, there) in enumerate(zip(config.listen, kept, strict=True)):
                 if there is None:
-                    sockets = open_tcp_listeners(configured.host, configured.port, shared=self._shared)
+                    with wanted_by(f"proxy.listen[{position}]"):
+                        sockets = open_tcp_listeners(configured.host, configured.port, shared=self._shared)
                     there = Listener(configured, service_key(config, configured), sockets)
                 prepared.append(there)
         except BaseException:

@@ -33,6 +33,7 @@ import trio
 from meshlocal.client.connecting import Client, Connected, FailedAttempt, begin, go_on
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.client.statistics import Outcome, RequestKey
+from meshlocal.client.tried import in_a_row
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, current_loop, relay
@@ -388,7 +389,7 @@ class TcpForwarder:
         if verdict.moves:
             service.statistics.replays[verdict.moves] += 1
             result.error = verdict.moves
-            result.failures.append(FailedAttempt(result.pick, verdict.moves, 0))
+            result.failures.append(FailedAttempt(result.pick, result.tier, verdict.moves, 0))
             abort(result.upstream)
             result.upstream = None
         return verdict
@@ -452,7 +453,12 @@ class TcpForwarder:
         if outcome in (Outcome.FAILED, Outcome.NO_INSTANCE, Outcome.DEADLINE):
             now = trio.current_time()
             self._failed(
-                now, service=service.key, outcome=outcome, attempts=result.attempts, last_error=result.error or None
+                now,
+                service=service.key,
+                outcome=outcome,
+                attempts=result.attempts,
+                tried=in_a_row([str(each) for each in result.failures]) or None,
+                last_error=result.error or None,
             )
         if self.access_log:
             _access_log.info(

@@ -84,3 +84,16 @@ async def test_metrics_count_it(process: ProxyProcess) -> None:
     assert 'meshlocal_ejections_total{cause="connect",service="b"} 1.0' in lines
     assert 'meshlocal_limit_refused_total{limit="requests",service="b"} 7.0' in lines
     assert 'meshlocal_limit_refused_total{limit="connections",service=""} 8.0' in lines
+
+
+async def test_the_command_line_tells_ejected_instances_and_what_is_stale(process: ProxyProcess) -> None:
+    """An instance that is ejected is no usable one like others, and what is old is said to be (D1, D2)."""
+    view = json.loads(await get(process, "/explain?service=b"))
+    view["discovery"] = {"connected": True, "problem": "", "from_cache_file": False, "age_seconds": 0.1}
+    told = _explanation(view).splitlines()
+    assert told[0] == "service b, seen from node n1; usable instances by tier: node 1, other 1 (1 ejected)"
+    assert told[1] == ""
+    view["discovery"] = {"connected": False, "problem": "refused", "from_cache_file": True, "age_seconds": 61.0}
+    assert _explanation(view).splitlines()[1] == "from the cache file, 61 s old; discovery is away: refused"
+    view["discovery"] = {"connected": False, "problem": "", "from_cache_file": False, "age_seconds": None}
+    assert _explanation(view).splitlines()[1] == "stale; discovery is away"

@@ -115,18 +115,59 @@ async def test_explain_asks_a_running_proxy(cli: Cli, processes: Any) -> None:
     status, out, err = await cli("explain", "b", "--proxy", admin)
     assert (status, err) == (0, "")
     assert "service b, seen from node n2" in out
+    assert (await cli("explain", "b", "--proxy", f"http://{admin}/"))[:2] == (0, out)
     assert (await cli.failed("explain", "zz", "--proxy", admin)).startswith(f"meshlocal: {admin}: no listener names")
 
 
+async def test_a_registry_that_does_not_know_the_service_is_told_by_a_status(cli: Cli, processes: Any) -> None:
+    """With --proxy as with --discovery."""
+    listen = ("--listen", "tcp://127.0.0.1:0=zz")
+    env = {"NODE_NAME": "n1"}
+    source = ("--discovery", "file:instances.yaml")
+    proxy = await processes.meshlocal("proxy", *source, *listen, "--admin", "127.0.0.1:0", env=env)
+    admin = (await proxy.printed(r"admin=http://(\S+)", "out"))[1]
+    status, out, err = await cli("explain", "zz", "--proxy", admin)
+    assert (status, err) == (1, "")
+    assert "no registry knows this service" in out
+
+
+async def test_what_is_given_and_does_nothing_is_said_at_the_start(cli: Cli, processes: Any, tmp_path: Path) -> None:
+    """A misspelt service, and a variable with one underscore."""
+    config = tmp_path / "proxy.yaml"
+    config.write_text(
+        "proxy: {listen: ['tcp://127.0.0.1:0=b'], services: {bb: {}}, admin: null,"
+        f" discovery: {{urls: ['file:{tmp_path}/instances.yaml'], cache_file: /nowhere/snapshots}}}}"
+    )
+    env = {"MESHLOCAL_PROXY_ACCESS_LOG": "true", "NODE_NAME": "n1"}
+    proxy = await processes.meshlocal("proxy", "--config", str(config), env=env)
+    await proxy.printed("meshlocal proxy ready", "out")
+    await proxy.printed("environment variable MESHLOCAL_PROXY_ACCESS_LOG is no key of the configuration")
+    await proxy.printed("proxy.services.bb is not used: no listener and no route names it; did you mean 'b'")
+    await proxy.printed("proxy.discovery.cache_file is not used: an instances file needs none")
+
+
+async def test_a_cache_file_that_cannot_be_written_is_said_at_the_start(cli: Cli, processes: Any) -> None:
+    """It costs the cache, and no traffic (P1)."""
+    env = {"MESHLOCAL_PROXY__DISCOVERY__CACHE_FILE": "/nowhere/snapshots", "NODE_NAME": "n1"}
+    source = ("--discovery", "grpc://127.0.0.1:1")
+    proxy = await processes.meshlocal("proxy", *source, *TCP, "--admin", "127.0.0.1:0", env=env)
+    await proxy.printed("cache file cannot be written")
+    await proxy.printed("meshlocal proxy ready", "out")
+
+
 async def test_a_port_in_use_is_said(cli: Cli, taken: int) -> None:
-    line = f"meshlocal: cannot listen on 127.0.0.1:{taken}: Address already in use\n"
+    line = f"cannot listen on 127.0.0.1:{taken}: Address already in use\n"
     listen = ("--listen", f"tcp://127.0.0.1:{taken}=b")
     source = ("--discovery", "file:instances.yaml")
-    assert await cli.failed("proxy", *source, *listen, *UNUSED) == line
-    assert await cli.failed("proxy", *source, *TCP, "--admin", f"127.0.0.1:{taken}") == line
-    assert await cli.failed("discovery", "--bind", f"127.0.0.1:{taken}", "--source", "file:instances.yaml") == line
+    assert await cli.failed("proxy", *source, *TCP, *listen, *UNUSED) == f"meshlocal: proxy.listen[1]: {line}"
+    assert (
+        await cli.failed("proxy", *source, *TCP, "--admin", f"127.0.0.1:{taken}") == f"meshlocal: proxy.admin: {line}"
+    )
+    file = ("--source", "file:instances.yaml")
+    told = await cli.failed("discovery", "--bind", f"127.0.0.1:{taken}", *file)
+    assert told == f"meshlocal: discovery.bind[0]: {line}"
     foreign = await cli.failed("discovery", "--bind", "192.0.2.1:7070", "--source", "file:instances.yaml")
-    assert foreign == "meshlocal: cannot listen on 192.0.2.1:7070: Cannot assign requested address\n"
+    assert foreign == "meshlocal: discovery.bind[0]: cannot listen on 192.0.2.1:7070: Cannot assign requested address\n"
 
 
 BAD_INSTANCES = """\

@@ -196,7 +196,7 @@ async def test_a_reload_does_not_disturb_a_drain(running: Running) -> None:
         ("proxy: {listen: [tcp://127.0.0.1:0=b], drain: {delay: x}}", "proxy.yaml:1: proxy.drain.delay: "),
         ("proxy: [", "proxy.yaml:2:1: "),
         ("proxy: {listen: []}", "proxy.listen: no listener is given"),
-        ("proxy: {listen: [tcp://192.0.2.1:1=b]}", "proxy.listen: cannot listen on 192.0.2.1:1: "),
+        ("proxy: {listen: [tcp://192.0.2.1:1=b]}", "proxy.listen[0]: cannot listen on 192.0.2.1:1: "),
         (
             "proxy: {listen: [tcp://127.0.0.1:0=b], discovery: {backoff_max: 9}}",
             "proxy.discovery: takes a restart to change",

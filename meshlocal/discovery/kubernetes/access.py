@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
+from meshlocal.discovery.kubernetes.connect_proxy import proxy_of_environment
 from meshlocal.discovery.kubernetes.kubeconfig import Access, Content, KubeconfigError, parse_kubeconfigs
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 
@@ -17,12 +20,27 @@ def find_access(
 ) -> Access:
     """Read how to reach the cluster. It blocks.
 
+    Where nothing else names an HTTP proxy, the environment's is used (HTTPS_PROXY, NO_PROXY), as kubectl does.
+
     The first of these that there is: the kubeconfig that the options name; those that `KUBECONFIG` names, separated
     by colons; in a pod, its service account, unless the options name a context; `~/.kube/config`.
 
     Raises:
         KubeconfigError: there is none, or it cannot be used.
     """
+    access = _find_access(options, environment, home, service_account)
+    if access.proxy is not None:
+        return access
+    try:
+        proxy = proxy_of_environment(access.scheme, access.host, access.port, environment)
+    except ValueError as error:
+        raise KubeconfigError(str(error)) from None
+    return msgspec.structs.replace(access, proxy=proxy)
+
+
+def _find_access(
+    options: KubernetesOptions, environment: Mapping[str, str], home: Path, service_account: Path
+) -> Access:
     if options.kubeconfig:
         return parse_kubeconfigs([_read(Path(options.kubeconfig).expanduser())], options.context)
     if listed := [Path(name).expanduser() for name in environment.get("KUBECONFIG", "").split(":") if name]:

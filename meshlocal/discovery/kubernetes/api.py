@@ -177,7 +177,7 @@ class Api:
         if secrets.token:
             headers["Authorization"] = f"Bearer {secrets.token}"
         tls = self._tls_for(access, secrets) if access.scheme == "https" else None
-        origin = Origin(access.host, access.port, tls, access.server_name, access.proxy, access.proxy_authorization)
+        origin = Origin(access.host, access.port, tls, access.server_name, access.proxy)
         return origin, headers, access.path
 
     def _tls_for(self, access: Access, secrets: Secrets) -> ssl.SSLContext:

@@ -20,6 +20,7 @@ import httptools
 import msgspec
 import trio
 
+from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy
 from meshlocal.policy.addresses import format_host_port
 
 MAX_HEAD = 65536
@@ -42,16 +43,14 @@ class Origin(msgspec.Struct, frozen=True):
         port: 1 to 65535.
         tls: none for plain HTTP.
         server_name: the name that the certificate is checked against; empty: `host`.
-        proxy: host and port of an HTTP proxy that is asked to CONNECT; none: straight there.
-        proxy_authorization: the Proxy-Authorization header; empty: none.
+        proxy: an HTTP proxy that is asked to CONNECT; none: straight there.
     """
 
     host: str
     port: int
     tls: ssl.SSLContext | None = None
     server_name: str = ""
-    proxy: tuple[str, int] | None = None
-    proxy_authorization: str = ""
+    proxy: ConnectProxy | None = None
 
     @property
     def authority(self) -> str:
@@ -191,12 +190,12 @@ def _head(lines: list[str], headers: Mapping[str, str]) -> bytes:
 
 
 async def _connect(origin: Origin) -> _Stream:
-    host, port = origin.proxy or (origin.host, origin.port)
-    plain = await trio.open_tcp_stream(host, port)
+    first = origin.proxy or origin
+    plain = await trio.open_tcp_stream(first.host, first.port)
     stream: _Stream = plain
     try:
         if origin.proxy is not None:
-            await _ask_proxy(plain, origin)
+            await _ask_proxy(plain, origin, origin.proxy)
         if origin.tls is not None:
             name = origin.server_name or origin.host
             stream = trio.SSLStream(plain, origin.tls, server_hostname=name, https_compatible=True)
@@ -207,9 +206,9 @@ async def _connect(origin: Origin) -> _Stream:
     return stream
 
 
-async def _ask_proxy(stream: trio.SocketStream, origin: Origin) -> None:
+async def _ask_proxy(stream: trio.SocketStream, origin: Origin, proxy: ConnectProxy) -> None:
     """CONNECT (RFC 9110, section 9.3.6)."""
-    headers = {"Proxy-Authorization": origin.proxy_authorization} if origin.proxy_authorization else {}
+    headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
     await stream.send_all(_head([f"CONNECT {origin.authority} HTTP/1.1", f"Host: {origin.authority}"], headers))
     head = bytearray()
     # One byte at a time, since the tunnel's first bytes may stand right behind the head.

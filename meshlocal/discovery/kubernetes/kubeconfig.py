@@ -14,10 +14,11 @@ import binascii
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy, parse_proxy
 from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote
 from meshlocal.wire.yaml_document import YamlDocument, YamlError, parse_yaml
 
@@ -80,7 +81,6 @@ class Access(msgspec.Struct, frozen=True):
         insecure: the server's certificate is not checked at all.
         server_name: what the certificate is for; empty: `host`.
         proxy: an HTTP proxy; none: straight there.
-        proxy_authorization: its Proxy-Authorization header; empty: none.
         token: a bearer token; a file goes before a given one.
         certificate: the client's, with its `key`.
         plugin: gives token or certificate.
@@ -94,8 +94,7 @@ class Access(msgspec.Struct, frozen=True):
     authority: Content = Content()
     insecure: bool = False
     server_name: str = ""
-    proxy: tuple[str, int] | None = None
-    proxy_authorization: str = ""
+    proxy: ConnectProxy | None = None
     token: Content = Content()
     certificate: Content = Content()
     key: Content = Content()
@@ -223,7 +222,7 @@ def _read_cluster(origin: str, cluster: _Section) -> Access:
     url = _split(cluster, "server", server)
     if url.scheme not in ("https", "http") or not url.hostname or url.query or url.fragment or "@" in url.netloc:
         raise cluster.error(f"expected https://HOST[:PORT][/PATH], got {quote(server)}", "server")
-    proxy, authorization = _read_proxy(cluster)
+    proxy = _read_proxy(cluster)
     return Access(
         origin=origin,
         scheme=url.scheme,
@@ -234,7 +233,6 @@ def _read_cluster(origin: str, cluster: _Section) -> Access:
         insecure=cluster.switch("insecure-skip-tls-verify"),
         server_name=cluster.text("tls-server-name"),
         proxy=proxy,
-        proxy_authorization=authorization,
     )
 
 
@@ -247,18 +245,14 @@ def _split(section: _Section, key: str, text: str) -> SplitResult:
     return url
 
 
-def _read_proxy(cluster: _Section) -> tuple[tuple[str, int] | None, str]:
+def _read_proxy(cluster: _Section) -> ConnectProxy | None:
     text = cluster.text("proxy-url")
     if not text:
-        return None, ""
-    url = _split(cluster, "proxy-url", text)
-    if url.scheme != "http" or not url.hostname:
-        raise cluster.error("only http:// proxies are supported", "proxy-url")
-    authorization = ""
-    if url.username is not None:
-        pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        authorization = "Basic " + base64.b64encode(pair.encode()).decode()
-    return (url.hostname, url.port or 80), authorization
+        return None
+    try:
+        return parse_proxy(text)
+    except ValueError as error:
+        raise cluster.error(str(error), "proxy-url") from None
 
 
 def _with_user(access: Access, user: _Section, cluster: _Section) -> Access:

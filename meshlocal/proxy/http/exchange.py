@@ -15,6 +15,7 @@ import trio
 
 from meshlocal.client.connecting import Connected, try_instance
 from meshlocal.client.statistics import AttemptOutcome, Outcome
+from meshlocal.client.tried import attempt_text
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.picker import Pick, Plan
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, decide
@@ -63,6 +64,7 @@ class Exchange:
         attempts: how many instances were tried.
         status: of the response; 0 while there is none.
         error: how the last attempt failed, or the request, in a word.
+        failures: the attempts that failed, each as `attempt_text`; None: none did.
         problem: what is wrong with the instance's response.
         received: bytes of the response's body.
         end: what becomes of the client's connection after the response.
@@ -77,6 +79,7 @@ class Exchange:
         "deadline",
         "end",
         "error",
+        "failures",
         "following",
         "head",
         "idempotent",
@@ -108,6 +111,7 @@ class Exchange:
         self.attempts = 0
         self.status = 0
         self.error = ""
+        self.failures: list[str] | None = None
         self.problem: ProtocolError | None = None
         self.received = 0
         self.end = End.ABORT
@@ -336,6 +340,9 @@ class Exchange:
                 return self.end
             if self.refusal is not None:
                 return await self.refuse(self.refusal)
+            if self.failures is None:
+                self.failures = []
+            self.failures.append(attempt_text(pick.instance.key, self.tier, outcome))
             if failure is not Failure.CONNECT:
                 # What became of a connect was told already.
                 state.fitness.judge(pick.instance, failure, failure, began)

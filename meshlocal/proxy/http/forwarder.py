@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshlocal.client.services import ServiceTable
+from meshlocal.client.tried import in_a_row
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import format_address
 from meshlocal.net.supervision import Supervision
@@ -242,7 +243,7 @@ class HttpForwarder:
             service=exchange.service.state.key if exchange.service is not None else None,
             answer=answer.reason,
             attempts=exchange.attempts,
-            instance=str(exchange.pick.instance.key) if exchange.pick is not None else None,
+            tried=in_a_row(exchange.failures) if exchange.failures else None,
             last_error=exchange.error or None,
             problem=str(exchange.problem) if exchange.problem is not None else None,
         )

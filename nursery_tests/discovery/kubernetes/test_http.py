@@ -9,6 +9,7 @@ import trio
 
 from meshlocal.discovery.kubernetes import http
 from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError, describe_failure
+from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy
 from meshlocal.discovery.kubernetes.http import HttpError, Origin
 from meshlocal.discovery.kubernetes.kubeconfig import Access
 
@@ -165,7 +166,7 @@ async def proxy(answer=b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n")
 async def test_a_proxy(kube):
     """CONNECT, and TLS with the API server inside, whose name is what is checked."""
     async with kube.serving() as server, proxy() as (port, asked):
-        found = kube.access(server, proxy=("127.0.0.1", port), proxy_authorization="Basic eA==")
+        found = kube.access(server, proxy=ConnectProxy("127.0.0.1", port, "Basic eA=="))
         async with kube.following(server, find=lambda: found) as (_, publications):
             assert publications.services == {}
             assert set(asked) == {
@@ -184,7 +185,7 @@ async def test_a_proxy(kube):
 )
 async def test_a_proxy_that_refuses(answer, message):
     async with proxy(answer.replace(b" 200", b" 20")) as (port, _):
-        api = Api(lambda: access(1, proxy=("127.0.0.1", port)), lambda: None)
+        api = Api(lambda: access(1, proxy=ConnectProxy("127.0.0.1", port, "")), lambda: None)
         assert message in await failure(api)
 
 

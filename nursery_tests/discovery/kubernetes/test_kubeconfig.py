@@ -64,8 +64,8 @@ def test_everything_of_a_cluster():
         )
     )
     assert found.authority == Content(file=HERE / "pki/ca.crt")
-    assert (found.insecure, found.server_name, found.proxy) == (True, "kubernetes", ("proxy", 3128))
-    assert found.proxy_authorization == "Basic " + base64.b64encode(b"me:p@ss").decode()
+    assert (found.insecure, found.server_name) == (True, "kubernetes")
+    assert found.proxy == ("proxy", 3128, "Basic " + base64.b64encode(b"me:p@ss").decode())
     data = {"certificate-authority-data": base64.b64encode(b"PEM").decode(), "certificate-authority": "pki/ca.crt"}
     assert parse(config(data)).authority == Content(b"PEM")
 
