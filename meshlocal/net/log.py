@@ -155,7 +155,7 @@ class JsonFormatter(logging.Formatter):
             "event": _message(record),
         }
         if record.exc_info and record.exc_info[1] is not None:
-            entry["exception"] = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+            entry["exception"] = _traceback(record.exc_info[1])
         for name, value in _fields(record):
             while name in entry:
                 name += "_"
@@ -341,6 +341,19 @@ def _quote(text: str) -> str:
     return f'"{_escape(escaped)}"'
 
 
+def _traceback(error: BaseException) -> str:
+    """As Python prints it, but for the lines of source: they would be read from files, here and now (P1)."""
+    told = traceback.TracebackException.from_exception(error, lookup_lines=False)
+    queue = [told]
+    while queue:
+        link = queue.pop()
+        link.stack = traceback.StackSummary.from_list(
+            [(frame.filename, frame.lineno or 0, frame.name, "") for frame in link.stack]
+        )
+        queue += [each for each in (link.__cause__, link.__context__, *(link.exceptions or ())) if each is not None]
+    return "".join(told.format()).rstrip()
+
+
 def _exception_line(error: BaseException) -> str:
     """An exception, its causes and a group's members, each with the innermost frames, on one line."""
     seen: set[int] = set()
@@ -351,8 +364,10 @@ def _exception_line(error: BaseException) -> str:
         if id(link) in seen:
             continue
         seen.add(id(link))
-        frames = traceback.extract_tb(link.__traceback__)[-3:]
-        where = " > ".join(f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
+        frames = list(traceback.walk_tb(link.__traceback__))[-3:]
+        where = " > ".join(
+            f"{os.path.basename(frame.f_code.co_filename)}:{line} {frame.f_code.co_name}" for frame, line in frames
+        )
         links.append(f"{_text(link)} ({where})" if where else _text(link))
         if isinstance(link, BaseExceptionGroup):
             queue.extend(link.exceptions)

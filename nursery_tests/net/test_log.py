@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -181,6 +182,32 @@ def test_other_libraries_records_are_formatted_too() -> None:
     bad = logging.makeLogRecord({"msg": "%d", "args": ("no number",), "levelno": logging.INFO})
     assert json.loads(stream.getvalue())["event"] == "this and that"
     assert json.loads(JsonFormatter().format(bad))["event"] == "'%d' (TypeError in its arguments)"
+
+
+@pytest.mark.parametrize("shape", ["json", "text"])
+def test_an_exception_is_told_without_reading_a_file(shape: Literal["json", "text"]) -> None:
+    """P1: the lines of source would be read by the event loop, from a disk that may hang."""
+    # In a process of its own: an audit hook cannot be taken away, and no source was read there before.
+    script = f"""
+import io, json, sys
+from meshlocal.net.log import configure_logging, get_log
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+stream = io.StringIO()
+configure_logging(format={shape!r}, stream=stream)
+try:
+    try:
+        json.loads("one")
+    except ValueError as error:
+        raise ExceptionGroup("all", [KeyError("k")]) from error
+except ExceptionGroup:
+    get_log("x").exception("it failed")
+text = stream.getvalue()
+assert "KeyError" in text and "Expecting value" in text and "decoder.py" in text, text
+print(opened)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_exception_takes_the_one_being_handled() -> None:
