@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import trio
+import trustme
 
 from nursery_tests.campaign.load import LIMIT, Target
 from nursery_tests.e2e.running import Metrics, Place, Processes, Program
@@ -40,7 +41,9 @@ proxy:
   node_name: n1
   listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}{listen}]
   admin: 127.0.0.1:0
-  discovery: {{urls: [{discovery}], backoff_max: 0.5, keepalive_interval: 1, keepalive_timeout: 1{cache}}}
+  access_log: {access_log}
+  workers: {workers}
+  discovery: {{urls: [{discovery}], backoff_max: 0.5, keepalive_interval: 1, keepalive_timeout: 1{cache}{trust}}}
   ejection: {{time: 0.5, max_time: 2}}
   attempts: {{idle_timeout: {idle}, first_snapshot_wait: 2}}
   http: {{header_timeout: 1, body_timeout: 1, keep_alive_timeout: {idle}}}
@@ -100,6 +103,42 @@ class Member:
         return answer
 
 
+class Trust:
+    """What a discovery server and the proxy need to trust each other, as files.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._authority = trustme.CA()
+        self.authority = folder / "authority.pem"
+        self._authority.cert_pem.write_to_path(str(self.authority))
+        self.token = folder / "token"
+        self.token.write_text("secret\n")
+        (folder / "tokens").write_text("secret\n")
+        self.certify()
+
+    def certify(self, *, by_another: bool = False) -> None:
+        """Give the server a certificate; of an authority that nobody knows, if asked for."""
+        authority = trustme.CA() if by_another else self._authority
+        found = authority.issue_cert(*DISCOVERY)
+        found.cert_chain_pems[0].write_to_path(str(self._folder / "server.pem"))
+        found.private_key_pem.write_to_path(str(self._folder / "server.key"))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The server's."""
+        keys = {"TLS_CERTIFICATE_FILE": "server.pem", "TLS_KEY_FILE": "server.key", "TOKENS_FILE": "tokens"}
+        return {f"MESHLOCAL_DISCOVERY__{key}": str(self._folder / name) for key, name in keys.items()}
+
+    @property
+    def configuration(self) -> str:
+        """Of the proxy's section `discovery`."""
+        return f", ca_file: {self.authority}, token_file: {self.token}"
+
+
 class Fleet:
     """All processes.
 
@@ -111,6 +150,9 @@ class Fleet:
         cache: the proxy keeps a cache file.
         limits: the services `tcp` and `get` have low limits.
         idle: the proxy's limit for silent connections, in seconds.
+        trust: discovery is asked over TLS, and wants a token; `Trust` has the files.
+        access_log: the proxy logs each request.
+        workers: the proxy's processes.
     """
 
     def __init__(
@@ -123,6 +165,9 @@ class Fleet:
         cache: bool = False,
         limits: bool = False,
         idle: float = 600,
+        trust: bool = False,
+        access_log: bool = False,
+        workers: int = 1,
     ) -> None:
         self.processes = processes
         self.place = place
@@ -134,6 +179,9 @@ class Fleet:
         self._cache = f", cache_file: {self.folder / 'cache'}" if cache else ""
         self._idle = idle
         self._limits = limits
+        self.trust = Trust(self.folder) if trust else None
+        self._access_log = access_log
+        self._workers = workers
         self._ports = {key: self._free_port(_PROXY) for key in ("tcp", "replay", "get")}
         self.members = {name: Member(self, name, f"{_INSTANCES}{number}") for number, name in enumerate(NODES, start=1)}
         self.discovery: Program | None = None
@@ -178,19 +226,23 @@ class Fleet:
         """Start the first or the second discovery server."""
         bind = f"{DISCOVERY[number]}:{self.discovery_ports[number]}"
         command = ["discovery", "--bind", bind, "--source", f"file:{file}", "--admin", "none"]
-        server = await self.processes.meshlocal(*command, env=self._environment, prefix=self.place.prefix)
+        environment = {**(self._environment or {}), **(self.trust.environment if self.trust is not None else {})}
+        server = await self.processes.meshlocal(*command, env=environment, prefix=self.place.prefix)
         if wait:
             await server.printed("ready: ", "out")
         return server
 
     def configure(self, *, more: bool = False) -> None:
         """Write the proxy's configuration; another one, with a listener and a limit more, if asked for."""
+        scheme = "grpc" if self.trust is None else "grpcs"
+        servers = zip(DISCOVERY, self.discovery_ports, strict=True)
         text = CONFIG.format(
             host=_PROXY,
-            discovery=", ".join(
-                f"grpc://{host}:{port}" for host, port in zip(DISCOVERY, self.discovery_ports, strict=True)
-            ),
+            discovery=", ".join(f"{scheme}://{host}:{port}" for host, port in servers),
             cache=self._cache,
+            trust=self.trust.configuration if self.trust is not None else "",
+            access_log=str(self._access_log).lower(),
+            workers=self._workers,
             idle=self._idle,
             listen=f", tcp://{_PROXY}:0=post" if more else "",
             policy=f"limits: {{connections: {CONNECTIONS if self._limits else 500}}}" if more or self._limits else "",

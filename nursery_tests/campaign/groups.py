@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 import trio
 
-from nursery_tests.campaign import faults_clients, faults_discovery, faults_host, faults_instances, faults_proxy
+from nursery_tests.campaign import (
+    faults_beside,
+    faults_clients,
+    faults_discovery,
+    faults_host,
+    faults_instances,
+    faults_proxy,
+)
 from nursery_tests.campaign.campaign import Fault, Row, try_fault
 from nursery_tests.campaign.fleet import LOCAL, Fleet
 from nursery_tests.campaign.load import Load
@@ -58,6 +65,9 @@ GROUPS = {
     "clients": Group(faults_clients.FAULTS, {"idle": 1.5}, root=True),
     "limits": Group(faults_clients.LIMITS, {"limits": True}),
     "proxy": Group(faults_proxy.FAULTS, {"cache": True}),
+    "trust": Group(faults_beside.TRUST, {"trust": True}),
+    "log": Group(faults_beside.LOG, {"access_log": True}),
+    "worker": Group(faults_beside.WORKER, {"workers": 2}),
 }
 
 

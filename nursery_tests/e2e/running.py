@@ -32,9 +32,24 @@ class Program:
         self.err = ""
         self._news = trio.Event()
         self._open = 2
+        self._hears = trio.Event()
+        self._hears.set()
+
+    @contextmanager
+    def deaf(self) -> Iterator[int]:
+        """What it says on standard error stays in the pipe; gives the pipe's descriptor."""
+        stream = self.process.stderr
+        assert stream is not None
+        self._hears = trio.Event()
+        try:
+            yield stream.fileno()  # type: ignore[attr-defined]  # an FdStream has one
+        finally:
+            self._hears.set()
 
     async def collect(self, name: str, stream: trio.abc.ReceiveStream) -> None:
         async for part in stream:
+            if name == "err":
+                await self._hears.wait()
             setattr(self, name, getattr(self, name) + part.decode(errors="replace"))
             self._tell()
         self._open -= 1
