@@ -4,14 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-versions test-versions-quick fuzz check format bench bench-quick bench-document bench-locality bench-latency bench-scale bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-locality bench-latency bench-scale bench-restart \
+	bench-neighbours bench-resend \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
 
+# With COVERAGE=1, as in CI, it also fails if less of the code is run than [tool.coverage.report] of pyproject.toml says.
 test: $(VENV)/dev.stamp
+ifdef COVERAGE
+	@mkdir -p build
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report
+else
 	$(BIN)/pytest
+endif
 
 # The tests with the lowest and with the newest versions that pyproject.toml admits: 15 minutes; the quick one: 3.
 test-versions: $(VENV)/dev.stamp
@@ -22,10 +30,13 @@ test-versions-quick: $(VENV)/dev.stamp
 	$(PIP) install uv
 	$(BIN)/python tools/test_versions.py --quick
 
-# The fuzz tests with new examples, 2,000 for each test.
+# The fuzz tests with new examples, 2,000 for each test; the quick one 100, as in CI.
 FUZZ := nursery_tests/fuzz $(shell find nursery_tests -name test_fuzz.py)
 fuzz: $(VENV)/dev.stamp
 	MESHLOCAL_TESTS_PROFILE=fuzz $(BIN)/pytest $(FUZZ)
+
+fuzz-quick: $(VENV)/dev.stamp
+	MESHLOCAL_TESTS_PROFILE=fuzz-quick $(BIN)/pytest $(FUZZ)
 
 check: $(VENV)/dev.stamp $(VENV)/docs.stamp
 	$(BIN)/ruff format --check .
@@ -68,6 +79,15 @@ bench-scale: $(VENV)/run.stamp
 # A discovery server is killed under 2,000 watchers, and comes back.
 bench-restart: $(VENV)/run.stamp
 	$(BIN)/python -m bench.restart
+	$(BIN)/python -m bench.restart --down 1 --unchanged
+
+# What one user of a proxy makes its neighbours pay, against goals.
+bench-neighbours: $(VENV)/run.stamp
+	$(BIN)/python -m bench.neighbours
+
+# A discovery server sends a large service whole to 2,000 readers.
+bench-resend: $(VENV)/run.stamp
+	$(BIN)/python -m bench.resend
 
 # A cluster's first sync and 1,000 changes a second, with made-up slices.
 bench-kubernetes: $(VENV)/run.stamp

@@ -1,5 +1,5 @@
-"""A discovery server is killed under thousands of watchers, and comes back with something new: how the watchers' return
-spreads over time, when the last of them is in sync, and what it costs the server.
+"""A discovery server is killed under thousands of watchers, and comes back, with something new or without: how the
+watchers' return spreads over time, when the last of them is in sync, and what it costs the server.
 
 Every watcher is the client that a proxy runs, as in `bench.watchers`.
 """
@@ -22,10 +22,17 @@ from bench import report
 from bench.machine import cpu_seconds, describe, memory_kb, raise_file_limit
 from bench.processes import START_LIMIT, StartError, free_port, meshlocal, ready_line, running
 from bench.watchers import Holder, write_instances
+from meshlocal.client.watch import WatchOptions
 from meshlocal.policy.model import ServiceSnapshot
+
+GOAL = 5.0
+"""Seconds from a server's return, or of a backoff's end, within which all watchers are back."""
 
 SAMPLE = 0.1
 """Seconds between looks at the server's CPU time and memory."""
+
+LOOK = 0.02
+"""Seconds between looks at who is connected again."""
 
 SYNC_LIMIT = 120.0
 
@@ -36,6 +43,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="processes that hold them [2]")
     parser.add_argument("--instances", type=int, default=100, help="instances of the service [100]")
     parser.add_argument("--down", type=float, default=5.0, help="seconds for which there is no server [5]")
+    parser.add_argument("--unchanged", action="store_true", help="it comes back with what it had: versions are resumed")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
     # One of the processes that hold watchers:
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
@@ -51,6 +59,31 @@ class Observer(Holder):
         if not snapshot.instances:
             print(json.dumps("lost"), flush=True)
         super().arrived(number, snapshot, first=first)
+
+
+class Returns(Observer):
+    """Says on a line when each watcher was connected again, once all are: those that resume are told nothing new."""
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(super().run)
+            nursery.start_soon(self._look)
+
+    async def _look(self) -> None:
+        away: set[int] = set()
+        back: dict[int, int] = {}
+        while len(back) < self._count:
+            await trio.sleep(LOOK)
+            now = time.time_ns()
+            for number, watch in enumerate(self.watches):
+                if not watch.status.connected:
+                    # Only of a watch that had something before can it be said that it came back.
+                    if watch.status.confirmed_at is not None:
+                        away.add(number)
+                elif number in away:
+                    back.setdefault(number, now)
+        print(json.dumps(list(back.values())), flush=True)
 
 
 class Sampler(threading.Thread):
@@ -90,6 +123,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         for number in range(asked.processes):
             share = asked.watchers // asked.processes + (number < asked.watchers % asked.processes)
             command = [sys.executable, "-m", "bench.restart", "--hold", str(share), "--url", f"grpc://127.0.0.1:{port}"]
+            command += ["--unchanged"] if asked.unchanged else []
             # What they log of the outage, each by itself, is of no interest here.
             holders.append(stack.enter_context(running(command, log=stack.enter_context(open("/dev/null")).fileno())))
         for holder in holders:
@@ -97,7 +131,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
         server.kill()
         server.wait()
-        write_instances(file, asked.instances, 1)
+        if not asked.unchanged:
+            write_instances(file, asked.instances, 1)
         time.sleep(asked.down)
         again, _ = stack.enter_context(meshlocal("discovery", *flags))
         ready = time.time_ns()
@@ -120,6 +155,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             "processes": asked.processes,
             "instances": asked.instances,
             "down_seconds": asked.down,
+            "unchanged": asked.unchanged,
             "in_sync_after": {"first": times[0], **report.percentiles(times), "last": times[-1]},
             "in_sync_each_second": seconds,
             "lost_their_state": lost,
@@ -133,7 +169,7 @@ def main() -> None:
     asked = options()
     raise_file_limit()
     if asked.hold:
-        trio.run(Observer(asked.url, asked.hold).run)
+        trio.run((Returns if asked.unchanged else Observer)(asked.url, asked.hold).run)
         return
     machine = describe()
     report.heading("A discovery server restarts under its watchers", machine)
@@ -151,7 +187,13 @@ def main() -> None:
         ["memory, most", f"{figures['server_memory_peak_kb'] / 1024:.0f} MB"],
     ]
     print(report.table(["The restart", ""], rows))
-    report.write("restart", machine, figures, asked.output)
+    print()
+    # After a longer outage, a watcher may have begun to wait as long as the backoff lets it when the server came back.
+    cap = 0.0 if asked.down <= 1 else WatchOptions().backoff_max
+    what = "resume" if asked.unchanged else "have what is new"
+    goal = f"all watchers {what}, after an outage of {asked.down:g} s"
+    figures["verdicts"] = [report.verdict(goal, after["last"], GOAL + cap, " s")]
+    report.write("restart-unchanged" if asked.unchanged else "restart", machine, figures, asked.output)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class Holder:
         self._count = count
         self._arrived: dict[str, list[int]] = defaultdict(list)
         self._connecting = trio.CapacityLimiter(CONNECTING)
+        self.watches: list[DiscoveryWatch] = []
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -74,6 +75,7 @@ class Holder:
             for number in range(self._count):
                 await self._connecting.acquire_on_behalf_of(number)
                 watch = DiscoveryWatch([self._url], [B], _Sink(self, number), random.Random(number))
+                self.watches.append(watch)
                 nursery.start_soon(watch.run)
 
     def arrived(self, number: int, snapshot: ServiceSnapshot, *, first: bool) -> None:

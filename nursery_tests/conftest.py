@@ -13,6 +13,7 @@ import pytest
 # The same examples every time, and no test that fails because the machine is busy. `make fuzz` looks for new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("fuzz-quick", max_examples=100, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("MESHLOCAL_TESTS_PROFILE", "fixed"))
 
 _NO_SKIP = bool(os.environ.get("MESHLOCAL_TESTS_NO_SKIP"))

@@ -91,3 +91,40 @@ def test_percentiles_are_the_values_that_enough_others_do_not_exceed():
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
     assert [percentile(values, share) for share in (0, 20, 21, 50, 99, 100)] == [1.0, 1.0, 2.0, 3.0, 5.0, 5.0]
     assert percentile([7.0], 50) == 7.0
+
+
+def test_restart_without_a_change(tmp_path):
+    """D1: who resumes is told nothing, and is back."""
+    sizes = ("--watchers", "6", "--instances", "3", "--down", "0.2", "--unchanged", "--output", str(tmp_path))
+    command = [sys.executable, "-m", "bench.restart", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "restart-unchanged.json").read_text())
+    assert sum(figures["in_sync_each_second"]) == 6
+    assert figures["lost_their_state"] == 0
+
+
+def test_resend(tmp_path):
+    printed, figures = run("resend", tmp_path, "--watchers", "6", "--instances", "30")
+    for key in ("first", "again"):
+        assert 0 < figures[key]["p50"] <= figures[key]["last"]
+        assert figures[key]["cpu_seconds"] > 0
+    assert "| after a restart " in printed
+    assert len(figures["verdicts"]) == 1
+
+
+def test_neighbours(tmp_path):
+    """The load is there: bytes were carried, bodies posted, pages made."""
+    sizes = ("--seconds", "0.5", "--rounds", "1", "--streams", "3", "--services", "3", "--instances", "20")
+    printed, figures = run("neighbours", tmp_path, *sizes)
+    (bulk,) = figures["bulk"]["rounds"]
+    assert bulk["bulk_alone"] > 0
+    assert bulk["bulk_beside"] > 0
+    assert 0 < bulk["beside"]["p50"] <= bulk["beside"]["p99"]
+    assert figures["large"]["requests"] > 0
+    assert figures["rest"]["wakes_per_second"] > 0
+    for name in ("scrape", "page"):
+        (made,) = figures[name]["rounds"]
+        assert made["bytes"] > 1000
+        assert 0 < made["beside"]["p50"] <= made["beside"]["most"]
+    assert printed.count("(goal ≤") == len(figures["verdicts"]) == 6
