@@ -6,6 +6,7 @@ a skip is a failure: there everything is there, and a test that quietly stopped 
 
 import os
 import shutil
+import signal
 
 import hypothesis
 import pytest
@@ -39,6 +40,15 @@ def _fail(report):
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     report.outcome = "failed"
     report.longrepr = f"{report.nodeid}: skipped where nothing may be skipped: {reason}"
+
+
+@pytest.fixture(autouse=True)
+def _signals_restored():
+    """A process that drains in a test ignores signals from then on, and so would each one that a later test starts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,15 +89,6 @@ async def test_signals_drain_then_end_and_reload(nursery: trio.Nursery) -> None:
     nursery.cancel_scope.cancel()
 
 
-@pytest.fixture
-def _signals_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_signals_restored")
 async def test_after_a_stop_signals_are_ignored_to_the_end() -> None:
     """S1: a third Ctrl-C, while the process ends, is no traceback. There is no moment without a handler."""
     seen = []
