@@ -40,7 +40,7 @@ the texts beside them may.
 | 0 | It did what it was asked to; a drain cut no connection. |
 | 1 | Something else failed: a port in use, no discovery, a broken instances file; or a drain had to cut connections. |
 | 2 | The input is at fault: a flag, an environment variable, a key. One line on standard error for each mistake. |
-| 70 | The data path was dead and could not be restarted, by a fault of the program. Its supervisor starts it again (P1). |
+| 70 | The data path was dead for good, by a fault of the program: its supervisor starts it again (P1). |
 | 130 | Interrupted while it asked something. |
 """
 
