@@ -67,7 +67,10 @@ async def handle_signals(
         while True:
             await wanted.wait()
             wanted = trio.Event()
-            await reload()
+            try:
+                await reload()
+            except Exception:  # noqa: BLE001 - signals go on to be caught: the next one would end the process
+                _log.exception("config not applied, by a fault of this program")
 
     before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:

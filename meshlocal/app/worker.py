@@ -32,25 +32,39 @@ class Supervised:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._answering = trio.Lock()
 
     async def command(self, process: ProxyProcess, *, task_status: trio.TaskStatus[None]) -> None:
-        """Follow orders as they come."""
+        """Follow orders as they come. Those that take their time hold up no other, a beat or a stop least of all."""
         routes = proxy_routes(process)
         task_status.started()
-        while (message := await self._channel.receive()) is not None:
-            if not isinstance(message, Call):
-                process.stop.request()
-                continue
-            try:
-                value = await _answer(process, message.message, routes)
-            except Exception:  # noqa: BLE001 - a page's fault must not end the connections that the worker serves
-                _log.exception("worker cannot answer", asked=type(message.message).__name__)
-                value = None
-            with suppress(trio.BrokenResourceError):
-                await self._channel.send(Answer(message.number, value))
+        async with trio.open_nursery() as nursery:
+            while (message := await self._channel.receive()) is not None:
+                if isinstance(message, Call):
+                    nursery.start_soon(self._answer, process, message, routes)
+                else:
+                    process.stop.request()
+            nursery.cancel_scope.cancel()
         if not process.stop.requested.is_set():
             _log.error("the process above is gone: draining")
             process.stop.request()
+
+    async def _answer(self, process: ProxyProcess, call: Call, routes: Mapping[str, Route | AsyncRoute]) -> None:
+        if isinstance(call.message, Beat):
+            await self._send(Answer(call.number, True))
+            return
+        # One after the other: a page is to show what an order before it did.
+        async with self._answering:
+            try:
+                value = await _answer(process, call.message, routes)
+            except Exception:  # noqa: BLE001 - a page's fault must not end the connections that the worker serves
+                _log.exception("worker cannot answer", asked=type(call.message).__name__)
+                value = None
+            await self._send(Answer(call.number, value))
+
+    async def _send(self, message: Answer) -> None:
+        with suppress(trio.BrokenResourceError):
+            await self._channel.send(message)
 
     async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
         """Tell it."""
@@ -62,8 +76,8 @@ class Supervised:
 
 
 async def _answer(
-    process: ProxyProcess, message: Configure | Show | Measure | Beat, routes: Mapping[str, Route | AsyncRoute]
-) -> list[str] | Response | Metrics | bool:
+    process: ProxyProcess, message: Configure | Show | Measure, routes: Mapping[str, Route | AsyncRoute]
+) -> list[str] | Response | Metrics:
     match message:
         case Configure(config):
             return await process.import_and_apply(config)
@@ -72,8 +86,6 @@ async def _answer(
         case Measure():
             await import_metrics(METRICS_MODULES)
             return await in_slices(measure(process.collectors()))
-        case Beat():
-            return True
 
 
 async def serve(sock: socket.socket) -> int:

@@ -141,6 +141,12 @@ class SnapshotCache:
         """
         services = list(services)
         new = set(services) - self._before
+        now = self._clock()
+        for service in self._before.difference(services):
+            # Followed to this moment: it is from now on that its age counts.
+            held = self._held.get(service)
+            if held is not None:
+                self._held[service] = CachedSnapshot(held.snapshot, now)
         self._before = set(services)
         away = not self.status.connected
         found = [
@@ -187,9 +193,9 @@ class SnapshotCache:
         left.sort(key=lambda each: each.followed_at, reverse=True)
         room = KEEP_INSTANCES
         for each in left[:KEEP_SERVICES]:
+            if len(each.snapshot.instances) > room:
+                continue
             room -= len(each.snapshot.instances)
-            if room < 0:
-                break
             kept[each.snapshot.service] = each
         self._held = kept
         self._from_file &= kept.keys()

@@ -245,7 +245,8 @@ class DiscoveryWatch:
         services = self._services
         chunks = [services[at : at + MOST_SUBSCRIPTIONS] for at in range(0, len(services), MOST_SUBSCRIPTIONS)]
         self._subscribed = frozenset(services)
-        self._pending.clear()
+        # The time for which this server has not known a service goes on, whatever else is to be followed (D6).
+        self._pending.intersection_update(services)
         self._unheard = set(range(len(chunks)))
         changed = False
         async with anyio.create_task_group() as tasks:
@@ -289,15 +290,18 @@ class DiscoveryWatch:
             TimeoutError: not a byte came in `limit` seconds.
             _UnknowingError: the server has not known a service for too long.
         """
+        received, quiet_until = events.received, anyio.current_time() + limit
         while True:
-            received = events.received
-            leave_at = self._leave_at()
-            with anyio.CancelScope(deadline=min(anyio.current_time() + limit, leave_at)):
+            with anyio.CancelScope(deadline=min(quiet_until, self._leave_at())):
                 return await events.receive()
-            if anyio.current_time() >= leave_at:
+            now = anyio.current_time()
+            # Another stream may have heard meanwhile of what was pending.
+            if now >= self._leave_at():
                 raise _UnknowingError(self._pending)
-            if events.received == received:
-                raise TimeoutError
+            if now >= quiet_until:
+                if events.received == received:
+                    raise TimeoutError
+                received, quiet_until = events.received, now + limit
 
     def _leave_at(self) -> float:
         """When another server is to be asked, as this one does not know a service (D6)."""

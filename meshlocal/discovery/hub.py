@@ -271,6 +271,7 @@ class Hub:
                 elif (known := self._services.get(service)) is not None:
                     # Who knew it no longer does, and others may: until they have said, nobody can speak of it.
                     known.snapshot, known.total = None, 0
+                    self._forget_if_idle(service, known)
                 continue
             merged = tables[0]
             if len(tables) > 1:

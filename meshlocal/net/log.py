@@ -198,10 +198,11 @@ class _Handler(logging.Handler):
     The first record that fits again after some were dropped is followed by one that says how many.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, writer: LineWriter | None = None) -> None:
         super().__init__()
-        self.writer = LineWriter(stream)
-        self._told = 0
+        self.stream = stream
+        self.writer = writer or LineWriter(stream)
+        self._told = self.writer.dropped
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -248,18 +249,24 @@ def configure_logging(level: str = "info", format: Format = "auto", stream: Text
         raise ValueError(f"log format {format!r} is none of auto, text, json")
     stream = stream if stream is not None else sys.stderr
     terminal = stream.isatty()
-    handler = _Handler(stream)
+    root = logging.getLogger()
+    before = [each for each in root.handlers if isinstance(each, _Handler)]
+    # A stream keeps its writer: what waits for it stays in order, and is bounded once.
+    kept = next((each.writer for each in before if each.stream is stream), None)
+    handler = _Handler(stream, kept)
     if format == "text" or (format == "auto" and terminal):
         handler.setFormatter(TextFormatter(colour=terminal and not os.environ.get("NO_COLOR")))
     else:
         handler.setFormatter(JsonFormatter())
-    root = logging.getLogger()
-    for old in root.handlers[:]:
-        if isinstance(old, _Handler):
-            root.removeHandler(old)
+    for old in before:
+        root.removeHandler(old)
+        if old.writer is kept:
+            handler._told = old._told
+        else:
             # What it dropped was dropped by this process all the same.
             handler.writer.dropped += old.writer.dropped
             handler._told = handler.writer.dropped
+            old.writer.close()
     root.addHandler(handler)
     root.setLevel(number)
 

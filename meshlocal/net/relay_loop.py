@@ -367,15 +367,18 @@ class RelayLoop(Flows, trio.abc.Instrument):
         if last:
             self._end_round()
         left: dict[Flow, None] = {}
+        first_had_its_turn = False
         for flow in again:
             if flow in self._again:  # it had an event as well
                 continue
-            if self._left > 0:
+            if self._left > 0 or not first_had_its_turn:
+                # One in any case: those that have events might take all that may be moved, turn after turn.
+                first_had_its_turn = True
                 self._serve(flow)
             else:
                 left[flow] = None
         if left:
-            # They come first in the next turn.
+            # They come first among those without events in the next turn.
             self._again = left | self._again
         self._turning = False
         if self._over:

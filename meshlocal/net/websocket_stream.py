@@ -65,9 +65,17 @@ class WatchedStream(trio.abc.Stream):
         if self._closed:
             raise trio.ClosedResourceError("the connection is closed")
         left = memoryview(data)
+        # Who is cancelled already has sent nothing yet, and may say goodbye.
+        await trio.lowlevel.checkpoint_if_cancelled()
         while True:
-            with trio.move_on_after(self._stall_timeout) as scope:
-                await self._stream.send_all(left[:_PIECE])
+            try:
+                with trio.move_on_after(self._stall_timeout) as scope:
+                    await self._stream.send_all(left[:_PIECE])
+            except BaseException:
+                # Some of a frame was sent. What followed, a closing frame too, would be read as its rest.
+                self._closed = True
+                self.ended.set()
+                raise
             if scope.cancelled_caught:
                 self.stalled = True
                 self.ended.set()

@@ -91,6 +91,10 @@ class Standing(NamedTuple):
     ejections: int = 0
 
 
+DEEP = frozenset({Cause.RESET, Cause.PROTOCOL})
+"""Causes that came after a connect: that it can be connected proves nothing against them."""
+
+
 class _Record:
     __slots__ = ("cause", "changed", "ejections", "failures", "lasted", "readmitted", "state", "until")
 
@@ -219,11 +223,13 @@ class Health:
         if record is not None and record.state in (State.EJECTED, State.TRIAL):
             record.state = State.EJECTED
             record.until = now
+            # What an attempt shows that began before says nothing of it now.
+            record.changed = now
 
     def is_doubted(self, place: Place) -> bool:
         """Whether a shallow success of the instance would change nothing."""
         record = self.known.get(place)
-        return record is not None and record.cause is Cause.RESET
+        return record is not None and record.cause in DEEP
 
     def succeeded(self, place: Place, now: float, *, shallow: bool = False, began: float | None = None) -> bool:
         """A request succeeded on the instance; tells whether that readmitted it.
@@ -235,7 +241,7 @@ class Health:
             began: when the attempt did; by default now.
         """
         record = self.known.get(place)
-        if record is None or record.state is State.FAILING or (shallow and record.cause is Cause.RESET):
+        if record is None or record.state is State.FAILING or (shallow and record.cause in DEEP):
             return False
         if began is not None and began < record.changed:
             return False
@@ -271,7 +277,7 @@ class Health:
             shallow: all that is known is that it could be connected.
         """
         record = self.unfit.get(place)
-        if record is None or (shallow and record.cause is Cause.RESET):
+        if record is None or (shallow and record.cause in DEEP):
             return False
         return self._admit(place, record, now)
 

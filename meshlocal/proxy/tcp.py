@@ -293,7 +293,8 @@ class TcpForwarder:
             return
         connection.connecting = begin(connection.client, service, result, now)
         if result.upstream is not None:
-            self._connected(connection, now)
+            # After what its connect showed, so that what becomes of it counts as well (H1).
+            self._connected(connection, trio.current_time())
             return
         service.circuit.enter(Limit.WAITING)
         service.statistics.connecting += 1

@@ -150,3 +150,29 @@ async def test_a_scope_ends_with_its_event() -> None:
             event.set()
             await trio.sleep_forever()
     assert inner.cancel_scope.cancelled_caught
+
+
+async def test_a_reload_that_fails_by_a_fault_costs_no_signal(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S1, P1: with the default action, the next signal would end the process without a drain."""
+    reloads = 0
+    stop = Stop()
+
+    async def reload() -> None:
+        nonlocal reloads
+        reloads += 1
+        raise RuntimeError("can't start new thread")
+
+    await nursery.start(handle_signals, stop, reload)
+    caught = signal.getsignal(signal.SIGHUP)
+    with trio.fail_after(10):
+        for number in (1, 2):
+            signal.raise_signal(signal.SIGHUP)
+            while reloads < number:  # noqa: ASYNC110 - a count tells nobody
+                await trio.sleep(0.001)
+            assert signal.getsignal(signal.SIGHUP) is caught
+        signal.raise_signal(signal.SIGTERM)
+        await stop.requested.wait()
+    assert "config not applied, by a fault of this program" in caplog.text
+    nursery.cancel_scope.cancel()

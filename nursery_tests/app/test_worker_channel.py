@@ -10,7 +10,9 @@ import trio
 import trio.testing
 
 from meshlocal.admin.messages import Request, Response
-from meshlocal.app.worker_channel import SEND_LIMIT, Answer, Call, Channel, Configure, Show, Start
+from meshlocal.app import worker
+from meshlocal.app.signals import Stop
+from meshlocal.app.worker_channel import SEND_LIMIT, Answer, Beat, Call, Channel, Configure, Show, Start, StopOrder
 from meshlocal.policy.config import Config
 
 MESSAGES: list[object] = [
@@ -87,3 +89,34 @@ async def test_a_message_that_cannot_be_read_is_passed_over(caplog: pytest.LogCa
         await near.send_all(struct.pack("!I", len(data)) + data)
     assert await receiver.receive() == MESSAGES[1]
     assert caplog.text.count("cannot be read; was it upgraded?") == 2
+
+
+async def test_a_slow_order_holds_up_neither_a_beat_nor_a_stop(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """P1: a worker that imports, or makes a long page, is not one that hangs; its connections are not to be cut."""
+    near, far = trio.testing.memory_stream_pair()
+    above, channel = Channel(near), Channel(far)
+    shown = trio.Event()
+
+    async def answer(process: object, message: object, routes: object) -> Response:
+        shown.set()
+        await trio.sleep(1000)
+        return Response(200, "text/plain", b"")
+
+    class Process:
+        stop = Stop()
+
+    monkeypatch.setattr(worker, "_answer", answer)
+    monkeypatch.setattr(worker, "proxy_routes", lambda process: {})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(worker.Supervised(channel).command, Process())
+        await above.send(Call(1, Show(Request("GET", "/", "", {}))))
+        await shown.wait()
+        await above.send(Call(2, Beat()))
+        with trio.fail_after(1):
+            assert await above.receive() == Answer(2, True)
+        await above.send(StopOrder())
+        with trio.fail_after(1):
+            await Process.stop.requested.wait()
+        nursery.cancel_scope.cancel()

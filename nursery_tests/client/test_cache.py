@@ -334,3 +334,28 @@ async def test_while_discovery_is_away_what_it_said_is_said_again(setup: Setup) 
     cache.status.connected = True
     cache.recall([C])
     assert cache.recall([B, C]) == []
+
+
+async def test_a_service_is_as_old_as_its_last_use(setup: Setup) -> None:
+    """D7: followed for days, without a change, and dropped a moment ago."""
+    setup.followed = [B, C]
+    cache = setup.start()
+    cache.recall([B, C])
+    cache.publish(at(2, service=C))
+    setup.now += 3 * KEEP
+    setup.followed = [B]
+    cache.recall([B])
+    cache._prune(setup.now + 1)
+    assert C in cache._held
+
+
+async def test_one_that_is_too_large_costs_no_other(setup: Setup) -> None:
+    """P2: the longest unused goes first, of those that there is room for."""
+    cache = setup.start()
+    setup.followed = []
+    cache.publish(at(2, service=C))
+    setup.now += 1
+    crowd = model.index(make_instance(f"10.{n >> 8}.{n & 255}.1", 1) for n in range(KEEP_INSTANCES + 1))
+    cache.publish(ServiceSnapshot(B, "v", crowd))
+    cache._prune(setup.now)
+    assert list(cache._held) == [C]

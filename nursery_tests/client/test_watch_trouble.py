@@ -431,3 +431,47 @@ async def test_a_server_under_load_is_left_alone_for_as_long_as_it_asks(scheme: 
 
 def test_a_stream_asks_for_what_a_server_takes_by_default() -> None:
     assert ServerLimitsConfig().subscriptions == watch_module.MOST_SUBSCRIPTIONS
+
+
+async def test_a_stream_that_waits_is_not_held_to_what_another_has_heard(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D6: what was pending when a stream began to wait may be known when its time is over."""
+    monkeypatch.setattr(watch_module, "PENDING_LIMIT", 0.05)
+    watching = watch(Sink(), DiscoveryUrl("grpc", "a", 1), DiscoveryUrl("grpc", "b", 1))
+    now = anyio.current_time()
+    watching._pending, watching._pending_since = {B}, now
+
+    class Silent:
+        received = 0
+
+        async def receive(self) -> None:
+            watching._pending.clear()
+            await anyio.sleep(0.2)
+
+    assert await watching._next(Silent(), 10.0) is None
+    watching._pending, watching._pending_since = {B}, now
+    with pytest.raises(TimeoutError):
+        await watching._next(Silent(), 0.1)
+
+
+async def test_what_else_is_followed_gives_a_server_that_does_not_know_no_more_time(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D6: names that come and go must not keep a proxy with it."""
+    monkeypatch.setattr(watch_module, "PENDING_LIMIT", 0.4)
+    monkeypatch.setattr(watch_module, "FOLLOW_PAUSE", 0.01)
+    sink = Sink()
+    pending, _ = answering(heartbeat_event(10, [B]))
+    async with serving(pending) as unknowing, discovery({B: model.index([at(1)])}) as (knowing, _):
+        following = watch(sink, unknowing, knowing)
+        nursery.start_soon(following.run)
+
+        async def change() -> None:
+            for number in range(1000):
+                following.follow([B, ServiceKey(f"s{number % 2}")])
+                await trio.sleep(0.1)
+
+        nursery.start_soon(change)
+        await until(lambda: following.status.source == str(knowing))
+        nursery.cancel_scope.cancel()

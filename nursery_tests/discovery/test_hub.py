@@ -177,6 +177,20 @@ async def test_what_went_before_all_sources_were_in_sync_goes_once_they_are(nurs
     nursery.cancel_scope.cancel()
 
 
+async def test_names_that_come_and_go_are_not_kept_for_a_source_that_never_answers(nursery: trio.Nursery) -> None:
+    """P2: one source is denied for ever, and the other's services change their names."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    first.publisher.replace({B: listed(at(1))})
+    first.started()
+    for number in range(50):
+        name = ServiceKey(f"preview-{number}")
+        first.publisher.update(name, listed(at(2)))
+        first.publisher.update(name, None)
+    assert list(hub._services) == [B]
+    nursery.cancel_scope.cancel()
+
+
 async def test_sources_merge_the_first_winning(nursery: trio.Nursery) -> None:
     """Two sources of one service: the union, and of one endpoint the first source's word."""
     first, second = ScriptedSource("first"), ScriptedSource("second")

@@ -483,6 +483,8 @@ async def test_a_drain_ends_watches(serving: Serving) -> None:
             await call.send(subscribe("b"), end=True)
             assert await call.receive() is not None
             assert await call.receive() is not None
+            # What is cut amid a message gets no goodbye.
+            await wait_all_tasks_blocked()
             await served.service.drain(10)
             with pytest.raises(GrpcError, match="going away") as ended:
                 await call.receive()

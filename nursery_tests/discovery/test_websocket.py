@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import trio
 import trio_websocket
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 from meshlocal.discovery.websocket import WebSocketOptions, WebSocketServer
 from meshlocal.net.grpc.server import Routes, unary
+from meshlocal.net.websocket_stream import WatchedStream
 from meshlocal.wire.discovery_methods import LIST_SERVICES, WATCH_INSTANCES
 from meshlocal.wire.discovery_websocket import JSON, PROTO
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -343,7 +344,7 @@ async def test_a_client_that_reads_nothing_is_given_up(autojump_clock: MockClock
     """Nothing waits for ever for a reader: what is not taken in time ends the connection."""
     async with serving(stall_timeout=3) as served:
         served.calls.events = [EVENT] * 10
-        near, far = trio.testing.lockstep_stream_pair()
+        near, far = lockstep_stream_pair()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(served.server.serve_stream, far)
             connection = await wrap_client_stream(
@@ -415,3 +416,23 @@ async def test_cancellation_at_any_step(steps: int) -> None:
                 scope.cancel()
         assert server.connections == 0
         client.cancel_scope.cancel()
+
+
+async def test_a_message_that_is_cut_is_followed_by_nothing() -> None:
+    """RFC 6455: a closing frame within another frame would be read as its rest."""
+    near, far = lockstep_stream_pair()
+    watched = WatchedStream(near, 10.0)
+    with trio.move_on_after(0.05):
+        await watched.send_all(b"x" * 200_000)
+    assert watched.ended.is_set()
+    with pytest.raises(trio.ClosedResourceError):
+        await watched.send_all(b"goodbye")
+    await far.aclose()
+    # Who was cancelled before the first byte may say goodbye.
+    near, far = memory_stream_pair()
+    watched = WatchedStream(near, 10.0)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await watched.send_all(b"x")
+    await watched.send_all(b"goodbye")
+    assert await far.receive_some(10) == b"goodbye"

@@ -97,6 +97,11 @@ async def test_an_idle_proxy_stays_small(processes: Any, here: Any, source: str)
         assert resident(proxy.process) <= LIMIT
 
 
+def is_loaded(name: str, loaded: set[str]) -> bool:
+    """A package is not always named where a module of it was asked for."""
+    return any(each == name or each.startswith(f"{name}.") for each in loaded)
+
+
 @pytest.mark.parametrize(("source", "more"), [("grpc", OVER_GRPC), ("file", FROM_A_FILE)])
 async def test_an_idle_proxy_loads_nothing_heavy(processes: Any, here: Any, source: str, more: dict[str, str]) -> None:
     proxy, admin = await start(processes, source, "-X", "importtime")
@@ -106,7 +111,7 @@ async def test_an_idle_proxy_loads_nothing_heavy(processes: Any, here: Any, sour
     heavy = HEAVY | more
     if source == "file":
         del heavy["yaml"]
-    assert {name: why for name, why in heavy.items() if name in loaded} == {}
+    assert {name: why for name, why in heavy.items() if is_loaded(name, loaded)} == {}
     # What is told of as heavy is named as Python names it: metrics do load their library.
     await here.get(admin, "/metrics")
-    await proxy.printed(r"\| +prometheus_client\n")
+    await proxy.printed(r"\| +prometheus_client\.metrics\n")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -125,3 +128,59 @@ async def test_the_log_says_how_many_lines_it_dropped(pipe: tuple[int, TextIO]) 
     finally:
         root.handlers[:], root.level = handlers, level
         root.manager._clear_cache()  # type: ignore[attr-defined]  # isEnabledFor caches what the level was
+
+
+def test_a_terminal_is_written_by_a_thread() -> None:
+    """P1: it is ready while there is room for one byte, and holds who writes more."""
+    leader, follower = os.openpty()
+    with os.fdopen(follower, "w") as stream:
+        writer = LineWriter(stream)
+        lines = sum(writer.write("x" * 1000) for _ in range(100))
+        assert lines == 100
+        assert writer._thread is not None
+        while not writer.flush(0):
+            os.read(leader, 65536)
+    os.close(leader)
+
+
+def test_another_process_that_fills_the_pipe_holds_nobody(pipe: tuple[int, TextIO]) -> None:
+    """P1: several workers write to one pipe; what one saw to be free may be taken before it writes."""
+    reader, stream = pipe
+    writer = LineWriter(stream)
+    assert writer._send is not None
+    other = os.open(f"/proc/self/fd/{stream.fileno()}", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(other, b"y" * 4096)
+    with pytest.raises(BlockingIOError):
+        writer._send(b"x\n")
+    assert writer.write("x")
+    os.close(other)
+    assert read_all(reader, b"x\n").endswith(b"yx\n")
+
+
+def test_a_stream_that_is_configured_again_keeps_its_writer(pipe: tuple[int, TextIO], tmp_path: Path) -> None:
+    """P2: each reload made a thread and a queue of its own, for ever."""
+    reader, stream = pipe
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    threads = threading.active_count()
+    try:
+        with (tmp_path / "log").open("w") as file:
+            for _ in range(5):
+                configure_logging("info", "json", file)
+                get_log("x").info("said")
+            assert threading.active_count() == threads + 1
+            configure_logging("info", "json", stream)
+            with_time = time.monotonic() + 10
+            while threading.active_count() > threads and time.monotonic() < with_time:
+                time.sleep(0.001)
+            assert threading.active_count() == threads
+        assert (tmp_path / "log").read_text().count("said") == 5
+        get_log("x").info("last")
+        assert b"last" in os.read(reader, 1000)
+    finally:
+        for each in root.handlers[:]:
+            if each not in before:
+                root.removeHandler(each)
+        root.setLevel(level)

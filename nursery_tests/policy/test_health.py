@@ -384,3 +384,24 @@ def test_an_instance_that_is_ready_again_is_tried_at_once(state: State) -> None:
     made.ready_again(A, 6.0)
     assert made.is_due(A, 6.0) == (state in (State.EJECTED, State.TRIAL))
     assert made.claim(A, 6.0) == (state in (State.EJECTED, State.TRIAL))
+
+
+def test_that_it_can_be_connected_proves_nothing_against_answers_out_of_turn() -> None:
+    """H1: neither by a late connect nor by a tcp check."""
+    made = health()
+    assert made.misbehaved(A, 5.0) is not None
+    assert made.is_doubted(A)
+    assert not made.succeeded(A, 6.0, shallow=True)
+    assert not made.check_passed(A, 6.0, shallow=True)
+    assert made.standing(A, 6.0).state is State.EJECTED
+    assert made.succeeded(A, 6.0)
+
+
+def test_a_trial_from_before_it_was_ready_again_does_not_eject_it_anew() -> None:
+    """F1, H1."""
+    made = in_state(State.TRIAL)
+    made.ready_again(A, 6.0)
+    assert made.claim(A, 6.1)
+    assert made.failed(A, 6.2, began=5.0) is None
+    assert made.standing(A, 6.2).state is State.TRIAL
+    assert made.succeeded(A, 6.3, began=6.1)

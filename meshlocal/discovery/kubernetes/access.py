@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import msgspec
 
 from meshlocal.discovery.kubernetes.connect_proxy import proxy_of_environment
 from meshlocal.discovery.kubernetes.kubeconfig import Access, Content, KubeconfigError, parse_kubeconfigs
+from meshlocal.net.log import get_log
 from meshlocal.policy.kubernetes_options import KubernetesOptions
+
+_log = get_log(__name__)
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod finds its token (which is replaced from time to time) and the API server's CA."""
@@ -34,8 +38,15 @@ def find_access(
     try:
         proxy = proxy_of_environment(access.scheme, access.host, access.port, environment)
     except ValueError as error:
-        raise KubeconfigError(str(error)) from None
+        # It may be there for other programs, which can use it.
+        _say_once(str(error))
+        return access
     return msgspec.structs.replace(access, proxy=proxy)
+
+
+@cache
+def _say_once(problem: str) -> None:
+    _log.warning("the environment's HTTP proxy is not used", problem=problem)
 
 
 def _find_access(

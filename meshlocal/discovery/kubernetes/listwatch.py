@@ -249,6 +249,7 @@ class ListWatch:
     def _progress(self) -> None:
         """The watch works."""
         self._refusals = 0
+        self._missing = 0
         self._expired = False
         self._retry.reset()
 

@@ -42,6 +42,10 @@ _log = get_log(__name__)
 
 NODES_WAIT = 5.0
 """Seconds that the first publication waits for the nodes' labels."""
+
+NODES_WAIT_AGAIN = 60.0
+"""The same where nodes were known before the source began anew: what it published then is served meanwhile."""
+
 NODES_LOOK = 30.0
 """Seconds between two looks at whether nodes may be read by now; up to half as much again by chance."""
 
@@ -88,6 +92,7 @@ class KubernetesSource:
         self._defaults = Defaults(zone, options.cluster or cluster)
         self._limits = limits
         self._run: _Run | None = None
+        self._had_nodes = False
         self.kind: Kind | None = None
 
     @property
@@ -98,7 +103,9 @@ class KubernetesSource:
     def may_know(self, service: ServiceKey) -> bool:
         """See `PartialSource.may_know`: services are named by their namespace."""
         namespaces = self._options.namespaces
-        return not namespaces or service.partition(".")[2] in namespaces
+        # A namespace has no dot; what stands before it may.
+        _, dot, namespace = service.rpartition(".")
+        return not namespaces or (bool(dot) and namespace in namespaces)
 
     def details(self) -> SourceDetails:
         """See `DetailedSource.details`."""
@@ -135,9 +142,11 @@ class KubernetesSource:
             async with trio.open_nursery() as starting:
                 for namespace in self._options.namespaces or ("",):
                     starting.start_soon(nursery.start, self._watch_of(run, self.kind, namespace).run)
-            with trio.move_on_after(NODES_WAIT):
+            # What had their labels is not to lose them because a source begins anew (D1).
+            with trio.move_on_after(NODES_WAIT_AGAIN if self._had_nodes else NODES_WAIT):
                 await nodes_known.wait()
-            run.publish_all()
+            self._had_nodes = nodes_known.is_set()
+            await run.publish_all()
             task_status.started()
             problems.tell()
             counts = {name: count for name, count in run.table.left_out._asdict().items() if count}
@@ -293,9 +302,13 @@ class _Run:
         self._publisher = publisher
         self._published = False
         self._held = 0
+        self._let_go = trio.Event()
         self._warned: set[str] = set()
 
-    def publish_all(self) -> None:
+    async def publish_all(self) -> None:
+        """Publish all there is, once nothing is half put; from then on what changes."""
+        while self._held:
+            await self._let_go.wait()
         self._published = True
         self._publisher.replace(self.table.take_all())
 
@@ -307,6 +320,9 @@ class _Run:
             yield
         finally:
             self._held -= 1
+            if not self._held:
+                self._let_go.set()
+                self._let_go = trio.Event()
 
     def publish(self) -> None:
         """Publish the services that changed, once the whole was, and nothing is half put."""

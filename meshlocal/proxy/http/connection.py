@@ -157,7 +157,6 @@ class ClientConnection(Client):
                     if ending is not End.KEEP:
                         return ending
                     continue
-                self.early += lane.received
             received = await self._begin_head()
             if received is None:
                 return End.CLOSE

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from heapq import nsmallest
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.tried import in_a_row
+from meshlocal.net.listen import CAPACITY_PAUSE
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.sockets import format_address
 from meshlocal.net.supervision import Supervision
@@ -40,6 +44,9 @@ _WARNING_INTERVAL = 5.0
 
 SHED_AT_ONCE = 64
 """Idle clients that are closed at once when descriptors run out; that is looked at ten times a second."""
+
+SHED_REST = 1.0
+"""Seconds that a client must have been idle for, to be shed."""
 
 
 class HttpForwarder:
@@ -71,6 +78,7 @@ class HttpForwarder:
         self._busy = trio.Event()
         """There is something to sweep."""
         self.drained = 0
+        self._shed_again = -math.inf
         self.refused: defaultdict[str, int] = defaultdict(int)
         self.patience = Patience()
         self._failed = RateLimited(_log, logging.WARNING, "request failed", interval=_WARNING_INTERVAL)
@@ -131,11 +139,17 @@ class HttpForwarder:
         their connection may end (RFC 9112, 9.3); those that were idle longest go first.
         """
         now = trio.current_time()
+        if now < self._shed_again:
+            return  # each listener asks, again and again, when there is one descriptor too few
+        self._shed_again = now + CAPACITY_PAUSE
         for service in self._services.values():
             service.pool.sweep(now)
-        idle = [each for each in self._connections if each.is_idle and not each.fresh and not each.has_input()]
-        for connection in sorted(idle, key=lambda each: each.deadline)[:SHED_AT_ONCE]:
-            connection.expire()
+        # One that had a request a moment ago most likely has another on its way, which would be lost.
+        latest = now + self.settings.config.keep_alive_timeout - SHED_REST
+        idle = (each for each in self._connections if each.is_idle and not each.fresh and each.deadline <= latest)
+        for connection in nsmallest(SHED_AT_ONCE, idle, key=attrgetter("deadline")):
+            if not connection.has_input():
+                connection.expire()
 
     def reconfigure(self, config: ProxyConfig) -> None:
         """Apply another configuration: requests that begin now go by it (S2)."""

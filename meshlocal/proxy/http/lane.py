@@ -92,7 +92,6 @@ class Lane:
         self._reminder: Reminder | None = None
         self._quick: Quick | None = None
         self.task: trio.lowlevel.Task | None = None
-        self.received = b""
         self.exchange: Exchange | None = None
         self.attempt: Attempt | None = None
         self.raised: Exception | None = None
@@ -100,7 +99,6 @@ class Lane:
 
     async def wait(self) -> None:
         """Serve requests until there is something for the task. Nothing may have been received that is not served."""
-        self.received = b""
         self.exchange = self.attempt = self.raised = self.end = None
         loop = self._loop
         if not self._registered:
@@ -122,6 +120,8 @@ class Lane:
 
     def _abandon(self, _: object) -> Abort:
         self.task = None
+        # Before the task is told: a request that came meanwhile would be forwarded, and its client cut.
+        self._loop.handlers.pop(self._fd, None)
         return Abort.SUCCEEDED
 
     def _give_up(self) -> None:
@@ -234,7 +234,9 @@ class Lane:
             self.raised = error
             begun = False
         if not begun:
-            self.received = received if self.exchange is None and self._quick is None else b""
+            if self.exchange is None and self._quick is None:
+                # It stands there for the task, and for who looks for connections that wait for nothing.
+                self._connection.early += received
             self._hand_over()
 
     def _begin(self, received: bytes) -> bool:

@@ -496,6 +496,7 @@ async def test_slices_that_come_later_are_chosen(kube, monkeypatch):
 def test_a_source_of_namespaces_knows_what_it_cannot_know():
     """D8: other sources' services need not wait for it."""
     source = KubernetesSource(None, KubernetesOptions(namespaces=("shop",)), Random(0))
-    assert [source.may_know(name) for name in ("b.shop", "b.play", "b", "b.shop.x")] == [True, False, False, False]
+    names = ("b.shop", "b.play", "b", "b.shop.x", "db.primary.shop")
+    assert [source.may_know(name) for name in names] == [True, False, False, False, True]
     everything = KubernetesSource(None, KubernetesOptions(), Random(0))
     assert everything.may_know("b.play")

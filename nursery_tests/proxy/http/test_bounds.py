@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import select
 import weakref
 from typing import Any
 
@@ -11,6 +12,7 @@ import trio
 import trio.testing
 
 from meshlocal.policy.health import Cause, State
+from meshlocal.proxy.http import forwarder as forwarder_module
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.proxy.http.waiting import Patience, Reminder
 from nursery_tests.proxy.http.conftest import Served, Upstream, closes, ok, response, stalls, until
@@ -208,7 +210,9 @@ async def test_requests_under_way_are_counted_by_instance(proxy: Any, upstream: 
     await until(lambda: not under_way)
 
 
-async def test_idle_clients_make_room_when_descriptors_run_out(proxy: Any, upstream: Any) -> None:
+async def test_idle_clients_make_room_when_descriptors_run_out(
+    proxy: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that were idle longest go first, and none that is being served."""
     one = await upstream("one", "n1")
     proxy.publish(one)
@@ -220,11 +224,19 @@ async def test_idle_clients_make_room_when_descriptors_run_out(proxy: Any, upstr
     await clients[0].send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
     await until(lambda: len(one.heads) == 5)
     listener = proxy.listeners.current[0]
+    # All were served a moment ago: their next requests may be on their way.
+    proxy.listeners._on_full(listener, OSError(24, "Too many open files"))
+    assert not any(each.expired for each in proxy.forwarder)
+    monkeypatch.setattr(forwarder_module, "SHED_REST", 0.0)
+    # Each listener asks, ten times a second: that is one look at all connections.
+    proxy.listeners._on_full(listener, OSError(24, "Too many open files"))
+    assert not any(each.expired for each in proxy.forwarder)
+    await trio.sleep(0.15)
     proxy.listeners._on_full(listener, OSError(24, "Too many open files"))
     for client in clients[1:]:
         assert await client.rest() == b""
     await until(lambda: len(proxy.forwarder) == 1)
-    assert listener.accept_errors == 1
+    assert listener.accept_errors == 3
     for client in clients:
         await trio.aclose_forcefully(client.stream)
 
@@ -298,3 +310,34 @@ async def test_a_connect_timeout_below_the_time_of_patience_is_one(proxy: Any, u
     proxy.publish(one, two)
     async with await proxy.connect() as client:
         assert (await client.get()).body == b"two"
+
+
+async def test_a_client_that_is_cut_has_no_request_sent_for_it(proxy: Any, upstream: Any) -> None:
+    """A3: between the cut and its task's end, a request that comes is nobody's to forward."""
+    one = await upstream("one", "n1")
+    proxy.publish(one)
+    client = await proxy.connect()
+    assert (await client.get()).status == 200
+    (connection,) = proxy.forwarder
+    connection.expire()
+    handler = proxy.loop.handlers.get(connection.socket.fileno()) if proxy.loop is not None else None
+    assert handler is None
+    await client.rest()
+    assert len(one.heads) == 1
+    await trio.aclose_forcefully(client.stream)
+
+
+async def test_what_was_read_for_a_task_counts_as_input(proxy: Any, upstream: Any) -> None:
+    """A request of which some is read is no idle connection's, also before its task made a step."""
+    one = await upstream("one", "n1")
+    proxy.publish(one)
+    client = await proxy.connect()
+    assert (await client.get()).status == 200
+    (connection,) = proxy.forwarder
+    client.stream.socket._sock.send(b"GET / HTTP/1.1\r\nhost")
+    if proxy.loop is not None:
+        proxy.loop.handlers[connection.socket.fileno()](select.EPOLLIN)
+    assert connection.has_input()
+    await client.send(b": b\r\n\r\n")
+    await until(lambda: len(one.heads) == 2)
+    await trio.aclose_forcefully(client.stream)
