@@ -367,13 +367,15 @@ class RelayLoop(Flows, trio.abc.Instrument):
         if last:
             self._end_round()
         left: dict[Flow, None] = {}
-        first_had_its_turn = False
+        one_had_its_turn = False
         for flow in again:
             if flow in self._again:  # it had an event as well
                 continue
-            if self._left > 0 or not first_had_its_turn:
+            if not one_had_its_turn:
                 # One in any case: those that have events might take all that may be moved, turn after turn.
-                first_had_its_turn = True
+                one_had_its_turn = True
+                self._left = max(self._left, 1)
+            if self._left > 0:
                 self._serve(flow)
             else:
                 left[flow] = None

@@ -94,10 +94,34 @@ async def test_large_reads_share_a_turn(monkeypatch: pytest.MonkeyPatch) -> None
                         heard[number] += drain(line.server)
             nursery.cancel_scope.cancel()
         assert min(heard) > 1 << 21
-        # One read may begin when little is left; small first reads are not counted.
-        most = flows.TURN_BYTES + flows.LARGEST + BULK * flows.FIRST
+        # One read may begin when little is left, and one is made in any case; small first reads are not counted.
+        most = flows.TURN_BYTES + 2 * flows.LARGEST + BULK * flows.FIRST
         assert max(moved) <= most
         assert small.counters.client_to_upstream == 4 * 12
+
+
+async def test_a_transfer_that_was_left_over_goes_on_whatever_others_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P1: its sender waits for it, so that no event of its own would bring it back. Here others took all, each turn."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = wide(stack.enter_context(Line()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(line.relay)
+            await until(lambda: len(loop) == 1)
+            said = heard = 0
+            for _ in range(12):  # let it grow to large reads
+                said += fill(line.app, 1 << 21)
+                await trio.sleep(0.001)
+                heard += drain(line.server)
+            monkeypatch.setattr("meshlocal.net.relay_loop.TURN_BYTES", 0)
+            with trio.fail_after(20):
+                for _ in range(4):
+                    said += fill(line.app, 1 << 21)
+                    while heard != said:
+                        await trio.sleep(0.001)
+                        heard += drain(line.server)
+            nursery.cancel_scope.cancel()
+    assert heard > 1 << 21
 
 
 async def test_a_small_message_is_served_in_the_turn_that_it_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
