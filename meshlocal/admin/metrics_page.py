@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.server import AsyncRoute
@@ -77,8 +77,10 @@ def metrics_response(request: Request, collectors: Iterable[Collector]) -> Steps
     names = frozenset(request.values("name[]"))
     out: list[bytes] = []
     for collector in collectors:
-        for metric in collector.collect():
+        for metric in _collect(collector):
             yield
+            if metric is None:
+                continue
             if names:
                 metric.samples = [sample for sample in metric.samples if sample.name in names]
                 if not metric.samples:
@@ -86,6 +88,19 @@ def metrics_response(request: Request, collectors: Iterable[Collector]) -> Steps
             yield from _write(metric, encoder, out)
     out.append(_END if content_type.startswith("application/openmetrics") else b"")
     return Response(200, content_type, b"".join(out))
+
+
+@runtime_checkable
+class InSteps(Protocol):
+    """A collector that need not make a metric at once."""
+
+    def collect_in_steps(self) -> Iterator[Metric | None]:
+        """As `collect`, with None where others may have their turn."""
+        ...
+
+
+def _collect(collector: Collector) -> Iterable[Metric | None]:
+    return collector.collect_in_steps() if isinstance(collector, InSteps) else collector.collect()
 
 
 _END = b"# EOF\n"
@@ -119,7 +134,8 @@ def measure(collectors: Iterable[Collector]) -> Steps[list[Metric]]:
     """What the collectors say, in steps."""
     found: list[Metric] = []
     for collector in collectors:
-        for metric in collector.collect():
-            found.append(metric)
+        for metric in _collect(collector):
+            if metric is not None:
+                found.append(metric)
             yield
     return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from meshlocal.app.proxy_metrics import SERVICES
+from meshlocal.net.slices import pieces
 
 if TYPE_CHECKING:
     from meshlocal.proxy.http.forwarder import HttpForwarder
@@ -25,6 +28,10 @@ class HttpCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
+        return filter(None, self.collect_in_steps())
+
+    def collect_in_steps(self) -> Iterator[Metric | None]:
+        """See `meshlocal.admin.metrics_page.InSteps`."""
         forwarder = self._forwarder()
         services = list(forwarder.services.values()) if forwarder is not None else []
         clients = GaugeMetricFamily("meshlocal_http_clients_open", "Clients' connections to http listeners.")
@@ -42,7 +49,7 @@ class HttpCollector(Collector):
         yield from _pools(services)
 
 
-def _responses(services: Iterable[HttpService]) -> Iterable[Metric]:
+def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
     responses = CounterMetricFamily(
         "meshlocal_http_responses",
         "Requests that ended, by the tier that they went to, why they left the first, and their response's status.",
@@ -53,29 +60,33 @@ def _responses(services: Iterable[HttpService]) -> Iterable[Metric]:
         "From a request's head to its response's end.",
         labels=["service"],
     )
-    for service in services:
-        statistics = service.statistics
-        for (tier, reason, status), count in statistics.responses.items():
-            responses.add_metric([service.state.key, tier, reason, status], count)
-        latency.add_metric([service.state.key], statistics.buckets(), statistics.latency_sum)
+    for piece in pieces(services, SERVICES):
+        yield None
+        for service in piece:
+            statistics = service.statistics
+            for (tier, reason, status), count in statistics.responses.items():
+                responses.add_metric([service.state.key, tier, reason, status], count)
+            latency.add_metric([service.state.key], statistics.buckets(), statistics.latency_sum)
     yield from (responses, latency)
 
 
-def _retries(services: Iterable[HttpService]) -> Iterable[Metric]:
+def _retries(services: Iterable[HttpService]) -> Iterator[Metric | None]:
     retries = CounterMetricFamily(
         "meshlocal_http_retries", "Requests sent again, by what failed before.", labels=["service", "cause"]
     )
     refused = CounterMetricFamily(
         "meshlocal_http_retries_refused", "Retries after an answer that the budget did not allow.", labels=["service"]
     )
-    for service in services:
-        for cause, count in service.statistics.retries.items():
-            retries.add_metric([service.state.key, cause], count)
-        refused.add_metric([service.state.key], service.statistics.retries_refused)
+    for piece in pieces(services, SERVICES):
+        yield None
+        for service in piece:
+            for cause, count in service.statistics.retries.items():
+                retries.add_metric([service.state.key, cause], count)
+            refused.add_metric([service.state.key], service.statistics.retries_refused)
     yield from (retries, refused)
 
 
-def _pools(services: Iterable[HttpService]) -> Iterable[Metric]:
+def _pools(services: Iterable[HttpService]) -> Iterator[Metric | None]:
     idle = GaugeMetricFamily(
         "meshlocal_http_pool_connections", "Connections to instances that wait for a request.", labels=["service"]
     )
@@ -85,8 +96,10 @@ def _pools(services: Iterable[HttpService]) -> Iterable[Metric]:
     reused = CounterMetricFamily(
         "meshlocal_http_pool_connections_reused", "Requests sent on a connection that had waited.", labels=["service"]
     )
-    for service in services:
-        idle.add_metric([service.state.key], len(service.pool))
-        made.add_metric([service.state.key], service.statistics.connections_made)
-        reused.add_metric([service.state.key], service.statistics.connections_reused)
+    for piece in pieces(services, SERVICES):
+        yield None
+        for service in piece:
+            idle.add_metric([service.state.key], len(service.pool))
+            made.add_metric([service.state.key], service.statistics.connections_made)
+            reused.add_metric([service.state.key], service.statistics.connections_reused)
     yield from (idle, made, reused)

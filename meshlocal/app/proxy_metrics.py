@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import trio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,8 +13,13 @@ from meshlocal.app.readiness import Readiness
 from meshlocal.client.feed import FeedStatus
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.busy_poll import BusyPoll
+from meshlocal.net.slices import pieces
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp import KEPT_TASKS, TcpForwarder
+
+SERVICES = 8
+CONNECTIONS = 512
+"""Services, and connections, that a step looks at: well below a millisecond's worth."""
 
 
 class ProxyCollector(Collector):
@@ -47,6 +52,10 @@ class ProxyCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
+        return filter(None, self.collect_in_steps())
+
+    def collect_in_steps(self) -> Iterator[Metric | None]:
+        """See `meshlocal.admin.metrics_page.InSteps`."""
         yield gauge("meshlocal_build_info", "The version, as a label.", 1, version=meshlocal.__version__)
         yield gauge("meshlocal_ready", "1 while the proxy may be sent work.", self._readiness.ready)
         yield gauge(
@@ -80,7 +89,7 @@ class ProxyCollector(Collector):
         awake.add_metric(["in_vain"], 0.0 if spent is None else spent.in_vain)
         yield awake
 
-    def _requests(self) -> Iterable[Metric]:
+    def _requests(self) -> Iterator[Metric | None]:
         requests = CounterMetricFamily(
             "meshlocal_requests",
             "Requests that ended, by the tier that they went to, why they left the first, and how they ended.",
@@ -94,30 +103,34 @@ class ProxyCollector(Collector):
         attempts = CounterMetricFamily(
             "meshlocal_attempts", "Attempts, by tier and how they ended.", labels=["service", "tier", "outcome"]
         )
-        for service in self._services:
-            statistics = service.statistics
-            for key, count in statistics.requests.items():
-                requests.add_metric([service.key, *key], count)
-            for (tier, reason), count in statistics.picks.items():
-                picks.add_metric([service.key, tier, reason], count)
-            for (tier, outcome), count in statistics.attempts.items():
-                attempts.add_metric([service.key, tier, outcome], count)
+        for piece in pieces(list(self._services), SERVICES):
+            yield None
+            for service in piece:
+                statistics = service.statistics
+                for key, count in statistics.requests.items():
+                    requests.add_metric([service.key, *key], count)
+                for (tier, reason), count in statistics.picks.items():
+                    picks.add_metric([service.key, tier, reason], count)
+                for (tier, outcome), count in statistics.attempts.items():
+                    attempts.add_metric([service.key, tier, outcome], count)
         yield from (requests, picks, attempts)
 
-    def _instances(self) -> Iterable[Metric]:
+    def _instances(self) -> Iterator[Metric | None]:
         instances = GaugeMetricFamily("meshlocal_instances", "Usable instances, by tier.", labels=["service", "tier"])
         left_out = GaugeMetricFamily(
             "meshlocal_instances_left_out", "Instances known but not used.", labels=["service"]
         )
-        for service in self._services:
-            if service.picker is not None:
-                for tier, size in service.picker.tier_sizes().items():
-                    instances.add_metric([service.key, tier], size)
-                unused = len(service.picker.snapshot.instances) - len(service.picker)
-                left_out.add_metric([service.key], unused)
+        for piece in pieces(list(self._services), SERVICES):
+            yield None
+            for service in piece:
+                if service.picker is not None:
+                    for tier, size in service.picker.tier_sizes().items():
+                        instances.add_metric([service.key, tier], size)
+                    unused = len(service.picker.snapshot.instances) - len(service.picker)
+                    left_out.add_metric([service.key], unused)
         yield from (instances, left_out)
 
-    def _refusals(self) -> Iterable[Metric]:
+    def _refusals(self) -> Iterator[Metric | None]:
         ejected = GaugeMetricFamily(
             "meshlocal_instances_ejected",
             "Instances that are tried last of all: ejected, on trial, or failing their checks.",
@@ -139,29 +152,33 @@ class ProxyCollector(Collector):
             "Requests refused because of a limit; without a service: a limit of the whole proxy.",
             labels=["service", "limit"],
         )
-        for service in self._services:
-            ejected.add_metric([service.key], len(service.fitness.health))
-            for cause, count in service.fitness.health.total.items():
-                ejections.add_metric([service.key, cause], count)
-            for outcome, count in service.statistics.checks.items():
-                checks.add_metric([service.key, outcome], count)
-            for reason, count in service.statistics.replays.items():
-                replays.add_metric([service.key, reason], count)
-            for limit, count in service.circuit.refused.items():
-                refused.add_metric([service.key, limit], count)
+        for piece in pieces(list(self._services), SERVICES):
+            yield None
+            for service in piece:
+                ejected.add_metric([service.key], len(service.fitness.health))
+                for cause, count in service.fitness.health.total.items():
+                    ejections.add_metric([service.key, cause], count)
+                for outcome, count in service.statistics.checks.items():
+                    checks.add_metric([service.key, outcome], count)
+                for reason, count in service.statistics.replays.items():
+                    replays.add_metric([service.key, reason], count)
+                for limit, count in service.circuit.refused.items():
+                    refused.add_metric([service.key, limit], count)
         for limit, count in self._services.circuit.refused.items():
             refused.add_metric(["", limit], count)
         yield from (ejected, ejections, checks, replays, refused)
 
-    def _connections(self) -> Iterable[Metric]:
+    def _connections(self) -> Iterator[Metric | None]:
         moving: dict[str, tuple[int, int]] = {}
-        for connection in self._forwarder:
-            if (counters := connection.counters) is not None:
-                sent, received = moving.get(connection.service.key, (0, 0))
-                moving[connection.service.key] = (
-                    sent + counters.client_to_upstream,
-                    received + counters.upstream_to_client,
-                )
+        for some in pieces(list(self._forwarder), CONNECTIONS):
+            yield None
+            for connection in some:
+                if (counters := connection.counters) is not None:
+                    sent, received = moving.get(connection.service.key, (0, 0))
+                    moving[connection.service.key] = (
+                        sent + counters.client_to_upstream,
+                        received + counters.upstream_to_client,
+                    )
         connections = GaugeMetricFamily(
             "meshlocal_connections_open", "Connections with an instance.", labels=["service"]
         )
@@ -173,13 +190,15 @@ class ProxyCollector(Collector):
             "Bytes moved, to instances (sent) and from them (received).",
             labels=["service", "direction"],
         )
-        for service in self._services:
-            statistics = service.statistics
-            connections.add_metric([service.key], statistics.open)
-            connecting.add_metric([service.key], statistics.connecting)
-            sent, received = moving.get(service.key, (0, 0))
-            moved.add_metric([service.key, "sent"], statistics.bytes_sent + sent)
-            moved.add_metric([service.key, "received"], statistics.bytes_received + received)
+        for piece in pieces(list(self._services), SERVICES):
+            yield None
+            for service in piece:
+                statistics = service.statistics
+                connections.add_metric([service.key], statistics.open)
+                connecting.add_metric([service.key], statistics.connecting)
+                sent, received = moving.get(service.key, (0, 0))
+                moved.add_metric([service.key, "sent"], statistics.bytes_sent + sent)
+                moved.add_metric([service.key, "received"], statistics.bytes_received + received)
         yield from (connections, connecting, moved)
         yield gauge(
             "meshlocal_connection_tasks_kept",

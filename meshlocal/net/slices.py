@@ -12,8 +12,9 @@ from meshlocal.policy.steps import Steps
 
 T = TypeVar("T")
 
-SLICE = 0.001
-"""Seconds that work goes on for before others have their turn: a fifth of what may hold up traffic at most."""
+SLICE = 0.0005
+"""Seconds that work goes on for before others have their turn: a tenth of what may hold up traffic at most, since what
+passes through needs several turns."""
 
 PIECE = 64
 """Things that a step of work on many things handles."""
