@@ -41,7 +41,7 @@ from meshlocal.testing import (
 )
 
 Run = Callable[[Callable[[], Awaitable[None]]], None]
-QUICK = AttemptPolicy(connect_timeout_local=0.05, connect_timeout=0.05, attempt_timeout=0.05, response_deadline=10)
+QUICK = AttemptPolicy(connect_timeout_local=0.25, connect_timeout=0.25, attempt_timeout=0.25, response_deadline=10)
 
 
 class Setup:
