@@ -1,7 +1,8 @@
 """The HTTP proxy on the way to an API server: one that a kubeconfig or the environment names.
 
 The environment's are `HTTPS_PROXY` and `NO_PROXY` (`HTTP_PROXY` for an API server without TLS), in capitals or small
-letters, read as kubectl reads them: see `ProxyFromEnvironment` of Go's golang.org/x/net/http/httpproxy.
+letters, read as kubectl reads them: see `ProxyFromEnvironment` of Go's golang.org/x/net/http/httpproxy. Unlike
+there, only proxies that are spoken to in plain HTTP can be used.
 """
 
 from __future__ import annotations
