@@ -158,6 +158,26 @@ async def test_an_instance_that_resets_what_it_accepts_is_ejected(proxy: Any, up
         nursery.cancel_scope.cancel()
 
 
+async def test_the_connection_that_readmits_an_instance_may_eject_it(proxy: Any, upstream: Any, nursery: Any) -> None:
+    """H1: it connects at once, and that readmits it; that it resets the same connection is news all the same."""
+    configure(proxy, EjectionConfig(failures=1, time=0.05, max_time=1000.0))
+    remote = await upstream("remote", "n2")
+    with reserved_port() as sock:
+        proxy.publish([local_at(sock), remote])
+        assert await proxy.ask() == "remote"
+        await finish(proxy)
+        assert state(proxy, local_at(sock)) is State.EJECTED
+        local = Resetting(sock)
+        await nursery.start(local.serve)
+        await trio.sleep(0.1)
+        assert await proxy.ask() == ""
+        await finish(proxy)
+        assert local.accepted == 1
+        standing = proxy.table["b"].fitness.health.standing(place(local_at(sock)), trio.current_time())
+        assert standing.cause is Cause.RESET
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("greets", [False, True])
 async def test_a_connection_that_lives_ends_the_doubt(
     proxy: Any, upstream: Any, nursery: Any, greets: bool, monkeypatch: pytest.MonkeyPatch

@@ -309,7 +309,7 @@ class ListWatch:
 
         Raises:
             StreamError: it ended as soon as it had begun.
-        SilenceError: it fell silent.
+            SilenceError: it fell silent.
             DataError: a line of it cannot be read.
         """
         limits = self._limits

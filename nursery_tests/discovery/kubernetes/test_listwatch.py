@@ -270,6 +270,15 @@ async def test_a_resource_that_is_no_longer_served_ends_it(autojump_clock):
     assert store.published == [["a"]]
 
 
+async def test_a_404_long_after_another_ends_nothing(autojump_clock):
+    """A server that is behind a balancer may say so once, at times. In between the watch worked."""
+    missing = ApiError(404, "no such thing")
+    works = [Body(event("ADDED", "b", "8"), bookmark("9"), bookmark("10"), delay=40) for _ in range(2)]
+    found = await follow(page("7", "a"), missing, works[0], missing, works[1], missing, Body(end="silence"))
+    assert found.api.kinds[:7] == ["list", *["watch"] * 6]
+    assert found.watch.lists == 1
+
+
 async def test_a_right_that_is_granted_is_seen_soon(autojump_clock):
     """However long it was missing."""
     found = await follow(*[ApiError(403, "forbidden")] * 100, page("7", "a"), Body(end="silence"))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from contextlib import asynccontextmanager
 from random import Random
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.kubernetes.kubeconfig import Content
-from meshlocal.discovery.kubernetes.source import KubernetesSource, SlicesFoundError
+from meshlocal.discovery.kubernetes.source import KubernetesSource, SlicesFoundError, _Problems, _Run
+from meshlocal.discovery.kubernetes.table import Defaults
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 SERVICE = "kubernetes.io/service-name"
@@ -491,6 +494,50 @@ async def test_slices_that_come_later_are_chosen(kube, monkeypatch):
         with pytest.raises(BaseExceptionGroup) as raised:
             await until_it_begins_anew(server)
         assert raised.group_contains(SlicesFoundError)
+
+
+async def test_a_source_that_begins_anew_waits_for_the_labels_it_had(kube, monkeypatch):
+    """D1: what had its zone keeps it, though the nodes cannot be read at once this time."""
+
+    def setup(server):
+        three(server)
+        server.collections[kube.nodes].put("ADDED", node("n1", zone="z1"))
+
+    async def run(source, publications, until):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nursery.start, source.run, publications)
+            await until()
+            nursery.cancel_scope.cancel()
+
+    async with kube.serving(setup) as server:
+        source, first, second = kube.source(server), kube.publications(), kube.publications()
+        await run(source, first, lambda: first.until(lambda: first.calls))
+        assert labels(first, "10.0.0.1")["zone"] == "z1"
+        # Nobody who never had them waits at all.
+        monkeypatch.setattr("meshlocal.discovery.kubernetes.source.NODES_WAIT", 0.0)
+        server.faults += [{"status": 503, "kind": "list", "collection": kube.nodes}] * 5
+        await run(source, second, lambda: second.until(lambda: second.calls))
+        assert not server.faults
+        assert second.calls == [("replace", ["b.shop", "c.play"])]
+        assert labels(second, "10.0.0.1")["zone"] == "z1"
+
+
+async def test_the_first_publication_waits_for_what_is_half_put():
+    """D8: what is put in several steps counts whole, also in the first publication."""
+    published = []
+    publisher = SimpleNamespace(replace=published.append)
+    run = _Run(publisher, Defaults("", ""), _Problems(publisher))
+    async with trio.open_nursery() as nursery:
+        with run.hold():
+            with run.hold():
+                nursery.start_soon(run.publish_all)
+                await wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
+            assert not published
+        with trio.fail_after(5):
+            while not published:
+                await trio.lowlevel.checkpoint()
+    assert published == [{}]
 
 
 def test_a_source_of_namespaces_knows_what_it_cannot_know():

@@ -13,6 +13,7 @@ import trio.testing
 
 from meshlocal.policy.health import Cause, State
 from meshlocal.proxy.http import forwarder as forwarder_module
+from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.exchange import Exchange
 from meshlocal.proxy.http.waiting import Patience, Reminder
 from nursery_tests.proxy.http.conftest import Served, Upstream, closes, ok, response, stalls, until
@@ -237,6 +238,33 @@ async def test_idle_clients_make_room_when_descriptors_run_out(
         assert await client.rest() == b""
     await until(lambda: len(proxy.forwarder) == 1)
     assert listener.accept_errors == 3
+    for client in clients:
+        await trio.aclose_forcefully(client.stream)
+
+
+async def test_only_so_many_idle_clients_are_looked_at_and_closed_at_once(
+    proxy: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy with tens of thousands of clients must not stand still over them (P2): the oldest go, a few at a time."""
+    monkeypatch.setattr(forwarder_module, "SHED_REST", 0.0)
+    monkeypatch.setattr(forwarder_module, "SHED_AT_ONCE", 2)
+    looked: list[object] = []
+    has_input = ClientConnection.has_input
+    monkeypatch.setattr(ClientConnection, "has_input", lambda each: looked.append(each) or has_input(each))
+    proxy.publish(await upstream("one", "n1"))
+    clients = []
+    for _ in range(5):
+        clients.append(await proxy.connect())
+        assert (await clients[-1].get()).status == 200
+    oldest = list(proxy.forwarder)
+    await until(lambda: all(each.is_idle for each in oldest))
+    for left in (3, 1):
+        looked.clear()
+        proxy.forwarder.shed()
+        proxy.forwarder.shed()
+        assert looked == oldest[3 - left : 5 - left]
+        await until(lambda left=left: len(proxy.forwarder) == left)
+        await trio.sleep(0.15)
     for client in clients:
         await trio.aclose_forcefully(client.stream)
 
