@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-locality bench-latency bench-scale bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-locality bench-versions bench-latency bench-scale bench-restart \
 	bench-neighbours bench-resend \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
@@ -63,6 +63,10 @@ bench-quick: $(VENV)/bench.stamp
 # The same as bench, and its figures and plots put into docs/performance.md.
 bench-document: $(VENV)/bench.stamp
 	$(BIN)/python -m bench --document
+
+# What a change costs, or gives: this checkout in turns with another one, BEFORE; 4 minutes.
+bench-versions: $(VENV)/bench.stamp
+	$(BIN)/python -m bench.versions --before $(BEFORE)
 
 # What local-first gives, and what a failover costs, into docs/performance.md too.
 bench-locality: $(VENV)/bench.stamp

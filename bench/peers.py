@@ -14,11 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.load import find
-from bench.machine import raise_file_limit
+from bench.machine import ROOT, raise_file_limit
 from bench.processes import free_port, instances_file, listening, meshlocal, port_in
 
 WANTED_CONNECTIONS = 10000
@@ -334,19 +335,19 @@ def _missing_envoy(job: Job) -> str:
 
 
 @contextmanager
-def _start_meshlocal(folder: Path, job: Job) -> Iterator[Running]:
+def _start_meshlocal(folder: Path, job: Job, *, name: str = "meshlocal", checkout: Path = ROOT) -> Iterator[Running]:
     """As it runs in production: fed by a discovery server, with its admin address."""
     file = folder / "instances.yaml"
     instances_file(file, job.services)
     scheme = "http" if job.http else "tcp"
-    discovery = meshlocal("discovery", "--bind", "127.0.0.1:0", "--source", f"file:{file}")
+    discovery = meshlocal("discovery", "--bind", "127.0.0.1:0", "--source", f"file:{file}", checkout=checkout)
     with discovery as (_, line):
         url = f"grpc://127.0.0.1:{port_in(line, DISCOVERY_PORT)}"
         listen = [part for service in job.services for part in ("--listen", f"{scheme}://127.0.0.1:0={service}")]
         flags = ["--discovery", url, *listen, "--admin", "127.0.0.1:0"]
-        with meshlocal("proxy", *flags, node=OWN_NODE) as (process, line):
+        with meshlocal("proxy", *flags, node=OWN_NODE, checkout=checkout) as (process, line):
             ports = {service: port_in(line, rf"{scheme}://127\.0\.0\.1:(\d+)={service}\b") for service in job.services}
-            yield Running("meshlocal", process.pid, ports)
+            yield Running(name, process.pid, ports)
 
 
 DISCOVERY_PORT = r"grpc://127\.0\.0\.1:(\d+)"
@@ -356,3 +357,8 @@ NGINX = Peer("nginx", _missing_nginx, _start_nginx)
 ENVOY = Peer("Envoy", _missing_envoy, _start_envoy)
 MESHLOCAL = Peer("meshlocal", lambda job: "", _start_meshlocal)
 PEERS = (HAPROXY, NGINX, ENVOY, MESHLOCAL)
+
+
+def of_checkout(name: str, checkout: Path) -> Peer:
+    """meshlocal as it stands in another checkout."""
+    return Peer(name, lambda job: "", partial(_start_meshlocal, name=name, checkout=checkout))

@@ -35,7 +35,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 @contextmanager
 def running(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: int | None = None
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, log: int | None = None, cwd: Path = ROOT
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process with its output on a pipe; terminated at the end, killed if that is not enough.
 
@@ -49,7 +49,7 @@ def running(
         stdout=subprocess.PIPE,
         stderr=log,
         env={**clean, **(environment or {})},
-        cwd=ROOT,
+        cwd=cwd,
     )
     try:
         yield process
@@ -121,14 +121,14 @@ def module(name: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes]
 
 @contextmanager
 def meshlocal(
-    command: str, *arguments: str, node: str | None = None, log: int | None = None
+    command: str, *arguments: str, node: str | None = None, log: int | None = None, checkout: Path = ROOT
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A meshlocal process, and the line that it prints when it is ready."""
+    """A meshlocal process, as it stands in a checkout, and the line that it prints when it is ready."""
     environment = {"NODE_NAME": node} if node is not None else {}
     full = [sys.executable, "-m", "meshlocal", command, *arguments]
     if log is None:
         full += ["--log-level", "error"]
-    with running(full, environment=environment, log=log) as process:
+    with running(full, environment=environment, log=log, cwd=checkout) as process:
         yield process, ready_line(process)
 
 
