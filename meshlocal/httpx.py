@@ -26,8 +26,8 @@ from meshlocal.library.http_errors import (
     HttpReadError,
     HttpTimeoutError,
 )
-from meshlocal.library.http_exchange import Exchange, Served
 from meshlocal.library.http_pools import InstancePools
+from meshlocal.library.http_request import MeshRequest, Served
 from meshlocal.policy.retry import RetryBudget
 from meshlocal.policy.routing import Router
 
@@ -67,10 +67,10 @@ class MeshTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, mesh: Mesh, *, ssl_context: ssl.SSLContext | None = None, limits: httpx.Limits = LIMITS) -> None:
-        self._mesh = mesh
-        self._pools = InstancePools(mesh, ssl_context, limits)
+        self._core = mesh.core
+        self._pools = InstancePools(mesh.core, ssl_context, limits)
         self._budgets: dict[ServiceKey, RetryBudget] = {}
-        self._router = Router(domain=mesh._config.http.cluster_domain, named=mesh._config.services)
+        self._router = Router(domain=mesh.core.config.http.cluster_domain, named=mesh.core.config.services)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; see `httpx.AsyncBaseTransport`.
@@ -85,16 +85,16 @@ class MeshTransport(httpx.AsyncBaseTransport):
         named = self._router.by_host(request.url.host)
         if named is None:
             raise HttpNoInstanceError(f"{request.url.host}: the host names no service", request.url.host)
-        key = self._mesh._config.service_key(named)
-        state = self._mesh._demand(key)
+        key = self._core.config.service_key(named)
+        state = self._core.demand(key)
         budget = self._budgets.get(key)
         if budget is None:
             # Services that nobody follows any more need none, whatever hosts an application was made to ask for.
-            followed = self._mesh._services
+            followed = self._core.services
             self._budgets = {each: kept for each, kept in self._budgets.items() if followed.get(each) is not None}
-            http = self._mesh._config.http
+            http = self._core.config.http
             budget = self._budgets[key] = RetryBudget(http.retry_percent / 100, http.retry_floor)
-        return await Exchange(self._pools, state, budget, request).run()
+        return await MeshRequest(self._pools, state, budget, request).run()
 
     async def aclose(self) -> None:
         """Close every connection. Responses that are still open break off."""

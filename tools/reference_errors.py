@@ -18,7 +18,6 @@ from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.picker import Reason
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http import answers
-from meshlocal.proxy.http.exchange import ANSWERED
 from meshlocal.wire import discovery_websocket as websocket
 from meshlocal.wire.grpc.status import StatusCode
 
@@ -62,7 +61,6 @@ def errors_page() -> str:
     ]
     attempts = [
         *_documented(AttemptOutcome),
-        (f"`{ANSWERED}`", "HTTP: a response's head came."),
         *((word, f"HTTP: {text[0].lower()}{text[1:]}") for word, text in failures),
         (_listed(kinds), "How a connect failed."),
     ]

@@ -40,7 +40,7 @@ class HttpCollector(Collector):
         )
         if forwarder is not None:
             clients.add_metric([], len(forwarder))
-            for reason, count in forwarder.refused.items():
+            for reason, count in forwarder.shared.refused.items():
                 refused.add_metric([reason], count)
         yield clients
         yield refused
@@ -82,7 +82,7 @@ def _retries(services: Iterable[HttpService]) -> Iterator[Metric | None]:
         for service in piece:
             for cause, count in service.statistics.retries.items():
                 retries.add_metric([service.state.key, cause], count)
-            refused.add_metric([service.state.key], service.statistics.retries_refused)
+            refused.add_metric([service.state.key], service.budget.refused)
     yield from (retries, refused)
 
 

@@ -43,7 +43,7 @@ from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.tcp import TcpForwarder
+from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -306,7 +306,7 @@ class ProxyProcess:
                     self.http.drain()
             connections.cancel_scope.deadline = trio.current_time() + drain.timeout
             lifetime.start_soon(cancel_when_set, self.stop.now, connections.cancel_scope)
-        cut = self.forwarder.drained + (self.http.drained if self.http is not None else 0)
+        cut = self.forwarder.drained + (self.http.shared.drained if self.http is not None else 0)
         if cut:
             _log.warning("connections cut at the end of the drain", count=cut)
         return cut

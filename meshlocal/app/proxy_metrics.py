@@ -15,7 +15,7 @@ from meshlocal.client.services import ServiceTable
 from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.net.slices import pieces
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.tcp import KEPT_TASKS, TcpForwarder
+from meshlocal.proxy.tcp.forwarder import KEPT_TASKS, TcpForwarder
 
 SERVICES = 8
 CONNECTIONS = 512

@@ -1,15 +1,12 @@
 """From a client to a connected instance: wait, pick, attempt, next (behaviour rules A1, A2, A5 to A8, H1, O1).
 
-A tcp attempt is the connect. Nothing was sent to an instance whose connect
-failed, so any failure moves on to the next instance of the plan, until one
-connects, the plan ends, `max_attempts` are spent or the deadline comes.
+A tcp attempt is the connect. Nothing was sent to an instance whose connect failed, so any failure moves on to the next
+instance, for as long as the search has one (`meshlocal.policy.search`).
 
-A client is watched only while it is kept waiting: for a first snapshot, or for
-an instance that is slow to answer. Its bytes are then read into a bounded
-buffer, for that is the only way to learn of a reset behind them. A client that
-ended its stream has not left: it may have sent all that it wanted to say, and
-from the outside a closed socket looks the same. It costs what is left of the
-deadline at most.
+A client is watched only while it is kept waiting: for a first snapshot, or for an instance that is slow to answer. Its
+bytes are then read into a bounded buffer, for that is the only way to learn of a reset behind them. A client that ended
+its stream has not left: it may have sent all that it wanted to say, and from the outside a closed socket looks the
+same. It costs what is left of the deadline at most.
 """
 
 from __future__ import annotations
@@ -20,14 +17,16 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from meshlocal.client.services import ServiceState
+from meshlocal.client.account import Account
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.client.tried import attempt_text
 from meshlocal.net.dial import Connecting, classify_connect_error
-from meshlocal.policy.picker import Pick, Plan
+from meshlocal.policy.config import AttemptPolicy
+from meshlocal.policy.picker import Pick
+from meshlocal.policy.retry import Decision, Failure
 
-PATIENCE = 0.01
-"""Seconds that a connect may take before its client is watched."""
+SLOW = 0.01
+"""Seconds for which an instance is waited for before its client is watched, and the clock. Most answer sooner, and to
+watch costs more than all else that a small request takes."""
 
 EARLY_LIMIT = 65536
 """Bytes read from a client that waits."""
@@ -87,229 +86,158 @@ class Client:
             waiting.cancel()
 
 
-class FailedAttempt(NamedTuple):
-    """One attempt that came to nothing.
-
-    Attributes:
-        pick: what was tried.
-        tier: its tier's name.
-        error: how it failed, in a word.
-        errno: the system's number for it; 0 where the system gave none.
-    """
-
-    pick: Pick
-    tier: str
-    error: str
-    errno: int
-
-    def __str__(self) -> str:
-        return attempt_text(self.pick.instance.key, self.tier, self.error)
-
-
-class Connected:
-    """How the search for an instance ended.
+class Dialled(NamedTuple):
+    """How one attempt to connect ended.
 
     Attributes:
         upstream: the connected socket, which is the holder's to close; None if there is none.
-        outcome: why there is none; None if there is one.
-        pick: the instance that connected, or was tried last; None if none was.
-        tier: its tier's name; empty if there is none.
-        attempts: how many were tried.
-        began: when the last attempt did, by trio.current_time().
-        error: how the last attempt failed.
-        errno: the system's number for it; 0 where the system gave none.
-        failures: the attempts that failed, in order.
-        plan: what is left to try, should the instance fail later (A5); None before the first attempt.
-        deadline: when the search ends at the latest, by trio.current_time(); None before it begins.
+        error: how it failed, in a word; empty if it did not, or the client has left.
+        errno: the system's number for the failure; 0 where the system gave none.
     """
 
-    __slots__ = (
-        "attempts",
-        "began",
-        "deadline",
-        "errno",
-        "error",
-        "failures",
-        "outcome",
-        "pick",
-        "plan",
-        "tier",
-        "upstream",
-    )
-
-    def __init__(self) -> None:
-        self.upstream: socket.socket | None = None
-        self.outcome: Outcome | None = None
-        self.pick: Pick | None = None
-        self.tier = ""
-        self.attempts = 0
-        self.began = 0.0
-        self.error = ""
-        self.errno = 0
-        self.failures: list[FailedAttempt] = []
-        self.plan: Plan | None = None
-        self.deadline: float | None = None
+    upstream: socket.socket | None
+    error: str
+    errno: int
 
 
-async def connect(client: Waiting, service: ServiceState, result: Connected) -> None:
-    """Find an instance for a client, and connect to it. What came of it is in `result`, also after cancellation.
+async def connect(client: Waiting, account: Account) -> socket.socket | Outcome:
+    """Find an instance for a client, and connect to it.
 
-    Called again with the same result, it goes on where it was: with the rest of the plan, and of the time.
+    Called again for the same account, it goes on where it was: with the rest of the plan, and of the time.
+
+    Returns:
+        The connected socket, which is the caller's to close; or why there is none.
     """
-    connecting = begin(client, service, result, trio.current_time())
-    if result.upstream is None:
-        await go_on(client, service, result, connecting)
+    begun = connect_at_once(client, account)
+    return begun if isinstance(begun, socket.socket) else await connect_waiting(client, account, begun)
 
 
-def begin(client: Waiting, service: ServiceState, result: Connected, now: float) -> Connecting | None:
+def connect_at_once(client: Waiting, account: Account) -> Connecting | socket.socket | None:
     """The part of `connect` that waits for nothing: an instance on this host answers at once.
 
     Returns:
-        An attempt that has begun and is for `go_on`, which has to be called unless `result` has an upstream.
+        The connected socket; or an attempt that has begun, if there is one, which is for `connect_waiting`.
     """
-    if result.deadline is None:
-        result.deadline = now + service.policy.deadline
-    if service.picker is None or client.left:
+    assert account.state is not None
+    if account.state.picker is None or client.left:
         return None
-    return _begin_next(service, result)
+    return _begin_next(account)
 
 
-async def go_on(client: Waiting, service: ServiceState, result: Connected, connecting: Connecting | None) -> None:
+async def connect_waiting(client: Waiting, account: Account, connecting: Connecting | None) -> socket.socket | Outcome:
     """The other part of `connect`: all that has to be waited for."""
-    assert result.deadline is not None
-    with trio.move_on_at(result.deadline) as deadline:
-        if service.picker is None:
-            with trio.move_on_after(service.policy.first_snapshot_wait):
-                await client.watched(service.first_snapshot.wait)
+    state = account.state
+    assert state is not None
+    upstream: socket.socket | None = None
+    with trio.move_on_at(account.deadline) as deadline:
+        if state.picker is None:
+            with trio.move_on_after(state.policy.first_snapshot_wait):
+                await client.watched(state.first_snapshot.wait)
         if not client.left:
-            await _attempt_in_turn(client, service, result, connecting)
-    if result.upstream is not None:
-        return
+            upstream = await _attempt_in_turn(client, account, connecting)
+    if upstream is not None:
+        return upstream
     if client.left:
-        result.outcome = Outcome.CLIENT_LEFT
-    elif deadline.cancelled_caught:
-        result.outcome = Outcome.DEADLINE
-    else:
-        result.outcome = Outcome.FAILED if result.attempts else Outcome.NO_INSTANCE
+        return Outcome.CLIENT_LEFT
+    return Outcome.DEADLINE if deadline.cancelled_caught else Outcome(account.why(trio.current_time()))
 
 
-async def _attempt_in_turn(
-    client: Waiting, service: ServiceState, result: Connected, connecting: Connecting | None
-) -> None:
+async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connecting | None) -> socket.socket | None:
     """Attempt until one has connected; `connecting` is an attempt that has begun."""
+    state = account.state
+    assert state is not None
     while True:
         if connecting is None:
-            if result.failures:
+            if account.failures:
                 # An instance that fails at once must not keep the others' tasks waiting, nor cancellation.
                 await trio.lowlevel.checkpoint()
-            before = result.attempts
-            connecting = _begin_next(service, result)
-            if result.upstream is not None or result.attempts == before:
-                return
-            if connecting is None:
+            before = account.attempts
+            begun = _begin_next(account)
+            if isinstance(begun, socket.socket):
+                return begun
+            if account.attempts == before:
+                return None
+            if begun is None:
                 continue
-        pick = result.pick
+            connecting = begun
+        pick = account.pick
         assert pick is not None
-        error = ""
+        dialled: Dialled | None = None
         try:
-            error = await _finish_waiting(client, service, pick, connecting, result)
+            dialled = await finish_dial(client, state.policy, pick, connecting)
         finally:
             # One that was cancelled, by the deadline or because its client left, counts too.
-            _count(service, pick, result, error)
-        if result.upstream is not None or client.left:
-            return
+            _settle(account, dialled)
+        if dialled.upstream is not None or client.left:
+            return dialled.upstream
         connecting = None
 
 
-def _begin_next(service: ServiceState, result: Connected) -> Connecting | None:
-    """Begin with the next instance of the plan, if one is left.
+def _begin_next(account: Account) -> Connecting | socket.socket | None:
+    """Begin with the next instance, if there is to be one.
 
     Returns:
-        What has to be waited for; None if it connected, or failed, at once.
+        The connected socket, or what has to be waited for; None if it failed at once.
     """
-    plan = result.plan = result.plan or service.plan()
-    if plan is None:
-        return None
-    limit = service.policy.max_attempts
-    if limit is not None and result.attempts >= limit:
-        return None
-    pick = plan.next()
+    pick = account.try_next(trio.current_time())
     if pick is None:
         return None
-    result.pick = pick
-    result.attempts += 1
-    # The service may have other tiers since the plan began (S2).
-    result.tier = tier = plan.tiers[pick.tier]
-    service.statistics.picks[tier, pick.reason or ""] += 1
-    begun = _begin(pick, result)
-    if not isinstance(begun, str):
+    begun = begin_dial(pick)
+    if not isinstance(begun, Dialled):
         return begun
-    _count(service, pick, result, begun)
-    return None
+    _settle(account, begun)
+    return begun.upstream
 
 
-def _count(service: ServiceState, pick: Pick, result: Connected, error: str) -> None:
+def _settle(account: Account, dialled: Dialled | None) -> None:
     """Count how an attempt ended, and tell what it shows of the instance."""
-    attempts, fitness, tier = service.statistics.attempts, service.fitness, result.tier
-    if result.upstream is not None:
-        result.error = ""
-        attempts[tier, AttemptOutcome.CONNECTED] += 1
-        fitness.connected(pick.instance, result.began)
-    elif error:
-        attempts[tier, error] += 1
-        result.error = error
-        result.failures.append(FailedAttempt(pick, tier, error, result.errno))
-        fitness.failed(pick.instance, error, began=result.began)
+    if dialled is None or (dialled.upstream is None and not dialled.error):
+        account.abandoned()
+    elif dialled.upstream is not None:
+        account.connected()
     else:
-        attempts[tier, AttemptOutcome.ABANDONED] += 1
-        fitness.abandoned(pick.instance)
+        decision = account.attempt_failed(Failure.CONNECT, trio.current_time(), dialled.error, errno=dialled.errno)
+        assert decision is not Decision.SAME
 
 
-async def try_instance(client: Waiting, service: ServiceState, pick: Pick, result: Connected) -> str:
-    """Try one instance; the socket goes into `result`. Returns how it failed, in a word."""
-    begun = _begin(pick, result)
-    return begun if isinstance(begun, str) else await _finish_waiting(client, service, pick, begun, result)
+async def dial(client: Waiting, policy: AttemptPolicy, pick: Pick) -> Dialled:
+    """Connect to one instance, within its time (A1), and no longer than until the client has left."""
+    begun = begin_dial(pick)
+    return begun if isinstance(begun, Dialled) else await finish_dial(client, policy, pick, begun)
 
 
-def _begin(pick: Pick, result: Connected) -> Connecting | str:
-    """Begin to connect to an instance: how that failed at once, empty if it did not; or what has to be waited for."""
+def begin_dial(pick: Pick) -> Connecting | Dialled:
+    """Begin to connect to an instance: what came of it at once; or what has to be waited for."""
     key = pick.instance.key
-    result.errno = 0
-    result.began = trio.current_time()
     try:
         connecting = Connecting(key.address, key.port)
     except OSError as error:
-        result.errno = error.errno or 0
-        return classify_connect_error(error)
-    return connecting if connecting.pending else _finish(connecting, result)
+        return Dialled(None, classify_connect_error(error), error.errno or 0)
+    return connecting if connecting.pending else _finish(connecting)
 
 
-def _finish(connecting: Connecting, result: Connected) -> str:
+def _finish(connecting: Connecting) -> Dialled:
     try:
         connecting.finish()
     except OSError as error:
         connecting.socket.close()
-        result.errno = error.errno or 0
-        return classify_connect_error(error)
-    result.upstream = connecting.socket
-    return ""
+        return Dialled(None, classify_connect_error(error), error.errno or 0)
+    return Dialled(connecting.socket, "", 0)
 
 
-async def _finish_waiting(
-    client: Waiting, service: ServiceState, pick: Pick, connecting: Connecting, result: Connected
-) -> str:
-    policy = service.policy
+async def finish_dial(client: Waiting, policy: AttemptPolicy, pick: Pick, connecting: Connecting) -> Dialled:
+    """The rest of `dial`, for what `begin_dial` gave."""
     limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
     connected = False
     try:
         await _wait_connected(client, connecting.socket, limit)
         connected = not client.left
     except TimeoutError:
-        return AttemptOutcome.TIMEOUT
+        return Dialled(None, AttemptOutcome.TIMEOUT, 0)
     finally:
         if not connected:
             connecting.socket.close()
-    return _finish(connecting, result) if connected else ""
+    return _finish(connecting) if connected else Dialled(None, "", 0)
 
 
 async def _wait_connected(client: Waiting, upstream: socket.socket, limit: float) -> None:
@@ -322,12 +250,12 @@ async def _wait_connected(client: Waiting, upstream: socket.socket, limit: float
     async def wait() -> None:
         await trio.lowlevel.wait_writable(upstream)
 
-    patience = min(PATIENCE, limit)
-    with trio.move_on_after(patience):
+    at_first = min(SLOW, limit)
+    with trio.move_on_after(at_first):
         await wait()
         return
-    if limit > patience:
-        with trio.move_on_after(limit - patience) as scope:
+    if limit > at_first:
+        with trio.move_on_after(limit - at_first) as scope:
             await client.watched(wait)
         if not scope.cancelled_caught:
             return

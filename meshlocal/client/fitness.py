@@ -157,12 +157,12 @@ class Fitness:
 
     def begin(self, instance: Instance) -> None:
         """A request is under way on it from now on. Each wants an `end`."""
-        place = _place(instance.key)
+        place = instance.key[:2]  # without a call of Python's own: every request passes here
         self.under_way[place] = self.under_way.get(place, 0) + 1
 
     def end(self, instance: Instance) -> None:
         """A request is under way on it no longer."""
-        place = _place(instance.key)
+        place = instance.key[:2]
         left = self.under_way[place] - 1
         if left:
             self.under_way[place] = left

@@ -121,7 +121,8 @@ class ServiceState:
 
     def plan(self) -> Plan | None:
         """The next request's plan; None before the first snapshot."""
-        return self.picker.plan(self.cursors, self.fitness.gate()) if self.picker is not None else None
+        # As Picker.plan does, without a call of Python's own: every request passes here.
+        return Plan(self.picker, self.cursors, self.fitness.gate()) if self.picker is not None else None
 
     def preview(self) -> Iterator[Pick]:
         """The picks of the next request's plan if every attempt fails (R2); none before the first snapshot."""

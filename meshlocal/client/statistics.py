@@ -43,6 +43,8 @@ class AttemptOutcome(StrEnum):
 
     CONNECTED = "connected"
     """tcp: the instance was connected."""
+    ANSWERED = "answered"
+    """HTTP: the instance began a response that went to the client."""
     TIMEOUT = "timeout"
     """The attempt's time ran out."""
     ABANDONED = "abandoned"

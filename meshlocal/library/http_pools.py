@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from typing import TYPE_CHECKING
 
 import anyio
 import httpx
 
+from meshlocal.library.core import MeshCore
 from meshlocal.library.http_pool import InstancePool
 from meshlocal.policy.model import EndpointKey, ServiceKey, ServiceSnapshot
-
-if TYPE_CHECKING:
-    from meshlocal.library.mesh import Mesh
 
 _SWEEP_SHORTEST = 1.0
 
@@ -21,21 +18,21 @@ class InstancePools:
     """Connections by instance.
 
     Args:
-        mesh: tells which instances left, and has the background tasks.
+        core: tells which instances left, and has the background tasks.
         ssl_context: for https.
         limits: on the connections to one instance.
     """
 
-    def __init__(self, mesh: Mesh, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
-        self._mesh = mesh
+    def __init__(self, core: MeshCore, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
+        self._core = core
         self._ssl_context = ssl_context
         self._limits = limits
         self._pools: dict[EndpointKey, InstancePool] = {}
         self._members: dict[ServiceKey, set[EndpointKey]] = {}
         self._sweeping: anyio.CancelScope | None = None
-        mesh._listeners[self._on_snapshot] = None
+        core.listeners[self._on_snapshot] = None
         # Of services that were heard of before this, too, it must be seen when an instance leaves.
-        for state in mesh._services:
+        for state in core.services:
             if state.picker is not None:
                 self._members[state.key] = set(state.picker.snapshot.instances)
 
@@ -58,7 +55,7 @@ class InstancePools:
 
     async def aclose(self) -> None:
         """Close every connection."""
-        self._mesh._listeners.pop(self._on_snapshot, None)
+        self._core.listeners.pop(self._on_snapshot, None)
         if self._sweeping is not None:
             self._sweeping.cancel()
         pools = list(self._pools.values())
@@ -73,11 +70,11 @@ class InstancePools:
         now = set(snapshot.instances)
         left = self._members.get(snapshot.service, set()) - now
         for service in list(self._members):
-            if self._mesh._services.get(service) is None:
+            if self._core.services.get(service) is None:
                 # Nobody follows it any more: what becomes of its instances is not told.
                 left |= self._members.pop(service)
         self._members[snapshot.service] = now
-        tasks = self._mesh._tasks
+        tasks = self._core.tasks
         for key in left:
             if any(key in members for members in self._members.values()):
                 continue
@@ -92,7 +89,7 @@ class InstancePools:
         await self.tidy(pool)
 
     def _start_sweep(self) -> None:
-        expiry, tasks = self._limits.keepalive_expiry, self._mesh._tasks
+        expiry, tasks = self._limits.keepalive_expiry, self._core.tasks
         if self._sweeping is None and expiry is not None and tasks is not None:
             self._sweeping = anyio.CancelScope()
             tasks.start_soon(self._close_expired, self._sweeping, expiry)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
 
 import trio
 
-from meshlocal.client.connecting import Connected, FailedAttempt, connect
+from meshlocal.client.account import Account, FailedAttempt
+from meshlocal.client.connecting import connect
 from meshlocal.client.services import ServiceState
-from meshlocal.client.statistics import AttemptOutcome, Outcome, RequestKey
+from meshlocal.client.statistics import AttemptOutcome, Outcome
+from meshlocal.library.core import MeshCore
 from meshlocal.library.errors import (
     Attempt,
     AttemptsFailedError,
@@ -24,10 +26,7 @@ from meshlocal.library.errors import (
 )
 from meshlocal.library.unavailable import why_none
 from meshlocal.policy.limits import Limit
-from meshlocal.policy.model import Instance, ServiceKey
-
-if TYPE_CHECKING:
-    from meshlocal.library.mesh import Mesh
+from meshlocal.policy.model import ServiceKey
 
 
 class _Caller:
@@ -41,112 +40,97 @@ class _Caller:
 
 _CALLER = _Caller()
 
+_FULL = {
+    Limit.CONNECTIONS: "as many streams are open as its limits allow",
+    Limit.REQUESTS: "as many requests are under way as its limits allow",
+    Limit.WAITING: "as many requests wait for an instance as its limits allow",
+}
 
-async def open_tcp_stream(mesh: Mesh, key: ServiceKey) -> trio.SocketStream:
+
+async def open_tcp_stream(core: MeshCore, key: ServiceKey) -> trio.SocketStream:
     """See `Mesh.open_tcp_stream`."""
     if not trio.lowlevel.in_trio_run():
         raise NotTrioError("open_tcp_stream gives a trio stream, and this loop is not trio's")
     await trio.lowlevel.checkpoint()
-    state = mesh._demand(key)
-    statistics, circuit = state.statistics, state.circuit
-    result = Connected()
-    held = _Held(state)
-    for limit in (Limit.CONNECTIONS, Limit.REQUESTS):
-        if not held.enter(limit):
-            held.let_go()
-            statistics.requests[RequestKey("", "", Outcome.LIMITED)] += 1
-            what = "streams are open" if limit is Limit.CONNECTIONS else "requests are under way"
-            raise LimitedError(f"{key}: as many {what} as its limits allow", key)
-    if not circuit.enter(Limit.WAITING):
-        held.let_go()
-        statistics.requests[RequestKey("", "", Outcome.LIMITED)] += 1
-        raise LimitedError(f"{key}: as many requests wait for an instance as its limits allow", key)
-    outcome = Outcome.CLIENT_LEFT
-    statistics.connecting += 1
+    state = core.demand(key)
+    account = _StreamAccount(trio.current_time())
+    outcome = Outcome.LIMITED
+    upstream: socket.socket | None = None
     stream: trio.SocketStream | None = None
     try:
-        await connect(_CALLER, state, result)
-        outcome = result.outcome if result.outcome is not None else Outcome.SERVED
-        if result.upstream is not None and outcome is Outcome.SERVED:
-            assert result.pick is not None
-            held.begin(result.pick.instance)
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(result.upstream))
-            held.until_closed(stream)
+        full = account.begin(state, state.policy.deadline, Limit.CONNECTIONS, Limit.REQUESTS)
+        if full is None and not account.start_waiting():
+            full = Limit.WAITING
+        if full is not None:
+            raise LimitedError(f"{key}: {_FULL[full]}", key)
+        outcome = Outcome.CLIENT_LEFT
+        found = await connect(_CALLER, account)
+        account.stop_waiting()
+        if isinstance(found, Outcome):
+            outcome = found
+        else:
+            upstream = found
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(upstream))
+            outcome = Outcome.SERVED
+    except LimitedError:
+        raise
     except Exception:
         outcome = Outcome.ERROR
         raise
     finally:
-        circuit.leave(Limit.WAITING)
-        statistics.connecting -= 1
+        account.end(outcome, hold=True)
         if stream is None:
-            held.let_go()
-            if result.upstream is not None:
-                result.upstream.close()
-        reason = (result.pick.reason or "") if result.pick is not None else ""
-        statistics.requests[RequestKey(result.tier, reason, outcome)] += 1
+            account.end(outcome)
+            if upstream is not None:
+                upstream.close()
     if stream is None:
-        error = _failure(state, result, outcome)
+        error = _failure(state, account, outcome)
         raise error from (error.attempt.cause if error.attempt is not None else None)
+    account.hold_until_closed(stream)
     return stream
 
 
-class _Held:
-    """What one stream counts in, from before its connect until it is closed: limits, and its instance's requests under
-    way (F3)."""
+class _StreamAccount(Account):
+    """One stream's: what it counts in, from before its connect until it is closed (F3, limits)."""
 
-    def __init__(self, state: ServiceState) -> None:
-        self._state = state
-        self._entered: list[Limit] = []
-        self._instance: Instance | None = None
-        state.in_use += 1
-        self._over = False
+    __slots__ = ("_open",)
 
-    def enter(self, limit: Limit) -> bool:
-        """Count in a limit; false if there is no room."""
-        if not self._state.circuit.enter(limit):
-            return False
-        self._entered.append(limit)
-        return True
+    def __init__(self, started: float) -> None:
+        super().__init__(started)
+        self._open = False
 
-    def begin(self, instance: Instance) -> None:
-        """It is under way on an instance."""
-        self._instance = instance
-        self._state.fitness.begin(instance)
-        self._state.statistics.open += 1
-
-    def let_go(self) -> None:
-        """It counts no longer; more than once is harmless."""
-        if self._over:
-            return
-        self._over = True
-        state = self._state
-        state.in_use -= 1
-        for limit in self._entered:
-            state.circuit.leave(limit)
-        if self._instance is not None:
-            state.fitness.end(self._instance)
-            state.statistics.open -= 1
-
-    def until_closed(self, stream: trio.SocketStream) -> None:
-        """Let go once the stream's socket is closed, in whatever way; or the stream is forgotten, open as it is."""
+    def hold_until_closed(self, stream: trio.SocketStream) -> None:
+        """Hold it until the stream's socket is closed, in whatever way; or the stream is forgotten, open as it is."""
+        state = self.state
+        assert state is not None
+        self.enter_instance()
+        self._open = True
+        state.statistics.open += 1
         close = stream.socket.close
 
-        def close_and_let_go() -> None:
+        def close_and_release() -> None:
             try:
                 close()
             finally:
-                self.let_go()
+                self.release()
 
         # Trio's streams can be neither derived from nor told what to do then; but all ways to close one end here.
-        stream.socket.close = close_and_let_go  # type: ignore[method-assign]
-        weakref.finalize(stream, self.let_go)
+        stream.socket.close = close_and_release  # type: ignore[method-assign]
+        weakref.finalize(stream, self.release)
+
+    def release(self) -> None:
+        """Give back what it held; more than once is harmless."""
+        if self._open and self.state is not None:
+            self._open = False
+            self.state.statistics.open -= 1
+        self.end(Outcome.SERVED)
 
 
-def _failure(state: ServiceState, result: Connected, outcome: Outcome) -> ServiceError:
-    attempts = attempts_of(state, result.failures)
-    if outcome is Outcome.DEADLINE and result.pick is not None and len(attempts) < result.attempts:
-        pick = result.pick
-        given_up = Attempt(pick.instance, result.tier, pick.reason, AttemptOutcome.ABANDONED, None)
+def _failure(state: ServiceState, account: Account, outcome: Outcome) -> ServiceError:
+    attempts = attempts_of(account.failures or ())
+    if outcome is Outcome.DEADLINE and account.pick is not None and len(attempts) < account.attempts:
+        pick = account.pick
+        given_up = Attempt(pick.instance, account.tier, pick.reason, AttemptOutcome.ABANDONED, None)
         attempts = [*attempts, given_up]
     if outcome is Outcome.DEADLINE:
         limit = f"{state.key}: no instance connected within {state.policy.deadline:g} s"
@@ -156,7 +140,7 @@ def _failure(state: ServiceState, result: Connected, outcome: Outcome) -> Servic
     return AttemptsFailedError(f"{state.key}: no instance connected: {tried(attempts)}", state.key, attempts)
 
 
-def attempts_of(state: ServiceState, failures: Sequence[FailedAttempt]) -> list[Attempt]:
+def attempts_of(failures: Sequence[FailedAttempt]) -> list[Attempt]:
     """Failed attempts as errors tell of them."""
     return [Attempt(each.pick.instance, each.tier, each.pick.reason, each.error, _cause(each)) for each in failures]
 

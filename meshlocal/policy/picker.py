@@ -185,15 +185,17 @@ class Picker:
 
     Attributes:
         selector: what decided on each instance.
+        tiers: the tiers' names, nearest first.
         snapshot: what it was built from.
         matching: how many instances, usable or not, carry the proxy's own node as their label (L5).
     """
 
-    __slots__ = ("_groups", "_leave", "_tiers", "matching", "selector", "snapshot")
+    __slots__ = ("_groups", "_leave", "_tiers", "matching", "selector", "snapshot", "tiers")
 
     def __init__(self, selector: Selector, snapshot: ServiceSnapshot, groups: Sequence[Group], matching: int) -> None:
         locality = selector.locality
         self.selector = selector
+        self.tiers = selector.tiers
         self.snapshot = snapshot
         self.matching = matching
         self._groups = groups
@@ -317,33 +319,30 @@ class Plan:
     """One request's walk. Each `next` gives the next instance to try; None after the last.
 
     A walk belongs to the picker that it began with: a snapshot that comes meanwhile does not change it.
+
+    Attributes:
+        tiers: the names of the tiers that its picks are in, nearest first.
     """
 
-    __slots__ = ("_cursors", "_first", "_gate", "_number", "_picker", "_taken", "_tried")
+    __slots__ = ("_cursors", "_first", "_gate", "_number", "_picker", "_taken", "_tried", "tiers")
 
     def __init__(self, picker: Picker, cursors: Rotation, gate: Gate | None = None) -> None:
         self._picker = picker
+        self.tiers = picker.tiers
         self._cursors = cursors
         self._gate = None if gate is None else _Gated(gate, picker)
         self._number = 0
         self._taken = 0
         # One address and port can stand under several port names; it is one instance to a request.
-        self._tried: set[tuple[str, int]] = set()
+        self._tried: set[tuple[str, int]] | None = None
         self._first: EndpointKey | None = None
-
-    @property
-    def tiers(self) -> tuple[str, ...]:
-        """The names of the tiers that its picks are in, nearest first."""
-        return self._picker.selector.tiers
 
     def next(self) -> Pick | None:
         """Take the next instance and step the cursor past it (O2)."""
         groups = self._picker._groups
         gate = self._gate
-        first = self._first
-        if first is not None:
-            self._tried.add(first[:2])
-        elif gate is None:
+        first, tried = self._first, self._tried
+        if first is None and gate is None:
             # Most requests need no other instance.
             for number, group in enumerate(groups):
                 if group.keys:
@@ -353,6 +352,8 @@ class Plan:
                     self._first = group.keys[at]
                     return self._picker._pick(number, group.instances[at])
             return None
+        if tried is None:
+            tried = self._tried = set() if first is None else {first[:2]}
         while self._number < len(groups):
             group = groups[self._number]
             size = len(group.keys)
@@ -360,8 +361,8 @@ class Plan:
                 at = self._cursors.position(self._number, group)
                 for _ in range(size):
                     place = group.keys[at][:2]
-                    if place not in self._tried and (gate is None or gate.lets_pass(place, self._number)):
-                        self._tried.add(place)
+                    if place not in tried and (gate is None or gate.lets_pass(place, self._number)):
+                        tried.add(place)
                         self._taken += 1
                         self._cursors.advance(self._number, group, at)
                         pick = self._picker._pick(self._number, group.instances[at])

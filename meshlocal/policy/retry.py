@@ -115,14 +115,18 @@ class RetryBudget:
     Args:
         share: of the requests, 0 to 1.
         floor: retries in a window that are always allowed.
+
+    Attributes:
+        refused: retries that it did not allow, in all.
     """
 
     WINDOW = 10.0
     _SLOTS = 10
 
-    __slots__ = ("_current", "_floor", "_requests", "_retries", "_share", "_slot_end", "_slots")
+    __slots__ = ("_current", "_floor", "_requests", "_retries", "_share", "_slot_end", "_slots", "refused")
 
     def __init__(self, share: float, floor: int) -> None:
+        self.refused = 0
         self._share = share
         self._floor = floor
         self._slots: deque[list[int]] = deque()
@@ -144,6 +148,7 @@ class RetryBudget:
         requests = self._requests + self._current[0]
         retries = self._retries + self._current[1]
         if retries >= self._floor and retries + 1 > requests * self._share:
+            self.refused += 1
             return False
         self._current[1] += 1
         return True

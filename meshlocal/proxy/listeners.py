@@ -21,7 +21,7 @@ from meshlocal.net.supervision import Supervision
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.tcp import TcpForwarder
+from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 _log = get_log(__name__)
 _ERROR_INTERVAL = 5.0

@@ -15,7 +15,8 @@ from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.failback import Failback
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.tcp import RETURNED, Connection, TcpForwarder
+from meshlocal.proxy.tcp.connection import RETURNED, TcpConnection
+from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 _log = get_log(__name__)
 
@@ -50,7 +51,7 @@ class Returning:
     def _some_away(self) -> bool:
         """Whether a connection of such a service is with an instance of another tier."""
         return any(
-            connection.service.key in self._paces and connection.result.pick is not None and connection.result.pick.tier
+            connection.service.key in self._paces and connection.pick is not None and connection.pick.tier
             for connection in self._forwarder
         )
 
@@ -71,11 +72,11 @@ class Returning:
                     longest.cut = RETURNED
                     longest.scope.cancel()
 
-    def _longest_silent(self, service: ServiceState, before: float) -> Connection | None:
+    def _longest_silent(self, service: ServiceState, before: float) -> TcpConnection | None:
         """The connection to another tier that was silent longest, if that is long enough."""
-        found: Connection | None = None
+        found: TcpConnection | None = None
         for connection in self._forwarder:
-            counters, pick = connection.counters, connection.result.pick
+            counters, pick = connection.counters, connection.pick
             if (
                 connection.service is service
                 and counters is not None

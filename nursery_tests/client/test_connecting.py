@@ -16,7 +16,8 @@ import trio
 from trio.testing import MockClock
 
 from meshlocal.client import connecting
-from meshlocal.client.connecting import Client, Connected, connect
+from meshlocal.client.account import Account, FailedAttempt
+from meshlocal.client.connecting import Client
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.policy import model
@@ -24,10 +25,54 @@ from meshlocal.policy.config import AttemptPolicy, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.retry import Failure
 from nursery_tests.proxy.silent import silent
 
 B = ServiceKey("b")
 LIMIT = 10
+
+
+class Connected:
+    """How a search ended: the socket, or why there is none; and its account."""
+
+    def __init__(self) -> None:
+        self.account: Account | None = None
+        self.upstream: socket.socket | None = None
+        self.outcome: Outcome | None = None
+
+    @property
+    def attempts(self) -> int:
+        assert self.account is not None
+        return self.account.attempts
+
+    @property
+    def tier(self) -> str:
+        assert self.account is not None
+        return self.account.tier
+
+    @property
+    def error(self) -> str:
+        assert self.account is not None
+        return self.account.error
+
+    @property
+    def failures(self) -> list[FailedAttempt]:
+        assert self.account is not None
+        return self.account.failures or []
+
+
+async def connect(client: Client, state: ServiceState, result: Connected) -> None:
+    """Search, or go on with a search that gave an instance before."""
+    if result.account is None:
+        result.account = Account(trio.current_time())
+        assert result.account.begin(state, state.policy.deadline) is None
+    elif result.outcome is None and result.upstream is None:
+        result.account.attempt_failed(Failure.NO_RESPONSE, trio.current_time(), "reset", sent=True)
+    found = await connecting.connect(client, result.account)
+    if isinstance(found, Outcome):
+        result.outcome = found
+    else:
+        result.upstream = found
 
 
 def service(*instances: Instance, **policy: Any) -> ServiceState:
@@ -157,7 +202,7 @@ async def test_instances_that_fail_at_once_cannot_keep_a_search_from_its_end(
 # Answers that are not there yet when the attempt begins: the usual case between two nodes.
 
 
-@pytest.fixture(params=[connecting.PATIENCE, 0.0], ids=["within patience", "beyond it"])
+@pytest.fixture(params=[connecting.SLOW, 0.0], ids=["within patience", "beyond it"])
 def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each connect has an answer only once it is waited for, as long as a client has patience, or longer."""
 
@@ -168,7 +213,7 @@ def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
             self.asked += 1
             return super().connect_ex(address) if self.asked == 1 else errno.EALREADY  # type: ignore[arg-type]  # the stub's type is private
 
-    monkeypatch.setattr(connecting, "PATIENCE", request.param)
+    monkeypatch.setattr(connecting, "SLOW", request.param)
     monkeypatch.setattr(socket, "socket", Unhurried)
 
 
@@ -182,7 +227,7 @@ async def test_a_late_answer_connects(client: tuple[Client, socket.socket], stac
     assert result.upstream is not None
     with result.upstream:
         assert result.upstream.getpeername() == listener.getsockname()
-    assert (result.outcome, result.error, result.errno, result.failures) == (None, "", 0, [])
+    assert (result.outcome, result.error, result.failures) == (None, "", [])
     assert state.statistics.attempts == {("node", "connected"): 1}
     assert state.fitness.health.quiet
 
@@ -214,7 +259,7 @@ async def test_when_the_last_refusal_is_late_the_search_has_failed(
     state, result = service(at(("127.0.0.1", nobody))), Connected()
     await connect(client[0], state, result)
     assert (result.outcome, result.upstream) == (Outcome.FAILED, None)
-    assert (result.error, result.errno) == ("refused", errno.ECONNREFUSED)
+    assert (result.error, result.failures[-1].errno) == ("refused", errno.ECONNREFUSED)
 
 
 @contextmanager

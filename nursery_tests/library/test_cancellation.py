@@ -89,7 +89,7 @@ async def closed(*upstreams: Any) -> None:
 
 
 def assert_nothing_counted(mesh: meshlocal.Mesh) -> None:
-    for state in mesh._services:
+    for state in mesh.core.services:
         assert (state.in_use, state.statistics.connecting, state.fitness.under_way) == (0, 0, {})
         assert set(state.circuit.now.values()) == {0}
 

@@ -65,7 +65,7 @@ class Setup:
 
     def assert_nothing_left(self) -> None:
         """No request is counted as under way anywhere."""
-        for state in self.mesh._services:
+        for state in self.mesh.core.services:
             assert state.in_use == 0
             assert state.fitness.under_way == {}
             assert set(state.circuit.now.values()) == {0}
@@ -293,7 +293,7 @@ def test_the_clients_own_read_timeout_is_of_the_request(on_loop: Run) -> None:
             with pytest.raises(httpx.ReadTimeout):
                 await its.client.post("http://b/", content=b"x", timeout=0.05)
             assert its.far.accepted == 0
-            assert not its.mesh._services[meshlocal.ServiceKey("b")].fitness.health.unfit
+            assert not its.mesh.core.services[meshlocal.ServiceKey("b")].fitness.health.unfit
         async with setup(AttemptPolicy(attempt_timeout=0.05)) as its:
             its.near.behave(silent)
             assert (await its.client.get("http://b/", timeout=10)).text == "n2"
@@ -334,7 +334,7 @@ def test_a_pool_that_is_full_says_nothing_of_the_instance(on_loop: Run) -> None:
             async with its.client.stream("GET", "http://b/"):
                 with pytest.raises(HttpConnectError, match="pool_timeout"):
                     await its.client.post("http://b/", content=b"x", timeout=httpx.Timeout(5, pool=0.01))
-            assert its.near.instance.key not in its.mesh._services[meshlocal.ServiceKey("b")].fitness.health.unfit
+            assert its.near.instance.key not in its.mesh.core.services[meshlocal.ServiceKey("b")].fitness.health.unfit
 
     on_loop(main)
 
@@ -495,7 +495,7 @@ def test_a_body_that_fails_fails_its_request_as_it_did(on_loop: Run) -> None:
             with pytest.raises(LookupError, match="the application's"):
                 await its.client.post("http://b/", content=body(), headers={"Idempotency-Key": "1"})
             assert its.far.accepted == 0
-            assert its.mesh._services.get(meshlocal.ServiceKey("b")) is not None
+            assert its.mesh.core.services.get(meshlocal.ServiceKey("b")) is not None
 
     on_loop(main)
 
@@ -514,7 +514,7 @@ def test_responses_that_stream(on_loop: Run) -> None:
                 size = 0
                 async for part in response.aiter_bytes():
                     size += len(part)
-                    assert its.mesh._services[meshlocal.ServiceKey("b")].in_use == 1
+                    assert its.mesh.core.services[meshlocal.ServiceKey("b")].in_use == 1
             assert size == 3_000_000
             its.near.cut()
             its.near.behave(cut_short)
@@ -653,9 +653,9 @@ def test_hosts_that_were_asked_for_once_cost_nothing_for_ever(on_loop: Run) -> N
             assert (await its.client.get("http://c/")).text == "n2"
             pools = its.transport._pools
             assert list(pools._pools) == [its.far.instance.key]
-            for state in list(its.mesh._services):
-                del its.mesh._services._states[state.key]
-            its.mesh._services._tell_followed()
+            for state in list(its.mesh.core.services):
+                del its.mesh.core.services._states[state.key]
+            its.mesh.core.services._tell_followed()
             assert (await its.client.get("http://b/")).text == "n1"
             assert set(pools._members) == set(its.transport._budgets) == {"b"}
             assert list(pools._pools) == [its.near.instance.key]
@@ -672,7 +672,7 @@ def test_closing_the_client_closes_the_connections(on_loop: Run) -> None:
                 await client.get("http://b/")
             await open_connections(its.near, 0)
             assert len(transport._pools) == 0
-            assert list(its.mesh._listeners) == [its.transport._pools._on_snapshot]
+            assert list(its.mesh.core.listeners) == [its.transport._pools._on_snapshot]
 
     on_loop(main)
 
@@ -760,7 +760,7 @@ def test_requests_beyond_the_limit_of_those_that_wait_are_refused(on_loop: Run) 
             its.source.set("b", its.near.instance)
 
             def waiting() -> int:
-                state = its.mesh._services.get(meshlocal.ServiceKey("b"))
+                state = its.mesh.core.services.get(meshlocal.ServiceKey("b"))
                 return 0 if state is None else state.circuit.now[Limit.WAITING]
 
             async with anyio.create_task_group() as tasks:
@@ -771,6 +771,6 @@ def test_requests_beyond_the_limit_of_those_that_wait_are_refused(on_loop: Run) 
                 with pytest.raises(HttpConnectError, match="limit_waiting"):
                     await its.client.get("http://b/")
                 tasks.cancel_scope.cancel()
-            assert not its.mesh._services[meshlocal.ServiceKey("b")].fitness.health.unfit
+            assert not its.mesh.core.services[meshlocal.ServiceKey("b")].fitness.health.unfit
 
     on_loop(main)

@@ -677,7 +677,7 @@ async def limited(**service: Any) -> AsyncIterator[tuple[meshlocal.Mesh, Upstrea
 async def test_a_stream_counts_until_it_is_closed(what: str, how: str) -> None:
     """Limits: in whatever way that happens. One too many is refused at once."""
     async with limited(limits=meshlocal.LimitsConfig(**{what: 2})) as (mesh, _, _):
-        state = mesh._services[meshlocal.ServiceKey("b")]
+        state = mesh.core.services[meshlocal.ServiceKey("b")]
         streams = [await mesh.open_tcp_stream("b") for _ in range(2)]
         with pytest.raises(meshlocal.LimitedError):
             await mesh.open_tcp_stream("b")
@@ -729,7 +729,7 @@ async def test_streams_that_wait_are_limited() -> None:
             with pytest.raises(meshlocal.LimitedError, match="wait for an instance"):
                 await mesh.open_tcp_stream("b")
             nursery.cancel_scope.cancel()
-        state = mesh._services[meshlocal.ServiceKey("b")]
+        state = mesh.core.services[meshlocal.ServiceKey("b")]
         assert set(state.circuit.now.values()) == {0}
 
 
@@ -770,4 +770,4 @@ async def test_a_fault_beside_the_data_path_leaves_the_application_alone(
     async with meshlocal.open_mesh(source) as mesh:
         await trio.sleep(300)
         assert failures > 5
-        assert mesh._supervision.failures["unused services"] == failures
+        assert mesh.core.supervision.failures["unused services"] == failures

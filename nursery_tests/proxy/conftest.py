@@ -20,7 +20,7 @@ from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.tcp import TcpForwarder
+from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 B = ServiceKey("b")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-import meshlocal.proxy.tcp
+import meshlocal.proxy.tcp.connection
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig
@@ -183,7 +183,7 @@ async def test_a_connection_that_lives_ends_the_doubt(
     proxy: Any, upstream: Any, nursery: Any, greets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """H1, F1: an instance ejected for resets is readmitted by a byte at the connection's end, or by its mere life."""
-    monkeypatch.setattr(meshlocal.proxy.tcp, "SETTLED", 0.05)
+    monkeypatch.setattr(meshlocal.proxy.tcp.connection, "SETTLED", 0.05)
     configure(proxy, SHORT)
     remote = await upstream("remote", "n2")
     with reserved_port() as sock:
@@ -212,7 +212,7 @@ async def test_a_reset_after_a_long_silence_is_no_failure(
     proxy: Any, monkeypatch: pytest.MonkeyPatch, settled: bool
 ) -> None:
     """H1: a connection that lived for a while shows that its instance works, though it never said a word."""
-    monkeypatch.setattr(meshlocal.proxy.tcp, "SETTLED", 0.02 if settled else LIMIT)
+    monkeypatch.setattr(meshlocal.proxy.tcp.connection, "SETTLED", 0.02 if settled else LIMIT)
     configure(proxy, EjectionConfig(failures=1, time=1000.0, max_time=1000.0))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(LIMIT)
@@ -280,7 +280,7 @@ async def test_a_trial_that_ends_before_the_instance_spoke_leaves_no_verdict(
     proxy: Any, upstream: Any, nursery: Any, monkeypatch: pytest.MonkeyPatch, replay: bool, who: str
 ) -> None:
     """A8, H1, S1: the client leaves, or the proxy cuts the connection; the next request makes the trial instead."""
-    monkeypatch.setattr(meshlocal.proxy.tcp, "SETTLED", LIMIT)
+    monkeypatch.setattr(meshlocal.proxy.tcp.connection, "SETTLED", LIMIT)
     configure(proxy, EjectionConfig(failures=1, time=0.2, max_time=0.2), replay=replay, replay_wait=None)
     remote = await upstream("remote", "n2")
     with reserved_port() as sock:

@@ -17,7 +17,7 @@ from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.locality import Locality
 from meshlocal.proxy.listeners import Listener, Listeners
-from meshlocal.proxy.tcp import TcpForwarder
+from meshlocal.proxy.tcp.forwarder import TcpForwarder
 from nursery_tests.ports import free_port
 
 

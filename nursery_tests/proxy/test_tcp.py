@@ -417,7 +417,7 @@ async def test_cut_before_its_task_has_made_a_step(proxy: Any, upstream: Any, ke
         await finish(proxy)
         assert ends_in_reset(client)
     assert not any(left_over(proxy))
-    assert proxy.requests == {RequestKey(*(("node", "") if connection.result.pick else ("", "")), Outcome.CUT): 1}
+    assert proxy.requests == {RequestKey(*(("node", "") if connection.pick else ("", "")), Outcome.CUT): 1}
 
 
 async def test_a_fault_of_ours_costs_its_connection_only(
@@ -430,7 +430,7 @@ async def test_a_fault_of_ours_costs_its_connection_only(
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    for place in ("meshlocal.proxy.tcp.begin", "meshlocal.proxy.tcp.RelayCounters"):
+    for place in ("meshlocal.proxy.tcp.connection.connect_at_once", "meshlocal.proxy.tcp.connection.RelayCounters"):
         with monkeypatch.context() as patch:
             patch.setattr(place, broken)
             assert await proxy.ask() == ""
@@ -475,7 +475,7 @@ async def test_a_kept_task_holds_nothing_of_its_last_connection(proxy: Any, upst
     assert await stream.receive_some(64) == b"first\n"
     await trio.sleep(2 * DEFERRAL)
     (connection,) = proxy.forwarder
-    held = [weakref.ref(connection.client.socket), weakref.ref(connection.result.upstream)]
+    held = [weakref.ref(connection.client.socket), weakref.ref(connection.upstream)]
     del connection
     await stream.aclose()
     await finish(proxy)
@@ -519,7 +519,7 @@ async def test_a_short_connection_needs_no_step_of_a_task(
                         far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         far.close()
                     if end == "faulty":
-                        patch.setattr("meshlocal.proxy.tcp._outcome", lambda *_: 1 / 0)
+                        patch.setattr("meshlocal.proxy.tcp.connection.TcpConnection._outcome", lambda *_: 1 / 0)
                     await finish(proxy)
                 assert connection.kept is not None, "its task made a step"
                 assert len(proxy.connections.child_tasks) == 1

@@ -1,4 +1,4 @@
-"""What is kept of one service for http listeners."""
+"""What is kept of one service for http listeners, and what its connections to instances are lent by."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from meshlocal.client.services import ServiceState
 from meshlocal.net.relay import current_loop
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import ServiceSnapshot
+from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import RetryBudget
-from meshlocal.proxy.http.pool import Place, Pool
+from meshlocal.proxy.http.pool import Place, Pool, Upstream
 from meshlocal.proxy.http.statistics import HttpStatistics
 
 
@@ -18,24 +19,41 @@ class HttpService:
         state: its picker, policy and counts, shared with all listeners.
         pool: unused connections to its instances.
         budget: how many retries after an answer there may be.
+        pool_size: unused connections to one instance at most.
         statistics: counts of requests.
     """
 
-    __slots__ = ("budget", "pool", "state", "statistics")
+    __slots__ = ("budget", "pool", "pool_size", "state", "statistics")
 
     def __init__(self, state: ServiceState, config: HttpConfig) -> None:
         self.state = state
         self.pool = Pool(current_loop.get())
         self.pool.on_unasked = self._on_unasked
         self.statistics = HttpStatistics()
-        self.budget = self._make_budget(config)
+        self.budget = _budget(config)
+        self.pool_size = config.pool_size
         if state.picker is not None:
             self._on_snapshot(state.picker.snapshot)
         state.changed = self._on_snapshot
 
     def reconfigure(self, config: HttpConfig) -> None:
         """Apply another configuration; the budget begins anew."""
-        self.budget = self._make_budget(config)
+        refused = self.budget.refused
+        self.budget = _budget(config)
+        self.budget.refused = refused
+        self.pool_size = config.pool_size
+
+    def reuse(self, pick: Pick, *, sure: bool) -> Upstream | None:
+        """A connection to the instance that waits for a request; None if there is none. It is the caller's.
+
+        Args:
+            pick: the instance.
+            sure: it is looked at once more: what is to be sent on it cannot be sent again (A4).
+        """
+        upstream = self.pool.take(pick.instance.key[:2], sure=sure)
+        if upstream is not None:
+            self.statistics.connections_reused += 1
+        return upstream
 
     def close(self) -> None:
         """The service is followed no longer."""
@@ -54,6 +72,6 @@ class HttpService:
         if instance is not None:
             self.state.fitness.misbehaved(instance, "a response that nobody asked for")
 
-    @staticmethod
-    def _make_budget(config: HttpConfig) -> RetryBudget:
-        return RetryBudget(config.retry_percent / 100, config.retry_floor)
+
+def _budget(config: HttpConfig) -> RetryBudget:
+    return RetryBudget(config.retry_percent / 100, config.retry_floor)

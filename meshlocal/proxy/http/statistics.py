@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import defaultdict
 from itertools import accumulate
 
@@ -17,9 +16,8 @@ class HttpStatistics:
     """Counts of one service's requests.
 
     Attributes:
-        responses: by tier, reason (R1) and status class.
+        ended: requests that ended, by tier, reason (R1), and the hundreds of their response's status; 0 for none.
         retries: by cause, a word of `policy.retry.Failure`.
-        retries_refused: retries that the budget did not allow.
         latency: requests by bucket of the seconds from head to the response's end, and those beyond the last bucket.
         latency_sum: all those seconds.
         connections_made: to instances.
@@ -29,34 +27,29 @@ class HttpStatistics:
     __slots__ = (
         "connections_made",
         "connections_reused",
+        "ended",
         "latency",
         "latency_sum",
-        "responses",
         "retries",
-        "retries_refused",
     )
 
     def __init__(self) -> None:
-        self.responses: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.ended: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
-        self.retries_refused = 0
         self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
         self.latency_sum = 0.0
         self.connections_made = 0
         self.connections_reused = 0
 
-    def observe(self, seconds: float) -> None:
-        """Count a request's duration."""
-        self.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
-        self.latency_sum += seconds
+    @property
+    def responses(self) -> dict[tuple[str, str, str], int]:
+        """Requests that ended, by tier, reason (R1) and status class."""
+        found: dict[tuple[str, str, str], int] = defaultdict(int)
+        for (tier, reason, hundreds), count in self.ended.items():
+            found[tier, reason, STATUS_CLASSES[hundreds] if hundreds < len(STATUS_CLASSES) else "other"] += count
+        return found
 
     def buckets(self) -> list[tuple[str, float]]:
         """How many requests took at most so long: upper bound and count, the last without a bound."""
         bounds = [*map(str, LATENCY_BUCKETS), "+Inf"]
         return list(zip(bounds, map(float, accumulate(self.latency)), strict=True))
-
-
-def status_class(status: int) -> str:
-    """The class of a status; 0 is none."""
-    hundreds = status // 100
-    return STATUS_CLASSES[hundreds] if hundreds < len(STATUS_CLASSES) else "other"

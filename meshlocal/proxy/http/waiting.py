@@ -1,7 +1,7 @@
 """How those who wait for an instance are reminded of the time, at little cost while the instance is quick.
 
 To begin a cancel scope for each wait, or to watch the client, would cost more than all else that a small request takes.
-So one task looks a hundred times a second at who has waited for `PATIENCE`, and tells them. Few get that far, and they
+So one task looks a hundred times a second at who has waited for `SLOW`, and tells them. Few get that far, and they
 can be told once more, at a time that they choose. The task sleeps while nobody waits, and from one look on in which
 nobody had begun to (P3); with a request or more in each hundredth of a second it goes on looking, as it costs more to
 wake it than to let it look.
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from meshlocal.client.connecting import PATIENCE
+from meshlocal.client.connecting import SLOW
 
 _MANY = 1024
 """Reminders, from which on those that were called off are thrown away before their time."""
@@ -25,7 +25,7 @@ class Waiter(Protocol):
     """Who waits for an instance. None of these may block."""
 
     def on_slow(self) -> None:
-        """It has waited for `PATIENCE`."""
+        """It has waited for `SLOW`."""
         ...
 
     def on_deadline(self) -> None:
@@ -102,14 +102,14 @@ class Patience:
                     await self._rested.wait()
                 self._resting = False
             else:
-                await trio.sleep(PATIENCE)
+                await trio.sleep(SLOW)
             now = trio.current_time()
             while self._asked and (self._asked[0][2].waiter is None or self._asked[0][0] <= now):
                 waiter = heappop(self._asked)[2].waiter
                 if waiter is not None:
                     waiter.on_deadline()
             added, self._added = self._added, False
-            self._tell_waiting(now - PATIENCE)
+            self._tell_waiting(now - SLOW)
             rests = not (added or self.waiting)
 
     def _tell_waiting(self, limit: float) -> None:

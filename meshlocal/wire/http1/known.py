@@ -35,11 +35,12 @@ class KnownHeads:
         limits: of both ways' heads. Another limit wants another one of these.
     """
 
-    __slots__ = ("_requests", "_responses", "limits")
+    __slots__ = ("_requests", "_responses", "_same", "limits")
 
     def __init__(self, limits: HeadLimits = HeadLimits()) -> None:  # noqa: B008 - it is immutable
         self.limits = limits
         self._requests: dict[tuple[bytes, bytes], RequestHead] = {}
+        self._same: dict[bytes, RequestHead] = {}
         self._responses: dict[bytes, ResponseHead] = {}
 
     def request(self, raw: bytes) -> RequestHead:
@@ -48,6 +49,9 @@ class KnownHeads:
         Raises:
             ProtocolError: it is refused.
         """
+        same = self._same.get(raw)
+        if same is not None:
+            return same
         match = _FIRST_LINE.match(raw)
         if match is None:
             return parse_request(raw, self.limits)
@@ -59,7 +63,8 @@ class KnownHeads:
             if len(raw) <= LONGEST:
                 if len(self._requests) >= MOST:
                     self._requests.clear()
-                self._requests[key] = head
+                    self._same.clear()
+                self._requests[key] = self._same[raw] = head
             return head
         if known.raw == raw:
             return known

@@ -59,6 +59,8 @@ class RequestHead:
         as_sent: the target is the one that was sent.
         has_host: there is a Host field.
         content_length: of the body; None if it is chunked or absent.
+        plain_size: bytes of the body, if all of it follows its head at once, and the connection stays HTTP: 0 for none.
+            -1 if it is chunked, or held back until it is asked for, or if another protocol is asked for.
         chunked: the body is.
         keep_alive: the client lets the connection live on.
         options: of its Connection field.
@@ -88,6 +90,7 @@ class RequestHead:
         "minor",
         "onward",
         "options",
+        "plain_size",
         "raw",
         "target",
         "upgrade",
@@ -105,6 +108,7 @@ class RequestHead:
         self.as_sent = True
         self.has_host = False
         self.content_length: int | None = None
+        self.plain_size = -1
         self.chunked = False
         self.options: frozenset[bytes] = frozenset()
         self.hop_fields = False
@@ -142,6 +146,7 @@ class RequestHead:
         head.as_sent = self.as_sent
         head.has_host = self.has_host
         head.content_length = self.content_length
+        head.plain_size = self.plain_size
         head.chunked = self.chunked
         head.options = self.options
         head.hop_fields = self.hop_fields
@@ -184,6 +189,8 @@ def parse_request(raw: bytes, limits: HeadLimits = HeadLimits()) -> RequestHead:
     if target[0] != 0x2F or method == b"CONNECT" or b"#" in target:
         _read_target(head)
     _second_opinion(raw)
+    if not (head.chunked or head.expect_continue or head.upgrade) and head.method != b"CONNECT":
+        head.plain_size = head.content_length or 0
     return head
 
 

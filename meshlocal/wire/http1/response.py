@@ -48,6 +48,7 @@ class ResponseHead:
         hop_fields: it has fields that do not go on to the next hop.
         upgrade: the Upgrade field; empty if there is none.
         usual: where the body ends, for the answer to a request of any method but HEAD.
+        size: bytes of that body, if the head says it; -1 if it does not, or is an interim one.
         onward: what goes to the client, by what it depends on (`rewrite.client_head`).
     """
 
@@ -62,6 +63,7 @@ class ResponseHead:
         "options",
         "raw",
         "reason",
+        "size",
         "status",
         "upgrade",
         "usual",
@@ -80,6 +82,7 @@ class ResponseHead:
         self.hop_fields = False
         self.upgrade = b""
         self.usual = Framing.NONE
+        self.size = -1
         self.onward: dict[tuple[Framing, bytes, bool, bool], bytes] = {}
 
     def framing(self, method: bytes) -> Framing:
@@ -118,6 +121,8 @@ def parse_response(raw: bytes, limits: HeadLimits = HeadLimits()) -> ResponseHea
     except httptools.HttpParserError as error:
         raise ProtocolError(502, "bad_response", f"malformed response: {error}") from None
     head.usual = _usual_framing(head)
+    if head.status >= 200 and head.usual in (Framing.LENGTH, Framing.NONE):
+        head.size = (head.content_length or 0) if head.usual is Framing.LENGTH else 0
     return head
 
 

@@ -29,7 +29,7 @@ from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.proxy.http.forwarder import HttpForwarder
 from meshlocal.proxy.listeners import Listeners
-from meshlocal.proxy.tcp import TcpForwarder
+from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 LIMIT = 30.0
 """Seconds that anything awaited may take; reached only by a failure."""

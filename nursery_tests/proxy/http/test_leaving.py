@@ -54,7 +54,7 @@ def assert_nothing_is_left(proxy: Proxy) -> None:
     for circuit in (state.circuit, proxy.table.circuit):
         assert set(circuit.now.values()) == {0}
     assert (state.in_use, state.statistics.connecting, state.statistics.open) == (0, 0, 0)
-    assert not proxy.forwarder.patience.waiting
+    assert not proxy.forwarder.shared.patience.waiting
     loop = current_loop.get()
     if loop is not None:
         assert len(loop) == 0
@@ -239,7 +239,7 @@ async def test_drain(proxy: Proxy, local: Upstream, kept: bool) -> None:
             assert (answer.body, answer.fields["connection"]) == (b"local", "close")
             assert await client.rest() == b""
     await proxy.idle()
-    assert proxy.forwarder.drained == 0
+    assert proxy.forwarder.shared.drained == 0
     assert_nothing_is_left(proxy)
 
 
@@ -366,7 +366,7 @@ async def test_a_drain_that_runs_out_of_time(proxy: Proxy, local: Upstream, case
         with pytest.raises(trio.BrokenResourceError):
             await client.rest()
         await until(lambda: not local.open)
-    assert proxy.forwarder.drained == 1
+    assert proxy.forwarder.shared.drained == 1
     assert proxy.requests()[RequestKey("node", "", Outcome.DRAINED)] == 1
 
 
@@ -392,9 +392,7 @@ async def test_a_fault_of_the_proxys_own_harms_nobody_else(
     async with await proxy.connect() as one, await proxy.connect() as two:
         await one.get()
         with monkeypatch.context() as patched:
-            patched.setattr("meshlocal.proxy.http.attempt.client_head", fails)
-            patched.setattr("meshlocal.wire.http1.messages.client_head", fails)
-            patched.setattr("meshlocal.proxy.http.quick.client_head", fails)
+            patched.setattr("meshlocal.proxy.http.request.HttpRequest.begin_response", fails)
             await two.send(GET)
             assert await two.is_reset()
         assert (await one.get()).body == b"local"

@@ -123,7 +123,7 @@ async def test_limits_and_what_is_not_served(
         await refused(proxy, client, status=status)
     await proxy.idle()
     assert len(local.heads) == kept
-    assert sum(proxy.forwarder.refused.values()) == 1
+    assert sum(proxy.forwarder.shared.refused.values()) == 1
 
 
 async def test_an_answer_to_head_has_no_body(proxy: Proxy, local: Upstream) -> None:
@@ -152,10 +152,10 @@ async def test_an_http2_preface(proxy: Proxy, local: Upstream, first: int) -> No
     async with await proxy.connect() as client:
         await client.send(sent[:first])
         # The proxy has read them, and waits for more, unless it has answered already.
-        await until(lambda: proxy.forwarder.refused or [each.has_input() for each in proxy.forwarder] == [False])
+        await until(lambda: proxy.forwarder.shared.refused or [each.has_input() for each in proxy.forwarder] == [False])
         await client.send(sent[first:])
         assert await client.rest() == HTTP2_REFUSAL
-    assert proxy.forwarder.refused == {"http2": 1}
+    assert proxy.forwarder.shared.refused == {"http2": 1}
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -197,7 +197,7 @@ async def test_a_body_that_does_not_come_in_time(
     await proxy.idle()
     await until(lambda: not local.open)
     assert proxy.pooled == 0
-    assert proxy.forwarder.refused == {"body_timeout": 1}
+    assert proxy.forwarder.shared.refused == {"body_timeout": 1}
     assert {key.outcome: count for key, count in proxy.requests().items()} == {Outcome.CLIENT_LEFT: 1}
     assert [key[2] for key in proxy.forwarder.services[B].statistics.responses] == ["4xx"]
     told = [record.getMessage() for record in caplog.records if record.name == "meshlocal.access"]
@@ -225,7 +225,7 @@ async def test_a_body_that_stops_amid_its_response(clock: MockClock, proxy: Prox
         assert await client.is_reset()
     await proxy.idle()
     assert proxy.requests() == {RequestKey("node", "", Outcome.CUT): 1}
-    assert not proxy.forwarder.refused
+    assert not proxy.forwarder.shared.refused
 
 
 @pytest.mark.parametrize("replay_buffer", [0, 65536])
@@ -258,7 +258,7 @@ async def test_a_response_that_stands_still(proxy: Proxy, local: Upstream, metho
     async def stops(upstream: Upstream, served: Served) -> bool:
         if slow:
             # Slower than what is looked at without a clock.
-            await until(lambda: not proxy.forwarder.patience.waiting)
+            await until(lambda: not proxy.forwarder.shared.patience.waiting)
         await served.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")
         await served.more()
         return False

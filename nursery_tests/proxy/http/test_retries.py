@@ -372,7 +372,7 @@ async def test_the_budget_bounds_retries_after_an_answer(proxy: Proxy, pair: tup
         # A floor of 2, then one for each five requests.
         assert bodies[:3] == [b"far", b"far", b"busy"]
         assert proxy.retries == {"status": 4}
-        assert proxy.forwarder.services[B].statistics.retries_refused == 16
+        assert proxy.forwarder.services[B].budget.refused == 16
         local.behaviour = closes
         assert [(await client.get()).body for _ in range(20)] == [b"far"] * 20
 
@@ -386,7 +386,7 @@ async def test_the_budget_is_not_for_what_was_never_sent(proxy: Proxy, pair: tup
     async with await proxy.connect() as client:
         assert [(await client.get()).body for _ in range(20)] == [b"far"] * 20
     assert proxy.retries == {"connect": 20}
-    assert proxy.forwarder.services[B].statistics.retries_refused == 0
+    assert proxy.forwarder.services[B].budget.refused == 0
 
 
 async def test_the_deadline_bounds_all_attempts(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:

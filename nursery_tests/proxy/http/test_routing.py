@@ -61,7 +61,7 @@ async def test_a_host_that_can_be_no_service_is_answered_503(proxy: Proxy, local
     assert answer.told == (503, "unknown_host")
     assert answer.body.startswith(b"meshlocal: ")
     assert answer.body.count(b"\n") == 1
-    assert proxy.forwarder.refused == {"unknown_host": 1}
+    assert proxy.forwarder.shared.refused == {"unknown_host": 1}
     assert local.accepted == 0
 
 

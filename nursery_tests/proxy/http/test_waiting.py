@@ -10,13 +10,13 @@ import trio
 import trio.lowlevel
 from trio.testing import MockClock
 
-from meshlocal.client.connecting import PATIENCE
+from meshlocal.client.connecting import SLOW
 from meshlocal.proxy.http.waiting import Patience
 
 
 def in_time(told: float, time: float) -> bool:
     """Whether one was told of a time when it had come, and no more than two ticks later."""
-    return time - 1e-6 <= told <= time + 2.1 * PATIENCE
+    return time - 1e-6 <= told <= time + 2.1 * SLOW
 
 
 class Waiter:
@@ -51,14 +51,14 @@ async def test_who_waits_is_told_once(autojump_clock: MockClock, nursery: trio.N
     began = trio.current_time()
     for each in (early, ended):
         patience.add(each, began)
-    await trio.sleep(PATIENCE / 2)
-    patience.add(late, began + PATIENCE / 2)
+    await trio.sleep(SLOW / 2)
+    patience.add(late, began + SLOW / 2)
     del patience.waiting[ended]
-    await trio.sleep(10 * PATIENCE)
+    await trio.sleep(10 * SLOW)
     (told,) = early.impatient
-    assert in_time(told, began + PATIENCE)
+    assert in_time(told, began + SLOW)
     (told,) = late.impatient
-    assert in_time(told, began + 1.5 * PATIENCE)
+    assert in_time(told, began + 1.5 * SLOW)
     assert not ended.impatient
     assert not patience.waiting
     nursery.cancel_scope.cancel()
@@ -72,7 +72,7 @@ async def test_who_is_told_may_end_anothers_wait(autojump_clock: MockClock, nurs
     first = Waiter(patience, others[:1])
     for each in (first, *others):
         patience.add(each, trio.current_time())
-    await trio.sleep(10 * PATIENCE)
+    await trio.sleep(10 * SLOW)
     assert [len(each.impatient) for each in (first, *others)] == [1, 0, 1]
     nursery.cancel_scope.cancel()
 
@@ -118,7 +118,7 @@ async def test_nothing_is_done_while_nobody_waits(autojump_clock: MockClock, nur
         patience.add(waiter, began)
         await trio.sleep(10)
         assert len(waiter.impatient) == times
-        assert in_time(waiter.impatient[-1], began + PATIENCE)
+        assert in_time(waiter.impatient[-1], began + SLOW)
     trio.lowlevel.remove_instrument(steps)
     (told,) = asked.hopeless
     assert in_time(told, 100.0)

@@ -16,8 +16,9 @@ import anyio
 import httpcore
 import httpx
 
+from meshlocal.client.account import Account
 from meshlocal.client.services import ServiceState
-from meshlocal.client.statistics import AttemptOutcome, Outcome, RequestKey
+from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.library import http_errors as errors
 from meshlocal.library.errors import Attempt, ServiceError, tried
 from meshlocal.library.http_body import ReplayableBody
@@ -26,11 +27,8 @@ from meshlocal.library.http_pools import InstancePools
 from meshlocal.library.unavailable import why_none
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance
-from meshlocal.policy.picker import Pick, Plan, Reason
+from meshlocal.policy.picker import Pick, Reason
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, RetryBudget, decide
-
-ANSWERED = "answered"
-"""How an attempt is counted that brought a response."""
 
 _ERRORS: dict[Failure, type[ServiceError]] = {
     Failure.CONNECT: errors.HttpConnectError,
@@ -68,7 +66,7 @@ class _FailedError(Exception):
         self.cause = cause
 
 
-class Exchange:
+class MeshRequest(Account):
     """One request until its response is closed.
 
     Args:
@@ -78,9 +76,22 @@ class Exchange:
         request: what to send.
     """
 
+    __slots__ = (
+        "_body",
+        "_budget",
+        "_clocks",
+        "_failed_attempts",
+        "_given",
+        "_idempotent",
+        "_pools",
+        "_read_left",
+        "_request",
+    )
+
     def __init__(self, pools: InstancePools, state: ServiceState, budget: RetryBudget, request: httpx.Request) -> None:
+        super().__init__(anyio.current_time())
+        self.state = state
         self._pools = pools
-        self._state = state
         self._budget = budget
         self._request = request
         assert isinstance(request.stream, httpx.AsyncByteStream)
@@ -93,10 +104,7 @@ class Exchange:
         """Scopes whose time is the instances', and the seconds that they have for it."""
         self._body.on_wait = self._stop_clocks
         self._body.on_piece = self._restart_clocks
-        self._attempts = 0
-        self._failures: list[Attempt] = []
-        self._pick: Pick | None = None
-        self._ended = False
+        self._failed_attempts: list[Attempt] = []
 
     async def run(self) -> httpx.Response:
         """Send it; returns once a response's head has come.
@@ -104,17 +112,16 @@ class Exchange:
         Raises:
             ServiceError: no instance gave one.
         """
-        state = self._state
-        if not state.circuit.enter(Limit.REQUESTS):
-            state.statistics.requests[RequestKey("", "", Outcome.LIMITED)] += 1
+        state = self._service
+        limit = state.policy.response_deadline
+        if self.begin(state, limit, Limit.REQUESTS) is not None:
+            self.end(Outcome.LIMITED)
             limits = "as many requests as its limits allow are under way"
             raise errors.HttpLimitedError(f"{state.key}: {limits}", state.key)
-        state.in_use += 1
-        self._budget.request(anyio.current_time())
+        self._budget.request(self.started)
         response: httpx.Response | None = None
         outcome = Outcome.CLIENT_LEFT
         try:
-            limit = state.policy.response_deadline
             with anyio.move_on_after(limit) as deadline:
                 self._clocks.append((deadline, limit))
                 response = await self._forward()
@@ -132,121 +139,93 @@ class Exchange:
             raise
         finally:
             if response is None:
-                self._end(outcome)
+                self.end(outcome)
                 await self._body.aclose()
         assert response is not None
         return response
 
+    @property
+    def _service(self) -> ServiceState:
+        assert self.state is not None
+        return self.state
+
     def _stop_clocks(self) -> None:
         for scope, _ in self._clocks:
             scope.deadline = math.inf
+        self.deadline = math.inf
 
     def _restart_clocks(self) -> None:
         now = anyio.current_time()
         for scope, limit in self._clocks:
             scope.deadline = now + limit
-
-    def _end(self, outcome: Outcome) -> None:
-        """Count it, once."""
-        if not self._ended:
-            self._ended = True
-            state, pick = self._state, self._pick
-            state.in_use -= 1
-            state.circuit.leave(Limit.REQUESTS)
-            tier = state.tiers[pick.tier] if pick is not None else ""
-            reason = (pick.reason or "") if pick is not None else ""
-            state.statistics.requests[RequestKey(tier, reason, outcome)] += 1
+        self.deadline = now + self._service.policy.response_deadline
 
     async def _forward(self) -> httpx.Response:
-        state = self._state
+        state = self._service
         if state.picker is None:
-            state.statistics.connecting += 1
-            try:
-                with anyio.move_on_after(state.policy.first_snapshot_wait):
-                    await state.first_snapshot.wait()
-            finally:
-                state.statistics.connecting -= 1
-        plan = state.plan()
-        pick = plan.next() if plan is not None else None
-        if plan is None or pick is None:
-            raise errors.HttpNoInstanceError(f"{state.key}: {why_none(state)}", state.key)
+            self.start_waiting(limited=False)
+            with anyio.move_on_after(state.policy.first_snapshot_wait):
+                await state.first_snapshot.wait()
+            self.stop_waiting()
         while True:
-            self._pick = pick
-            self._attempts += 1
-            tier = state.tiers[pick.tier]
-            state.statistics.picks[tier, pick.reason or ""] += 1
-            outcome: str = AttemptOutcome.ABANDONED
+            pick = self.try_next(anyio.current_time())
+            if pick is None:
+                break
             try:
                 response = await self._try_instance(pick)
-                following = self._after_answer(response, plan)
-                outcome = ANSWERED if following is None else Failure.STATUS
-            except _FailedError as failed:
-                outcome = failed.word
-                following = self._after_failure(failed, pick, plan)
-                response = None
-            finally:
-                state.statistics.attempts[tier, outcome] += 1
-            if response is not None:
-                if following is None:
+            except _FailedError as error:
+                # The loop's next turn would end the frame that keeps it alive.
+                failed = error
+            else:
+                if not self._is_replaced(response, pick):
                     assert isinstance(response.stream, _ResponseBody)
                     response.stream.final = True
                     return response
-                cause = httpx.HTTPStatusError(
-                    f"status {response.status_code}", request=self._request, response=response
-                )
-                self._failures.append(Attempt(pick.instance, tier, pick.reason, Failure.STATUS, cause))
                 await response.aclose()
-            assert following is not None
-            pick = following
+                continue
+            self._failed_attempts.append(Attempt(pick.instance, self.tier, pick.reason, failed.word, failed.cause))
+            now = anyio.current_time()
+            self._end_at_read_timeout(now)
+            decision = self.attempt_failed(
+                failed.failure,
+                now,
+                failed.word,
+                sent=failed.sent,
+                idempotent=self._idempotent,
+                held=self._body.held,
+            )
+            if decision is not Decision.NEXT:
+                told = f"{state.key}: no instance answered: {tried(self._failed_attempts)}"
+                raise _ERRORS[failed.failure](told, state.key, self._failed_attempts) from failed.cause
+        raise errors.HttpNoInstanceError(f"{state.key}: {why_none(state)}", state.key)
 
-    def _after_answer(self, response: httpx.Response, plan: Plan) -> Pick | None:
-        """The instance to try in place of an answer with a status of `retry_on` (A3); None if that is the answer."""
-        picker = self._state.picker
-        if (
-            response.status_code not in self._state.policy.retry_on
-            or self._decide(Failure.STATUS, sent=True) is not Decision.NEXT
-            or not self._may_go_on()
-            or picker is None
-            or self._attempts >= len(picker)
-            or not self._budget.retry(anyio.current_time())
+    def _is_replaced(self, response: httpx.Response, pick: Pick) -> bool:
+        """Whether another instance is to be tried in place of this answer; otherwise it is the answer."""
+        now = anyio.current_time()
+        self._end_at_read_timeout(now)
+        tier = self.tier
+        if response.status_code not in self._service.policy.retry_on or not self.drop_answer(
+            now, self._budget, sent=True, idempotent=self._idempotent, held=self._body.held
         ):
-            return None
-        return plan.next()
+            self.answered()
+            return False
+        cause = httpx.HTTPStatusError(f"status {response.status_code}", request=self._request, response=response)
+        self._failed_attempts.append(Attempt(pick.instance, tier, pick.reason, Failure.STATUS, cause))
+        return True
 
-    def _after_failure(self, failed: _FailedError, pick: Pick, plan: Plan) -> Pick:
-        """The instance to try next.
-
-        Raises:
-            ServiceError: there is none, or the request may not be sent again.
-        """
-        state = self._state
-        attempt = Attempt(pick.instance, state.tiers[pick.tier], pick.reason, failed.word, failed.cause)
-        self._failures.append(attempt)
-        following = None
-        if self._decide(failed.failure, sent=failed.sent) is Decision.NEXT and self._may_go_on():
-            following = plan.next()
-        if following is None:
-            error = _ERRORS[failed.failure]
-            told = f"{state.key}: no instance answered: {tried(self._failures)}"
-            raise error(told, state.key, self._failures) from failed.cause
-        return following
-
-    def _decide(self, failure: Failure, *, sent: bool) -> Decision:
-        return decide(failure, sent=sent, idempotent=self._idempotent, held=self._body.held)
-
-    def _may_go_on(self) -> bool:
-        most = self._state.policy.max_attempts
-        return (most is None or self._attempts < most) and self._read_left > 0
+    def _end_at_read_timeout(self, now: float) -> None:
+        """httpx's read timeout is over all attempts: once it is spent, the request's deadline has come."""
+        if self._read_left <= 0:
+            self.deadline = now
 
     def _late(self) -> ServiceError:
-        state, pick = self._state, self._pick
-        if pick is not None and len(self._failures) < self._attempts:
-            tier = state.tiers[pick.tier]
-            self._failures.append(Attempt(pick.instance, tier, pick.reason, AttemptOutcome.ABANDONED, None))
+        state, pick = self._service, self.pick
+        if pick is not None and len(self._failed_attempts) < self.attempts:
+            self._failed_attempts.append(Attempt(pick.instance, self.tier, pick.reason, AttemptOutcome.ABANDONED, None))
         told = f"{state.key}: no instance answered within {state.policy.response_deadline:g} s"
-        if self._failures:
-            told += f": {tried(self._failures)}"
-        return errors.HttpDeadlineError(told, state.key, self._failures)
+        if self._failed_attempts:
+            told += f": {tried(self._failed_attempts)}"
+        return errors.HttpDeadlineError(told, state.key, self._failed_attempts)
 
     # One attempt.
 
@@ -257,32 +236,30 @@ class Exchange:
             _FailedError: it brought no response.
         """
         pool = self._pools.pool(pick.instance.key)
-        fitness = self._state.fitness
         pool.in_use += 1
-        fitness.begin(pick.instance)
-        began = anyio.current_time()
-        record = Record(self._state.circuit)
+        self.enter_instance()
+        record = Record(self._service.circuit)
         try:
             while True:
                 try:
-                    return self._wrap(await self._send(pick, pool, record, began), pick, pool, record)
+                    return self._wrap(await self._send(pick, pool, record), pick, pool, record)
                 except _FailedError as failed:
-                    stale = failed.failure is Failure.STALE
-                    if not stale or self._decide(failed.failure, sent=failed.sent) is not Decision.SAME:
+                    if failed.failure is not Failure.STALE or not self._repeats(failed):
                         raise
                 # Its other unused connections have most likely ended too.
                 await pool.close_idle()
-                record = Record(self._state.circuit)
-        except BaseException as error:
-            if isinstance(error, _FailedError):
-                fitness.judge(pick.instance, error.failure, error.word, began)
-            else:
-                fitness.abandoned(pick.instance)
-            self._leave(pick, pool, record)
+                record = Record(self._service.circuit)
+        except BaseException:
+            self.leave(pool, record)
             raise
 
-    async def _send(self, pick: Pick, pool: InstancePool, record: Record, began: float) -> httpcore.Response:
-        policy, fitness = self._state.policy, self._state.fitness
+    def _repeats(self, failed: _FailedError) -> bool:
+        return (
+            decide(failed.failure, sent=failed.sent, idempotent=self._idempotent, held=self._body.held) is Decision.SAME
+        )
+
+    async def _send(self, pick: Pick, pool: InstancePool, record: Record) -> httpcore.Response:
+        policy = self._service.policy
         limit = policy.attempt_timeout if policy.attempt_timeout is not None else math.inf
         message, times = self._message(pick)
         failure: Exception
@@ -293,8 +270,7 @@ class Exchange:
                 # From here on it is about the body, of which each read has the whole time again.
                 times["read"] = self._given.get("read")
                 if record.fresh:
-                    fitness.connected(pick.instance, began)
-                fitness.worked(pick.instance, began)
+                    self.reached()
                 return response
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
                 raise
@@ -315,7 +291,7 @@ class Exchange:
     def _message(self, pick: Pick) -> tuple[httpcore.Request, dict[str, float | None]]:
         """The request for one instance: its address, with the Host that the application gave; and its timeouts, which
         may be changed."""
-        request, policy, key = self._request, self._state.policy, pick.instance.key
+        request, policy, key = self._request, self._service.policy, pick.instance.key
         connect = policy.connect_timeout if pick.tier else policy.connect_timeout_local
         times = dict(self._given)
         times["connect"] = min(connect, _or_infinite(self._given.get("connect")))
@@ -333,20 +309,28 @@ class Exchange:
         return message, times
 
     def _wrap(self, response: httpcore.Response, pick: Pick, pool: InstancePool, record: Record) -> httpx.Response:
-        served = Served(pick.instance, self._state.tiers[pick.tier], pick.reason, self._attempts)
+        served = Served(pick.instance, self.tier, pick.reason, self.attempts)
         return httpx.Response(
             response.status,
             headers=response.headers,
-            stream=_ResponseBody(self, response, pick, pool, record),
+            stream=_ResponseBody(self, response, pool, record),
             extensions={**response.extensions, "meshlocal": served},
         )
 
-    def _leave(self, pick: Pick, pool: InstancePool, record: Record) -> None:
+    def leave(self, pool: InstancePool, record: Record) -> None:
         """The instance is done with this request."""
-        self._state.fitness.end(pick.instance)
+        self.leave_instance()
         if record.stream is not None:
             record.stream.release()
         pool.in_use -= 1
+
+    async def closed(self, pool: InstancePool, record: Record, outcome: Outcome | None) -> None:
+        """A response of it was closed; with an outcome, that was the application's."""
+        self.leave(pool, record)
+        if outcome is not None:
+            self.end(outcome)
+            await self._body.aclose()
+        await self._pools.tidy(pool)
 
 
 def _or_infinite(seconds: float | None) -> float:
@@ -375,15 +359,12 @@ class _ResponseBody(httpx.AsyncByteStream):
     """A response's body.
 
     Attributes:
-        final: the response is the application's, and its close the end of the exchange.
+        final: the response is the application's, and its close the end of the request.
     """
 
-    def __init__(
-        self, exchange: Exchange, response: httpcore.Response, pick: Pick, pool: InstancePool, record: Record
-    ) -> None:
-        self._exchange = exchange
+    def __init__(self, request: MeshRequest, response: httpcore.Response, pool: InstancePool, record: Record) -> None:
+        self._request = request
         self._response = response
-        self._pick = pick
         self._pool = pool
         self._record = record
         self._outcome = Outcome.SERVED
@@ -406,9 +387,4 @@ class _ResponseBody(httpx.AsyncByteStream):
         try:
             await self._response.aclose()
         finally:
-            exchange = self._exchange
-            exchange._leave(self._pick, self._pool, self._record)
-            if self.final:
-                exchange._end(self._outcome)
-                await exchange._body.aclose()
-            await exchange._pools.tidy(self._pool)
+            await self._request.closed(self._pool, self._record, self._outcome if self.final else None)

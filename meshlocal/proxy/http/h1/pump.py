@@ -16,10 +16,10 @@ from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutE
 from meshlocal.wire.http1.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from meshlocal.proxy.http.attempt import Attempt
+    from meshlocal.proxy.http.h1.upstream import H1Upstream
 
 
-async def respond_streaming(attempt: Attempt) -> None:
+async def respond_streaming(upstream: H1Upstream) -> None:
     """Send what is left of the request, and pass the response on meanwhile.
 
     Raises:
@@ -28,23 +28,23 @@ async def respond_streaming(attempt: Attempt) -> None:
         AttemptTimeoutError: no head came in time.
         ProtocolError: the rest of the request's body is malformed.
     """
-    body = attempt.exchange.body
-    attempt.streaming = body is not None and not body.finished
+    body = upstream.request.body
+    upstream.streaming = body is not None and not body.finished
     # A client that has begun with its body does not wait to be asked for it.
-    attempt.expecting = attempt.streaming and attempt.exchange.head.expect_continue and not (body and body.size)
+    upstream.expecting = upstream.streaming and upstream.request.head.expect_continue and not (body and body.size)
     raised: Exception | None = None
     responded = False
-    pump = _Pump(attempt)
-    with trio.CancelScope(deadline=attempt.deadline) as attempt.scope:
+    pump = _Pump(upstream)
+    with trio.CancelScope(deadline=upstream.deadline) as upstream.scope:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.run, nursery.cancel_scope)
             try:
-                await attempt.respond()
+                await upstream.respond()
                 responded = True
             except (ClientLeftError, CutError) as error:
                 raised = error
             nursery.cancel_scope.cancel()
-    attempt.scope = None
+    upstream.scope = None
     if responded:
         return
     if raised is None:
@@ -59,20 +59,20 @@ class _Pump:
         raised: why it cancelled the other task.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    def __init__(self, upstream: H1Upstream) -> None:
+        self._upstream = upstream
         self.raised: Exception | None = None
 
     async def run(self, responding: trio.CancelScope) -> None:
-        attempt = self._attempt
-        connection = attempt.connection
+        upstream = self._upstream
+        client = upstream.client
         try:
             await self._send_all()
-            if attempt.exchange.head.upgrade:
+            if upstream.request.head.upgrade:
                 # Whatever the client says next may be for the other protocol already.
                 return
-            await connection.watch(responding)
-            if connection.left:
+            await client.watch(responding)
+            if client.left:
                 self.raised = ClientLeftError()
         except _UpstreamError:
             # It may have answered before it closed: whoever waits for that finds out.
@@ -82,37 +82,37 @@ class _Pump:
             responding.cancel()
         except ProtocolError as error:
             # What the instance says already is worth more than what is wrong with the rest.
-            if not connection.begun:
+            if not upstream.request.begun:
                 self.raised = error
                 responding.cancel()
 
     async def _send_all(self) -> None:
-        attempt = self._attempt
-        exchange, body = attempt.exchange, attempt.exchange.body
-        if attempt.unsent:
-            await self._send(attempt.unsent)
-            attempt.unsent = b""
+        upstream = self._upstream
+        request, body = upstream.request, upstream.request.body
+        if upstream.unsent:
+            await self._send(upstream.unsent)
+            upstream.unsent = b""
         while body is not None and not body.finished:
-            if not attempt.expecting:
+            if not upstream.expecting:
                 self._restart_clock(math.inf)
-            piece = await exchange.read_body()
-            attempt.expecting = False
+            piece = await request.read_body()
+            upstream.expecting = False
             self._restart_clock(self._limit())
             if piece:
                 await self._send(piece)
-        attempt.streaming = False
+        upstream.streaming = False
 
     def _limit(self) -> float:
-        policy = self._attempt.service.state.policy
+        policy = self._upstream.service.state.policy
         limit = policy.response_deadline
         return limit if policy.attempt_timeout is None else min(limit, policy.attempt_timeout)
 
     def _restart_clock(self, limit: float) -> None:
-        attempt = self._attempt
-        if attempt.scope is not None and not attempt.head_came:
+        upstream = self._upstream
+        if upstream.scope is not None and not upstream.head_came:
             now = trio.current_time()
-            attempt.scope.deadline = now + limit
-            attempt.exchange.deadline = now + attempt.service.state.policy.response_deadline
+            upstream.scope.deadline = now + limit
+            upstream.request.deadline = now + upstream.service.state.policy.response_deadline
 
     async def _send(self, data: bytes) -> None:
         """Send bytes to the instance.
@@ -120,7 +120,7 @@ class _Pump:
         Raises:
             _UpstreamError: the connection is dead.
         """
-        sock = self._attempt.sock
+        sock = self._upstream.sock
         rest = memoryview(data)
         try:
             while True:
@@ -129,7 +129,7 @@ class _Pump:
                 except BlockingIOError:
                     sent = 0
                 if sent:
-                    self._attempt.sent = True
+                    self._upstream.sent = True
                     rest = rest[sent:]
                     if not rest:
                         return

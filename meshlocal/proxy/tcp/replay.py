@@ -18,23 +18,23 @@ from meshlocal.net.dial import classify_connect_error
 from meshlocal.policy.config import AttemptPolicy
 
 
-class Verdict(NamedTuple):
-    """How the time ended.
+class Heard(NamedTuple):
+    """What was heard of an instance.
 
     Attributes:
-        moves: why what is held is to go to another instance; empty if the connection stays.
+        failed: how the instance failed, so that what is held goes to another one; empty if the connection stays.
         sent: bytes of what is held that this instance has.
         spoke: it sent something.
         ended: the client ended its stream, and the instance was told.
     """
 
-    moves: str
+    failed: str
     sent: int
     spoke: bool
     ended: bool
 
 
-class Overture:
+class Replay:
     """One client's first words, and who has them.
 
     Args:
@@ -48,24 +48,24 @@ class Overture:
         self._wait = policy.replay_wait
         self._ended = False
         self._sent = 0
-        self._moves = ""
+        self._failed = ""
         self._spoke = False
-        self._told = False
+        self._passed_end = False
         self._stays = False
 
-    async def play(self, upstream: socket.socket) -> Verdict:
+    async def wait_heard(self, upstream: socket.socket) -> Heard:
         """Pass the client's words on, from the first, until this instance speaks or fails; notes a client that left."""
         self._sent = 0
-        self._moves = ""
-        self._spoke = self._told = self._stays = False
+        self._failed = ""
+        self._spoke = self._passed_end = self._stays = False
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
             nursery.start_soon(self._speak, upstream, scope)
             await self._listen(upstream)
             scope.cancel()
-        if not (self._stays or self._moves or self._client.left):
-            self._moves = "timeout"
-        return Verdict(self._moves, self._sent, self._spoke, self._told)
+        if not (self._stays or self._failed or self._client.left):
+            self._failed = "timeout"
+        return Heard(self._failed, self._sent, self._spoke, self._passed_end)
 
     async def _speak(self, upstream: socket.socket, scope: trio.CancelScope) -> None:
         """From the client to the instance. Cancels the scope when there is more than may be held."""
@@ -107,7 +107,7 @@ class Overture:
                     scope.deadline = trio.current_time() + self._wait
             if self._ended:
                 upstream.shutdown(socket.SHUT_WR)
-                self._told = True
+                self._passed_end = True
                 if self._wait is not None:
                     scope.deadline = trio.current_time() + self._wait
         except (OSError, trio.ClosedResourceError):
@@ -123,11 +123,11 @@ class Overture:
             except BlockingIOError:
                 continue
             except OSError as error:
-                self._moves = classify_connect_error(error)
+                self._failed = classify_connect_error(error)
                 return
             self._spoke = bool(said)
             # A silent end is an answer to a client that has ended its stream, and to no other.
-            self._stays = self._spoke or self._told
+            self._stays = self._spoke or self._passed_end
             if not self._stays:
-                self._moves = "ended"
+                self._failed = "ended"
             return

@@ -1,4 +1,4 @@
-"""Quick requests (`meshlocal.proxy.http.quick`): nobody can tell them from others, at whatever is not usual."""
+"""Requests served in the lane (`meshlocal.proxy.http.h1.lane`): nobody can tell them from others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 import trio
 import trio.testing
 
-from meshlocal.client.connecting import PATIENCE
+from meshlocal.client.connecting import SLOW
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.config_health import LimitsConfig
 from meshlocal.policy.health import State
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.locality import Locality
-from meshlocal.proxy.http.quick import Quick
+from meshlocal.proxy.http.h1.upstream import H1Upstream
+from meshlocal.proxy.http.request import HttpRequest
 from nursery_tests.proxy.http.conftest import (
     LIMIT,
     B,
@@ -129,8 +130,8 @@ async def test_more_than_a_response_that_fills_its_reads(
         # All of it is there when the first of it is read.
         await served.send(whole + response(b"forged"))
 
-    monkeypatch.setattr("meshlocal.proxy.http.lane.CHUNK", 64)
-    monkeypatch.setattr("meshlocal.proxy.http.attempt.CHUNK", 64)
+    monkeypatch.setattr("meshlocal.proxy.http.h1.lane.CHUNK", 64)
+    monkeypatch.setattr("meshlocal.proxy.http.h1.upstream.CHUNK", 64)
     async with await proxy.connect() as client:
         for number in range(1, 4):
             local.behaviour = ok
@@ -188,7 +189,7 @@ async def in_pieces(_: Upstream, served: Served) -> None:
 
 
 async def late(_: Upstream, served: Served) -> None:
-    await trio.sleep(5 * PATIENCE)
+    await trio.sleep(5 * SLOW)
     await served.send(response(b"far"))
 
 
@@ -268,7 +269,7 @@ async def test_fewer_tiers_before_the_client_leaves(proxy: Proxy, upstream: Upst
         assert (await other.get()).body == b"far"
     await proxy.idle()
     assert counted(proxy)["under way"] == (0, 0)
-    assert proxy.forwarder.patience.waiting == {}
+    assert proxy.forwarder.shared.patience.waiting == {}
 
 
 @pytest.mark.parametrize("failure", TABLE["kept"])
@@ -421,45 +422,93 @@ async def test_a_client_that_does_not_take_all(
             await until(lambda: proxy.requests() == {SERVED: 3})
 
 
-@pytest.mark.parametrize("step", ["payload", "answer", "finish"])
+@pytest.mark.parametrize("step", ["start", "take_whole", "complete", "finish"])
 async def test_a_fault_in_it_harms_nobody_else(
     proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
 ) -> None:
-    """It is logged, and ends one connection. Tasks know nothing of it."""
+    """It is logged, and ends one connection."""
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
     async with await proxy.connect() as one, await proxy.connect() as two:
         await one.get()
         await two.get()
+        faulty = in_lane(proxy) or step != "take_whole"
         with monkeypatch.context() as patched:
-            patched.setattr(Quick, step, fails)
+            patched.setattr(HttpRequest if step == "finish" else H1Upstream, step, fails)
             await two.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
-            if step == "finish" or not in_lane(proxy):
+            if step in ("complete", "finish") or not faulty:
                 assert (await two.response()).body == b"local"
-            if in_lane(proxy):
+            if faulty:
                 assert await two.is_reset()
         assert (await one.get()).body == b"local"
-    assert ("fault in the proxy" in caplog.text) == in_lane(proxy)
+    assert ("fault in the proxy" in caplog.text) == faulty
 
 
-async def test_most_requests_are_quick(proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise none of this would be tested: of plain ones all but each connection's first."""
-    finished = []
-    finish = Quick.finish
+async def test_most_responses_are_taken_whole(proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise little of this would be tested: of plain ones all but each connection's first, those to HEAD, and
+    those whose bodies come after their heads."""
+    taken = []
+    take_whole = H1Upstream.take_whole
 
-    def counts(quick: Quick, now: float) -> None:
-        finished.append(quick)
-        finish(quick, now)
+    def counts(upstream: H1Upstream, data: bytes) -> bool:
+        taken.append(found := take_whole(upstream, data))
+        return found
 
-    monkeypatch.setattr(Quick, "finish", counts)
+    monkeypatch.setattr(H1Upstream, "take_whole", counts)
     async with await proxy.connect() as client:
         for _ in range(5):
             await client.get()
             await client.ask("HEAD")
             await client.ask("POST", body=b"x")
-    assert len(finished) == (4 if in_lane(proxy) else 0)
+    assert sum(taken) == (4 if in_lane(proxy) else 0)
+    assert len(taken) == (9 if in_lane(proxy) else 0)
+
+
+def slots(thing: object) -> dict[str, object]:
+    """Every attribute of an object that has no others."""
+    names = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {name: getattr(thing, name) for name in names}
+
+
+async def test_what_is_kept_for_the_next_request_is_as_good_as_new(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of one request is left in the next, whatever came between them."""
+    seen: list[tuple[dict[str, object], dict[str, object]]] = []
+    start = H1Upstream.start
+
+    def compares(upstream: H1Upstream, now: float) -> None:
+        request = upstream.request
+        fresh = HttpRequest(request.client, request.head, request.started, request.body)
+        assert upstream.service is not None
+        fresh.admit(upstream.service)
+        fresh.plan, fresh.pick, fresh.tier, fresh.attempts = request.plan, request.pick, request.tier, 1
+        fresh.began, fresh._trying = request.began, True
+        if request.body is not None:
+            # Its time began when the body was there.
+            fresh.deadline = request.deadline
+        seen.append((slots(request), slots(fresh)))
+        new = H1Upstream(request, upstream.service, upstream.upstream)
+        # Looked at only with a head, and set with it.
+        new._size, new._whole_reusable = upstream._size, upstream._whole_reusable
+        seen.append((slots(upstream), slots(new)))
+        fresh.end(Outcome.ERROR)
+        start(upstream, now)
+
+    monkeypatch.setattr(H1Upstream, "start", compares)
+
+    async def gone(_: Upstream, served: Served) -> None:
+        await served.send(response(b"", "503 Busy"))
+
+    async with await proxy.connect() as client:
+        for method in ("GET", "GET", "HEAD", "GET", "POST", "GET", "GET", "PUT", "HEAD", "GET", "GET"):
+            await client.ask(method, body=b"x" if method in ("POST", "PUT") else None)
+            local.behaviour = gone if method == "PUT" else ok
+    assert len(seen) >= 22
+    for got, fresh in seen:
+        assert got == fresh
 
 
 async def breaks_off(_: Upstream, served: Served) -> bool:
@@ -510,7 +559,7 @@ async def test_a_request_that_a_stop_cuts_is_an_attempt(
         {("node", "answered"): 2} if begun else {("node", "answered"): 1, ("node", "abandoned"): 1}
     )
     assert counted(proxy)["under way"] == (0, 0)
-    assert proxy.forwarder.patience.waiting == {}
+    assert proxy.forwarder.shared.patience.waiting == {}
     assert proxy.loop is None or not proxy.loop.handlers
 
 

@@ -1,8 +1,11 @@
 """One request on one connection to one instance, until its response has ended.
 
 `start` sends the request, `take` turns what the instance sends into what the client gets, `end` hears that it sends no
-more, `release` gives the connection back. None of these waits, so a lane can drive an attempt as well as a task can;
-`run` is how a task does it, from the start or from wherever the lane left it.
+more, `release` gives the connection back. None of these waits, so the lane can drive it as well as a task can; `run` is
+how a task does it, from the start or from wherever the lane left it.
+
+Most responses come whole with one read, with nothing unusual about them: `take_whole` makes no more of them than has to
+be made.
 
 A task that waits for a quick instance takes neither a nursery nor a cancel scope. What streams a body up has both
 (`meshlocal.proxy.http.pump`).
@@ -12,7 +15,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 from trio.lowlevel import checkpoint, notify_closing, wait_readable
@@ -20,17 +22,14 @@ from trio.lowlevel import checkpoint, notify_closing, wait_readable
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.sockets import abort, close
 from meshlocal.policy.retry import Failure
-from meshlocal.proxy.http.account import told
 from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutError, End
 from meshlocal.proxy.http.pool import Upstream
+from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import ResponseFlow
 from meshlocal.wire.http1.response import Framing, ResponseHead
 from meshlocal.wire.http1.rewrite import client_head
-
-if TYPE_CHECKING:
-    from meshlocal.proxy.http.exchange import Exchange
 
 CHUNK = 65536
 """Bytes read at once."""
@@ -39,11 +38,11 @@ TURN = 16
 """Full chunks that are moved in a row before other tasks get their turn."""
 
 
-class Attempt:
-    """One try.
+class H1Upstream:
+    """One try of a request on a connection to an instance.
 
     Args:
-        exchange: the request.
+        request: what is sent.
         service: what it is for.
         upstream: the connection; it is put back, closed or reset in the end.
 
@@ -53,34 +52,36 @@ class Attempt:
         out: what the client's connection would not take, before a task took over.
         failure: how it failed, once that is known.
         head_came: the final head did.
-        impatient: it waited for too long to go on without a watch on the client and the clock.
+        slow: it waited for too long to go on without a watch on the client and the clock.
         reset: the connection failed, rather than ended.
         streaming: the request's body is being sent by another task.
+        expecting: the client waits to be asked for its body.
         scope: of the wait for a head, while `streaming`; its deadline is the instance's.
-        deadline: when the instance must have answered.
-        began: when the request was sent, by trio.current_time(); what the attempt shows of its instance is from then.
+        deadline: when the instance must have answered, by trio.current_time().
+        started: the request was sent, or it was tried to.
     """
 
     __slots__ = (
         "_close_client",
-        "_counted",
+        "_flow",
+        "_released",
+        "_size",
         "_switch",
         "_unread",
         "_wait_first",
-        "began",
-        "connection",
+        "_whole_reusable",
+        "client",
         "deadline",
-        "exchange",
         "expecting",
         "failure",
-        "flow",
         "head_came",
-        "impatient",
         "out",
+        "request",
         "reset",
         "scope",
         "sent",
         "service",
+        "slow",
         "sock",
         "started",
         "streaming",
@@ -88,16 +89,13 @@ class Attempt:
         "upstream",
     )
 
-    def __init__(self, exchange: Exchange, service: HttpService, upstream: Upstream) -> None:
-        connection = exchange.connection
-        self.exchange = exchange
-        self.connection = connection
+    def __init__(self, request: HttpRequest, service: HttpService, upstream: Upstream) -> None:
+        self.request = request
+        self.client = request.client
         self.service = service
         self.upstream = upstream
         self.sock = upstream.sock
-        self.flow = ResponseFlow(exchange.head.method, connection.forwarder.settings.heads)
-        self.deadline = exchange.deadline
-        self.began = exchange.started
+        self.deadline = math.inf
         self.scope: trio.CancelScope | None = None
         self.failure: Failure | None = None
         self.started = False
@@ -107,39 +105,42 @@ class Attempt:
         self.head_came = False
         self.streaming = False
         self.expecting = False
-        self.impatient = False
+        self.slow = False
         self.reset = False
+        self._flow: ResponseFlow | None = None
+        self._released = False
         self._switch: ResponseHead | None = None
         self._close_client = False
-        self._counted = False
         self._unread = False
         self._wait_first = True
+        self._whole_reusable = False
+        self._size = 0
+
+    def renew(self, service: HttpService, upstream: Upstream) -> None:
+        """Become the next try, of the same request renewed. For one whose response was taken whole: so what is set here
+        is all that such a try changes."""
+        self.service = service
+        self.upstream = upstream
+        self.sock = upstream.sock
+        self.deadline = math.inf
+        self.started = self.sent = self.head_came = self._released = False
 
     # Without a wait.
 
-    def resume(self) -> None:
-        """Go on where a `Quick` was that had sent the whole request."""
-        self.started = self.sent = True
-        self._limit(self.exchange.started)
+    @property
+    def flow(self) -> ResponseFlow:
+        """The response, unless it came whole."""
+        flow = self._flow
+        if flow is None:
+            flow = self._flow = ResponseFlow(self.request.head.method, self.client.shared.settings.heads)
+        return flow
 
-    def take_over_count(self) -> None:
-        """That the request is under way on the instance was counted, and is this attempt's to undo."""
-        self._counted = True
-
-    def _limit(self, now: float) -> None:
-        self.began = now
-        limit = self.service.state.policy.attempt_timeout
-        if limit is not None:
-            self.deadline = min(self.deadline, now + limit)
-
-    def start(self) -> None:
+    def start(self, now: float) -> None:
         """Send the request, as far as the connection takes it. Sets `failure` if that is dead."""
         self.started = True
-        exchange, state = self.exchange, self.service.state
-        if exchange.pick is not None and not self._counted:
-            state.fitness.begin(exchange.pick.instance)
-            self._counted = True
-        payload = exchange.payload()
+        request = self.request
+        request.enter_instance()
+        payload = request.payload()
         try:
             sent = self.sock.send(payload)
         except BlockingIOError:
@@ -150,12 +151,46 @@ class Attempt:
         self.sent = sent > 0
         if sent < len(payload):
             self.unsent = payload[sent:]
-        self._limit(trio.current_time())
+        request.began = now
+        limit = self.service.state.policy.attempt_timeout
+        self.deadline = request.deadline if limit is None else min(request.deadline, now + limit)
+
+    def take_whole(self, data: bytes) -> bool:
+        """Take the instance's first bytes if they are a whole response, with nothing about it that wants a second look;
+        what goes to the client is in `out` then. False: nothing was taken."""
+        request = self.request
+        settings, asked = request.shared.settings, request.head
+        end = data.find(b"\r\n\r\n") + 4
+        if (
+            end < 4
+            or end > settings.limits.head
+            or self._flow is not None
+            or asked.minor == 0
+            or asked.method == b"HEAD"
+            or request.closes_client()
+        ):
+            return False
+        try:
+            head = settings.heads.response(data[:end])
+        except ProtocolError:
+            return False
+        status, size = head.status, len(data) - end
+        if size != head.size or request.may_drop(status):
+            return False
+        extra = settings.via + request.told() if settings.config.response_headers else settings.via
+        onward = head.onward.get((head.usual, extra, False, False)) or client_head(head, head.usual, extra=extra)
+        self.out = onward + data[end:] if size else onward
+        self.head_came = True
+        self._size = size
+        self._whole_reusable = head.keep_alive
+        request.answered()
+        request.begin_response(status)
+        return True
 
     @property
     def is_sent(self) -> bool:
         """All of the request was sent."""
-        body = self.exchange.body
+        body = self.request.body
         return not self.unsent and (body is None or body.finished)
 
     def take(self, data: bytes) -> bytes:
@@ -169,7 +204,7 @@ class Attempt:
             try:
                 return flow.body(data)
             except ProtocolError as error:
-                self.exchange.problem = error
+                self.request.problem = error
                 raise CutError from None
         out = b""
         try:
@@ -183,7 +218,7 @@ class Attempt:
                 out += self._interim(head)
                 head = flow.receive(b"")
         except ProtocolError as error:
-            self.exchange.problem = error
+            self.request.problem = error
             self.failure = Failure.BROKEN
         return out
 
@@ -211,44 +246,44 @@ class Attempt:
             self.expecting = False
             if self.scope is not None:
                 self.scope.deadline = math.inf
-        return client_head(head, Framing.NONE) if self.exchange.head.minor == 1 else b""
+        return client_head(head, Framing.NONE) if self.request.head.minor == 1 else b""
 
     def _begin(self, head: ResponseHead) -> bytes:
-        exchange, connection, service, flow = self.exchange, self.connection, self.service, self.flow
-        status = head.status
-        if status in service.state.policy.retry_on and exchange.retries_answer(service, self.sent):
+        request, flow = self.request, self.flow
+        if request.drops_answer(head.status, sent=self.sent):
             self.failure = Failure.STATUS
             return b""
-        request, forwarder = exchange.head, connection.forwarder
-        settings = forwarder.settings
-        http10 = request.minor == 0
-        self._unread = exchange.body is not None and not (exchange.body.finished and not self.streaming)
-        close_client = self._close_client = (
-            not request.keep_alive
-            or forwarder.draining
-            or self._unread
-            or (http10 and flow.closes_client(head, http10=True))
-        )
-        extra = settings.via + told(exchange) if settings.config.response_headers else settings.via
-        out = flow.begin(head, http10=http10, close=close_client, extra=extra, announce=http10 and not close_client)
+        settings = self.client.shared.settings
+        http10 = request.head.minor == 0
+        self._unread = request.body is not None and not (request.body.finished and not self.streaming)
+        close = self._close_client = request.closes_client(self._unread) or flow.closes_client(head, http10=http10)
+        extra = settings.via + request.told() if settings.config.response_headers else settings.via
+        out = flow.begin(head, http10=http10, close=close, extra=extra, announce=http10 and not close)
         self.head_came = True
         self.deadline = math.inf
         if self.scope is not None:
             self.scope.deadline = math.inf
-        if exchange.pick is not None:
-            service.state.fitness.worked(exchange.pick.instance, self.began)
-        exchange.status = status
-        exchange.outcome = Outcome.CUT
-        connection.begun = True
+        request.answered()
+        request.begin_response(head.status)
         return out
 
     def _begin_switch(self, head: ResponseHead) -> None:
         """The instance switches to another protocol: from here on this is a tunnel (RFC 9110, 7.8)."""
-        if not self.exchange.head.upgrade or self.streaming:
+        if not self.request.head.upgrade or self.streaming:
             raise ProtocolError(502, "bad_upgrade", "a switch of protocols that nobody asked for")
         self._switch = head
         if self.scope is not None:
             self.scope.deadline = math.inf
+
+    @property
+    def was_whole(self) -> bool:
+        """The response was taken whole."""
+        return self._flow is None
+
+    @property
+    def is_complete(self) -> bool:
+        """All of the response came."""
+        return self.flow.complete if self._flow is not None else self.head_came
 
     @property
     def needs_task(self) -> bool:
@@ -257,32 +292,35 @@ class Attempt:
 
     def complete(self) -> None:
         """All of the response went to the client."""
-        exchange, connection = self.exchange, self.connection
-        exchange.received += self.flow.size
-        exchange.outcome = Outcome.SERVED
-        if not self._close_client:
-            exchange.end = End.KEEP
+        request = self.request
+        request.received += self._size if self._flow is None else self._flow.size
+        request.outcome = Outcome.SERVED
+        if self._close_client:
+            request.close_client(unread=self._unread)
         else:
-            # A client that did not ask for it may be sending its next request.
-            linger = self._unread or exchange.head.keep_alive or connection.has_input()
-            exchange.end = End.LINGER if linger else End.CLOSE
+            request.client_end = End.KEEP
 
     def release(self, now: float, *, watched: bool = False) -> None:
-        """Give the connection back, close it, or reset it if something on it was cut short.
+        """Give the connection back, close it, or reset it if something on it was cut short. The first call counts.
 
         Args:
             now: by trio.current_time().
             watched: nothing that happened to the connection can have gone unseen.
         """
+        if self._released:
+            return
+        self._released = True
+        self.request.leave_instance()
+        flow = self._flow
+        if flow is None:
+            whole, reusable = self.head_came, self._whole_reusable
+        else:
+            whole = flow.complete and self.is_sent and not self.streaming
+            reusable = flow.reusable and self.failure is None and not self.reset
         upstream = self.upstream
-        if self._counted:
-            self._counted = False
-            assert self.exchange.pick is not None
-            self.service.state.fitness.end(self.exchange.pick.instance)
-        sent = self.is_sent and not self.streaming
-        if self.flow.reusable and sent and self.failure is None and not (self.reset or upstream.ending):
-            self.service.pool.put(upstream, now, self.connection.forwarder.settings.config.pool_size, watched=watched)
-        elif self.flow.complete and sent:
+        if reusable and whole and not upstream.ending:
+            self.service.pool.put(upstream, now, self.service.pool_size, watched=watched)
+        elif whole:
             close(upstream.sock)
         else:
             abort(upstream.sock)
@@ -302,10 +340,10 @@ class Attempt:
         """
         try:
             if not self.started and self.failure is None:
-                self.start()
+                self.start(trio.current_time())
             if self.failure is None and not self.is_sent and not self.head_came:
                 # Imported here: many proxies see no large body in all their life.
-                from meshlocal.proxy.http.pump import respond_streaming
+                from meshlocal.proxy.http.h1.pump import respond_streaming
 
                 await respond_streaming(self)
             else:
@@ -318,23 +356,23 @@ class Attempt:
 
     async def respond(self) -> None:
         """Pass the response on, until its end or a failure."""
-        connection, flow = self.connection, self.flow
+        client = self.client
         chunks = 0
         if self.out:
             out, self.out = self.out, b""
-            await connection.send(out)
-        while not (flow.complete or self.needs_task):
+            await client.send(out)
+        while not (self.is_complete or self.needs_task):
             data = await self._receive()
             out = self.take(data) if data else self.end()
             if out:
-                await connection.send(out)
+                await client.send(out)
             # A short read most likely emptied the connection: waiting at once spares a read that would say so.
             self._wait_first = len(data) < CHUNK
             chunks += 1
             if chunks >= TURN:
                 chunks = 0
                 await checkpoint()
-        if flow.complete and not self._wait_first:
+        if self.is_complete and not self._wait_first:
             self.upstream.look_behind()
         if self._switch is not None:
             await self._tunnel(self._switch)
@@ -342,17 +380,14 @@ class Attempt:
             self.complete()
 
     async def _tunnel(self, head: ResponseHead) -> None:
-        exchange = self.exchange
+        request = self.request
         # Imported here: few requests ask for it.
-        from meshlocal.proxy.http.tunnel import run_tunnel
+        from meshlocal.proxy.http.h1.tunnel import run_tunnel
 
-        if exchange.pick is not None:
-            self.service.state.fitness.worked(exchange.pick.instance, self.began)
-        self.connection.begun = True
-        exchange.status = 101
-        exchange.outcome = Outcome.CUT
-        first = client_head(head, Framing.NONE, extra=told(exchange)) + bytes(self.flow.rest)
-        self.flow.complete = await run_tunnel(exchange, self.service.state, self.sock, first)
+        request.answered()
+        request.begin_response(101)
+        first = client_head(head, Framing.NONE, extra=request.told()) + bytes(self.flow.rest)
+        self.flow.complete = await run_tunnel(request, self.service.state, self.sock, first)
 
     async def _receive(self) -> bytes:
         """Wait for bytes from the instance; empty at its end, or a reset.
@@ -367,7 +402,7 @@ class Attempt:
             if wait:
                 if self.scope is not None:
                     if self.head_came:
-                        self.connection.await_transfer()
+                        self.client.await_transfer()
                     await wait_readable(sock)
                 else:
                     await self._wait()
@@ -380,15 +415,15 @@ class Attempt:
                 return b""
 
     async def _wait(self) -> None:
-        if self.impatient:
+        if self.slow:
             await self._wait_watching()
             return
-        patience = self.connection.forwarder.patience
-        patience.add(self, trio.current_time() if self.head_came else self.exchange.started)
+        patience = self.client.shared.patience
+        patience.add(self, trio.current_time() if self.head_came else self.request.started)
         try:
             await wait_readable(self.sock)
         except trio.ClosedResourceError:
-            if not self.impatient:
+            if not self.slow:
                 raise
             await self._wait_watching()
         finally:
@@ -396,21 +431,21 @@ class Attempt:
 
     def on_slow(self) -> None:
         """See `Waiter.on_slow`."""
-        self.impatient = True
+        self.slow = True
         notify_closing(self.sock)
 
     def on_deadline(self) -> None:
         """See `Waiter.on_deadline`: it asks for no time."""
 
     async def _wait_watching(self) -> None:
-        self.impatient = False
-        connection = self.connection
+        self.slow = False
+        client = self.client
         if self.head_came:
-            connection.await_transfer()
+            client.await_transfer()
         with trio.CancelScope(deadline=self.deadline) as scope:
-            await connection.watched(partial(wait_readable, self.sock))
-        if connection.left:
+            await client.watched(partial(wait_readable, self.sock))
+        if client.left:
             raise ClientLeftError
         if scope.cancelled_caught:
             raise AttemptTimeoutError
-        connection.deadline = math.inf
+        client.deadline = math.inf

@@ -1,0 +1,314 @@
+"""What one request counts in while it lives, and what it is counted as in the end (R1, F3, H1, limits).
+
+Theory of operation. Every request has one account, whatever its protocol and whoever serves it: a proxy's connection,
+an HTTP request, an application's stream. The code that serves it says what happens, and the account does all that
+follows from it: it counts, and tells the service's `Fitness` what an attempt shows of its instance. Nobody else counts.
+It is the request's `Search` as well, so that what is decided next is decided of what was counted.
+
+    begin → try_next → enter_instance → connected | answered | attempt_failed | drop_answer | abandoned → end
+              └───────────────────────────────◁─────────────────────────────────────────────────┘
+
+An attempt is settled once: by the first of `connected` (tcp), `answered` (HTTP), and those that follow them. `end`
+settles one that is not, counts the request, and gives back all that is held; a second `end` does nothing. A request
+that is served before what it holds is free, such as an application's stream, ends twice: the first time with `hold`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from meshlocal.client.services import ServiceState
+from meshlocal.client.statistics import AttemptOutcome, Outcome, RequestKey
+from meshlocal.client.tried import attempt_text
+from meshlocal.policy.limits import Limit
+from meshlocal.policy.model import Instance
+from meshlocal.policy.picker import Pick
+from meshlocal.policy.retry import Decision, Failure, RetryBudget
+from meshlocal.policy.search import Search
+
+
+class FailedAttempt(NamedTuple):
+    """One attempt that came to nothing.
+
+    Attributes:
+        pick: what was tried.
+        tier: its tier's name.
+        error: how it failed, in a word.
+        errno: the system's number for it; 0 where the system gave none.
+    """
+
+    pick: Pick
+    tier: str
+    error: str
+    errno: int
+
+    def __str__(self) -> str:
+        return attempt_text(self.pick.instance.key, self.tier, self.error)
+
+
+class Account(Search):
+    """One request's.
+
+    Args:
+        started: when the request did, in seconds of the caller's clock.
+
+    Attributes:
+        state: its service; None before `begin`.
+        began: when the attempt did whose outcome is told next; what it shows of its instance counts from then.
+        error: how the last attempt failed, or the request, in a word; empty if neither did.
+        failures: the attempts that failed, in order; None: none did.
+    """
+
+    __slots__ = (
+        "_counted",
+        "_entered",
+        "_held",
+        "_instance",
+        "_released",
+        "_trying",
+        "_waiting",
+        "began",
+        "error",
+        "failures",
+        "started",
+        "state",
+    )
+
+    def __init__(self, started: float) -> None:
+        super().__init__(math.inf, None)
+        self.started = started
+        self.state: ServiceState | None = None
+        self.began = started
+        self.error = ""
+        self.failures: list[FailedAttempt] | None = None
+        self._entered: tuple[Limit, ...] = ()
+        self._instance: Instance | None = None
+        self._trying = False
+        self._waiting = False
+        self._counted = False
+        self._held = False
+        self._released = False
+
+    # What is told of it.
+
+    @property
+    def reason(self) -> str:
+        """Why it left the first tier (R1); empty if it did not."""
+        return (self.pick.reason or "") if self.pick is not None else ""
+
+    @property
+    def trying(self) -> bool:
+        """An attempt is under way that was not settled."""
+        return self._trying
+
+    @property
+    def waiting(self) -> bool:
+        """It waits, for an instance or for a snapshot."""
+        return self._waiting
+
+    # What happens to it.
+
+    def begin(self, state: ServiceState, time: float, *limits: Limit) -> Limit | None:
+        """It is for this service.
+
+        Args:
+            state: the service.
+            time: seconds that all attempts together have.
+            limits: what it counts in until its end.
+
+        Returns:
+            The limit that has no room for it, so that it must end; None if there is room.
+        """
+        self.state = state
+        state.in_use += 1
+        for limit in limits:
+            if not state.circuit.enter(limit):
+                self._entered = limits[: limits.index(limit)]
+                self.error = f"limit_{limit}"
+                return limit
+        self._entered = limits
+        self.deadline = self.started + time
+        self.most = state.policy.max_attempts
+        return None
+
+    def try_next(self, now: float) -> Pick | None:
+        """The instance to try now; None if there is to be no other attempt."""
+        state = self.state
+        assert state is not None
+        if self.plan is None:
+            self.plan = state.plan()
+        pick = self.next()
+        if pick is not None:
+            self._trying = True
+            self.began = now
+            state.statistics.picks[self.tier, pick.reason or ""] += 1
+        return pick
+
+    def start_waiting(self, *, limited: bool = True) -> bool:
+        """It waits, for an instance or for a snapshot; False if as many as may do already. Wants a `stop_waiting`.
+
+        Args:
+            limited: it counts in the limit of those that wait: not for a snapshot.
+        """
+        state = self.state
+        assert state is not None
+        if limited:
+            if not state.circuit.enter(Limit.WAITING):
+                self.error = f"limit_{Limit.WAITING}"
+                return False
+            self._entered = (*self._entered, Limit.WAITING)
+        self._waiting = True
+        state.statistics.connecting += 1
+        return True
+
+    def stop_waiting(self) -> None:
+        """It waits no longer; without a wait this does nothing."""
+        state = self.state
+        if self._waiting and state is not None:
+            self._waiting = False
+            state.statistics.connecting -= 1
+            if Limit.WAITING in self._entered:
+                self._entered = tuple(each for each in self._entered if each is not Limit.WAITING)
+                state.circuit.leave(Limit.WAITING)
+
+    def enter_instance(self) -> None:
+        """It is under way on the instance from now on (F3), until `leave_instance`."""
+        if self._instance is None and self.state is not None and self.pick is not None:
+            self._instance = self.pick.instance
+            self.state.fitness.begin(self._instance)
+
+    def leave_instance(self) -> None:
+        """It is under way on the instance no longer; if it was not, this does nothing."""
+        if self._instance is not None and self.state is not None:
+            instance, self._instance = self._instance, None
+            self.state.fitness.end(instance)
+
+    def reached(self) -> None:
+        """A connection was made to the instance (H1), which is not all that the attempt is for."""
+        state, pick = self._tried
+        state.fitness.connected(pick.instance, self.began)
+
+    def connected(self) -> None:
+        """A connection was made, and that is the attempt."""
+        self.reached()
+        self.error = ""
+        self._settle(AttemptOutcome.CONNECTED)
+
+    def answered(self) -> None:
+        """The instance gave an answer, or showed in another way that it works (H1)."""
+        state, pick = self.state, self.pick
+        assert state is not None
+        assert pick is not None
+        fitness = state.fitness
+        if fitness.health.known or fitness.feedback.failures:  # else there is nothing to be told
+            fitness.worked(pick.instance, self.began)
+        if self._trying:
+            self._trying = False
+            state.statistics.attempts[self.tier, AttemptOutcome.ANSWERED] += 1
+
+    def attempt_failed(
+        self,
+        failure: Failure,
+        now: float,
+        word: str = "",
+        *,
+        errno: int = 0,
+        sent: bool = False,
+        idempotent: bool = True,
+        held: bool = True,
+    ) -> Decision:
+        """The attempt failed; what follows.
+
+        Args:
+            failure: how.
+            now: by the clock of `started`.
+            word: the same as the system has it; by default the failure's own.
+            errno: the system's number for it; 0: it gave none.
+            sent: see `Search.failed`, as for the next two.
+            idempotent: by its method, or its Idempotency-Key.
+            held: all of the body that was read from the client is still there to be sent again.
+        """
+        self._note_failed(failure, word or failure, errno)
+        return self.failed(failure, now, sent=sent, idempotent=idempotent, held=held)
+
+    def drop_answer(self, now: float, budget: RetryBudget, *, sent: bool, idempotent: bool, held: bool) -> bool:
+        """Whether an answer with a status of `retry_on` is dropped, and the next instance tried (A3); the attempt is
+        settled then. See `Search.replaces_answer`."""
+        state, _ = self._tried
+        usable = len(state.picker) if state.picker is not None else 0
+        if not self.replaces_answer(now, usable, budget, sent=sent, idempotent=idempotent, held=held):
+            return False
+        self._note_failed(Failure.STATUS, Failure.STATUS, 0)
+        return True
+
+    def abandoned(self, word: str = AttemptOutcome.ABANDONED) -> None:
+        """The attempt was left before it came to anything: that says nothing of the instance.
+
+        Args:
+            word: how it is counted.
+        """
+        if self.state is not None and self.pick is not None:
+            self._settle(word)
+            self.state.fitness.abandoned(self.pick.instance)
+
+    def fell_silent(self, word: str) -> None:
+        """The connection that was made to the instance ended before a byte came on it: it fails as much as one that
+        cannot be connected (H1).
+
+        Args:
+            word: how the connection ended.
+        """
+        state, pick = self._tried
+        state.fitness.judge(pick.instance, Failure.NO_RESPONSE, word, self.began)
+
+    def end(self, outcome: Outcome, *, hold: bool = False) -> bool:
+        """Its end, however it came: count it, and give back all that it counts in; each once.
+
+        Args:
+            outcome: what it is counted as, unless it was counted before.
+            hold: keep what it counts in, for another `end` to give back.
+
+        Returns:
+            Whether this is what it is counted as.
+        """
+        state, pick = self.state, self.pick
+        first, self._counted = not self._counted, True
+        if state is None:
+            return first
+        if first:
+            if self._trying:
+                self.abandoned()
+            reason = (pick.reason or "") if pick is not None else ""
+            # As RequestKey(...) does, without a call of Python's own: every request passes here.
+            state.statistics.requests[tuple.__new__(RequestKey, (self.tier, reason, outcome))] += 1
+        if not (hold or self._released):
+            self._released = True
+            if self._instance is not None:
+                self.leave_instance()
+            if self._waiting:
+                self.stop_waiting()
+            for limit in self._entered:
+                state.circuit.leave(limit)
+            state.in_use -= 1
+        return first
+
+    @property
+    def _tried(self) -> tuple[ServiceState, Pick]:
+        assert self.state is not None
+        assert self.pick is not None
+        return self.state, self.pick
+
+    def _note_failed(self, failure: Failure, word: str, errno: int) -> None:
+        state, pick = self._tried
+        self.error = word
+        self._settle(word)
+        if self.failures is None:
+            self.failures = []
+        self.failures.append(FailedAttempt(pick, self.tier, word, errno))
+        state.fitness.judge(pick.instance, failure, word, self.began)
+
+    def _settle(self, word: str) -> None:
+        if self._trying and self.state is not None:
+            self._trying = False
+            self.state.statistics.attempts[self.tier, word] += 1

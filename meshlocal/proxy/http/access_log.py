@@ -1,0 +1,35 @@
+"""The access log's lines of HTTP requests."""
+
+from __future__ import annotations
+
+from meshlocal.proxy.access_log import log_refused, log_request
+from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.record import HttpRecord
+
+
+class HttpAccessLog:
+    """An `Observer` that writes a line for each request."""
+
+    def ended(self, record: HttpRecord, now: float) -> None:
+        """See `Observer.ended`."""
+        head = record.head
+        log_request(
+            record,
+            record.outcome,
+            now,
+            peer=record.peer,
+            asked={
+                "method": head.method.decode("ascii"),
+                "host": head.authority.decode("ascii") or None,
+                # Queries carry secrets more often than paths do.
+                "path": head.target.partition(b"?")[0].decode("ascii"),
+                "status": record.status or None,
+            },
+            problem={"error": record.error or None},
+            sent=record.sent,
+            received=record.received,
+        )
+
+    def refused(self, peer: object, answer: Answer) -> None:
+        """See `Observer.refused`."""
+        log_refused(peer, answer.status, answer.reason)

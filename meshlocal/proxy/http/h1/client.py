@@ -1,0 +1,194 @@
+"""The client's end of HTTP/1.1: bytes from it and to it, and the time that each may take."""
+
+from __future__ import annotations
+
+import math
+import socket
+
+import trio
+from trio.lowlevel import wait_readable, wait_writable
+
+from meshlocal.client.connecting import Client
+from meshlocal.net.relay import RelayCounters
+from meshlocal.policy.model import ServiceKey
+from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.ends import ClientLeftError, Expiry
+from meshlocal.proxy.http.shared import HttpShared
+from meshlocal.proxy.http.streams import ServedRequest
+from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.messages import RequestBody
+from meshlocal.wire.http1.request import RequestHead
+from meshlocal.wire.http1.rewrite import upstream_head
+
+CHUNK = 65536
+"""Bytes read at once."""
+
+DRAIN_GRACE = 0.5
+"""Seconds that a drain leaves to a client whose next request may be on its way (RFC 9112, 9.6)."""
+
+
+class H1Client(Client):
+    """One client's connection while it lives: the `ClientStream` of each of its requests in turn.
+
+    Attributes:
+        shared: what all http listeners share.
+        service: what all its requests are for; None if each one says its own.
+        peer: the client's address.
+        scope: its cancellation ends the connection.
+        fresh: it had no request yet.
+        deadline: when it expires, by trio.current_time().
+        expiry: what it waits for.
+        expired: it was cut because that did not come.
+        request: the one under way.
+        counters: bytes moved, once it is a tunnel.
+    """
+
+    __slots__ = (
+        "_forwarded",
+        "counters",
+        "deadline",
+        "expired",
+        "expiry",
+        "fresh",
+        "peer",
+        "request",
+        "scope",
+        "service",
+        "shared",
+    )
+
+    def __init__(self, shared: HttpShared, service: ServiceKey | None, sock: socket.socket, peer: object) -> None:
+        super().__init__(sock)
+        self.shared = shared
+        self.service = service
+        self.peer = peer
+        self.scope = trio.CancelScope()
+        self.deadline = math.inf
+        self.expiry = Expiry.FIRST
+        self.expired = False
+        self.fresh = True
+        self.request: ServedRequest | None = None
+        self.counters: RelayCounters | None = None
+        self._forwarded = b""
+
+    @property
+    def is_idle(self) -> bool:
+        """It waits for a request of which nothing came, its first one or the next."""
+        return self.expiry in (Expiry.IDLE, Expiry.FIRST) and self.request is None
+
+    @property
+    def idle_limit(self) -> float:
+        """Seconds that a response, or a tunnel, may stand still."""
+        return self.request.idle_limit if self.request is not None else math.inf
+
+    def has_input(self) -> bool:
+        """Something came on it that was not read yet."""
+        try:
+            return bool(self.early or self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def expire(self) -> None:
+        """End it: what it waits for did not come in time."""
+        self.expired = True
+        self.scope.cancel()
+
+    def await_transfer(self) -> None:
+        """A response is under way, and has to wait: for the client to take it, or for more of it."""
+        self.expiry = Expiry.TRANSFER
+        self.deadline = trio.current_time() + self.idle_limit
+
+    def await_request(self, now: float) -> None:
+        """It waits for a request of which nothing came."""
+        config = self.shared.settings.config
+        self.expiry = Expiry.FIRST if self.fresh else Expiry.IDLE
+        limit = config.header_timeout if self.fresh else config.keep_alive_timeout
+        self.deadline = now + (min(limit, DRAIN_GRACE) if self.shared.draining else limit)
+
+    async def receive(self) -> bytes:
+        """Wait for bytes from the client; empty at its end.
+
+        Raises:
+            ClientLeftError: it reset its connection.
+        """
+        while True:
+            await wait_readable(self.socket)
+            try:
+                return self.socket.recv(CHUNK)
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise ClientLeftError from None
+
+    async def _receive_body(self) -> bytes:
+        """Wait for more of a request's body; empty at the client's end.
+
+        Raises:
+            ClientLeftError: it reset its connection.
+        """
+        self.expiry = Expiry.BODY
+        self.deadline = trio.current_time() + self.shared.settings.config.body_timeout
+        data = await self.receive()
+        if self.request is not None and self.request.begun:
+            self.await_transfer()
+        else:
+            self.deadline = math.inf
+        return data
+
+    async def read_body(self, body: RequestBody) -> bytes:
+        """See `ClientStream.read_body`."""
+        if self.early:
+            data = bytes(self.early)
+            self.early.clear()
+        else:
+            data = await self._receive_body()
+            if not data:
+                raise ProtocolError(*answers.BODY_INCOMPLETE)
+        piece, used = body.feed(data)
+        if used < len(data):
+            self.early += data[used:]
+        return piece
+
+    def request_head(self, head: RequestHead, service: ServiceKey) -> bytes:
+        """See `ClientStream.request_head`."""
+        settings = self.shared.settings
+        extra = settings.via
+        if settings.append_forwarded:
+            extra += self._forwarded_lines(head)
+        host = b"" if head.has_host else service.encode()
+        return upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded)
+
+    def _forwarded_lines(self, head: RequestHead) -> bytes:
+        """The X-Forwarded-For and -Proto fields to append to a request."""
+        if not self._forwarded:
+            host = self.peer[0] if isinstance(self.peer, tuple) else "unknown"
+            self._forwarded = f"x-forwarded-for: {host}\r\n".encode()
+        if head.forwarded and b"\r\nx-forwarded-proto:" in head.raw.lower():
+            return self._forwarded
+        return self._forwarded + b"x-forwarded-proto: http\r\n"
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes to the client.
+
+        Raises:
+            ClientLeftError: it reset its connection.
+        """
+        sock = self.socket
+        try:
+            try:
+                sent = sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(data):
+                return
+            rest = memoryview(data)[sent:]
+            while rest:
+                self.await_transfer()
+                await wait_writable(sock)
+                try:
+                    rest = rest[sock.send(rest) :]
+                except BlockingIOError:
+                    continue
+        except OSError:
+            raise ClientLeftError from None
+        self.deadline = math.inf

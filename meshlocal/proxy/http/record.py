@@ -1,0 +1,64 @@
+"""What is known of one HTTP request, for those who count it or tell of it (R1)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from meshlocal.client.account import Account
+from meshlocal.client.statistics import Outcome
+from meshlocal.policy.retry import IDEMPOTENT_METHODS
+from meshlocal.proxy.http.answers import Answer
+from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.messages import RequestBody
+from meshlocal.wire.http1.request import RequestHead
+
+
+class HttpRecord(Account):
+    """One request's.
+
+    Args:
+        peer: the client's address.
+        head: of the request.
+        started: when its head was read, by trio.current_time().
+        body: of the request; None if it has none, or none that was begun with.
+
+    Attributes:
+        peer: the client's address.
+        head: of the request.
+        body: of the request.
+        idempotent: it may be repeated, by its method or its Idempotency-Key (A3).
+        status: of the response; 0 while there is none.
+        received: bytes of the response's body.
+        outcome: how it is counted, should it end now.
+        problem: what is wrong with the instance's response; None if nothing is.
+    """
+
+    __slots__ = ("body", "head", "idempotent", "outcome", "peer", "problem", "received", "status")
+
+    def __init__(self, peer: object, head: RequestHead, started: float, body: RequestBody | None) -> None:
+        super().__init__(started)
+        self.peer = peer
+        self.head = head
+        self.body = body
+        self.idempotent = head.method in IDEMPOTENT_METHODS or head.idempotency_key
+        self.status = 0
+        self.received = 0
+        self.outcome = Outcome.DRAINED
+        self.problem: ProtocolError | None = None
+
+    @property
+    def sent(self) -> int:
+        """Bytes of its body that came from the client."""
+        return self.body.size if self.body is not None else 0
+
+
+class Observer(Protocol):
+    """Who is told of requests: the access log, for one. None of these may raise or wait."""
+
+    def ended(self, record: HttpRecord, now: float) -> None:
+        """A request ended, by trio.current_time()."""
+        ...
+
+    def refused(self, peer: object, answer: Answer) -> None:
+        """This was answered to what is no request, or never became one."""
+        ...

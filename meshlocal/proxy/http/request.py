@@ -1,0 +1,216 @@
+"""One HTTP request: what is decided of it, and what is counted (behaviour rules A1 to A8, H1, R1).
+
+Nothing here waits but for the request's own body. Who serves it, the lane in the relay loop or a task
+(`meshlocal.proxy.http.serve`), calls the same functions in the same order.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import trio
+
+from meshlocal.client.statistics import Outcome
+from meshlocal.policy.limits import Limit
+from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, decide
+from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.answers import BODY_TIMEOUT, Answer
+from meshlocal.proxy.http.ends import End, Expiry
+from meshlocal.proxy.http.record import HttpRecord
+from meshlocal.proxy.http.service import HttpService
+from meshlocal.proxy.http.shared import HttpShared
+from meshlocal.proxy.http.statistics import LATENCY_BUCKETS
+from meshlocal.proxy.http.streams import ClientStream
+from meshlocal.wire.http1.messages import RequestBody
+from meshlocal.wire.http1.request import RequestHead
+
+
+class HttpRequest(HttpRecord):
+    """One request while it lives.
+
+    Args:
+        client: whose it is.
+        head: of the request.
+        started: when that was read, by trio.current_time().
+        body: of the request, if all of it is there.
+
+    Attributes:
+        client: the client's end.
+        shared: what all http listeners share.
+        service: what it is for; None until that is known.
+        refusal: what to answer if there is none, or it takes no more requests; None if it does.
+        begun: some of a final response went to the client, or is about to.
+        client_end: what becomes of the client's connection after the response.
+    """
+
+    __slots__ = ("begun", "client", "client_end", "refusal", "service", "shared")
+
+    def __init__(
+        self, client: ClientStream, head: RequestHead, started: float, body: RequestBody | None = None
+    ) -> None:
+        super().__init__(client.peer, head, started, body)
+        self.client = client
+        self.shared: HttpShared = client.shared
+        self.service: HttpService | None = None
+        self.refusal: Answer | None = None
+        self.begun = False
+        self.client_end = End.ABORT
+
+    def renew(self, head: RequestHead, started: float, body: RequestBody | None) -> None:
+        """Become the next request of the same client. For one that the lane served whole, to spare making another: so
+        what is set here is all that such a request changes, but for what `admit` sets, and its plan, which who keeps it
+        takes away."""
+        self.head = head
+        self.started = started
+        self.body = body
+        self.idempotent = head.method in IDEMPOTENT_METHODS or head.idempotency_key
+        self.tier = ""
+        self.attempts = 0
+        self.status = 0
+        self.received = 0
+        self.outcome = Outcome.DRAINED
+        self.begun = self._counted = self._released = False
+        self.client_end = End.ABORT
+
+    @property
+    def idle_limit(self) -> float:
+        """Seconds that its response, or a tunnel, may stand still (A1)."""
+        limit = self.service.state.policy.idle_timeout if self.service is not None else None
+        return float("inf") if limit is None else limit
+
+    # Its service and its instances.
+
+    def find_service(self) -> None:
+        """Find what it is for and be admitted, or set `refusal`."""
+        found = self.shared.find(self.client.service, self.head, self.started)
+        if isinstance(found, Answer):
+            self.refusal = found
+        else:
+            self.admit(found)
+
+    def admit(self, service: HttpService) -> bool:
+        """Begin, for this service; False, and `refusal` is set, if that is full."""
+        self.service = service
+        state = service.state
+        if self.begin(state, state.policy.response_deadline, Limit.REQUESTS) is not None:
+            self.refusal = answers.TOO_MANY_REQUESTS
+            return False
+        service.budget.request(self.started)
+        return True
+
+    def payload(self) -> bytes:
+        """The head for an instance, with what is there of the body."""
+        assert self.service is not None
+        head = self.client.request_head(self.head, self.service.state.key)
+        body = self.body
+        return head + b"".join(body.held) if body is not None and body.held else head
+
+    async def read_body(self) -> bytes:
+        """The next piece of the body; see `ClientStream.read_body`."""
+        assert self.body is not None
+        return await self.client.read_body(self.body)
+
+    # What follows from what an instance did.
+
+    @property
+    def _is_held(self) -> bool:
+        return self.body is None or self.body.held is not None
+
+    def decide(self, failure: Failure, *, sent: bool) -> Decision:
+        """What follows from a failure, as far as the request is concerned (A2 to A4)."""
+        return decide(failure, sent=sent, idempotent=self.idempotent, held=self._is_held)
+
+    def fail_attempt(self, failure: Failure, word: str, *, sent: bool) -> Decision:
+        """The attempt failed; what follows.
+
+        Args:
+            failure: how.
+            word: the same as the system has it.
+            sent: some of the request may have reached the instance.
+        """
+        now = trio.current_time()
+        return self.attempt_failed(failure, now, word, sent=sent, idempotent=self.idempotent, held=self._is_held)
+
+    def may_drop(self, status: int) -> bool:
+        """Whether an answer with this status is not simply passed on."""
+        assert self.service is not None
+        return status in self.service.state.policy.retry_on
+
+    def drops_answer(self, status: int, *, sent: bool) -> bool:
+        """Whether an answer with this status is dropped, and the next instance tried; the attempt is settled then."""
+        service = self.service
+        assert service is not None
+        return self.may_drop(status) and self.drop_answer(
+            trio.current_time(), service.budget, sent=sent, idempotent=self.idempotent, held=self._is_held
+        )
+
+    def begin_response(self, status: int) -> None:
+        """A final head goes to the client, so that all but its response's end is a cut from here on."""
+        self.status = status
+        self.outcome = Outcome.CUT
+        self.begun = True
+
+    def closes_client(self, unread: bool = False) -> bool:
+        """Whether the client's connection ends with the response that begins now.
+
+        Args:
+            unread: some of the request's body may be left on it.
+        """
+        return unread or not self.head.keep_alive or self.shared.draining
+
+    def close_client(self, *, unread: bool) -> None:
+        """The response went out whole, and said that the client's connection ends: note how.
+
+        Args:
+            unread: some of the request's body may be left on it.
+        """
+        # A client that did not ask for it may be sending its next request.
+        lingers = unread or self.head.keep_alive or self.client.has_input()
+        self.client_end = End.LINGER if lingers else End.CLOSE
+
+    def told(self) -> bytes:
+        """The field lines that tell the client how a response came about, if they are wanted (R1)."""
+        if not self.shared.settings.config.response_headers:
+            return b""
+        lines = f"x-meshlocal-attempts: {self.attempts}\r\n"
+        pick = self.pick
+        if pick is not None:
+            lines += f"x-meshlocal-instance: {pick.instance.key}\r\nx-meshlocal-tier: {self.tier}\r\n"
+            if pick.reason is not None:
+                lines += f"x-meshlocal-reason: {pick.reason}\r\n"
+        return lines.encode("latin-1", "replace")
+
+    # Its end.
+
+    def finish(self, now: float) -> None:
+        """Its end, however it came: count it, and tell of it, once."""
+        if self.client.expired:
+            self._expire()
+        if not self.end(self.outcome):
+            return
+        service = self.service
+        if service is not None:
+            counts, statistics = service.state.statistics, service.statistics
+            counts.bytes_received += self.received
+            if self.body is not None:
+                counts.bytes_sent += self.body.size
+            pick = self.pick
+            reason = (pick.reason or "") if pick is not None else ""
+            statistics.ended[self.tier, reason, self.status // 100] += 1
+            seconds = now - self.started
+            statistics.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
+            statistics.latency_sum += seconds
+        if self.outcome is Outcome.DRAINED:
+            self.shared.drained += 1
+        for observer in self.shared.observers:
+            observer.ended(self, now)
+
+    def _expire(self) -> None:
+        """Its client's time ran out."""
+        if self.begun:
+            self.outcome = Outcome.CUT
+            return
+        self.outcome = Outcome.CLIENT_LEFT
+        if self.client.expiry is Expiry.BODY:
+            self.status, self.error = BODY_TIMEOUT.status, self.error or BODY_TIMEOUT.reason
+            self.shared.refused[BODY_TIMEOUT.reason] += 1

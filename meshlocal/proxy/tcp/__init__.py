@@ -1,0 +1,1 @@
+"""tcp listeners: `connection` is one connection's life, `forwarder` serves all of them."""

@@ -1,0 +1,299 @@
+"""One TCP connection's life (behaviour rules A1 to A8, H1, R1, S1).
+
+It looks for an instance, relays until both sides have ended, and tells what the connection shows of its instance. What
+need not be waited for is not waited for: `begin` and `start_relay` do it, in the relay loop if there is one, and
+`forward` goes on from there in the connection's task.
+
+An instance that was connected and reset the connection before it said a word has failed as much as one that could not
+be connected, and is ejected for it (H1). That a connect succeeded says nothing of such an instance then: its next
+connections are watched until they have lived for a while.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshlocal.client.account import Account
+from meshlocal.client.connecting import Client, connect_at_once, connect_waiting
+from meshlocal.client.services import ServiceState
+from meshlocal.client.statistics import Outcome
+from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, relay
+from meshlocal.net.sockets import abort, close
+from meshlocal.policy.limits import Limit
+from meshlocal.policy.retry import Decision, Failure
+from meshlocal.proxy.tcp.replay import Heard, Replay
+
+if TYPE_CHECKING:
+    from meshlocal.net.dial import Connecting
+    from meshlocal.net.flows import Pair
+    from meshlocal.net.relay_loop import RelayLoop
+    from meshlocal.net.task_pool import KeptTask
+
+SETTLED = 1.0
+"""Seconds that a connection must live to show that its instance works, if nothing else shows it (H1)."""
+
+RETURNED = "returned"
+"""Why a connection was cut whose client is to come back to the local tier (F2)."""
+
+
+class TcpConnection(Account):
+    """One client's connection while it lives.
+
+    Args:
+        service: what it is for.
+        sock: the client's socket.
+        peer: the client's address.
+        started: when it was accepted, by trio.current_time().
+
+    Attributes:
+        service: what it is for.
+        client: who made it, and the socket.
+        peer: the client's address.
+        counters: bytes moved; None until an instance is connected.
+        cut: why the proxy ended it; empty if it did not.
+        upstream: the instance's socket; None while it has none.
+        outcome: why it has none, and will have none; None as long as that is not known.
+        relay: is under way with its instance, or was; None if its task relays.
+        kept: its task, if that was kept from another connection and has not begun yet.
+        fault: of ours, met before its task had made a step.
+    """
+
+    __slots__ = (
+        "_begun",
+        "_connected",
+        "_connecting",
+        "_scope",
+        "client",
+        "counters",
+        "cut",
+        "fault",
+        "kept",
+        "outcome",
+        "peer",
+        "relay",
+        "service",
+        "upstream",
+    )
+
+    def __init__(self, service: ServiceState, sock: socket.socket, peer: object, started: float) -> None:
+        super().__init__(started)
+        self.service = service
+        self.client = Client(sock)
+        self.peer = peer
+        self.counters: RelayCounters | None = None
+        self.cut = ""
+        self.upstream: socket.socket | None = None
+        self.outcome: Outcome | None = None
+        self.relay: Pair | None = None
+        self.kept: KeptTask[TcpConnection] | None = None
+        self.fault: Exception | None = None
+        self._scope: trio.CancelScope | None = None
+        self._begun = False
+        self._connected = False
+        self._connecting: Connecting | None = None
+
+    @property
+    def scope(self) -> trio.CancelScope:
+        """Its cancellation ends the connection. Most of those that are short are over without one."""
+        if self._scope is None:
+            self._scope = trio.CancelScope()
+        return self._scope
+
+    # What waits for nothing.
+
+    def start_relay(self, loop: RelayLoop) -> bool:
+        """Do all that can be done before the connection's task; false if that has something to do now."""
+        try:
+            self._begin()
+            if self.upstream is None or self.service.policy.replay or self._is_doubted:
+                return False
+            assert self.counters is not None
+            self.relay = loop.begin(self.client.socket, self.upstream, self.counters)
+        except Exception as error:  # noqa: BLE001 - here is no place to raise; the task does
+            self.fault = error
+            return False
+        return not self.relay.done
+
+    def conclude(self) -> Outcome:
+        """How the relay ended, which the loop had begun; tells what it shows of the instance."""
+        assert self.relay is not None
+        self.relay.on_end = None
+        ended = self.relay.state.result()
+        self._judge(ended)
+        return self._outcome(ended)
+
+    def _begin(self) -> None:
+        """Count it, and look for an instance as far as that waits for nothing."""
+        self._begun = True
+        if super().begin(self.service, self.service.policy.deadline, Limit.CONNECTIONS, Limit.REQUESTS) is None:
+            self._seek()
+        else:
+            self.outcome = Outcome.LIMITED
+
+    def _seek(self) -> None:
+        """Look for an instance, or for the next; if that has to be waited for, `_connect` does."""
+        if not self.service.circuit.has_room(Limit.WAITING):
+            self.error = f"limit_{Limit.WAITING}"
+            self.outcome = Outcome.LIMITED
+            return
+        begun = connect_at_once(self.client, self)
+        if isinstance(begun, socket.socket):
+            self._have_instance(begun)
+        else:
+            self._connecting = begun
+            self.start_waiting()
+
+    def _have_instance(self, upstream: socket.socket) -> None:
+        self.upstream = upstream
+        # After what its connect showed, so that what becomes of it counts as well (H1).
+        self.began = now = trio.current_time()
+        self.counters = RelayCounters(now)
+        self._connected = True
+        self.service.statistics.open += 1
+        self.enter_instance()
+
+    def _lose_instance(self) -> None:
+        if self._connected:
+            self._connected = False
+            self.service.statistics.open -= 1
+            self.leave_instance()
+
+    # What waits.
+
+    async def forward(self) -> Outcome:
+        """All that is left to do, to its end."""
+        if self.fault is not None:
+            raise self.fault
+        if not self._begun:
+            self._begin()
+        replay: Replay | None = None
+        while True:
+            if not await self._connect():
+                assert self.outcome is not None
+                return self.outcome
+            if self.relay is not None or not (replay or self.service.policy.replay):
+                return self._outcome(await self._relay(self.client.early))
+            replay = replay or Replay(self.client, self.service.policy)
+            heard = await self._wait_heard(replay)
+            if self.client.left:
+                return Outcome.CLIENT_LEFT
+            if heard.failed:
+                self._lose_instance()
+                self._seek()
+                continue
+            assert self.upstream is not None
+            assert self.counters is not None
+            if heard.ended:
+                return self._outcome(await copy_back(self.client.socket, self.upstream, self.counters))
+            return self._outcome(await self._relay(self.client.early[heard.sent :]))
+
+    async def _connect(self) -> bool:
+        """Wait for an instance; False if there is none, for the reason in `outcome`."""
+        if self.upstream is None and self.outcome is None:
+            connecting, self._connecting = self._connecting, None
+            try:
+                found = await connect_waiting(self.client, self, connecting)
+            finally:
+                self.stop_waiting()
+            if isinstance(found, Outcome):
+                self.outcome = found
+            else:
+                self._have_instance(found)
+        return self.upstream is not None
+
+    async def _wait_heard(self, replay: Replay) -> Heard:
+        """Wait for the instance's first byte. One that fails before is left like one that cannot be connected (A5)."""
+        assert self.upstream is not None
+        assert self.counters is not None
+        heard: Heard | None = None
+        try:
+            heard = await replay.wait_heard(self.upstream)
+        finally:
+            if heard is None or not (heard.failed or heard.spoke or heard.ended):
+                self.abandoned()
+            elif not heard.failed:
+                self.answered()
+        self.counters.client_to_upstream += heard.sent
+        if heard.failed:
+            self.service.statistics.replays[heard.failed] += 1
+            now = trio.current_time()
+            # All that was said is held, and by its configuration may be said again.
+            decision = self.attempt_failed(
+                Failure.NO_RESPONSE, now, heard.failed, sent=True, idempotent=True, held=True
+            )
+            assert decision is not Decision.SAME
+            abort(self.upstream)
+            self.upstream = None
+        return heard
+
+    async def _relay(self, early: bytes | bytearray) -> RelayResult:
+        """Relay, and tell what the connection shows of its instance (H1)."""
+        assert self.upstream is not None
+        assert self.counters is not None
+        ended: RelayResult | None = None
+        try:
+            if self.relay is not None:
+                ended = await self.relay.join()
+            elif self._is_doubted:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._settle_soon)
+                    ended = await relay(self.client.socket, self.upstream, self.counters, early=early)
+                    nursery.cancel_scope.cancel()
+            else:
+                ended = await relay(self.client.socket, self.upstream, self.counters, early=early)
+        finally:
+            self._judge(ended)
+        assert ended is not None
+        return ended
+
+    def _judge(self, ended: RelayResult | None) -> None:
+        assert self.counters is not None
+        silent = not self.counters.upstream_to_client
+        if ended is None or (silent and ended.failed == "client"):
+            self.abandoned()
+        elif not silent or ended.failed is None or ended.first_end is not None:
+            self.answered()
+        elif trio.current_time() - self.began < SETTLED:
+            self.fell_silent(ended.reason)
+
+    @property
+    def _is_doubted(self) -> bool:
+        """Whether it has to live for a while to show that its instance works."""
+        pick = self.pick
+        assert pick is not None
+        return self.service.fitness.is_doubted(pick.instance)
+
+    async def _settle_soon(self) -> None:
+        await trio.sleep(SETTLED)
+        self.answered()
+
+    def _outcome(self, ended: RelayResult) -> Outcome:
+        if ended.failed is None:
+            return Outcome.SERVED
+        self.cut = f"{ended.failed} {ended.reason}"
+        return Outcome.CUT
+
+    # Its end.
+
+    def finish(self, outcome: Outcome) -> None:
+        """Let go of all that it has, and count it. A stream that was cut must not look complete: it is reset."""
+        if self._connecting is not None:
+            # A fault of ours came before its task could wait for it.
+            close(self._connecting.socket, awaited=False)
+        if not self._begun:
+            self.state = self.service
+            self.service.in_use += 1
+        self._lose_instance()
+        self.end(outcome)
+        end = close if outcome is Outcome.SERVED else abort
+        # Nobody waits for them any more.
+        end(self.client.socket, awaited=False)
+        if self.upstream is not None:
+            end(self.upstream, awaited=False)
+        counters = self.counters
+        if counters is not None:
+            self.service.statistics.bytes_sent += counters.client_to_upstream
+            self.service.statistics.bytes_received += counters.upstream_to_client
