@@ -21,7 +21,8 @@ from bench.machine import cpu_seconds, describe, memory_kb, raise_file_limit
 from bench.processes import StartError, free_port, meshlocal, ready_line, running
 from bench.restart import Sampler
 from bench.watchers import B, write_instances
-from meshlocal.client.link import LinkOptions, open_link
+from meshlocal.client.link import LinkOptions
+from meshlocal.client.links import open_link
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff
 from meshlocal.wire.grpc.status import GrpcError

@@ -236,7 +236,8 @@ def _labels(metric: Metric) -> list[str]:
 
 def proxy_metrics() -> Iterable[Metric]:
     from meshlocal.app.config_loader import load_config
-    from meshlocal.app.proxy import Operator, ProxyProcess
+    from meshlocal.app.operator import Operator
+    from meshlocal.app.proxy import ProxyProcess
     from meshlocal.app.worker_metrics import WorkersCollector
 
     def load() -> Config:
@@ -252,11 +253,12 @@ def proxy_metrics() -> Iterable[Metric]:
 def discovery_metrics() -> Iterable[Metric]:
     from meshlocal.app.config_loader import load_config
     from meshlocal.app.discovery import DiscoveryProcess
+    from meshlocal.app.discovery_pages import discovery_routes
 
     def load() -> Config:
         return load_config(None, {"discovery.sources": ("file:instances.yaml",)}, {}, "discovery")
 
-    process = DiscoveryProcess(load, Random(0), {})
+    process = DiscoveryProcess(load, Random(0), {}, discovery_routes)
     for collector in process.collectors():
         yield from collector.collect()
 

@@ -63,8 +63,8 @@ def load_as_run(build: Build, pod: Pod, container: Container) -> Config:
                 file.write_text(_mounted(build, pod, container, arguments[position + 1]))
                 arguments[position + 1] = str(file)
         with (
-            patch("meshlocal.app.proxy.run_proxy", captured.append),
-            patch("meshlocal.app.discovery.run_discovery", captured.append),
+            patch("meshlocal.app.run.run_proxy", captured.append),
+            patch("meshlocal.app.run.run_discovery", captured.append),
             patch.dict(os.environ, _environment(pod, container), clear=True),
         ):
             cli.commands[container.role].main(arguments[1:], prog_name=container.role, standalone_mode=False)

@@ -19,14 +19,18 @@ harm.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
 from meshlocal.policy.config import Config, resolve_node_name
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of
 from meshlocal.policy.problems import Problem, describe, format_path
+
+LoadConfig: TypeAlias = "Callable[[], Config]"
+"""Reads the whole configuration; raises ConfigError."""
 
 PREFIX = "MESHLOCAL_"
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")

@@ -9,20 +9,17 @@ lets calls end within the drain's time, then cancels the lifetime nursery.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
-from meshlocal.admin.server import AdminServer
-from meshlocal.app.config_loader import UNUSED_VARIABLE, unused_variables
+from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.discovery_access import DiscoveryAccess
-from meshlocal.app.discovery_pages import discovery_routes
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
@@ -62,6 +59,9 @@ ANNOUNCE_WAIT = 5.0
 """Seconds that the line which says that the process is ready waits for the sources."""
 
 
+MakeRoutes: TypeAlias = "Callable[[DiscoveryProcess], Mapping[str, Route | AsyncRoute]]"
+
+
 class DiscoveryProcess:
     """One running discovery server.
 
@@ -69,13 +69,17 @@ class DiscoveryProcess:
         load: reads the configuration: once now, and again on SIGHUP.
         rng: for backoff.
         environment: for the service manager's socket.
+        routes: makes the pages of its admin address.
 
     Raises:
         ConfigError: the configuration cannot be used.
     """
 
-    def __init__(self, load: Callable[[], Config], rng: Random, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, load: Callable[[], Config], rng: Random, environment: Mapping[str, str], routes: MakeRoutes
+    ) -> None:
         self._load = load
+        self._routes = routes
         self._environment = environment
         self._files = Blocking(limit=CONFIG_LIMIT)
         self.supervision = Supervision(rng)
@@ -153,7 +157,7 @@ class DiscoveryProcess:
                 )
                 for sock in group
             ]
-            pages = AdminServer(discovery_routes(self))
+            pages = AdminServer(self._routes(self))
             async with trio.open_nursery() as lifetime:
                 keep = self.supervision.keep
                 await lifetime.start(self._take_orders)
@@ -290,16 +294,3 @@ def _websocket_server(config: DiscoveryServerConfig, handlers: Routes) -> WebSoc
 def _receive_burst(limits: ServerLimitsConfig) -> int:
     # The largest request, and what goes around it.
     return limits.message_size + 65_536
-
-
-def run_discovery(load: Callable[[], Config]) -> int:
-    """Run a discovery server in this process; returns its exit status.
-
-    Raises:
-        ConfigError: the configuration cannot be used.
-        ListenError: an address cannot be listened on.
-    """
-    process = DiscoveryProcess(load, Random(), os.environ)
-    for name in unused_variables(os.environ):
-        _log.warning(UNUSED_VARIABLE.format(name))
-    return trio.run(process.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import meshlocal
@@ -11,6 +11,7 @@ from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
+from meshlocal.app.discovery import DiscoveryProcess
 from meshlocal.app.proxy_pages import config_view, json_in_steps, json_response, livez, plain, readyz
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
@@ -18,10 +19,6 @@ from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.source import source_details
 from meshlocal.policy.model import EndpointKey, ServiceSnapshot
 from meshlocal.policy.steps import Steps
-
-if TYPE_CHECKING:
-    from meshlocal.app.discovery import DiscoveryProcess
-
 
 METRICS_MODULES = ("meshlocal.app.discovery_metrics", "meshlocal.app.process_metrics")
 """What `DiscoveryProcess.collectors` imports."""

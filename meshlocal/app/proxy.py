@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from meshlocal.admin.server import AdminServer
-from meshlocal.app.config_loader import UNUSED_VARIABLE, unused_variables
-from meshlocal.app.proxy_pages import proxy_routes
-from meshlocal.app.readiness import Readiness, announce, notify_service_manager
-from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
+from meshlocal.admin.server import AdminServer, AsyncRoute, Route
+from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
+from meshlocal.app.readiness import Readiness
+from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
 from meshlocal.client.place import locality_of, unknown_labels
 from meshlocal.client.services import ServiceTable
@@ -54,9 +53,6 @@ if TYPE_CHECKING:
 
 _log = get_log(__name__)
 
-LoadConfig = Callable[[], Config]
-"""Reads the whole configuration; raises ConfigError."""
-
 CONFIG_LIMIT = 30.0
 """Seconds that reading the configuration again may take."""
 
@@ -79,34 +75,9 @@ class Superior(Protocol):
         """It stops."""
         ...
 
-
-class Operator:
-    """Who started the process: gives signals, and reads a line; or a service manager that listens for states.
-
-    Args:
-        environment: for the service manager's socket.
-    """
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
-
-    async def command(self, process: ProxyProcess, *, task_status: trio.TaskStatus[None]) -> None:
-        """Signals (S1, S2)."""
-        await handle_signals(process.stop, process.reload, task_status=task_status)
-
-    async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
-        """One line."""
-        facts, notes = process.standing()
-        self.say_ready([*facts, *(f"admin=http://{bound}" for bound in admin), *notes])
-
-    def say_ready(self, parts: Sequence[str]) -> None:
-        """Print the parts as one line, and tell the service manager."""
-        announce(" ".join(parts))
-        notify_service_manager(self._environment, "READY=1")
-
-    def draining(self) -> None:
-        """Tell the service manager."""
-        notify_service_manager(self._environment, "STOPPING=1")
+    def routes(self, process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:
+        """The pages that the proxy itself serves."""
+        ...
 
 
 class ProxyProcess:
@@ -258,7 +229,7 @@ class ProxyProcess:
             for listener in self.listeners.current:
                 opened.callback(listener.close)
             self._tell_unknown_labels()
-            admin = AdminServer(proxy_routes(self))
+            admin = AdminServer(self._superior.routes(self))
             async with trio.open_nursery() as lifetime:
                 self._lifetime = lifetime
                 if self.http is not None:
@@ -426,23 +397,3 @@ def freeze_garbage_collector() -> None:
     """What was made so far stays for ever: the collector's pauses, which stop all traffic, need not go through it."""
     gc.collect()
     gc.freeze()
-
-
-def run_proxy(load: LoadConfig) -> int:
-    """Run a proxy in this process, or in `proxy.workers` processes below it; returns its exit status.
-
-    Raises:
-        ConfigError: the configuration cannot be used.
-        ListenError: an address cannot be listened on.
-    """
-    config = load()
-    configure_logging(config.log.level, config.log.format)
-    tell_unused(config.proxy, os.environ)
-    if config.proxy.workers > 1:
-        # Imported here: most proxies are one process.
-        from meshlocal.app.workers import Supervisor
-
-        return trio.run(Supervisor(load, config, Random(), Operator(os.environ)).run)
-    process = ProxyProcess(load, Random(), Operator(os.environ), config=config)
-    freeze_garbage_collector()
-    return trio.run(process.run)

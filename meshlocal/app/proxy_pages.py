@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
@@ -16,6 +16,8 @@ from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
+from meshlocal.app.proxy import ProxyProcess
+from meshlocal.app.readiness import Readiness
 from meshlocal.app.views import explain_in_steps, health_view, instance_view, left_out_in_steps, sorted_in_steps
 from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
@@ -27,10 +29,6 @@ from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
 from meshlocal.policy.picker import Picker
 from meshlocal.policy.steps import Steps
-
-if TYPE_CHECKING:
-    from meshlocal.app.proxy import ProxyProcess
-    from meshlocal.app.readiness import Readiness
 
 METRICS_MODULES = ("meshlocal.app.http_metrics", "meshlocal.app.process_metrics", "meshlocal.app.proxy_metrics")
 """What `ProxyProcess.collectors` imports."""

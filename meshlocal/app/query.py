@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import trio
 
-from meshlocal.client.link import Link, LinkOptions, open_link
+from meshlocal.client.link import Link, LinkOptions
+from meshlocal.client.links import open_link
 from meshlocal.discovery.file_source import FileSource
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import CLUSTER, ZONE, Instance, ModelError, ServiceKey, ServiceSnapshot, index, known

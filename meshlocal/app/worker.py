@@ -34,6 +34,10 @@ class Supervised:
         self._channel = channel
         self._answering = trio.Lock()
 
+    def routes(self, process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:
+        """None: the process above serves them."""
+        return {}
+
     async def command(self, process: ProxyProcess, *, task_status: trio.TaskStatus[None]) -> None:
         """Follow orders as they come. Those that take their time hold up no other, a beat or a stop least of all."""
         routes = proxy_routes(process)

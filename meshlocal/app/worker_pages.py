@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -13,10 +12,8 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
 from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
+from meshlocal.app.workers import Supervisor, Worker, WorkerGoneError
 from meshlocal.net.slices import in_slices
-
-if TYPE_CHECKING:
-    from meshlocal.app.workers import Supervisor, Worker
 
 
 def worker_routes(supervisor: Supervisor) -> Mapping[str, Route | AsyncRoute]:
@@ -58,7 +55,6 @@ class _WorkerPages:
         return await in_slices(metrics_response(request, collectors))
 
     async def _measure(self, worker: Worker, measured: dict[Worker, Metrics]) -> None:
-        from meshlocal.app.workers import WorkerGoneError
 
         try:
             found = await worker.ask(Measure())
@@ -69,7 +65,6 @@ class _WorkerPages:
 
     async def of_one(self, request: Request) -> Response:
         """A page of the worker that `?worker=` names, else of the first that may be sent work."""
-        from meshlocal.app.workers import WorkerGoneError
 
         ready = self._ready()
         wanted = request.values("worker")

@@ -17,16 +17,19 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from random import Random
+from typing import TypeAlias
 
 import msgspec
 import trio
 
-from meshlocal.admin.server import AdminServer
-from meshlocal.app.proxy import CONFIG_LIMIT, LoadConfig, Operator, read_again
+from meshlocal.admin.server import AdminServer, AsyncRoute, Route
+from meshlocal.app.config_loader import LoadConfig
+from meshlocal.app.operator import Operator
+from meshlocal.app.proxy import CONFIG_LIMIT, read_again
 from meshlocal.app.readiness import Readiness
 from meshlocal.app.signals import Stop, handle_signals
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
@@ -137,6 +140,9 @@ class Worker:
             answered.set()
 
 
+MakeRoutes: TypeAlias = "Callable[[Supervisor], Mapping[str, Route | AsyncRoute]]"
+
+
 class Supervisor:
     """What runs instead of a `ProxyProcess` where there are several workers.
 
@@ -145,6 +151,7 @@ class Supervisor:
         config: what it gave first.
         rng: for backoff.
         operator: who started this.
+        routes: makes the pages of the admin address.
 
     Attributes:
         count: how many workers there are to be.
@@ -153,8 +160,9 @@ class Supervisor:
         on_end: called with the number of each that ends.
     """
 
-    def __init__(self, load: LoadConfig, config: Config, rng: Random, operator: Operator) -> None:
+    def __init__(self, load: LoadConfig, config: Config, rng: Random, operator: Operator, routes: MakeRoutes) -> None:
         self._load = load
+        self._routes = routes
         self._files = Blocking(limit=CONFIG_LIMIT)
         self.supervision = Supervision(rng)
         self._rng = rng
@@ -181,9 +189,6 @@ class Supervisor:
         """
         configure_logging(self.config.log.level, self.config.log.format)
         raise_limit()
-        # Imported here, with the large library that it brings: what is not one process is not small anyway.
-        from meshlocal.app.worker_pages import worker_routes
-
         with ExitStack() as opened:
             where = self.config.proxy.admin
             with wanted_by("proxy.admin"):
@@ -197,7 +202,7 @@ class Supervisor:
                 keep = self.supervision.keep
                 await lifetime.start(self._take_orders)
                 if admin_sockets:
-                    serve = partial(AdminServer(worker_routes(self)).serve, admin_sockets)
+                    serve = partial(AdminServer(self._routes(self)).serve, admin_sockets)
                     lifetime.start_soon(keep, "admin server", serve)
                 async with trio.open_nursery() as workers:
                     for number in range(1, self.count + 1):

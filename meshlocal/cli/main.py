@@ -99,7 +99,7 @@ def proxy(
     """Run the sidecar: forward connections to an instance on this node, else to another."""
     # Imported here, as in the other commands: none pays for what only another needs.
     from meshlocal.app.config_loader import load_config
-    from meshlocal.app.proxy import run_proxy
+    from meshlocal.app.run import run_proxy
 
     flags = {
         "proxy.discovery.urls": urls,
@@ -136,7 +136,7 @@ def discovery(
 ) -> int:
     """Run the discovery server: registries behind one interface, gRPC and WebSocket."""
     from meshlocal.app.config_loader import load_config
-    from meshlocal.app.discovery import run_discovery
+    from meshlocal.app.run import run_discovery
 
     flags = {
         "discovery.bind": bind,

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-import anyio
 import msgspec
 
 from meshlocal.net.blocking import BlockedError, Blocking
-from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
-
-if TYPE_CHECKING:
-    from meshlocal.net.grpc.client import Channel
 
 REQUEST_LIMIT = 10.0
 """Seconds that a server may take to accept a request."""
@@ -131,83 +124,6 @@ class Credentials:
         if not token.isprintable() or not token:
             raise GrpcError(StatusCode.UNAUTHENTICATED, f"{self._token_file}: holds no token")
         return (("authorization", f"Bearer {token}"),)
-
-
-def import_links(urls: Iterable[DiscoveryUrl]) -> None:
-    """Import what the URLs will need: an import reads files, which nothing may do once the event loop runs."""
-    for url in urls:
-        if url.scheme in ("ws", "wss"):
-            import meshlocal.client.websocket_link
-        elif url.scheme in ("grpc", "grpcs"):
-            import meshlocal.net.grpc.client  # noqa: F401 - who reads a file needs no gRPC
-        if url.scheme in ("grpcs", "wss"):
-            import anyio.streams.tls  # noqa: F401 - few use TLS
-
-
-@asynccontextmanager
-async def open_link(
-    url: DiscoveryUrl, options: LinkOptions, credentials: Credentials | None = None
-) -> AsyncIterator[Link]:
-    """A way to the server at the URL, for as long as the block lasts.
-
-    Args:
-        url: where the server is.
-        options: how it is reached.
-        credentials: those of `options`, kept from one link to the next by who opens several.
-
-    Raises:
-        GrpcError: there is none; its text says why.
-        TimeoutError: none was found within `connect_timeout`.
-    """
-    credentials = credentials or Credentials(options.ca_file, options.token_file)
-    context = await credentials.context() if url.scheme in ("grpcs", "wss") else None
-    metadata = await credentials.metadata()
-    if url.scheme in ("ws", "wss"):
-        from meshlocal.client.websocket_link import WebSocketLink
-
-        yield WebSocketLink(url, options, context, metadata)
-        return
-    from meshlocal.net.grpc.client import open_channel
-    from meshlocal.net.grpc.options import GrpcOptions
-
-    grpc_options = GrpcOptions(
-        keepalive_interval=options.keepalive_interval,
-        keepalive_timeout=options.keepalive_timeout,
-        max_message_size=options.max_message_size,
-    )
-    with anyio.CancelScope() as connecting:
-        connecting.deadline = anyio.current_time() + options.connect_timeout
-        async with open_channel(url.host, url.port, options=grpc_options, ssl_context=context) as channel:
-            connecting.deadline = float("inf")
-            yield GrpcLink(channel, metadata)
-    if connecting.cancelled_caught:
-        raise TimeoutError
-
-
-class GrpcLink:
-    """A `Link` over one channel."""
-
-    def __init__(self, channel: Channel, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._channel = channel
-        self._metadata = metadata
-
-    async def probe(self) -> None:
-        """See `Link.probe`."""
-        with anyio.fail_after(REQUEST_LIMIT):
-            await self._channel.probe()
-
-    @asynccontextmanager
-    async def watch(self, request: pb.WatchInstancesRequest) -> AsyncIterator[Events]:
-        """See `Link.watch`."""
-        async with self._channel.call(WATCH_INSTANCES, self._metadata) as call:
-            with anyio.fail_after(REQUEST_LIMIT):
-                await call.send(request)
-                await call.end()
-            yield call
-
-    async def unary(self, method: Method[Req, Resp], request: Req) -> Resp:
-        """See `Link.unary`."""
-        return await self._channel.unary(method, request, self._metadata)
 
 
 def _read(file: str) -> bytes:

@@ -28,7 +28,8 @@ import anyio.lowlevel
 import msgspec
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
-from meshlocal.client.link import Credentials, Events, Link, LinkOptions, import_links, open_link
+from meshlocal.client.link import Credentials, Events, Link, LinkOptions
+from meshlocal.client.links import import_links, open_link
 from meshlocal.net.groups import first_of
 from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices

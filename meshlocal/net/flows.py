@@ -27,7 +27,7 @@ from contextlib import suppress
 import trio
 
 from meshlocal.net.log import get_log
-from meshlocal.net.relay import RelayResult, RelayState, Side
+from meshlocal.net.relay_state import RelayResult, RelayState, Side
 
 _log = get_log(__name__)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from meshlocal.net.relay import current_loop
+from meshlocal.net.relay_loop import current_loop
 from meshlocal.net.sockets import format_address
 
 if TYPE_CHECKING:

@@ -35,11 +35,12 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import trio
+from trio.lowlevel import RunVar
 
 from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.net.flows import ALL_EVENTS, FIRST, FLOW_EVENTS, TURN_BYTES, Flow, Flows, Pair
 from meshlocal.net.log import get_log
-from meshlocal.net.relay import RelayCounters, RelayResult, RelayState, current_loop
+from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState
 from meshlocal.net.sockets import on_close
 
 _log = get_log(__name__)
@@ -467,6 +468,10 @@ def trio_epoll() -> int | None:
         return runner.io_manager._epoll.fileno()
     except (ImportError, AttributeError):
         return None
+
+
+current_loop: RunVar[RelayLoop | None] = RunVar("meshlocal.relay.loop", default=None)
+"""What moves the bytes of this Trio run, if there is a loop for it."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from meshlocal.net.relay import current_loop
+from meshlocal.net.relay_loop import current_loop
 
 Job = TypeVar("Job")
 

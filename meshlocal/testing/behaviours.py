@@ -8,14 +8,9 @@ import anyio
 import httptools
 
 from meshlocal.testing.http import HttpRequest, HttpResponse, RequestReader
-from meshlocal.testing.upstream import Behaviour, UpstreamConnection
+from meshlocal.testing.upstream import Behaviour, UpstreamConnection, echo
 
-
-async def echo(connection: UpstreamConnection) -> None:
-    """Greet with the upstream's name and a line break, then send back what comes, to its end."""
-    await connection.send(connection.upstream.name.encode() + b"\n")
-    while received := await connection.receive():
-        await connection.send(received)
+__all__ = ["answer", "echo", "http", "reset", "silent"]
 
 
 async def reset(connection: UpstreamConnection) -> None:

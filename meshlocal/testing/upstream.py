@@ -206,6 +206,13 @@ def _bind(port: int) -> socket.socket:
     return sock
 
 
+async def echo(connection: UpstreamConnection) -> None:
+    """Greet with the upstream's name and a line break, then send back what comes, to its end."""
+    await connection.send(connection.upstream.name.encode() + b"\n")
+    while received := await connection.receive():
+        await connection.send(received)
+
+
 @asynccontextmanager
 async def open_upstream(
     name: str = "",
@@ -224,8 +231,6 @@ async def open_upstream(
         port_name: its port's name.
         behaviour: what it does with connections; `echo` by default.
     """
-    from meshlocal.testing.behaviours import echo  # here: they are made of what is above
-
     all_labels = dict(labels or {})
     if node is not None:
         all_labels[NODE] = node

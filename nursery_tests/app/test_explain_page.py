@@ -12,7 +12,8 @@ import pytest
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import Operator, ProxyProcess
+from meshlocal.app.operator import Operator
+from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.policy import model
 from meshlocal.policy.config import Config

@@ -11,7 +11,8 @@ import pytest
 from meshlocal.admin.messages import Request
 from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import Operator, ProxyProcess
+from meshlocal.app.operator import Operator
+from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.cli.lookup import _explanation
 from meshlocal.policy import model

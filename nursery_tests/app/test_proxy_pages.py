@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import Operator, ProxyProcess
+from meshlocal.app.operator import Operator
+from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy import model

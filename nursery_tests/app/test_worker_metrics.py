@@ -9,7 +9,8 @@ import trio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import Operator, ProxyProcess
+from meshlocal.app.operator import Operator
+from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.worker_metrics import MERGED_BY, Totals
 
 

@@ -17,8 +17,9 @@ import trio
 from trio.testing import MockClock
 
 from meshlocal.app.config_loader import load_config
-from meshlocal.app.proxy import Operator
+from meshlocal.app.operator import Operator
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Ready, Start, StopOrder
+from meshlocal.app.worker_pages import worker_routes
 from meshlocal.app.workers import BEAT_INTERVAL, BEAT_LIMIT, Supervisor
 from meshlocal.policy.config import Config
 from nursery_tests.ports import free_port
@@ -122,7 +123,7 @@ class Workers:
 
     async def start(self, count: int = 3, **changed: object) -> None:
         self.set(workers=count, **changed)
-        self.supervisor = Supervisor(self._load, self._load(), random.Random(0), Operator({}))
+        self.supervisor = Supervisor(self._load, self._load(), random.Random(0), Operator({}), worker_routes)
         self._nursery.start_soon(self._run)
         await self.until_ready()
 

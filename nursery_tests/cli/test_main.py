@@ -13,8 +13,7 @@ from typing import NamedTuple
 import click
 import pytest
 
-from meshlocal.app import discovery as discovery_module
-from meshlocal.app import proxy as proxy_module
+from meshlocal.app import run as run_module
 from meshlocal.cli.main import cli, main
 from meshlocal.policy.config import Config
 
@@ -162,7 +161,7 @@ def test_bad_environment_variables_are_refused(run: Run) -> None:
 def test_proxy_flags_reach_the_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags win over the environment, it over the file; the status is the process's."""
     seen: list[Config] = []
-    monkeypatch.setattr(proxy_module, "run_proxy", lambda load: seen.append(load()) or 7)
+    monkeypatch.setattr(run_module, "run_proxy", lambda load: seen.append(load()) or 7)
     Path("config.yaml").write_text("proxy: {namespace: f, access_log: true, drain: {delay: 1}, node_name: f}")
     status, _, _ = run(
         *("proxy", *FILE, *TCP, "--listen", "tcp://[::1]:1=c", "--config", "config.yaml", "--node-name", "n1"),
@@ -184,7 +183,7 @@ def test_proxy_flags_reach_the_config(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def test_discovery_flags_reach_the_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(discovery_module, "run_discovery", lambda load: seen.append(load()) or 0)
+    monkeypatch.setattr(run_module, "run_discovery", lambda load: seen.append(load()) or 0)
     status, _, _ = run(
         *("discovery", "--bind", "127.0.0.1:0", "--bind", "[::1]:0", "--source", "file:a", "--source", "file:b"),
         *("--zone", "z", "--cluster", "c", "--admin", "127.0.0.1:0"),
@@ -273,7 +272,7 @@ def test_ctrl_c_is_status_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     def interrupted(load: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(proxy_module, "run_proxy", interrupted)
+    monkeypatch.setattr(run_module, "run_proxy", interrupted)
     assert run("proxy", *FILE, *TCP).status == 130
 
 
@@ -283,7 +282,7 @@ def test_a_fault_of_ours_has_its_traceback(
     def faulty(load: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(proxy_module, "run_proxy", faulty)
+    monkeypatch.setattr(run_module, "run_proxy", faulty)
     monkeypatch.setattr(sys, "argv", ["meshlocal", "proxy", *FILE, *TCP])
     with pytest.raises(ZeroDivisionError):
         main()

@@ -19,7 +19,8 @@ import trio
 from trio.testing import MockClock
 
 import meshlocal
-from meshlocal.client.link import LinkOptions, open_link
+from meshlocal.client.link import LinkOptions
+from meshlocal.client.links import open_link
 from meshlocal.client.watch import DiscoveryWatch
 from meshlocal.httpx import MeshTransport
 from meshlocal.policy.addresses import DiscoveryUrl

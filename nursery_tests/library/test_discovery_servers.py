@@ -15,7 +15,8 @@ import pytest
 import trustme
 
 import meshlocal
-from meshlocal.client.link import LinkOptions, open_link
+from meshlocal.client.link import LinkOptions
+from meshlocal.client.links import open_link
 from meshlocal.httpx import MeshTransport
 from meshlocal.net.websocket_client import ClosedError, WebSocketOptions, open_websocket
 from meshlocal.policy.addresses import DiscoveryUrl

@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from meshlocal.net import flows
-from meshlocal.net.relay import RelayResult
 from meshlocal.net.relay_loop import RelayLoop
+from meshlocal.net.relay_state import RelayResult
 from meshlocal.net.sockets import abort
 from nursery_tests.net.test_relay_loop import Line, opened, until
 

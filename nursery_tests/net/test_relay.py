@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 from meshlocal.net import flows
 from meshlocal.net import relay as relay_module
-from meshlocal.net.relay import CHUNK, TURN, RelayCounters, RelayResult, copy, relay
+from meshlocal.net.relay import CHUNK, TURN, copy, relay
 from meshlocal.net.relay_loop import open_relay_loop
+from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
 
 Pair = tuple[socket.socket, socket.socket]

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshlocal.net import flows, relay_loop
-from meshlocal.net.relay import CHUNK, RelayCounters, RelayResult, current_loop, relay
-from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
+from meshlocal.net.relay import CHUNK, relay
+from meshlocal.net.relay_loop import RelayLoop, current_loop, open_relay_loop
+from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
 
 

@@ -18,8 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net import relay_loop
-from meshlocal.net.relay import current_loop
-from meshlocal.net.relay_loop import DEFERRAL
+from meshlocal.net.relay_loop import DEFERRAL, current_loop
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, make_instance
 from nursery_tests.ports import free_port

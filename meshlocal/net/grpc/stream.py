@@ -9,20 +9,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import anyio
 import anyio.lowlevel
 from h2.errors import ErrorCodes
 
+from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.http2 import Headers, Http2Error
-
-if TYPE_CHECKING:
-    from meshlocal.net.grpc.connection import Connection
+from meshlocal.wire.http2 import Headers, Http2Error, Http2Protocol
 
 _PROGRESS = 65_536
 """Bytes of a message that `send_timeout` is for: a long one has that time for each so many."""
+
+
+class StreamConnection(Protocol):
+    """What a stream needs of its connection.
+
+    Attributes:
+        options: of the connection.
+        protocol: frames both ways.
+        streams: those that live, by number.
+    """
+
+    options: GrpcOptions
+    protocol: Http2Protocol
+    streams: dict[int, Stream]
+
+    def acknowledge(self, stream_id: int, size: int) -> None:
+        """So many bytes of a stream's data were taken."""
+        ...
+
+    def flush(self) -> None:
+        """Send what is queued, as far as that waits for nothing."""
+        ...
+
+    def kick(self) -> None:
+        """Something was queued."""
+        ...
+
+    def lost(self, reason: str) -> GrpcError:
+        """The connection cannot go on; gives what its calls fail with."""
+        ...
+
+    def sendable(self, stream_id: int) -> int:
+        """Bytes of data that the stream may queue now."""
+        ...
+
+    async def wait_sendable(self, stream: Stream) -> None:
+        """Wait until there may be more, or the stream failed."""
+        ...
+
+    def on_stall(self) -> None:
+        """The peer took nothing for `send_timeout`."""
+        ...
+
+    def stream_closed(self) -> None:
+        """One of its streams is over."""
+        ...
 
 
 class Stream:
@@ -45,7 +89,7 @@ class Stream:
         "trailers",
     )
 
-    def __init__(self, connection: Connection, stream_id: int) -> None:
+    def __init__(self, connection: StreamConnection, stream_id: int) -> None:
         self.connection = connection
         self.id = stream_id
         self.headers: Headers | None = None

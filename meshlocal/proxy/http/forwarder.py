@@ -22,9 +22,8 @@ from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.access_log import HttpAccessLog
-from meshlocal.proxy.http.h1 import pump  # noqa: F401 - once the loop runs nothing is imported (P1)
+from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.h1.client import DRAIN_GRACE
-from meshlocal.proxy.http.h1.connection import ClientConnection
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.settings import HttpSettings
 from meshlocal.proxy.http.shared import HttpShared

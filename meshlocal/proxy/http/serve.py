@@ -19,6 +19,7 @@ from meshlocal.policy.search import Why
 from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.ends import ClientLeftError, CutError, End
+from meshlocal.proxy.http.h1.pump import drive
 from meshlocal.proxy.http.h1.tunnel import run_tunnel
 from meshlocal.proxy.http.h1.upstream import H1Upstream
 from meshlocal.proxy.http.pool import Upstream
@@ -170,7 +171,7 @@ async def _attempt(request: HttpRequest, service: HttpService, upstream: H1Upstr
         if kept is not None:
             upstream = H1Upstream(request, service, kept)
     if upstream is not None:
-        failure = await upstream.run()
+        failure = await drive(upstream)
         if failure is None:
             return None
         if failure is not Failure.STALE or request.decide(failure, sent=upstream.sent) is not Decision.SAME:
@@ -180,7 +181,7 @@ async def _attempt(request: HttpRequest, service: HttpService, upstream: H1Upstr
     if not isinstance(connected, Upstream):
         return connected
     upstream = H1Upstream(request, service, connected)
-    failure = await upstream.run()
+    failure = await drive(upstream)
     return None if failure is None else _Failed(failure, failure, upstream.sent)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshlocal.client.services import ServiceState
-from meshlocal.net.relay import current_loop
+from meshlocal.net.relay_loop import current_loop
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import ServiceSnapshot
 from meshlocal.policy.picker import Pick

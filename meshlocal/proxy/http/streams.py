@@ -8,7 +8,7 @@ from typing import Protocol
 
 import trio
 
-from meshlocal.net.relay import RelayCounters
+from meshlocal.net.relay_state import RelayCounters
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.ends import Expiry
 from meshlocal.proxy.http.shared import HttpShared

@@ -20,7 +20,8 @@ from meshlocal.client.account import Account
 from meshlocal.client.connecting import Client, connect_at_once, connect_waiting
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.relay import RelayCounters, RelayResult, copy_back, relay
+from meshlocal.net.relay import copy_back, relay
+from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.retry import Decision, Failure

@@ -25,7 +25,7 @@ from meshlocal.client.statistics import Outcome
 from meshlocal.client.tried import in_a_row
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.relay import current_loop
+from meshlocal.net.relay_loop import current_loop
 from meshlocal.net.task_pool import TaskPool
 from meshlocal.proxy.access_log import log_request
 from meshlocal.proxy.tcp.connection import RETURNED, TcpConnection

@@ -19,8 +19,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.statistics import RequestKey
 from meshlocal.net.listen import open_tcp_listeners
-from meshlocal.net.relay import current_loop
-from meshlocal.net.relay_loop import open_relay_loop
+from meshlocal.net.relay_loop import current_loop, open_relay_loop
 from meshlocal.policy import model
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig

@@ -13,7 +13,7 @@ import trio.testing
 
 from meshlocal.policy.health import Cause, State
 from meshlocal.proxy.http import forwarder as forwarder_module
-from meshlocal.proxy.http.h1.connection import ClientConnection
+from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.waiting import Patience, Reminder
 from meshlocal.wire.http1.messages import RequestBody
@@ -47,9 +47,9 @@ async def test_a_finished_request_leaves_nothing_behind(
             made.append(weakref.ref(self))
 
     # The lane keeps one request for the next, without a body.
-    monkeypatch.setattr("meshlocal.proxy.http.h1.lane.RequestBody", WeakBody)
+    monkeypatch.setattr("meshlocal.proxy.http.lane.RequestBody", WeakBody)
     monkeypatch.setattr("meshlocal.proxy.http.serve.RequestBody", WeakBody)
-    monkeypatch.setattr("meshlocal.proxy.http.h1.connection.HttpRequest", Weak)
+    monkeypatch.setattr("meshlocal.proxy.http.connection.HttpRequest", Weak)
     one = await upstream("one", "n1")
     one.behaviour = slowly
     proxy.publish(one)

@@ -1,4 +1,4 @@
-"""Requests served in the lane (`meshlocal.proxy.http.h1.lane`): nobody can tell them from others."""
+"""Requests served in the lane (`meshlocal.proxy.http.lane`): nobody can tell them from others."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_more_than_a_response_that_fills_its_reads(
         # All of it is there when the first of it is read.
         await served.send(whole + response(b"forged"))
 
-    monkeypatch.setattr("meshlocal.proxy.http.h1.lane.CHUNK", 64)
+    monkeypatch.setattr("meshlocal.proxy.http.lane.CHUNK", 64)
     monkeypatch.setattr("meshlocal.proxy.http.h1.upstream.CHUNK", 64)
     async with await proxy.connect() as client:
         for number in range(1, 4):

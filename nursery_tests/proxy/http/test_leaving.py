@@ -13,8 +13,7 @@ import trio.lowlevel
 from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.client.statistics import Outcome, RequestKey
-from meshlocal.net.relay import current_loop
-from meshlocal.net.relay_loop import open_relay_loop
+from meshlocal.net.relay_loop import current_loop, open_relay_loop
 from nursery_tests.proxy.http.conftest import (
     LIMIT,
     B,

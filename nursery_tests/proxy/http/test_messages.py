@@ -590,7 +590,7 @@ async def test_a_long_response_keeps_nobody_waiting(
     """Other tasks have their turn while it is passed on, also if all of it is there when the first of it is read."""
     size = 60_000
     # So that what the kernel has room for is many pieces.
-    monkeypatch.setattr("meshlocal.proxy.http.h1.lane.CHUNK", 64)
+    monkeypatch.setattr("meshlocal.proxy.http.lane.CHUNK", 64)
     monkeypatch.setattr("meshlocal.proxy.http.h1.upstream.CHUNK", 64)
     sent = 0
     seen = [0]

@@ -9,7 +9,7 @@ import trio
 from trio.lowlevel import wait_readable, wait_writable
 
 from meshlocal.client.connecting import Client
-from meshlocal.net.relay import RelayCounters
+from meshlocal.net.relay_state import RelayCounters
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.ends import ClientLeftError, Expiry

@@ -1,4 +1,4 @@
-"""A request's body that streams to an instance while that may answer already.
+"""How a task drives a request on a connection to an instance, whose body may stream while that answers already.
 
 Two tasks: one sends the body, the other looks for the response and passes it on. When the body has ended, the first one
 watches the client. The instance's time runs only while it is its turn: not while the client is waited for (A1).
@@ -7,16 +7,39 @@ watches the client. The instance's time runs only while it is its turn: not whil
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import trio
 from trio.lowlevel import wait_writable
 
+from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutError
+from meshlocal.proxy.http.h1.upstream import H1Upstream
 from meshlocal.wire.http1.errors import ProtocolError
 
-if TYPE_CHECKING:
-    from meshlocal.proxy.http.h1.upstream import H1Upstream
+
+async def drive(upstream: H1Upstream) -> Failure | None:
+    """Send a request, and pass its response on, from the start or from wherever the lane left it.
+
+    Returns:
+        How it failed; None if the response went to the client.
+
+    Raises:
+        ClientLeftError: the client reset its connection.
+        CutError: the response broke off.
+        ProtocolError: the rest of the request's body is malformed.
+    """
+    try:
+        if not upstream.started and upstream.failure is None:
+            upstream.start(trio.current_time())
+        if upstream.failure is None and not upstream.is_sent and not upstream.head_came:
+            await respond_streaming(upstream)
+        else:
+            await upstream.respond()
+    except AttemptTimeoutError:
+        upstream.failure = Failure.BROKEN if upstream.flow.any_byte else Failure.TIMEOUT
+    finally:
+        upstream.release(trio.current_time())
+    return upstream.failure
 
 
 async def respond_streaming(upstream: H1Upstream) -> None:

@@ -8,7 +8,8 @@ import trio
 
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.relay import RelayCounters, relay
+from meshlocal.net.relay import relay
+from meshlocal.net.relay_state import RelayCounters
 from meshlocal.proxy.http.ends import End
 from meshlocal.proxy.http.request import HttpRequest
 

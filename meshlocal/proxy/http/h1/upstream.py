@@ -1,8 +1,8 @@
 """One request on one connection to one instance, until its response has ended.
 
 `start` sends the request, `take` turns what the instance sends into what the client gets, `end` hears that it sends no
-more, `release` gives the connection back. None of these waits, so the lane can drive it as well as a task can; `run` is
-how a task does it, from the start or from wherever the lane left it.
+more, `release` gives the connection back. None of these waits, so the lane can drive it as well as a task can;
+`respond` is how a task does it, from wherever the lane left it (`meshlocal.proxy.http.h1.pump`).
 
 Most responses come whole with one read, with nothing unusual about them: `take_whole` makes no more of them than has to
 be made.
@@ -23,6 +23,7 @@ from meshlocal.client.statistics import Outcome
 from meshlocal.net.sockets import abort, close
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutError, End
+from meshlocal.proxy.http.h1.tunnel import run_tunnel
 from meshlocal.proxy.http.pool import Upstream
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.service import HttpService
@@ -327,33 +328,6 @@ class H1Upstream:
 
     # With waits.
 
-    async def run(self) -> Failure | None:
-        """Send the request, and pass the response on.
-
-        Returns:
-            How it failed; None if the response went to the client.
-
-        Raises:
-            ClientLeftError: the client reset its connection.
-            CutError: the response broke off.
-            ProtocolError: the rest of the request's body is malformed.
-        """
-        try:
-            if not self.started and self.failure is None:
-                self.start(trio.current_time())
-            if self.failure is None and not self.is_sent and not self.head_came:
-                # Imported here: many proxies see no large body in all their life.
-                from meshlocal.proxy.http.h1.pump import respond_streaming
-
-                await respond_streaming(self)
-            else:
-                await self.respond()
-        except AttemptTimeoutError:
-            self.failure = Failure.BROKEN if self.flow.any_byte else Failure.TIMEOUT
-        finally:
-            self.release(trio.current_time())
-        return self.failure
-
     async def respond(self) -> None:
         """Pass the response on, until its end or a failure."""
         client = self.client
@@ -381,9 +355,6 @@ class H1Upstream:
 
     async def _tunnel(self, head: ResponseHead) -> None:
         request = self.request
-        # Imported here: few requests ask for it.
-        from meshlocal.proxy.http.h1.tunnel import run_tunnel
-
         request.answered()
         request.begin_response(101)
         first = client_head(head, Framing.NONE, extra=request.told()) + bytes(self.flow.rest)

@@ -8,13 +8,13 @@ import socket
 import trio
 from trio.lowlevel import wait_readable
 
-from meshlocal.net.relay import current_loop
+from meshlocal.net.relay_loop import current_loop
 from meshlocal.net.sockets import abort, close
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.h1.client import CHUNK, H1Client
-from meshlocal.proxy.http.h1.lane import Lane
 from meshlocal.proxy.http.h1.upstream import H1Upstream
+from meshlocal.proxy.http.lane import Lane
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.serve import serve
 from meshlocal.wire.http1.errors import ProtocolError
