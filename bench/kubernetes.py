@@ -30,7 +30,7 @@ from bench.machine import cpu_seconds, describe, memory_kb
 from bench.processes import StartError, free_port, running
 from meshlocal.client.watch import DiscoveryWatch
 from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 
 NAMESPACE = "bench"
 NODES = 500
@@ -221,7 +221,7 @@ class _Sink:
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         return iter(())
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         now = trio.current_time()
         self.services.add(snapshot.service)
         for key in snapshot.instances:

@@ -64,24 +64,31 @@ class Observer(Holder):
 class Returns(Observer):
     """Says on a line when each watcher was connected again, once all are: those that resume are told nothing new."""
 
+    def __init__(self, url: str, count: int) -> None:
+        super().__init__(url, count)
+        self._lost_before: dict[int, int] = {}
+
     async def run(self) -> None:
         """Watch until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(super().run)
             nursery.start_soon(self._look)
 
+    def arrived(self, number: int, snapshot: ServiceSnapshot, *, first: bool) -> None:
+        """A watcher has applied a snapshot."""
+        if first:
+            self._lost_before[number] = self.watches[number].status.reconnects
+        super().arrived(number, snapshot, first=first)
+
     async def _look(self) -> None:
-        away: set[int] = set()
         back: dict[int, int] = {}
         while len(back) < self._count:
             await trio.sleep(LOOK)
             now = time.time_ns()
-            for number, watch in enumerate(self.watches):
-                if not watch.status.connected:
-                    # Only of a watch that had something before can it be said that it came back.
-                    if watch.status.confirmed_at is not None:
-                        away.add(number)
-                elif number in away:
+            for number, before in self._lost_before.items():
+                status = self.watches[number].status
+                # By its count: an outage may be shorter than the time between two looks.
+                if status.connected and status.reconnects > before:
                     back.setdefault(number, now)
         print(json.dumps(list(back.values())), flush=True)
 

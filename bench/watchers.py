@@ -30,7 +30,7 @@ from bench.machine import cpu_seconds, describe, memory_kb, raise_file_limit
 from bench.processes import START_LIMIT, StartError, meshlocal, port_in, ready_line, running
 from meshlocal.client.watch import DiscoveryWatch
 from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 
 B = ServiceKey("b")
 CONNECTING = 50
@@ -102,7 +102,7 @@ class _Sink:
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         return iter(())
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         self._holder.arrived(self._number, snapshot, first=self._first)
         self._first = False
 

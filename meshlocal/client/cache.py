@@ -23,7 +23,7 @@ import anyio.to_thread
 from meshlocal.client.feed import FeedStatus, SnapshotSink
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 from meshlocal.wire.snapshot_cache import MAX_SIZE, CachedSnapshot, CacheError, decode_cache, encode_cache
 
 _log = get_log(__name__)
@@ -168,7 +168,7 @@ class SnapshotCache:
         """See `SnapshotSink`."""
         return self._sink.prepare(snapshot)
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         """See `SnapshotSink`: what comes from the feed."""
         self._from_file.discard(snapshot.service)
         self._before.add(snapshot.service)
@@ -177,7 +177,7 @@ class SnapshotCache:
             self._prune(self._clock())
         self._changes += 1
         self._dirty.set()
-        self._sink.publish(snapshot)
+        self._sink.publish(snapshot, change)
 
     def _prune(self, now: float) -> None:
         """Forget what nobody follows any more: what no registry knew, what is old, and what is too much (P2)."""

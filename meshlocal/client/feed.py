@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 
 
 class SnapshotSink(Protocol):
@@ -24,8 +24,8 @@ class SnapshotSink(Protocol):
         """
         ...
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
-        """A service's latest state."""
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
+        """A service's latest state, and what led to it from the one before, if the feed knows that."""
         ...
 
 

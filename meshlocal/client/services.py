@@ -23,7 +23,7 @@ from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.feedback import INTERVAL
 from meshlocal.policy.limits import Circuit
 from meshlocal.policy.locality import Locality, Selector
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot, diff
 from meshlocal.policy.picker import Cursors, Pick, Picker, Plan, RandomSource
 from meshlocal.policy.steps import Steps
 
@@ -132,8 +132,8 @@ class ServiceState:
         """Make a snapshot's picker, in steps, for `publish` to swap in."""
         self._prepared = yield from Picker.in_steps(self.selector, snapshot)
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
-        """Swap in the picker of a snapshot."""
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
+        """Swap in the picker of a snapshot; see `SnapshotSink.publish`."""
         before = self.picker
         look_at_ports = True
         prepared, self._prepared = self._prepared, None
@@ -142,7 +142,8 @@ class ServiceState:
         elif before is None:
             self.picker = Picker.build(self.selector, snapshot)
         else:
-            change = diff(before.snapshot, snapshot)
+            if change is None or change.base_version != before.snapshot.version:
+                change = diff(before.snapshot, snapshot)
             self.picker = before.updated(snapshot, change)
             # To look through all instances for other names costs as much as all else that a small change takes.
             look_at_ports = not self._ports.issuperset(instance.key.port_name for instance in change.upserted)
@@ -347,12 +348,12 @@ class ServiceTable:
         state = self._states.get(snapshot.service)
         return iter(()) if state is None else state.prepare(snapshot)
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         """See `SnapshotSink.publish`. A service that is not followed is passed over."""
         state = self._states.get(snapshot.service)
         if state is not None:
             before = state.picker
-            state.publish(snapshot)
+            state.publish(snapshot, change)
             if snapshot.unknown and (before is None or not before.snapshot.unknown):
                 # Requests can name whatever they like.
                 self._unknown(anyio.current_time(), service=snapshot.service)

@@ -35,7 +35,7 @@ from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
-from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceKey, ServiceSnapshot, apply
+from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceChange, ServiceKey, ServiceSnapshot, apply
 from meshlocal.policy.steps import STEP
 from meshlocal.wire.discovery_codec import change_in_steps, snapshot_in_steps
 from meshlocal.wire.grpc.status import PUSHBACK, GrpcError
@@ -324,6 +324,7 @@ class DiscoveryWatch:
             self.status.stale = False
         if kind == "heartbeat":
             return max(event.heartbeat.interval_ms / 1000 * SILENCE_FACTOR, 1.0)
+        change: ServiceChange | None = None
         if kind == "snapshot":
             snapshot = await in_slices(snapshot_in_steps(event.snapshot, self._refuse), 0.0)
             changed = len(snapshot.instances)
@@ -349,7 +350,7 @@ class DiscoveryWatch:
             for _ in self._sink.prepare(snapshot):
                 await anyio.lowlevel.checkpoint()
         self._held[snapshot.service] = snapshot
-        self._sink.publish(snapshot)
+        self._sink.publish(snapshot, change)
         return limit
 
     def _hear(self, heartbeat: pb.Heartbeat, position: int, services: Sequence[ServiceKey]) -> None:

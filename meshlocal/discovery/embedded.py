@@ -51,7 +51,7 @@ class EmbeddedFeed:
         with self._hub.watch(dict.fromkeys(self._services, "")) as watcher:
             while True:
                 for update in watcher.take():
-                    self._sink.publish(update.latest)
+                    self._sink.publish(update.latest, update.last)
                 self._note_state()
                 with anyio.move_on_after(_LOOK):
                     await watcher.wait()

@@ -34,13 +34,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import anyio.lowlevel
+import msgspec
 
 from meshlocal.discovery.source import Instances, PartialSource, Source
 from meshlocal.net.log import get_log
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy import version
 from meshlocal.policy.backoff import Backoff, UniformSource
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot, diff
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot, diff
 
 if TYPE_CHECKING:
     import trio
@@ -59,17 +60,33 @@ Push = Callable[[], bool]
 
 
 class Update(NamedTuple):
-    """One step for a watcher: from the snapshot that it holds (None: nothing) to the latest."""
+    """One step for a watcher.
+
+    Attributes:
+        base: the snapshot that it holds; None: nothing.
+        latest: the one that it gets.
+        last: the last change of the service, which led to `latest`; None: that was its first snapshot.
+    """
 
     base: ServiceSnapshot | None
     latest: ServiceSnapshot
+    last: ServiceChange | None = None
+
+    @property
+    def change(self) -> ServiceChange:
+        """What leads from the one to the other."""
+        if self.last is not None and self.base is not None and self.last.base_version == self.base.version:
+            return self.last
+        return diff(self.base, self.latest)
 
 
 class _Service:
-    __slots__ = ("history", "snapshot", "total", "watchers")
+    __slots__ = ("change", "history", "snapshot", "total", "watchers")
 
     def __init__(self) -> None:
         self.snapshot: ServiceSnapshot | None = None
+        self.change: ServiceChange | None = None
+        """What led to it from the one before."""
         self.total = 0
         # Plain, as many names that clients made up may be watched; its order is that of insertion all the same.
         self.history: dict[str, ServiceSnapshot] = {}
@@ -252,6 +269,11 @@ class Hub:
                 del state.watchers[watcher]
                 self._forget_if_idle(service, state)
 
+    def last_change(self, service: ServiceKey) -> ServiceChange | None:
+        """What led to the service's snapshot from the one before; None if that was its first, or there is none."""
+        state = self._services.get(service)
+        return state.change if state is not None else None
+
     def wake_watchers(self) -> None:
         """Let every watcher's wait return, whether or not there is something to take."""
         for state in self._services.values():
@@ -270,7 +292,7 @@ class Hub:
                     self._publish(service, {}, unknown=True)
                 elif (known := self._services.get(service)) is not None:
                     # Who knew it no longer does, and others may: until they have said, nobody can speak of it.
-                    known.snapshot, known.total = None, 0
+                    known.snapshot, known.change, known.total = None, None, 0
                     self._forget_if_idle(service, known)
                 continue
             merged = tables[0]
@@ -293,6 +315,7 @@ class Hub:
         state.total = version.changed(state.total, gone, change.upserted)
         latest = ServiceSnapshot(service, version.UNKNOWN if unknown else version.text(state.total), instances, unknown)
         state.snapshot = latest
+        state.change = msgspec.structs.replace(change, version=latest.version) if before is not None else None
         state.history.pop(latest.version, None)
         state.history[latest.version] = latest
         while len(state.history) > HISTORY:
@@ -398,5 +421,5 @@ class Watcher:
                 if base.version == latest.version:
                     continue
                 self._held[service] = latest
-            updates.append(Update(base, latest))
+            updates.append(Update(base, latest, self._hub.last_change(service)))
         return updates

@@ -17,8 +17,6 @@ from meshlocal.policy.model import (
     ZONE,
     ModelError,
     ServiceKey,
-    ServiceSnapshot,
-    diff,
     known,
     parse_service_key,
 )
@@ -62,11 +60,11 @@ class EncodedEvents:
 
     def encode(self, update: Update) -> bytes:
         """The event that takes a watcher from the update's base to its latest snapshot."""
-        base, latest = update
+        base, latest, _ = update
         key = (latest.service, base.version if base is not None else "", latest.version)
         encoded = self._events.get(key)
         if encoded is None:
-            encoded = self._events[key] = _event(base, latest).SerializeToString()
+            encoded = self._events[key] = _event(update).SerializeToString()
             self.size += len(encoded)
             while self.size > self._most and len(self._events) > 1:
                 self.size -= len(self._events.popitem(last=False)[1])
@@ -75,10 +73,11 @@ class EncodedEvents:
         return encoded
 
 
-def _event(base: ServiceSnapshot | None, latest: ServiceSnapshot) -> pb.WatchInstancesResponse:
+def _event(update: Update) -> pb.WatchInstancesResponse:
+    base, latest, _ = update
     if base is None or base.unknown or latest.unknown:
         return snapshot_event(latest)
-    change = diff(base, latest)
+    change = update.change
     # Where most of it changed, the whole is no longer than the way there.
     if len(change.upserted) + len(change.removed) > len(latest.instances):
         return snapshot_event(latest)

@@ -22,7 +22,7 @@ from meshlocal.library.options import MAX_SERVICES
 from meshlocal.net.log import get_log
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy.config import ProxyConfig
-from meshlocal.policy.model import ModelError, ServiceKey, ServiceSnapshot, parse_service_key
+from meshlocal.policy.model import ModelError, ServiceChange, ServiceKey, ServiceSnapshot, parse_service_key
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -98,9 +98,9 @@ class MeshCore:
         """See `SnapshotSink.prepare`."""
         return self.services.prepare(snapshot)
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         """See `SnapshotSink.publish`."""
-        self.services.publish(snapshot)
+        self.services.publish(snapshot, change)
         for listener in list(self.listeners):
             listener(snapshot)
         self._wake(snapshot.service)

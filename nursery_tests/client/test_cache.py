@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from meshlocal.client.cache import CONFIRM_INTERVAL, DELAY, KEEP, KEEP_INSTANCES, KEEP_SERVICES, SnapshotCache
 from meshlocal.client.feed import FeedStatus
 from meshlocal.policy import model
-from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.model import Instance, ServiceChange, ServiceKey, ServiceSnapshot, make_instance
 
 B, C = ServiceKey("b"), ServiceKey("c")
 NOW = 2_000_000_000.0
@@ -28,7 +28,7 @@ class Sink:
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         return iter(())
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         self.published.append(snapshot)
 
 

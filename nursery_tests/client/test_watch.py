@@ -27,7 +27,7 @@ from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.model import Instance, ServiceChange, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.wire.discovery_codec import heartbeat_event, instance_to_message
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.pb import discovery_pb2 as pb
@@ -69,7 +69,7 @@ class Sink:
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         return iter(())
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         self.snapshots.append(snapshot)
         self._changed.set()
         self._changed = anyio.Event()

@@ -24,7 +24,7 @@ from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config_discovery import ServerLimitsConfig
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 from meshlocal.wire.discovery_codec import heartbeat_event, snapshot_event
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -154,7 +154,7 @@ async def test_whatever_a_watch_meets_it_goes_on(nursery: trio.Nursery, caplog: 
     class Broken(Sink):
         broken = 2
 
-        def publish(self, snapshot: ServiceSnapshot) -> None:
+        def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
             if self.broken:
                 self.broken -= 1
                 raise KeyError("of ours")

@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from meshlocal.client.services import ServiceState
 from meshlocal.discovery.hub import HISTORY, Hub, Update, Watcher
+from meshlocal.discovery.service import EncodedEvents
 from meshlocal.discovery.source import Instances, Publisher
 from meshlocal.policy import model
-from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, apply, diff, make_instance
+from meshlocal.policy.config import AttemptPolicy
+from meshlocal.policy.locality import Locality, Selector
+from meshlocal.policy.model import Instance, ServiceChange, ServiceKey, ServiceSnapshot, apply, diff, make_instance
 
 B, C = ServiceKey("b"), ServiceKey("c")
 
@@ -267,9 +271,50 @@ async def test_resuming(nursery: trio.Nursery) -> None:
             return watcher.take()
 
     assert resume(new.version) == []
-    assert resume(old.version) == [Update(old, new)]
-    assert resume("some other server's") == [Update(None, new)]
-    assert resume("") == [Update(None, new)]
+    last = hub.last_change(B)
+    assert resume(old.version) == [Update(old, new, last)]
+    assert resume("some other server's") == [Update(None, new, last)]
+    assert resume("") == [Update(None, new, last)]
+    assert last is not None
+    assert apply(old, last) == new
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_change_is_computed_once(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub to what goes over the wire, and to the picker of a proxy that has the hub within it."""
+    computed: list[tuple[ServiceSnapshot | None, ServiceSnapshot]] = []
+
+    def counts(old: ServiceSnapshot | None, new: ServiceSnapshot) -> ServiceChange:
+        computed.append((old, new))
+        return diff(old, new)
+
+    for module in ("meshlocal.discovery.hub", "meshlocal.client.services"):
+        monkeypatch.setattr(f"{module}.diff", counts)
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    instances = [at(number) for number in range(1, 20)]
+    source.publisher.replace({B: listed(*instances)})
+    source.started()
+    state = ServiceState(B, Selector(Locality({"node": "n1"})), AttemptPolicy(), random.Random(1))
+    with hub.watch({B: ""}) as watcher:
+        (first,) = watcher.take()
+        state.publish(first.latest, first.last)
+        computed.clear()
+        for number in range(20, 25):
+            instances.append(at(number))
+            source.publisher.update(B, listed(*instances))
+            (update,) = watcher.take()
+            EncodedEvents().encode(update)
+            state.publish(update.latest, update.last)
+            assert state.picker is not None
+            assert len(state.picker) == number
+        assert len(computed) == 5
+        # Two at once for who was slow: that is another way, from where it was.
+        source.publisher.update(B, listed(*instances[1:]))
+        source.publisher.update(B, listed(*instances[2:]))
+        (update,) = watcher.take()
+        state.publish(update.latest, update.last)
+        assert len(state.picker) == len(instances) - 2
     nursery.cancel_scope.cancel()
 
 
@@ -446,7 +491,7 @@ def test_any_watcher_ends_up_with_what_the_hub_holds(
 
 
 def _follow(watcher: Watcher, held: dict[ServiceKey, ServiceSnapshot]) -> None:
-    for base, latest in watcher.take():
+    for base, latest, _ in watcher.take():
         if base is None:
             held[latest.service] = latest
         else:

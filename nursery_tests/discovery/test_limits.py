@@ -36,7 +36,7 @@ from meshlocal.net.websocket_client import WebSocketOptions as ClientOptions
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config_discovery import ServerLimitsConfig
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.wire.discovery_methods import LIST_ZONES, WATCH_INSTANCES
 from meshlocal.wire.discovery_websocket import PROTO
 from meshlocal.wire.grpc.framing import encode_message
@@ -605,7 +605,7 @@ class Sink:
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         return iter(())
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         self.latest = snapshot
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from meshlocal.client.watch import DiscoveryWatch, UnexpectedEventError
 from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.policy.model import BaseMismatchError, ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import BaseMismatchError, ServiceChange, ServiceKey, ServiceSnapshot
 from meshlocal.wire.pb import discovery_pb2 as pb
 
 FOLLOWED = {ServiceKey("b"), ServiceKey("c")}
@@ -76,7 +76,7 @@ class Sink:
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         return iter(())
 
-    def publish(self, snapshot: ServiceSnapshot) -> None:
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
         self.published.append(snapshot)
 
 

@@ -206,7 +206,7 @@ def test_a_watch_of_a_discovery_server(plain: Any, scheme: str, loop: str) -> No
         def prepare(self, snapshot: meshlocal.ServiceSnapshot) -> Iterator[None]:
             return iter(())
 
-        def publish(self, snapshot: meshlocal.ServiceSnapshot) -> None:
+        def publish(self, snapshot: meshlocal.ServiceSnapshot, change: object = None) -> None:
             self._heard.cancel()
 
     async def operation() -> None:
