@@ -21,10 +21,10 @@ from bench.machine import cpu_seconds, describe, memory_kb, raise_file_limit
 from bench.processes import StartError, free_port, meshlocal, ready_line, running
 from bench.restart import Sampler
 from bench.watchers import B, write_instances
-from meshlocal.client.link import LinkOptions
 from meshlocal.client.links import open_link
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
@@ -71,7 +71,7 @@ class Readers:
         await trio.sleep(self._rng.uniform(0, SPREAD))
         while True:
             try:
-                async with open_link(self._url, LinkOptions()) as link:
+                async with open_link(self._url, DiscoveryClientConfig()) as link:
                     request = pb.WatchInstancesRequest(subscriptions=[pb.Subscription(service=B)])
                     async with link.watch(request) as events:
                         while (event := await events.receive()) is not None:

@@ -22,7 +22,7 @@ from bench import report
 from bench.machine import cpu_seconds, describe, memory_kb, raise_file_limit
 from bench.processes import START_LIMIT, StartError, free_port, meshlocal, ready_line, running
 from bench.watchers import Holder, write_instances
-from meshlocal.client.watch import WatchOptions
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import ServiceSnapshot
 
 GOAL = 5.0
@@ -196,7 +196,7 @@ def main() -> None:
     print(report.table(["The restart", ""], rows))
     print()
     # After a longer outage, a watcher may have begun to wait as long as the backoff lets it when the server came back.
-    cap = 0.0 if asked.down <= 1 else WatchOptions().backoff_max
+    cap = 0.0 if asked.down <= 1 else DiscoveryClientConfig().backoff_max
     what = "resume" if asked.unchanged else "have what is new"
     goal = f"all watchers {what}, after an outage of {asked.down:g} s"
     figures["verdicts"] = [report.verdict(goal, after["last"], GOAL + cap, " s")]

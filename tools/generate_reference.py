@@ -16,8 +16,9 @@ from reference_errors import errors_page, interface_page
 
 from meshlocal.app.config_loader import PREFIX
 from meshlocal.cli.main import cli
-from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import AttemptOverrides, Config
+from meshlocal.policy.sources import SourceUrl
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ADDRESSES = {

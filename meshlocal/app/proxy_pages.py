@@ -23,11 +23,12 @@ from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.slices import pieces
-from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.health import State
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
 from meshlocal.policy.picker import Picker
+from meshlocal.policy.sources import SourceUrl
 from meshlocal.policy.steps import Steps
 
 METRICS_MODULES = ("meshlocal.app.http_metrics", "meshlocal.app.process_metrics", "meshlocal.app.proxy_metrics")

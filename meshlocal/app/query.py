@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from meshlocal.client.link import Link, LinkOptions
+from meshlocal.client.link import Link
 from meshlocal.client.links import open_link
 from meshlocal.discovery.file_source import FileSource
 from meshlocal.policy.config import DiscoveryClientConfig
@@ -123,7 +123,7 @@ def _read_file(discovery: DiscoveryClientConfig) -> InstancesFile | None:
 def _ask(discovery: DiscoveryClientConfig, question: Callable[[Link], Awaitable[T]]) -> T:
     """The first server's answer that is one. A server that answers `no` has answered."""
 
-    options = LinkOptions(connect_timeout=TIMEOUT, ca_file=discovery.ca_file, token_file=discovery.token_file)
+    options = DiscoveryClientConfig(connect_timeout=TIMEOUT, ca_file=discovery.ca_file, token_file=discovery.token_file)
 
     async def ask_each() -> T:
         problems = []

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
 from random import Random
 
-import msgspec
-
-from meshlocal.discovery.file_source import FileSource
-from meshlocal.discovery.source import Source
-from meshlocal.policy.addresses import SourceUrl
+from meshlocal.discovery.source import Source, SourceContext, SourceError
+from meshlocal.net.log import get_log
 from meshlocal.policy.config import DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
-from meshlocal.policy.kubernetes_options import KubernetesOptions
 from meshlocal.policy.problems import Problem
+from meshlocal.policy.sources import KINDS, SourceKind
+
+_log = get_log(__name__)
+
+GROUP = "meshlocal.sources"
+"""The entry points by which other packages add kinds of registries."""
+
+
+def load_kinds() -> None:
+    """Add the kinds of registries that other installed packages bring to `KINDS`.
+
+    One that cannot be loaded, or would take the place of another, costs nobody else anything: it is said, and left out.
+    """
+    for point in entry_points(group=GROUP):
+        if point.name in KINDS:
+            _log.warning(
+                "source kind left out: there is one of this scheme", scheme=point.name, entry_point=point.value
+            )
+            continue
+        try:
+            kind = point.load()
+            if not isinstance(kind, SourceKind):
+                raise TypeError(f"{type(kind).__name__} is no SourceKind")
+        except Exception as error:  # noqa: BLE001 - somebody else's code
+            problem = f"{type(error).__name__}: {error}"
+            _log.warning("source kind left out", scheme=point.name, entry_point=point.value, problem=problem)
+            continue
+        KINDS[point.name] = kind
 
 
 def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]) -> list[Source]:
     """The sources that the config names, in its order.
 
-    It blocks while it reads what a `kubernetes:` URL needs to find its cluster.
+    It blocks while it reads what a URL needs to find its registry.
 
     Args:
         config: names them, and what holds for instances that say nothing else.
@@ -28,47 +53,22 @@ def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mappin
         environment: as `os.environ`.
 
     Raises:
-        ConfigError: a cluster is not found, or its kubeconfig cannot be used; the text names the URL.
+        ConfigError: a registry cannot be found, or reached in the way that its options say; the text names the URL.
     """
+    context = SourceContext(rng, environment, config.zone or "", config.cluster or "")
     problems: list[Problem] = []
     sources: list[Source] = []
     for position, url in enumerate(config.sources):
         try:
-            sources += _make_sources(url, config, rng, environment)
-        except _SourceError as error:
+            sources += _factory(KINDS[url.scheme].factory)(url.options, context)
+        except SourceError as error:
             problems.append(Problem(f"discovery.sources[{position}]", f"{url}: {error}"))
     if problems:
         raise ConfigError(problems)
     return sources
 
 
-class _SourceError(Exception):
-    """What a URL names cannot be a source."""
-
-
-def _make_sources(
-    url: SourceUrl, config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]
-) -> Iterator[Source]:
-    zone, cluster = config.zone or "", config.cluster or ""
-    if url.kubernetes is None:
-        yield FileSource(Path(url.path), zone=zone, cluster=cluster)
-        return
-    # One that may not be read holds up its own services, and no others'.
-    for namespace in url.kubernetes.namespaces or (None,):
-        options = url.kubernetes
-        if namespace is not None:
-            options = msgspec.structs.replace(options, namespaces=(namespace,))
-        yield _kubernetes_source(options, rng, environment, zone, cluster)
-
-
-def _kubernetes_source(
-    options: KubernetesOptions, rng: Random, environment: Mapping[str, str], zone: str, cluster: str
-) -> Source:
-    # Imported here: who serves a file pays for no TLS, HTTP or kubeconfigs.
-    from meshlocal.discovery.kubernetes.kubeconfig import KubeconfigError
-    from meshlocal.discovery.kubernetes.source import open_kubernetes_source
-
-    try:
-        return open_kubernetes_source(options, rng, environment, zone=zone, cluster=cluster)
-    except KubeconfigError as error:
-        raise _SourceError(str(error)) from None
+def _factory(name: str) -> Callable[[object, SourceContext], Iterable[Source]]:
+    module, _, function = name.partition(":")
+    found: Callable[[object, SourceContext], Iterable[Source]] = getattr(import_module(module), function)
+    return found

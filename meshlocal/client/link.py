@@ -8,8 +8,6 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -19,24 +17,8 @@ REQUEST_LIMIT = 10.0
 """Seconds that a server may take to accept a request."""
 
 
-class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a server is reached.
-
-    Attributes:
-        connect_timeout: seconds to connect.
-        keepalive_interval: seconds of silence after which the connection is probed.
-        keepalive_timeout: seconds that the answer may take.
-        max_message_size: bytes of an answer at most.
-        ca_file: the authorities that a TLS server's certificate must come from; None: those of the system.
-        token_file: holds the token that is sent along; it is read for each connection. None: no token.
-    """
-
-    connect_timeout: float = 3.0
-    keepalive_interval: float = 10.0
-    keepalive_timeout: float = 5.0
-    max_message_size: int = 64 * 2**20
-    ca_file: str | None = None
-    token_file: str | None = None
+MAX_EVENT_SIZE = 64 * 2**20
+"""Bytes of one answer at most: room for a snapshot of some 200,000 instances."""
 
 
 class Events(Protocol):
@@ -75,8 +57,8 @@ class Credentials:
     attempt, and nothing else (P1).
 
     Args:
-        ca_file: see `LinkOptions`.
-        token_file: see `LinkOptions`.
+        ca_file: the authorities that a TLS server's certificate must come from; None: those of the system.
+        token_file: holds the token that is sent along; it is read for each connection. None: no token.
     """
 
     def __init__(self, ca_file: str | None, token_file: str | None) -> None:

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from meshlocal.client.link import Credentials, Link, LinkOptions
+from meshlocal.client.link import MAX_EVENT_SIZE, Credentials, Link
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 
 
 def import_links(urls: Iterable[DiscoveryUrl]) -> None:
@@ -24,38 +25,38 @@ def import_links(urls: Iterable[DiscoveryUrl]) -> None:
 
 @asynccontextmanager
 async def open_link(
-    url: DiscoveryUrl, options: LinkOptions, credentials: Credentials | None = None
+    url: DiscoveryUrl, config: DiscoveryClientConfig, credentials: Credentials | None = None
 ) -> AsyncIterator[Link]:
     """A way to the server at the URL, for as long as the block lasts.
 
     Args:
         url: where the server is.
-        options: how it is reached.
-        credentials: those of `options`, kept from one link to the next by who opens several.
+        config: how it is reached; its URLs do not count here.
+        credentials: those of `config`, kept from one link to the next by who opens several.
 
     Raises:
         GrpcError: there is none; its text says why.
         TimeoutError: none was found within `connect_timeout`.
     """
-    credentials = credentials or Credentials(options.ca_file, options.token_file)
+    credentials = credentials or Credentials(config.ca_file, config.token_file)
     context = await credentials.context() if url.scheme in ("grpcs", "wss") else None
     metadata = await credentials.metadata()
     if url.scheme in ("ws", "wss"):
         from meshlocal.client.websocket_link import WebSocketLink
 
-        yield WebSocketLink(url, options, context, metadata)
+        yield WebSocketLink(url, config, context, metadata)
         return
     from meshlocal.client.grpc_link import GrpcLink
     from meshlocal.net.grpc.client import open_channel
     from meshlocal.net.grpc.options import GrpcOptions
 
     grpc_options = GrpcOptions(
-        keepalive_interval=options.keepalive_interval,
-        keepalive_timeout=options.keepalive_timeout,
-        max_message_size=options.max_message_size,
+        keepalive_interval=config.keepalive_interval,
+        keepalive_timeout=config.keepalive_timeout,
+        max_message_size=MAX_EVENT_SIZE,
     )
     with anyio.CancelScope() as connecting:
-        connecting.deadline = anyio.current_time() + options.connect_timeout
+        connecting.deadline = anyio.current_time() + config.connect_timeout
         async with open_channel(url.host, url.port, options=grpc_options, ssl_context=context) as channel:
             connecting.deadline = float("inf")
             yield GrpcLink(channel, metadata)

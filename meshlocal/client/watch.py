@@ -25,16 +25,16 @@ from itertools import cycle
 
 import anyio
 import anyio.lowlevel
-import msgspec
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
-from meshlocal.client.link import Credentials, Events, Link, LinkOptions
+from meshlocal.client.link import Credentials, Events, Link
 from meshlocal.client.links import import_links, open_link
 from meshlocal.net.groups import first_of
 from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceChange, ServiceKey, ServiceSnapshot, apply
 from meshlocal.policy.steps import STEP
 from meshlocal.wire.discovery_codec import change_in_steps, snapshot_in_steps
@@ -68,32 +68,6 @@ MOST_SUBSCRIPTIONS = 1000
 PUSHBACK_LONGEST = 60.0
 """Seconds for which a server is left alone at its word."""
 
-MAX_EVENT_SIZE = 64 * 2**20
-"""Bytes of one event at most: room for a snapshot of some 200,000 instances."""
-
-
-class WatchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How servers are reached, and reached again; times in seconds."""
-
-    connect_timeout: float = 3.0
-    keepalive_interval: float = 10.0
-    keepalive_timeout: float = 5.0
-    backoff_initial: float = 0.2
-    backoff_max: float = 5.0
-    ca_file: str | None = None
-    token_file: str | None = None
-
-    def link(self) -> LinkOptions:
-        """What a connection to one of them goes by."""
-        return LinkOptions(
-            connect_timeout=self.connect_timeout,
-            keepalive_interval=self.keepalive_interval,
-            keepalive_timeout=self.keepalive_timeout,
-            max_message_size=MAX_EVENT_SIZE,
-            ca_file=self.ca_file,
-            token_file=self.token_file,
-        )
-
 
 class DiscoveryWatch:
     """Follows services at the first of several discovery servers that answers, for ever.
@@ -103,7 +77,7 @@ class DiscoveryWatch:
         services: what to follow; `follow` changes it.
         sink: gets every new snapshot.
         rng: for the backoff's jitter.
-        options: times.
+        config: how servers are reached, and reached again; its URLs do not count here.
         held: snapshots from before, to resume from (D2).
     """
 
@@ -113,7 +87,7 @@ class DiscoveryWatch:
         services: Iterable[ServiceKey],
         sink: SnapshotSink,
         rng: UniformSource,
-        options: WatchOptions | None = None,
+        config: DiscoveryClientConfig | None = None,
         held: Iterable[ServiceSnapshot] = (),
     ) -> None:
         if not urls:
@@ -121,10 +95,10 @@ class DiscoveryWatch:
         self._urls = urls
         self._services = list(dict.fromkeys(services))
         self._sink = sink
-        self._options = options or WatchOptions()
-        self._credentials = Credentials(self._options.ca_file, self._options.token_file)
+        self._config = config or DiscoveryClientConfig()
+        self._credentials = Credentials(self._config.ca_file, self._config.token_file)
         import_links(urls)
-        self._backoff = Backoff(self._options.backoff_initial, self._options.backoff_max, rng, least=0.0)
+        self._backoff = Backoff(self._config.backoff_initial, self._config.backoff_max, rng, least=0.0)
         self._rng = rng
         self._held: dict[ServiceKey, ServiceSnapshot] = {snapshot.service: snapshot for snapshot in held}
         self._server_scope: anyio.CancelScope | None = None
@@ -221,7 +195,7 @@ class DiscoveryWatch:
     async def _watch_server(self, url: DiscoveryUrl) -> None:
         with anyio.CancelScope() as self._server_scope:
             try:
-                async with open_link(url, self._options.link(), self._credentials) as link:
+                async with open_link(url, self._config, self._credentials) as link:
                     while True:
                         self._followed = anyio.Event()
                         if not self._services:

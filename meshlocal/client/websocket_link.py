@@ -9,9 +9,10 @@ from typing import Generic
 
 import anyio
 
-from meshlocal.client.link import Events, LinkOptions
+from meshlocal.client.link import MAX_EVENT_SIZE, Events
 from meshlocal.net.websocket_client import ClosedError, RejectedError, WebSocket, WebSocketOptions, open_websocket
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.wire import discovery_websocket as wire
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.method import Method, Req, Resp
@@ -25,12 +26,12 @@ class WebSocketLink:
     def __init__(
         self,
         url: DiscoveryUrl,
-        options: LinkOptions,
+        config: DiscoveryClientConfig,
         ssl_context: ssl.SSLContext | None,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
         self._url = url
-        self._options = options
+        self._config = config
         self._ssl_context = ssl_context
         self._headers = metadata
 
@@ -50,15 +51,15 @@ class WebSocketLink:
 
     async def probe(self) -> None:
         """See `Link.probe`: a handshake, and no request."""
-        with anyio.fail_after(self._options.connect_timeout), _as_grpc_errors():
+        with anyio.fail_after(self._config.connect_timeout), _as_grpc_errors():
             async with self._open(WATCH_INSTANCES.path):
                 pass
 
     def _open(self, target: str) -> AbstractAsyncContextManager[WebSocket]:
         options = WebSocketOptions(
-            max_message_size=self._options.max_message_size,
-            keepalive_interval=self._options.keepalive_interval,
-            keepalive_timeout=self._options.keepalive_timeout,
+            max_message_size=MAX_EVENT_SIZE,
+            keepalive_interval=self._config.keepalive_interval,
+            keepalive_timeout=self._config.keepalive_timeout,
         )
         return open_websocket(
             self._url.host,
@@ -73,7 +74,7 @@ class WebSocketLink:
     @asynccontextmanager
     async def _call(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[Answers[Req, Resp]]:
         with anyio.CancelScope() as connecting:
-            connecting.deadline = anyio.current_time() + self._options.connect_timeout
+            connecting.deadline = anyio.current_time() + self._config.connect_timeout
             with _as_grpc_errors():
                 async with self._open(method.path) as websocket:
                     await websocket.send(request.SerializeToString())

@@ -36,15 +36,6 @@ def make_feed(
 
         return EmbeddedFeed(Hub([FileSource(Path(urls[0].path))], rng), str(urls[0]), services, sink)
     # Likewise: who reads a file needs no gRPC.
-    from meshlocal.client.watch import DiscoveryWatch, WatchOptions
+    from meshlocal.client.watch import DiscoveryWatch
 
-    options = WatchOptions(
-        connect_timeout=config.connect_timeout,
-        keepalive_interval=config.keepalive_interval,
-        keepalive_timeout=config.keepalive_timeout,
-        backoff_initial=config.backoff_initial,
-        backoff_max=config.backoff_max,
-        ca_file=config.ca_file,
-        token_file=config.token_file,
-    )
-    return DiscoveryWatch(urls, services, sink, rng, options, held)
+    return DiscoveryWatch(urls, services, sink, rng, config, held)

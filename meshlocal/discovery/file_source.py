@@ -17,16 +17,18 @@ import fcntl
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 
-from meshlocal.discovery.source import Publisher
+from meshlocal.discovery.source import Publisher, Source, SourceContext
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
 from meshlocal.policy.model import index
 from meshlocal.policy.problems import Problem
+from meshlocal.policy.sources import FileOptions
 from meshlocal.wire.instances_file import InstancesFile, InstancesFileError, parse_instances_file
 
 if TYPE_CHECKING:
@@ -48,6 +50,12 @@ WRITER_LIMIT = 10.0
 """Seconds for which somebody who has the file open for writing is waited for."""
 
 _Signature = tuple[int, int, int, int]
+
+
+def open_file_source(options: object, context: SourceContext) -> Iterator[Source]:
+    """The source that a `file:` URL names."""
+    assert isinstance(options, FileOptions)
+    yield FileSource(Path(options.path), zone=context.zone, cluster=context.cluster)
 
 
 class FileSource:

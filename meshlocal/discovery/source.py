@@ -7,10 +7,31 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import trio
 
+from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
 
 Instances = Mapping[EndpointKey, Instance]
 """A service's instances by key; not changed after it is published."""
+
+
+class SourceError(Exception):
+    """What a URL names cannot be a source. The text says why."""
+
+
+class SourceContext(NamedTuple):
+    """What a factory of sources is given beside a URL's options (`meshlocal.policy.sources.SourceKind`).
+
+    Attributes:
+        rng: for jitter.
+        environment: as `os.environ`.
+        zone: the `zone` label of instances for which the registry gives none; empty: none.
+        cluster: the labels `cluster` and `cluster_id`, unless the options name others; empty: none.
+    """
+
+    rng: UniformSource
+    environment: Mapping[str, str]
+    zone: str
+    cluster: str
 
 
 class Publisher(Protocol):

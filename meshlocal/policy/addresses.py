@@ -10,7 +10,6 @@ import re
 
 import msgspec
 
-from meshlocal.policy.kubernetes_options import KubernetesOptions, KubernetesOptionsError
 from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
 from meshlocal.policy.problems import quote
 
@@ -18,7 +17,6 @@ _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _PORT = re.compile(r"[0-9]{1,5}")
 _SERVER_SCHEMES = ("grpc", "grpcs", "ws", "wss")
-_LATER_SOURCES = ("etcd", "dns")
 
 
 class AddressError(ValueError):
@@ -129,7 +127,7 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
             raise AddressError(f"expected {forms}, got {quote(text)}")
         scheme = match[1].lower()
         if scheme == "file":
-            return cls("file", path=_file_path(match[2]))
+            return cls("file", path=file_path(match[2]))
         if scheme not in _SERVER_SCHEMES or not match[2].startswith("//"):
             # `localhost:7070` looks like a scheme too.
             raise AddressError(f"expected {forms}, got {quote(text)}")
@@ -137,44 +135,6 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
         return cls(scheme, _check_host(host), port)
-
-
-class SourceUrl(msgspec.Struct, frozen=True):
-    """A registry that the discovery server reads.
-
-    Attributes:
-        scheme: `file` or `kubernetes`.
-        path: the path of an instances file as written; empty for a cluster.
-        kubernetes: which cluster and what of it; None for a file.
-    """
-
-    scheme: str
-    path: str = ""
-    kubernetes: KubernetesOptions | None = None
-
-    def __str__(self) -> str:
-        return f"{self.scheme}:{self.path if self.kubernetes is None else self.kubernetes}"
-
-    @classmethod
-    def parse(cls, text: str) -> SourceUrl:
-        """Read `file:PATH`, `kubernetes:` or `kubernetes:?OPTION=VALUE&...` (`KubernetesOptions`).
-
-        Raises:
-            AddressError: it is written otherwise.
-        """
-        forms = "file:PATH or kubernetes:"
-        match = _SCHEME.fullmatch(text)
-        scheme = match[1].lower() if match is not None else ""
-        if match is not None and scheme == "file":
-            return cls("file", _file_path(match[2]))
-        if match is not None and scheme == "kubernetes":
-            try:
-                return cls("kubernetes", kubernetes=KubernetesOptions.parse(match[2]))
-            except KubernetesOptionsError as error:
-                raise AddressError(str(error)) from None
-        if scheme in _LATER_SOURCES:
-            raise AddressError(f"{scheme}: is not supported by this version; expected {forms}")
-        raise AddressError(f"expected {forms}, got {quote(text)}")
 
 
 def format_host_port(host: str, port: int) -> str:
@@ -224,7 +184,12 @@ def _check_host(host: str) -> str:
     return host.lower()
 
 
-def _file_path(rest: str) -> str:
+def file_path(rest: str) -> str:
+    """The path of `file:PATH` or `file:///PATH`, of what follows `file:`.
+
+    Raises:
+        AddressError: it names none.
+    """
     if rest.startswith("//"):
         rest = rest.removeprefix("//")
         if not rest.startswith("/"):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
@@ -29,103 +29,89 @@ from meshlocal.policy.config_types import (
     Workers,
 )
 from meshlocal.policy.model import NODE, ServiceKey
+from meshlocal.policy.sources import SourceUrl
+
+# Written once, for `proxy.attempts` and what a service does otherwise.
+_ConnectTimeoutLocal = Annotated[Seconds, Meta(description="Seconds to connect to an instance of the first tier.")]
+_ConnectTimeout = Annotated[Seconds, Meta(description="Seconds to connect to an instance of any other tier.")]
+_Deadline = Annotated[
+    Seconds, Meta(description="Seconds for all attempts of one request together, until one has connected.")
+]
+_MaxAttempts = Annotated[Count | None, Meta(description="Instances that one request tries at most; null: every one.")]
+_FirstSnapshotWait = Annotated[
+    SecondsOrZero,
+    Meta(description="Seconds that a request waits for its service's first snapshot; 0: not at all."),
+]
+_IdleTimeout = Annotated[
+    Seconds | None,
+    Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
+]
+_AttemptTimeout = Annotated[
+    Seconds | None,
+    Meta(description="HTTP: seconds that one instance has until its response's head; null: response_deadline's."),
+]
+_ResponseDeadline = Annotated[
+    Seconds, Meta(description="HTTP: seconds for all attempts of one request together, until a response's head.")
+]
+_RetryOn = Annotated[
+    tuple[Status, ...],
+    Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
+]
+_ReplayBuffer = Annotated[
+    Bytes,
+    Meta(
+        description="Bytes held for another attempt. HTTP: of a request's body; a longer one has none. tcp: of what"
+        " the client sent, with replay; at most 65536."
+    ),
+]
+_Replay = Annotated[
+    bool,
+    Meta(
+        description="tcp: what the client sent goes to another instance if the one that was connected fails before"
+        " its first byte. Only for protocols that may say a thing twice (A5)."
+    ),
+]
+_ReplayWait = Annotated[
+    Seconds | None,
+    Meta(
+        description="tcp, with replay: seconds that an instance may be silent after the client's words; null: as"
+        " long as its connection lasts."
+    ),
+]
 
 
 class AttemptPolicy(Section, frozen=True):
     """How long and how often a request is tried (A1, A7, O5)."""
 
-    connect_timeout_local: Annotated[
-        Seconds, Meta(description="Seconds to connect to an instance of the first tier.")
-    ] = 0.25
-    connect_timeout: Annotated[Seconds, Meta(description="Seconds to connect to an instance of any other tier.")] = 1.0
-    deadline: Annotated[
-        Seconds, Meta(description="Seconds for all attempts of one request together, until one has connected.")
-    ] = 10.0
-    max_attempts: Annotated[
-        Count | None, Meta(description="Instances that one request tries at most; null: every one.")
-    ] = None
-    first_snapshot_wait: Annotated[
-        SecondsOrZero,
-        Meta(description="Seconds that a request waits for its service's first snapshot; 0: not at all."),
-    ] = 5.0
-    idle_timeout: Annotated[
-        Seconds | None,
-        Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
-    ] = 3600.0
-    attempt_timeout: Annotated[
-        Seconds | None,
-        Meta(description="HTTP: seconds that one instance has until its response's head; null: response_deadline's."),
-    ] = None
-    response_deadline: Annotated[
-        Seconds, Meta(description="HTTP: seconds for all attempts of one request together, until a response's head.")
-    ] = 15.0
-    retry_on: Annotated[
-        tuple[Status, ...],
-        Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
-    ] = (503,)
-    replay_buffer: Annotated[
-        Bytes,
-        Meta(
-            description="Bytes held for another attempt. HTTP: of a request's body; a longer one has none. tcp: of what"
-            " the client sent, with replay; at most 65536."
-        ),
-    ] = 65536
-    replay: Annotated[
-        bool,
-        Meta(
-            description="tcp: what the client sent goes to another instance if the one that was connected fails before"
-            " its first byte. Only for protocols that may say a thing twice (A5)."
-        ),
-    ] = False
-    replay_wait: Annotated[
-        Seconds | None,
-        Meta(
-            description="tcp, with replay: seconds that an instance may be silent after the client's words; null: as"
-            " long as its connection lasts."
-        ),
-    ] = None
+    connect_timeout_local: _ConnectTimeoutLocal = 0.25
+    connect_timeout: _ConnectTimeout = 1.0
+    deadline: _Deadline = 10.0
+    max_attempts: _MaxAttempts = None
+    first_snapshot_wait: _FirstSnapshotWait = 5.0
+    idle_timeout: _IdleTimeout = 3600.0
+    attempt_timeout: _AttemptTimeout = None
+    response_deadline: _ResponseDeadline = 15.0
+    retry_on: _RetryOn = (503,)
+    replay_buffer: _ReplayBuffer = 65536
+    replay: _Replay = False
+    replay_wait: _ReplayWait = None
 
 
 class AttemptOverrides(Section, frozen=True):
     """What one service does otherwise than `proxy.attempts`: the same keys, each optional."""
 
-    connect_timeout_local: Annotated[
-        Seconds | UnsetType, Meta(description="Seconds to connect to an instance of the first tier.")
-    ] = UNSET
-    connect_timeout: Annotated[
-        Seconds | UnsetType, Meta(description="Seconds to connect to an instance of any other tier.")
-    ] = UNSET
-    deadline: Annotated[
-        Seconds | UnsetType, Meta(description="Seconds for all attempts of one request, until one has connected.")
-    ] = UNSET
-    max_attempts: Annotated[
-        Count | UnsetType | None, Meta(description="Instances that one request tries at most; null: every one.")
-    ] = UNSET
-    first_snapshot_wait: Annotated[
-        SecondsOrZero | UnsetType, Meta(description="Seconds that a request waits for the service's first snapshot.")
-    ] = UNSET
-    idle_timeout: Annotated[
-        Seconds | UnsetType | None,
-        Meta(description="Seconds without a byte either way after which a connection is closed; null: never."),
-    ] = UNSET
-    attempt_timeout: Annotated[
-        Seconds | UnsetType | None,
-        Meta(description="HTTP: seconds that one instance has until its response's head; null: response_deadline's."),
-    ] = UNSET
-    response_deadline: Annotated[
-        Seconds | UnsetType, Meta(description="HTTP: seconds for all attempts of one request, until a response's head.")
-    ] = UNSET
-    retry_on: Annotated[
-        tuple[Status, ...] | UnsetType,
-        Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
-    ] = UNSET
-    replay_buffer: Annotated[Bytes | UnsetType, Meta(description="Bytes held for another attempt.")] = UNSET
-    replay: Annotated[
-        bool | UnsetType, Meta(description="tcp: another attempt if an instance fails before its first byte (A5).")
-    ] = UNSET
-    replay_wait: Annotated[
-        Seconds | UnsetType | None, Meta(description="tcp, with replay: seconds that an instance may be silent.")
-    ] = UNSET
+    connect_timeout_local: _ConnectTimeoutLocal | UnsetType = UNSET
+    connect_timeout: _ConnectTimeout | UnsetType = UNSET
+    deadline: _Deadline | UnsetType = UNSET
+    max_attempts: _MaxAttempts | UnsetType = UNSET
+    first_snapshot_wait: _FirstSnapshotWait | UnsetType = UNSET
+    idle_timeout: _IdleTimeout | UnsetType = UNSET
+    attempt_timeout: _AttemptTimeout | UnsetType = UNSET
+    response_deadline: _ResponseDeadline | UnsetType = UNSET
+    retry_on: _RetryOn | UnsetType = UNSET
+    replay_buffer: _ReplayBuffer | UnsetType = UNSET
+    replay: _Replay | UnsetType = UNSET
+    replay_wait: _ReplayWait | UnsetType = UNSET
 
     def over(self, base: AttemptPolicy) -> AttemptPolicy:
         """The policy with these overrides in it."""

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import msgspec.inspect as schema
 
-from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import Config
 from meshlocal.policy.config_check import check_config
 from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote, unknown_key
+from meshlocal.policy.sources import SourceUrl
 
 Kind: TypeAlias = Literal["text", "list", "mapping", "value"]
 Role: TypeAlias = Literal["proxy", "discovery"]

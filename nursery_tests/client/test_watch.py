@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from meshlocal.client.watch import FIRST_EVENT_LIMIT, DiscoveryWatch, WatchOptions
+from meshlocal.client.watch import FIRST_EVENT_LIMIT, DiscoveryWatch
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import Instances, Publisher
@@ -27,6 +27,7 @@ from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import Instance, ServiceChange, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.wire.discovery_codec import heartbeat_event, instance_to_message
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
@@ -35,7 +36,7 @@ from nursery_tests.ports import free_port
 
 SCHEME = ContextVar("scheme", default="grpc")
 B, C = ServiceKey("b"), ServiceKey("c")
-QUICK = WatchOptions(
+QUICK = DiscoveryClientConfig(
     connect_timeout=1, keepalive_interval=0.05, keepalive_timeout=0.05, backoff_initial=0.01, backoff_max=0.02
 )
 LIMIT = 20
@@ -349,7 +350,9 @@ async def test_a_server_that_misses_its_heartbeats_is_given_up(
     sink = Sink()
     requests: list[pb.WatchInstancesRequest] = []
     events = [whole("b", "1", at(1))] + ([] if interval is None else [heartbeat_event(interval, [])])
-    options = WatchOptions(keepalive_interval=0.5, keepalive_timeout=0.4, backoff_initial=0.01, backoff_max=0.02)
+    options = DiscoveryClientConfig(
+        keepalive_interval=0.5, keepalive_timeout=0.4, backoff_initial=0.01, backoff_max=0.02
+    )
     async with serving(scripted(events, [], requests=requests)) as url:
         following = DiscoveryWatch([url], [B], sink, random.Random(0), options)
         nursery.start_soon(following.run)

@@ -18,11 +18,12 @@ import trio
 import trustme
 
 from meshlocal.client import watch as watch_module
-from meshlocal.client.watch import DiscoveryWatch, WatchOptions
+from meshlocal.client.watch import DiscoveryWatch
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 from meshlocal.wire.discovery_codec import heartbeat_event, snapshot_event
@@ -107,7 +108,7 @@ async def test_after_failed_handshakes_the_server_is_watched(
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     port = free_port()
-    options = WatchOptions(backoff_initial=0.01, backoff_max=0.02, ca_file=str(tmp_path / "ca.pem"))
+    options = DiscoveryClientConfig(backoff_initial=0.01, backoff_max=0.02, ca_file=str(tmp_path / "ca.pem"))
     url = DiscoveryUrl("grpcs" if scheme == "grpc" else "wss", "127.0.0.1", port)
     sink = Sink()
     following = DiscoveryWatch([url], [B], sink, random.Random(0), options)
@@ -137,7 +138,7 @@ async def test_a_token_file_that_holds_no_token_costs_an_attempt(
         file.write_bytes(content)
     sink = Sink()
     async with discovery({B: model.index([at(1)])}) as (url, _):
-        options = WatchOptions(backoff_initial=0.01, backoff_max=0.02, token_file=str(file))
+        options = DiscoveryClientConfig(backoff_initial=0.01, backoff_max=0.02, token_file=str(file))
         following = DiscoveryWatch([url], [B], sink, random.Random(0), options)
         nursery.start_soon(following.run)
         await until(lambda: following.status.reconnects >= 2)
@@ -215,7 +216,7 @@ async def test_where_no_server_knows_what_is_known_stays(
     second, at_second = answering(heartbeat_event(10, [B]))
     held = ServiceSnapshot(B, "v1", model.index([at(1)]))
     async with serving(first) as one, serving(second) as two:
-        options = WatchOptions(backoff_initial=0.001, backoff_max=0.001)
+        options = DiscoveryClientConfig(backoff_initial=0.001, backoff_max=0.001)
         following = DiscoveryWatch([one, two], [B], sink, random.Random(0), options, [held])
         nursery.start_soon(following.run)
         await until(lambda: len(at_first) >= 3 and len(at_second) >= 2)
@@ -252,7 +253,7 @@ async def test_a_first_snapshot_may_take_long_as_long_as_it_comes(
     sink = Sink()
     async with discovery({B: model.index(crowd)}) as (url, _), slow_link(url.port) as (port, passed):
         following = watch(sink, DiscoveryUrl(scheme, "127.0.0.1", port))
-        following._options = WatchOptions(backoff_initial=0.01, backoff_max=0.02)
+        following._config = DiscoveryClientConfig(backoff_initial=0.01, backoff_max=0.02)
         nursery.start_soon(following.run)
         snapshot = await sink.until(lambda each: each.service == B)
         assert len(snapshot.instances) == 400

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from meshlocal.app.config_loader import load_config
-from meshlocal.policy.addresses import SourceUrl
 from meshlocal.policy.kubernetes_options import _OPTIONS
+from meshlocal.policy.sources import SourceUrl
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "docs" / "kubernetes.md"

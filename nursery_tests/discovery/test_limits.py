@@ -19,7 +19,7 @@ from trio.testing import MockClock, memory_stream_pair
 
 from meshlocal.app.discovery_metrics import DiscoveryCollector
 from meshlocal.app.readiness import Readiness
-from meshlocal.client.watch import DiscoveryWatch, WatchOptions
+from meshlocal.client.watch import DiscoveryWatch
 from meshlocal.client.websocket_link import Answers
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.limits import MAX_CLIENTS, Limited, ServerLimits
@@ -35,6 +35,7 @@ from meshlocal.net.websocket_client import WebSocket, websocket_over
 from meshlocal.net.websocket_client import WebSocketOptions as ClientOptions
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.wire.discovery_methods import LIST_ZONES, WATCH_INSTANCES
@@ -575,7 +576,7 @@ async def test_watchers_that_stop_reading_over_real_sockets(transport: str) -> N
         sink = Sink()
         scheme = "grpc" if transport == "grpc" else "ws"
         watch = DiscoveryWatch(
-            [DiscoveryUrl(scheme, "127.0.0.1", ports[transport])], [B], sink, random.Random(0), WatchOptions()
+            [DiscoveryUrl(scheme, "127.0.0.1", ports[transport])], [B], sink, random.Random(0), DiscoveryClientConfig()
         )
         nursery.start_soon(watch.run)
         dead = [await silent_watcher(transport, ports[transport], nursery) for _ in range(3)]

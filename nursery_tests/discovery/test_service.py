@@ -12,7 +12,6 @@ import pytest
 import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
-from meshlocal.client.link import LinkOptions
 from meshlocal.client.websocket_link import Answers, WebSocketLink
 from meshlocal.discovery.hub import Hub, Update
 from meshlocal.discovery.service import DiscoveryService, EncodedEvents
@@ -24,6 +23,7 @@ from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.net.websocket_client import WebSocket, WebSocketOptions, websocket_over
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.wire.discovery_methods import (
     LIST_CLUSTERS,
@@ -75,7 +75,7 @@ class WebSocketChannel(WebSocketLink):
     """A gRPC channel's calls over WebSocket, each over a stream of its own in memory."""
 
     def __init__(self, server: WebSocketServer, nursery: trio.Nursery) -> None:
-        super().__init__(DiscoveryUrl("ws", "test", 1), LinkOptions(), None, ())
+        super().__init__(DiscoveryUrl("ws", "test", 1), DiscoveryClientConfig(), None, ())
         self._server = server
         self._nursery = nursery
 

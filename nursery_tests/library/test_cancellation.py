@@ -19,11 +19,11 @@ import trio
 from trio.testing import MockClock
 
 import meshlocal
-from meshlocal.client.link import LinkOptions
 from meshlocal.client.links import open_link
 from meshlocal.client.watch import DiscoveryWatch
 from meshlocal.httpx import MeshTransport
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.testing import FakeSource, http, open_upstream, silent, virtual_clock
 from meshlocal.wire.discovery_methods import LIST_SERVICES
@@ -180,7 +180,7 @@ def test_a_question_to_a_discovery_server(request: pytest.FixtureRequest, scheme
 
     async def operation() -> None:
         ca_file, token_file = (str(file) if file is not None else None for file in (server.ca_file, server.token_file))
-        options = LinkOptions(connect_timeout=30, ca_file=ca_file, token_file=token_file)
+        options = DiscoveryClientConfig(connect_timeout=30, ca_file=ca_file, token_file=token_file)
         async with open_link(DiscoveryUrl.parse(server.urls[scheme]), options) as link:
             await link.unary(LIST_SERVICES, pb.ListServicesRequest())
 

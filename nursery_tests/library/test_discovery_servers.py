@@ -15,11 +15,11 @@ import pytest
 import trustme
 
 import meshlocal
-from meshlocal.client.link import LinkOptions
 from meshlocal.client.links import open_link
 from meshlocal.httpx import MeshTransport
 from meshlocal.net.websocket_client import ClosedError, WebSocketOptions, open_websocket
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.testing import http, open_upstream
 from meshlocal.wire import discovery_websocket as wire
 from meshlocal.wire.discovery_methods import LIST_SERVICES
@@ -104,7 +104,7 @@ def test_what_keeps_a_client_out(secured: Any, secure: str, loop: str, tmp_path:
 
     async def ask(scheme: str, ca_file: str | None, token_file: str | None) -> GrpcError:
         url = DiscoveryUrl.parse(secured.urls[secure].replace(secure, scheme))
-        options = LinkOptions(connect_timeout=LIMIT, ca_file=ca_file, token_file=token_file)
+        options = DiscoveryClientConfig(connect_timeout=LIMIT, ca_file=ca_file, token_file=token_file)
         with pytest.raises(GrpcError) as caught:
             async with open_link(url, options) as link:
                 await link.unary(LIST_SERVICES, pb.ListServicesRequest())

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.sources import FileOptions, SourceUrl
 
 TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
 
@@ -32,12 +33,12 @@ TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
         ("file:instances.yaml", DiscoveryUrl("file", path="instances.yaml")),
         ("file:/etc/i.yaml", DiscoveryUrl("file", path="/etc/i.yaml")),
         ("file:///etc/i.yaml", DiscoveryUrl("file", path="/etc/i.yaml")),
-        ("file:instances.yaml", SourceUrl("file", "instances.yaml")),
-        ("FILE:///etc/a b.yaml", SourceUrl("file", "/etc/a b.yaml")),
-        ("kubernetes:", SourceUrl("kubernetes", kubernetes=KubernetesOptions())),
+        ("file:instances.yaml", SourceUrl("file", FileOptions("instances.yaml"))),
+        ("FILE:///etc/a b.yaml", SourceUrl("file", FileOptions("/etc/a b.yaml"))),
+        ("kubernetes:", SourceUrl("kubernetes", KubernetesOptions())),
         (
             "Kubernetes:?namespace=shop&nodes=no",
-            SourceUrl("kubernetes", kubernetes=KubernetesOptions(namespaces=("shop",), nodes=False)),
+            SourceUrl("kubernetes", KubernetesOptions(namespaces=("shop",), nodes=False)),
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress, SourceUrl
+from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import (
     AttemptOverrides,
     AttemptPolicy,
@@ -26,6 +26,7 @@ from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig, RouteConfig
+from meshlocal.policy.sources import FileOptions, SourceUrl
 
 FULL: dict[str, Any] = {
     "proxy": {
@@ -226,7 +227,7 @@ def test_every_key() -> None:
             tls_certificate_file="cert.pem",
             tls_key_file="key.pem",
             tokens_file="tokens",
-            sources=(SourceUrl("file", "instances.yaml"),),
+            sources=(SourceUrl("file", FileOptions("instances.yaml")),),
             zone="z1",
             cluster="c1",
             admin=SocketAddress("127.0.0.1", 0),

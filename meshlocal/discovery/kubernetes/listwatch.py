@@ -49,12 +49,16 @@ from meshlocal.discovery.kubernetes.objects import (
     decode_list,
     decode_status,
 )
+from meshlocal.discovery.retry import Retry
 from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.steps import Steps
 
 _log = get_log(__name__)
+
+NAME = "kubernetes"
+"""What messages call the registry."""
 
 Change = Literal["ADDED", "MODIFIED", "DELETED"]
 _CHANGES: dict[str, Change] = {"ADDED": "ADDED", "MODIFIED": "MODIFIED", "DELETED": "DELETED"}
@@ -184,7 +188,8 @@ class ListWatch:
         self._report = report
         self._limits = limits
         self._version: str | None = None
-        self._retry = Retry(resource.kind, rng, report, limits)
+        backoff = Backoff(limits.backoff_initial, limits.backoff_max, rng)
+        self._retry = Retry(resource.kind, NAME, backoff, report)
         self._refusals = 0
         self._missing = 0
         self._expired = False
@@ -244,7 +249,7 @@ class ListWatch:
             # failure of anybody's. If the list fails, that is one.
             _log.info("listing again", resource=self._resource.kind, reason=str(error))
             return
-        await self._retry.wait(error)
+        await wait_after(self._retry, error)
 
     def _progress(self) -> None:
         """The watch works."""
@@ -385,47 +390,15 @@ class ListWatch:
             self._progress()
 
 
-class Retry:
-    """Waits between tries, and says why.
-
-    Attributes:
-        failures: how often it was waited.
-    """
-
-    def __init__(
-        self, kind: str, rng: UniformSource, report: Callable[[str | None], None], limits: Limits = DEFAULT_LIMITS
-    ) -> None:
-        self._kind = kind
-        self._report = report
-        self._backoff = Backoff(limits.backoff_initial, limits.backoff_max, rng)
-        self._calm = True
-        self._told = ""
-        self.failures = 0
-
-    def reset(self) -> None:
-        """It works."""
-        if not self._calm:
-            self._calm = True
-            self._told = ""
-            self._backoff.reset()
-
-    async def wait(self, error: Exception) -> None:
-        """Report a failure, and wait before the next try."""
-        self._calm = False
-        self.failures += 1
-        delay = self._backoff.next()
-        if isinstance(error, ApiError):
-            if error.status in (401, 403):
-                # Somebody has to grant a right, and expects it to be seen then.
-                delay = min(delay, FORBIDDEN_PAUSE)
-            delay = max(delay, error.retry_after)
-        problem = f"{self._kind}: {describe_failure(error)}"
-        self._report(problem)
-        if problem != self._told:
-            # Once, not once a try: an outage may last for days, and what a server refuses for ever.
-            self._told = problem
-            _log.warning("kubernetes cannot be followed", problem=problem, retry_in=round(delay, 3))
-        await trio.sleep(delay)
+async def wait_after(retry: Retry, error: Exception) -> None:
+    """Wait before the next try after a failure."""
+    at_least, at_most = 0.0, math.inf
+    if isinstance(error, ApiError):
+        at_least = error.retry_after
+        if error.status in (401, 403):
+            # Somebody has to grant a right, and expects it to be seen then.
+            at_most = FORBIDDEN_PAUSE
+    await retry.wait(describe_failure(error), at_least=at_least, at_most=at_most)
 
 
 def collection(prefix: str, resource: str, namespace: str = "") -> str:

@@ -11,30 +11,34 @@ change of an object publishes its service, and nothing but a change does: not an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import trio
 
 from meshlocal.discovery.kubernetes.access import find_access
 from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError
+from meshlocal.discovery.kubernetes.kubeconfig import KubeconfigError
 from meshlocal.discovery.kubernetes.listwatch import (
     DEFAULT_LIMITS,
+    NAME,
     Limits,
     ListWatch,
     Resource,
-    Retry,
     collection,
+    wait_after,
 )
 from meshlocal.discovery.kubernetes.mapping import Defaults, ObjectKey
 from meshlocal.discovery.kubernetes.stores import AnyStore, endpoints_store, name_of, node_store, slice_store
 from meshlocal.discovery.kubernetes.table import EndpointTable
-from meshlocal.discovery.source import FollowedResource, Publisher, SourceDetails
+from meshlocal.discovery.retry import Problems, Retry
+from meshlocal.discovery.source import FollowedResource, Publisher, Source, SourceContext, SourceDetails, SourceError
 from meshlocal.net.log import get_log
-from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 from meshlocal.policy.model import ServiceKey
 
@@ -128,7 +132,7 @@ class KubernetesSource:
 
     async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
         """Publish the cluster's services, for ever. In sync once every list was complete."""
-        problems = _Problems(publisher)
+        problems = Problems(publisher, NAME)
         self.kind = await self._choose(problems)
         run = self._run = _Run(publisher, self._defaults, problems)
         async with trio.open_nursery() as nursery:
@@ -167,16 +171,20 @@ class KubernetesSource:
             if found:
                 raise SlicesFoundError("the API server has EndpointSlices now")
 
-    async def _choose(self, problems: _Problems) -> Kind:
+    def _retry(self, what: str, report: Callable[[str | None], None]) -> Retry:
+        backoff = Backoff(self._limits.backoff_initial, self._limits.backoff_max, self._rng)
+        return Retry(what, NAME, backoff, report)
+
+    async def _choose(self, problems: Problems) -> Kind:
         """Which resource the API server has. It is asked until it answers one way or the other."""
         part = "the API server"
         report = problems.of(part)
-        retry = Retry(part, self._rng, report, self._limits)
+        retry = self._retry(part, report)
         while True:
             try:
                 kind = await self._ask_for_slices()
             except FAILURES as error:
-                await retry.wait(error)
+                await wait_after(retry, error)
             else:
                 report(None)
                 return kind
@@ -216,7 +224,7 @@ class KubernetesSource:
     async def _follow_nodes(self, run: _Run, known: trio.Event) -> None:
         """Follow the nodes' labels; without the right to, do without."""
         path = collection(*_NODES)
-        retry = Retry("nodes", self._rng, run.problems.of("nodes"), self._limits)
+        retry = self._retry("nodes", run.problems.of("nodes"))
         while True:
             try:
                 async with self._api.get(path, {"limit": "1"}, "application/json"):
@@ -231,9 +239,9 @@ class KubernetesSource:
                     # The right may be granted later.
                     await trio.sleep(NODES_LOOK * self._rng.uniform(1.0, 1.5))
                     continue
-                await retry.wait(error)
+                await wait_after(retry, error)
             except FAILURES as error:
-                await retry.wait(error)
+                await wait_after(retry, error)
         run.problems.of("nodes")(None)
         resource = Resource(path, "nodes", metadata_only=True)
         watch = self._add(run, resource, node_store(run.table, run.publish, run.hold))
@@ -242,60 +250,39 @@ class KubernetesSource:
             known.set()
 
 
-def open_kubernetes_source(
-    options: KubernetesOptions, rng: UniformSource, environment: Mapping[str, str], *, zone: str = "", cluster: str = ""
-) -> KubernetesSource:
-    """The source that a `kubernetes:` URL names. The cluster is found at once, so that a mistake shows at once.
+def open_kubernetes_sources(options: object, context: SourceContext) -> Iterator[Source]:
+    """The sources that a `kubernetes:` URL names. The cluster is found at once, so that a mistake shows at once.
 
     It blocks while it reads a kubeconfig. It is read again whenever the API server refuses the credentials.
 
     Args:
         options: the URL's.
-        rng: for jitter.
-        environment: as `os.environ`: KUBECONFIG, HOME, and what Kubernetes gives a pod.
-        zone: the `zone` label of instances for which the cluster gives none.
-        cluster: the labels `cluster` and `cluster_id`, unless the options name others.
+        context: its environment has KUBECONFIG, HOME, and what Kubernetes gives a pod.
 
     Raises:
-        KubeconfigError: no cluster is found, or the kubeconfig cannot be used.
+        SourceError: no cluster is found, or the kubeconfig cannot be used.
     """
-    home = Path(environment.get("HOME") or "/")
-    find_access(options, environment, home)
-    api = Api(lambda: find_access(options, environment, home), lambda: datetime.now(UTC))
-    return KubernetesSource(api, options, rng, zone=zone, cluster=cluster)
+    assert isinstance(options, KubernetesOptions)
+    # One that may not be read holds up its own services, and no others'.
+    for namespace in options.namespaces or (None,):
+        part = options if namespace is None else msgspec.structs.replace(options, namespaces=(namespace,))
+        yield _open(part, context)
 
 
-class _Problems:
-    """What is wrong in each part of a source, told as one text."""
-
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
-        self._problems: dict[str, str] = {}
-
-    def of(self, part: str) -> Callable[[str | None], None]:
-        """How one part reports its problem."""
-
-        def report(problem: str | None) -> None:
-            if problem == self._problems.get(part):
-                return
-            if problem is None:
-                del self._problems[part]
-                _log.info("kubernetes followed again", part=part)
-            else:
-                self._problems[part] = problem
-            self.tell()
-
-        return report
-
-    def tell(self) -> None:
-        """Tell what is wrong now."""
-        self._publisher.report("; ".join(self._problems.values()) or None)
+def _open(options: KubernetesOptions, context: SourceContext) -> KubernetesSource:
+    home = Path(context.environment.get("HOME") or "/")
+    try:
+        find_access(options, context.environment, home)
+    except KubeconfigError as error:
+        raise SourceError(str(error)) from None
+    api = Api(lambda: find_access(options, context.environment, home), lambda: datetime.now(UTC))
+    return KubernetesSource(api, options, context.rng, zone=context.zone, cluster=context.cluster)
 
 
 class _Run:
     """The state of one run: the table, and whether it is published."""
 
-    def __init__(self, publisher: Publisher, defaults: Defaults, problems: _Problems) -> None:
+    def __init__(self, publisher: Publisher, defaults: Defaults, problems: Problems) -> None:
         self.table = EndpointTable(defaults)
         self.problems = problems
         self.watches: list[tuple[ListWatch, AnyStore]] = []

@@ -14,8 +14,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.kubernetes.kubeconfig import Content
-from meshlocal.discovery.kubernetes.source import KubernetesSource, SlicesFoundError, _Problems, _Run
+from meshlocal.discovery.kubernetes.source import KubernetesSource, SlicesFoundError, _Run
 from meshlocal.discovery.kubernetes.table import Defaults
+from meshlocal.discovery.retry import Problems
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 SERVICE = "kubernetes.io/service-name"
@@ -526,7 +527,7 @@ async def test_the_first_publication_waits_for_what_is_half_put():
     """D8: what is put in several steps counts whole, also in the first publication."""
     published = []
     publisher = SimpleNamespace(replace=published.append)
-    run = _Run(publisher, Defaults("", ""), _Problems(publisher))
+    run = _Run(publisher, Defaults("", ""), Problems(publisher, "kubernetes"))
     async with trio.open_nursery() as nursery:
         with run.hold():
             with run.hold():

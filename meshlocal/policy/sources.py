@@ -1,0 +1,102 @@
+"""Registries that a discovery server reads, as the configuration names them: `SCHEME:` and options.
+
+`KINDS` is the table of them. One more registry is one more row: how its options are read, and which function makes
+sources of them. Another package adds rows by an entry point in the group `meshlocal.sources`, named by its scheme, that
+gives a `SourceKind` (`meshlocal.app.sources.load_kinds`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from meshlocal.policy.addresses import AddressError, file_path
+from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.problems import quote
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
+_LATER = ("etcd", "dns")
+
+
+class SourceKind(NamedTuple):
+    """One kind of registry.
+
+    Attributes:
+        form: how its URLs are written, for messages: `file:PATH`.
+        parse: reads what follows `SCHEME:`; raises ValueError with a text that says what is wrong. `str` of what it
+            gives is read again to the same.
+        factory: `MODULE:FUNCTION`, imported only where there is such a URL. It is called with the options and a
+            `meshlocal.discovery.source.SourceContext`, and gives the sources, or raises `SourceError`.
+    """
+
+    form: str
+    parse: Callable[[str], object]
+    factory: str
+
+
+class FileOptions(msgspec.Struct, frozen=True):
+    """What stands behind `file:`: the path as it was written."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    @classmethod
+    def parse(cls, text: str) -> FileOptions:
+        """Read a path, as of `file:PATH` or `file:///PATH`.
+
+        Raises:
+            AddressError: it names no file.
+        """
+        return cls(file_path(text))
+
+
+KINDS: dict[str, SourceKind] = {
+    "file": SourceKind("file:PATH", FileOptions.parse, "meshlocal.discovery.file_source:open_file_source"),
+    "kubernetes": SourceKind(
+        "kubernetes:", KubernetesOptions.parse, "meshlocal.discovery.kubernetes.source:open_kubernetes_sources"
+    ),
+}
+"""By scheme."""
+
+
+class SourceUrl(msgspec.Struct, frozen=True):
+    """A registry that the discovery server reads.
+
+    Attributes:
+        scheme: a key of `KINDS`.
+        options: what the kind's `parse` gave.
+    """
+
+    scheme: str
+    options: object
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.options}"
+
+    @classmethod
+    def parse(cls, text: str) -> SourceUrl:
+        """Read `SCHEME:OPTIONS` of one of `KINDS`.
+
+        Raises:
+            AddressError: it is written otherwise.
+        """
+        *first, last = [kind.form for kind in KINDS.values()]
+        forms = f"{', '.join(first)} or {last}" if first else last
+        match = _SCHEME.fullmatch(text)
+        scheme = match[1].lower() if match is not None else ""
+        kind = KINDS.get(scheme)
+        if match is None or (kind is None and scheme not in _LATER):
+            raise AddressError(f"expected {forms}, got {quote(text)}")
+        if kind is None:
+            raise AddressError(f"{scheme}: is not supported by this version; expected {forms}")
+        try:
+            return cls(scheme, kind.parse(match[2]))
+        except AddressError:
+            raise
+        except ValueError as error:
+            raise AddressError(str(error)) from None

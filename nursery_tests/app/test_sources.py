@@ -1,0 +1,101 @@
+"""The table of registries: what other packages add to it, and what comes of a URL."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+
+import pytest
+import trio
+
+from meshlocal.app import sources
+from meshlocal.app.sources import load_kinds, make_sources
+from meshlocal.discovery.file_source import FileSource
+from meshlocal.discovery.source import Publisher, Source, SourceContext, SourceError
+from meshlocal.policy.addresses import AddressError
+from meshlocal.policy.config import DiscoveryServerConfig
+from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.sources import KINDS, SourceKind, SourceUrl
+
+
+class Postcards:
+    """A registry of somebody else's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
+        publisher.replace({})
+        task_status.started()
+
+
+def open_postcards(options: object, context: SourceContext) -> Iterator[Source]:
+    if options == "nowhere":
+        raise SourceError("nobody lives there")
+    yield Postcards(f"{options} from {context.zone}")
+
+
+def read_postcards(text: str) -> object:
+    if not text:
+        raise ValueError("names no place")
+    return text
+
+
+KIND = SourceKind("post:PLACE", read_postcards, f"{__name__}:open_postcards")
+NO_KIND = "nothing of the kind"
+
+
+@pytest.fixture(autouse=True)
+def _the_table_as_it_is() -> Iterator[None]:
+    before = dict(KINDS)
+    yield
+    KINDS.clear()
+    KINDS.update(before)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
+    found = [EntryPoint(name, f"{__name__}:{value}", "meshlocal.sources") for name, value in points.items()]
+    monkeypatch.setattr(sources, "entry_points", lambda group: found if group == "meshlocal.sources" else [])
+
+
+def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its URLs are read, its sources made, its mistakes named: nothing else knows of it."""
+    with pytest.raises(AddressError, match=r"^expected file:PATH or kubernetes:, got 'post:home'$"):
+        SourceUrl.parse("post:home")
+    installed(monkeypatch, post="KIND")
+    load_kinds()
+    url = SourceUrl.parse("POST:home")
+    assert str(url) == "post:home"
+    with pytest.raises(AddressError, match=r"^names no place$"):
+        SourceUrl.parse("post:")
+    with pytest.raises(AddressError, match=r"^expected file:PATH, kubernetes: or post:PLACE, got 'x'$"):
+        SourceUrl.parse("x")
+    config = DiscoveryServerConfig(sources=(SourceUrl.parse("file:a.yaml"), url), zone="z1")
+    first, second = make_sources(config, random.Random(0), {})
+    assert isinstance(first, FileSource)
+    assert second.name == "home from z1"
+    wrong = DiscoveryServerConfig(sources=(url, SourceUrl.parse("post:nowhere")))
+    with pytest.raises(ConfigError) as caught:
+        make_sources(wrong, random.Random(0), {})
+    assert [str(each) for each in caught.value.problems] == ["discovery.sources[1]: post:nowhere: nobody lives there"]
+
+
+@pytest.mark.parametrize(
+    ("points", "problem"),
+    [
+        ({"post": "NOT_THERE"}, "AttributeError"),
+        ({"post": "NO_KIND"}, "TypeError: str is no SourceKind"),
+        ({"file": "KIND"}, "there is one of this scheme"),
+    ],
+)
+def test_a_kind_that_cannot_be_used_costs_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, points: dict[str, str], problem: str
+) -> None:
+    """It is said which, and left out; the one beside it is there."""
+    installed(monkeypatch, **points, card="KIND")
+    before = dict(KINDS)
+    load_kinds()
+    assert before | {"card": KIND} == KINDS
+    (record,) = [each for each in caplog.records if each.getMessage().startswith("source kind left out")]
+    assert problem in record.getMessage()
