@@ -41,7 +41,7 @@ from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
-from meshlocal.proxy.listeners import Listeners
+from meshlocal.proxy.listeners import Listeners, Server
 from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class ProxyProcess:
         proxy = self.config.proxy
         self.services = ServiceTable(proxy, locality_of(proxy), rng)
         self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
-        self.listeners = Listeners(self.services, self.forwarder, shared=bool(worker), supervision=self.supervision)
+        self._servers: dict[str, Server] = {"tcp": self.forwarder}
+        self.listeners = Listeners(self._servers, shared=bool(worker), supervision=self.supervision)
         self.http: HttpForwarder | None = None
         self._lifetime: trio.Nursery | None = None
         self._loop: RelayLoop | None = None
@@ -158,7 +159,7 @@ class ProxyProcess:
         # Imported here: a proxy without http listeners holds no HTTP code.
         from meshlocal.proxy.http.forwarder import HttpForwarder
 
-        self.http = self.listeners.http = HttpForwarder(self.services, config, self.supervision)
+        self.http = self._servers["http"] = HttpForwarder(self.services, config, self.supervision)
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
 

@@ -41,7 +41,7 @@ from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy.backoff import Backoff
 from meshlocal.policy.config import Config, ProxyConfig
-from meshlocal.proxy.listeners import Listener, keep, service_key
+from meshlocal.proxy.bound import BoundAddress, keep, service_key
 
 _log = get_log(__name__)
 
@@ -174,7 +174,7 @@ class Supervisor:
         self.restarts = 0
         self.workers: dict[int, Worker] = {}
         self.on_end: Callable[[int], None] = lambda _: None
-        self._addresses: list[Listener] = []
+        self._addresses: list[BoundAddress] = []
         self._admin: list[str] = []
         self._changing = trio.Lock()
         """Held while a configuration is applied, and while a worker is given its first."""
@@ -225,23 +225,23 @@ class Supervisor:
 
     # Addresses
 
-    def _reserve(self, config: ProxyConfig) -> list[Listener]:
+    def _reserve(self, config: ProxyConfig) -> list[BoundAddress]:
         """Bind what is not bound yet, without listening."""
-        found: list[Listener] = []
+        found: list[BoundAddress] = []
         kept = keep(self._addresses, config)
         try:
             for position, (configured, there) in enumerate(zip(config.listen, kept, strict=True)):
                 if there is None:
                     with wanted_by(f"proxy.listen[{position}]"):
                         sockets = open_tcp_listeners(configured.host, configured.port, None)
-                    there = Listener(configured, service_key(config, configured), sockets)
+                    there = BoundAddress(configured, service_key(config, configured), sockets)
                 found.append(there)
         except BaseException:
             _release(address for address in found if address not in self._addresses)
             raise
         return found
 
-    def _of_worker(self, config: Config, addresses: list[Listener], number: int) -> Config:
+    def _of_worker(self, config: Config, addresses: list[BoundAddress], number: int) -> Config:
         """A worker's configuration: with the ports that were chosen, and nothing that can be only once."""
         proxy = config.proxy
         listen = tuple(
@@ -386,12 +386,12 @@ class Supervisor:
                 return [f"worker {worker.number}: {problem}" for problem in problems]
         _release(address for address in self._addresses if address not in addresses)
         for configured, address in zip(config.proxy.listen, addresses, strict=True):
-            address.configured, address.service = configured, service_key(config.proxy, configured)
+            address.reconfigure(config.proxy, configured)
         self.config, self._addresses = config, addresses
         configure_logging(config.log.level, config.log.format)
         return []
 
-    async def _configure(self, worker: Worker, config: Config, addresses: list[Listener]) -> list[str]:
+    async def _configure(self, worker: Worker, config: Config, addresses: list[BoundAddress]) -> list[str]:
         try:
             problems = await worker.ask(Configure(self._of_worker(config, addresses, worker.number)))
         except WorkerGoneError as error:
@@ -418,6 +418,6 @@ async def _start(channel: socket.socket) -> trio.Process:
     )
 
 
-def _release(addresses: Iterable[Listener]) -> None:
+def _release(addresses: Iterable[BoundAddress]) -> None:
     for address in addresses:
         address.close()

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import msgspec
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, wrap_server_stream
-from wsproto.connection import ConnectionState
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError
 
@@ -263,7 +262,7 @@ class WebSocketServer:
         except Exception:
             log.exception("websocket handler failed", method=method.path, peer=peer)
             ending = Close(wire.INTERNAL, "the handler failed")
-        last_words = _last_words(connection)
+        last_words = _last_words(connection, stream)
         refused = connection.closed
         self.too_large += refused is not None and refused.code == wire.TOO_BIG
         if last_words is None:
@@ -282,7 +281,7 @@ class WebSocketServer:
         method, handler = self._routes.get(request.path.partition("?")[0], (None, None))
         if method is None or handler is None:
             await _reject(request, 404, f"no method {request.path[:256]}")
-        elif not _is_welcome(headers.get("origin"), _host_of(request), self._options.origins):
+        elif not _is_welcome(headers.get("origin"), stream.host, self._options.origins):
             await _reject(request, 403, f"pages of {headers['origin'][:256]} may not connect")
         elif chosen is None:
             await _reject(request, 400, f"offer the subprotocol {wire.PROTO} or {wire.JSON}")
@@ -362,16 +361,16 @@ async def _cancel_at_end(stream: WatchedStream, scope: trio.CancelScope) -> None
     scope.cancel()
 
 
-def _last_words(connection: WebSocketConnection) -> bytes | None:
+def _last_words(connection: WebSocketConnection, stream: WatchedStream) -> bytes | None:
     """The close frame for a peer that broke the protocol; None if there is no call for one.
 
     The library sends one itself for a message that is too big (and b"" is left to say), and closes without a word on
     frames that make no sense: its `closed` then has the code that it should have sent.
     """
     closed = connection.closed
-    if closed is None or connection._wsproto.state is ConnectionState.CLOSED:
+    if closed is None:
         return None
-    if closed.code in (wire.PROTOCOL_ERROR, wire.INVALID):
+    if closed.code in (wire.PROTOCOL_ERROR, wire.INVALID) and not stream.said_close:
         return bytes(FrameProtocol(client=False, extensions=[]).close(closed.code, wire.shortened(closed.reason or "")))
     return b"" if closed.code == wire.TOO_BIG else None
 
@@ -395,11 +394,6 @@ async def _part(stream: trio.abc.Stream, last_words: bytes) -> None:
 
 async def _reject(request: WebSocketRequest, status: int, text: str) -> None:
     await request.reject(status, extra_headers=[(b"Content-Type", b"text/plain")], body=f"{text}\n".encode())
-
-
-def _host_of(request: WebSocketRequest) -> str:
-    # The library gives all fields but this one.
-    return request._event.host
 
 
 def _is_welcome(origin: str | None, host: str, origins: Collection[str]) -> bool:

@@ -42,6 +42,7 @@ from meshlocal.net.flows import ALL_EVENTS, FIRST, FLOW_EVENTS, TURN_BYTES, Flow
 from meshlocal.net.log import get_log
 from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState
 from meshlocal.net.sockets import on_close
+from meshlocal.net.trio_internals import epoll_fileno
 
 _log = get_log(__name__)
 
@@ -456,20 +457,6 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self._urgent = self._urgent or pair.state.failed is not None
 
 
-def trio_epoll() -> int | None:
-    """The file descriptor of this Trio run's epoll instance; None if it has none, or keeps it where we cannot see."""
-    try:
-        from trio._core._run import GLOBAL_RUN_CONTEXT
-
-        runner = GLOBAL_RUN_CONTEXT.runner
-        if runner.is_guest:
-            # Another event loop sleeps then, in which there is no place for this one.
-            return None
-        return runner.io_manager._epoll.fileno()
-    except (ImportError, AttributeError):
-        return None
-
-
 current_loop: RunVar[RelayLoop | None] = RunVar("meshlocal.relay.loop", default=None)
 """What moves the bytes of this Trio run, if there is a loop for it."""
 
@@ -482,7 +469,7 @@ def open_relay_loop() -> Iterator[RelayLoop | None]:
         The loop; None if Trio does not show its epoll instance, so that relays take the path with two tasks. Relays
         must have ended at the exit.
     """
-    number = trio_epoll()
+    number = epoll_fileno()
     if number is None:
         _log.warning("relays take the slow path", problem="this version of Trio hides its epoll instance")
         yield None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import trio
@@ -9,6 +10,14 @@ import trio
 from meshlocal.policy.rates import TokenBucket
 
 _PIECE = 65_536
+"""Bytes that are sent at once, each in `stall_timeout`."""
+
+_LONGEST_HEAD = 65_536
+"""Bytes of a handshake that are looked through for its Host field."""
+
+_HOST = re.compile(rb"\r\nhost:([^\r\n]*)", re.IGNORECASE)
+_CLOSE = b"\x88"
+"""How a close frame begins: the only fragment, opcode 8."""
 
 
 class WatchedStream(trio.abc.Stream):
@@ -21,6 +30,8 @@ class WatchedStream(trio.abc.Stream):
         on_pause: called each time that the peer is made to wait with what it sends.
 
     Attributes:
+        host: the Host field of the handshake; empty before that came, or if it has none.
+        said_close: a close frame was sent.
         ended: the peer ended its side, or the connection is over.
         stalled: the peer did not read in time.
     """
@@ -38,6 +49,9 @@ class WatchedStream(trio.abc.Stream):
         self._on_pause = on_pause
         self._pause = 0.0
         self._closed = False
+        self._head: bytearray | None = bytearray()
+        self.host = ""
+        self.said_close = False
         self.ended = trio.Event()
         self.stalled = False
 
@@ -56,6 +70,12 @@ class WatchedStream(trio.abc.Stream):
             raise
         if not received:
             self.ended.set()
+        if self._head is not None:
+            self._head += received
+            if b"\r\n\r\n" in self._head or len(self._head) > _LONGEST_HEAD:
+                found = _HOST.search(self._head)
+                self.host = found[1].decode("latin-1").strip() if found is not None else ""
+                self._head = None
         if self._bucket is not None:
             self._pause = self._bucket.spend(len(received), trio.current_time())
         return received
@@ -65,6 +85,8 @@ class WatchedStream(trio.abc.Stream):
         if self._closed:
             raise trio.ClosedResourceError("the connection is closed")
         left = memoryview(data)
+        # Servers' frames are not masked, and the library sends each by itself (RFC 6455, 5.2).
+        self.said_close = self.said_close or data[:1] == _CLOSE
         # Who is cancelled already has sent nothing yet, and may say goodbye.
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:

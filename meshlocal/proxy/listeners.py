@@ -6,32 +6,50 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
 import trio
 
-from meshlocal.client.services import ServiceTable
 from meshlocal.net.descriptors import connections_ceiling
 from meshlocal.net.listen import Started, Take, accept_each, accept_queued, open_tcp_listeners, wanted_by
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.sockets import abort, close, format_address
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.tcp.forwarder import TcpForwarder
+from meshlocal.proxy.bound import BoundAddress, keep, service_key
 
 _log = get_log(__name__)
 _ERROR_INTERVAL = 5.0
 
 
-class HttpServer(Protocol):
-    """What serves the connections of http listeners: an interface, so that a proxy without any loads no HTTP code."""
+class Server(Protocol):
+    """What serves the connections of one kind of listeners.
 
-    async def serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
-        """Serve one connection to its end. `service` is None if each request says its own."""
+    An interface, so that a proxy without listeners of a kind loads no code for it.
+    """
+
+    def take(
+        self, connections: trio.Nursery, service: ServiceKey | None, client: socket.socket, peer: object
+    ) -> Started:
+        """Serve an accepted connection to its end, by which its socket is closed or reset.
+
+        Args:
+            connections: where its task lives.
+            service: what it is for; None if each of its requests says its own.
+            client: its socket.
+            peer: the client's address.
+
+        Returns:
+            What Trio has to do for it now.
+        """
+        ...
+
+    def accepting(self) -> AbstractContextManager[None]:
+        """Entered for as long as there may be more connections."""
         ...
 
     def shed(self) -> None:
@@ -39,27 +57,38 @@ class HttpServer(Protocol):
         ...
 
 
-class Listener:
-    """One configured listener: one socket, or two for `localhost`.
+class Listener(BoundAddress):
+    """One configured listener.
+
+    Args:
+        configured: as the config has it.
+        service: the registry's name of its service; None if each request says its own.
+        sockets: that listen on its address.
 
     Attributes:
-        configured: as the config has it.
-        service: the registry's name of its service; None if it routes each request.
+        server: serves its connections; None until it is adopted.
         accept_errors: how often the system could not give another connection.
+        accepting: its cancellation ends the accept loops.
     """
 
     def __init__(self, configured: ListenAddress, service: ServiceKey | None, sockets: Sequence[socket.socket]) -> None:
-        self.configured = configured
-        self.service = service
-        self.sockets = sockets
+        super().__init__(configured, service, sockets)
+        self.server: Server | None = None
         self.accept_errors = 0
         self.accepting = trio.CancelScope()
         self._report = RateLimited(_log, logging.ERROR, "cannot accept; trying again", interval=_ERROR_INTERVAL)
 
-    @property
-    def bound(self) -> list[str]:
-        """The addresses that it listens on, with the ports that the system chose."""
-        return [format_address(sock.getsockname()) for sock in self.sockets]
+    def resolve(self, client: socket.socket, peer: object) -> ServiceKey | None:
+        """What an accepted connection is for; None if each of its requests says its own.
+
+        A step of its own: a listener that intercepts connections looks here where they were to go.
+        """
+        return self.service
+
+    def take(self, connections: trio.Nursery, client: socket.socket, peer: object) -> Started:
+        """Have an accepted connection served; see `meshlocal.net.listen.Take`."""
+        assert self.server is not None
+        return self.server.take(connections, self.resolve(client, peer), client, peer)
 
     def on_accept_error(self, error: OSError) -> None:
         """Count and report that descriptors or memory ran out."""
@@ -68,37 +97,27 @@ class Listener:
             trio.current_time(), listener=self.bound[0], problem=os.strerror(error.errno or 0), service=self.service
         )
 
-    def close(self) -> None:
-        """Close the sockets. Only once nothing accepts on them."""
-        for sock in self.sockets:
-            close(sock)
-
 
 class Listeners:
     """All listeners, and their acceptors.
 
     Args:
-        services: where a listener's service is looked up for each connection.
-        forwarder: serves the connections of tcp listeners.
-        http: serves those of http listeners; may be set later, before there are any.
+        servers: what serves each kind of listener, by the scheme of its address; one may be added before there is a
+            listener of its kind.
         shared: other processes listen on the same addresses (see `open_tcp_listeners`).
         supervision: of the acceptors, which are vital.
     """
 
     def __init__(
         self,
-        services: ServiceTable,
-        forwarder: TcpForwarder,
-        http: HttpServer | None = None,
+        servers: Mapping[str, Server],
         *,
         shared: bool = False,
         supervision: Supervision | None = None,
     ) -> None:
         self._supervision = supervision or Supervision(random.Random())
-        self._services = services
+        self._servers = servers
         self._shared = shared
-        self._forwarder = forwarder
-        self.http = http
         self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
         self.current: list[Listener] = []
 
@@ -141,8 +160,8 @@ class Listeners:
             if listener not in prepared:
                 listener.accepting.cancel()
         for listener, configured in zip(prepared, config.listen, strict=True):
-            listener.configured = configured
-            listener.service = service_key(config, configured)
+            listener.reconfigure(config, configured)
+            listener.server = self._servers[configured.scheme]
             if listener not in before:
                 self._start(listener)
 
@@ -162,8 +181,9 @@ class Listeners:
             self._nurseries[0].start_soon(self._accept, listener, self._nurseries[1])
 
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
-        take = partial(self._take, listener, connections)
-        with self._forwarder.keeping_tasks():
+        take = partial(listener.take, connections)
+        assert listener.server is not None
+        with listener.server.accepting():
             try:
                 with listener.accepting:
                     async with trio.open_nursery() as nursery:
@@ -186,44 +206,5 @@ class Listeners:
 
     def _on_full(self, listener: Listener, error: OSError) -> None:
         listener.on_accept_error(error)
-        if self.http is not None:
-            self.http.shed()
-
-    def _take(self, listener: Listener, connections: trio.Nursery, client: socket.socket, peer: object) -> Started:
-        """See `meshlocal.net.listen.Take`."""
-        if listener.configured.scheme == "http" and self.http is not None:
-            connections.start_soon(self.http.serve, listener.service, client, peer)
-            return Started.NOW
-        service = self._services.get(listener.service) if listener.service is not None else None
-        if service is None:
-            # The config lost the service, and its listeners are about to go.
-            abort(client)
-            return Started.NOTHING
-        return self._forwarder.take(connections, service, client, peer)
-
-
-def keep(current: Sequence[Listener], config: ProxyConfig) -> list[Listener | None]:
-    """For each of the config's listeners the current one that goes on as it, if any."""
-    left = list(current)
-
-    def take(configured: ListenAddress, *, same_service: bool) -> Listener | None:
-        for listener in left:
-            before = listener.configured
-            if (before.host, before.port) != (configured.host, configured.port):
-                continue
-            if same_service and listener.service != service_key(config, configured):
-                continue
-            left.remove(listener)
-            return listener
-        return None
-
-    kept = [take(configured, same_service=True) for configured in config.listen]
-    for position, configured in enumerate(config.listen):
-        if kept[position] is None:
-            kept[position] = take(configured, same_service=False)
-    return kept
-
-
-def service_key(config: ProxyConfig, configured: ListenAddress) -> ServiceKey | None:
-    """The registry's name of a listener's service; None if it routes each request."""
-    return config.service_key(configured.service) if configured.service is not None else None
+        for server in self._servers.values():
+            server.shed()

@@ -400,7 +400,7 @@ def test_the_buffer_lies_in_the_middle_of_a_page() -> None:
 async def test_without_trios_epoll_the_plain_path_serves_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(relay_loop, "trio_epoll", lambda: None)
+    monkeypatch.setattr(relay_loop, "epoll_fileno", lambda: None)
     with open_relay_loop() as loop, Line() as line:
         assert loop is None
         assert "relays take the slow path" in caplog.text

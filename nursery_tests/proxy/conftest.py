@@ -71,7 +71,7 @@ class Proxy:
         self.config = ProxyConfig(listen=(self.address,))
         self.table = ServiceTable(self.config, Locality({"node": "n1"}), random.Random(1))
         self.forwarder = TcpForwarder(self.table)
-        self.listeners = Listeners(self.table, self.forwarder)
+        self.listeners = Listeners({"tcp": self.forwarder})
         self.acceptors: trio.Nursery | None = None
         self.connections: trio.Nursery | None = None
         self.scope = trio.CancelScope()

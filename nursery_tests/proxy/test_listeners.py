@@ -16,6 +16,7 @@ from meshlocal.net.listen import ListenError
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.locality import Locality
+from meshlocal.proxy.http.forwarder import HttpForwarder
 from meshlocal.proxy.listeners import Listener, Listeners
 from meshlocal.proxy.tcp.forwarder import TcpForwarder
 from nursery_tests.ports import free_port
@@ -35,7 +36,7 @@ def config(*listen: str, namespace: str | None = None) -> ProxyConfig:
 @pytest.fixture
 async def listeners() -> AsyncIterator[Listeners]:
     table = ServiceTable(config(), Locality({}), random.Random(1))
-    made = Listeners(table, TcpForwarder(table))
+    made = Listeners({"tcp": TcpForwarder(table), "http": HttpForwarder(table, config())})
     yield made
     for listener in made.current:
         listener.close()
@@ -126,19 +127,20 @@ async def test_listeners_that_go_stop_accepting_and_close(listeners: Listeners) 
 
 
 @pytest.mark.parametrize("end", ["drain", "reload"])
-async def test_who_waits_in_the_queue_of_a_listener_that_goes_is_served(listeners: Listeners, end: str) -> None:
+async def test_who_waits_in_the_queue_of_a_listener_that_goes_is_served(
+    listeners: Listeners, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     """S1, S2: its client knows no better than that it is connected."""
     served: list[object] = []
     gone = trio.Event()
 
-    class Server:
-        async def serve(self, service: object, client: socket.socket, peer: object) -> None:
-            served.append(service)
-            await gone.wait()
-            client.send(b"served")
-            client.close()
+    async def serve(_: object, service: object, client: socket.socket, peer: object) -> None:
+        served.append(service)
+        await gone.wait()
+        client.send(b"served")
+        client.close()
 
-    listeners.http = Server()
+    monkeypatch.setattr(HttpForwarder, "serve", serve)
     (listener,) = adopt(listeners, config("http://127.0.0.1:0"))
     port = listener.sockets[0].getsockname()[1]
     async with trio.open_nursery() as connections:

@@ -20,7 +20,7 @@ from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net import relay_loop
 from meshlocal.net.relay_loop import DEFERRAL, current_loop
 from meshlocal.policy.config import AttemptPolicy
-from meshlocal.policy.model import Instance, make_instance
+from meshlocal.policy.model import Instance, ServiceKey, make_instance
 from nursery_tests.ports import free_port
 from nursery_tests.proxy.silent import silent
 
@@ -349,7 +349,7 @@ def half_taken(proxy: Any) -> Iterator[socket.socket]:
     client.settimeout(LIMIT)
     with client:
         client.send(b"hello")
-        proxy.forwarder.take(proxy.connections, proxy.table["b"], accepted, peer)
+        proxy.forwarder.take(proxy.connections, ServiceKey("b"), accepted, peer)
         yield client
 
 

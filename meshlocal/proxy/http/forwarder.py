@@ -6,6 +6,7 @@ import math
 import random
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from heapq import nsmallest
 from operator import attrgetter
@@ -13,7 +14,7 @@ from operator import attrgetter
 import trio
 
 from meshlocal.client.services import ServiceTable
-from meshlocal.net.listen import CAPACITY_PAUSE
+from meshlocal.net.listen import CAPACITY_PAUSE, Started
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import format_address
 from meshlocal.net.supervision import Supervision
@@ -79,6 +80,17 @@ class HttpForwarder:
 
     def _observe(self, config: ProxyConfig) -> None:
         self.shared.observers = (HttpAccessLog(),) if config.access_log else ()
+
+    def accepting(self) -> AbstractContextManager[None]:
+        """See `Server.accepting`."""
+        return nullcontext()
+
+    def take(
+        self, connections: trio.Nursery, service: ServiceKey | None, client: socket.socket, peer: object
+    ) -> Started:
+        """See `Server.take`."""
+        connections.start_soon(self.serve, service, client, peer)
+        return Started.NOW
 
     async def serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
         """Serve one accepted connection to its end; the socket is closed or reset then."""

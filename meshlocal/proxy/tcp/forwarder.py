@@ -20,13 +20,15 @@ from functools import partial
 
 import trio
 
-from meshlocal.client.services import ServiceState, ServiceTable
+from meshlocal.client.services import ServiceTable
 from meshlocal.client.statistics import Outcome
 from meshlocal.client.tried import in_a_row
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.relay_loop import current_loop
+from meshlocal.net.sockets import abort
 from meshlocal.net.task_pool import TaskPool
+from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.access_log import log_request
 from meshlocal.proxy.tcp.connection import RETURNED, TcpConnection
 
@@ -78,16 +80,20 @@ class TcpForwarder:
         """How many tasks wait for a connection."""
         return len(self._tasks)
 
-    def keeping_tasks(self) -> AbstractContextManager[None]:
-        """While this is entered, tasks wait for further connections: for as long as there may be some."""
+    def accepting(self) -> AbstractContextManager[None]:
+        """See `Server.accepting`: tasks wait for further connections meanwhile."""
         return self._tasks.keeping()
 
-    def take(self, nursery: trio.Nursery, service: ServiceState, sock: socket.socket, peer: object) -> Started:
-        """Serve an accepted connection to its end, by which its socket is closed or reset.
+    def shed(self) -> None:
+        """See `Server.shed`: a tcp connection that is idle may mean it."""
 
-        Returns:
-            What Trio has to do for it now.
-        """
+    def take(self, nursery: trio.Nursery, key: ServiceKey | None, sock: socket.socket, peer: object) -> Started:
+        """See `Server.take`."""
+        service = self._services.get(key) if key is not None else None
+        if service is None:
+            # The config lost the service, and its listeners are about to go.
+            abort(sock)
+            return Started.NOTHING
         loop = current_loop.get()
         connection = TcpConnection(service, sock, peer, trio.current_time() if loop is None else loop.time())
         if loop is None:

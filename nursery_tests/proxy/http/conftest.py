@@ -383,7 +383,7 @@ class Proxy:
         self.config = ProxyConfig(listen=self.addresses)
         self.table = ServiceTable(self.config, Locality({"node": "n1"}), random.Random(1))
         self.forwarder = HttpForwarder(self.table, self.config)
-        self.listeners = Listeners(self.table, TcpForwarder(self.table), self.forwarder)
+        self.listeners = Listeners({"tcp": TcpForwarder(self.table), "http": self.forwarder})
         self.acceptors: trio.Nursery | None = None
         self.connections: trio.Nursery | None = None
         self.scope = trio.CancelScope()
