@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
 
 # The standard library's html.escape comes with every named entity of HTML: half a megabyte in every sidecar.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
@@ -10,20 +12,21 @@ _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;",
 REFRESH = 5
 """Seconds after which a page that shows what changes is loaded again."""
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --bad: #b43c0b; --good: #15753a; }
-@media (prefers-color-scheme: dark) { :root { --bad: #fb923c; --good: #4ade80; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
-p { margin: .3rem 0; } .bad { color: var(--bad); font-weight: 600; } .good { color: var(--good); font-weight: 600; }
-table { border-collapse: collapse; width: 100%; margin-top: .7rem; }
-th, td { text-align: left; padding: .25rem .8rem .25rem 0; }
-th { border-bottom: 1px solid var(--line); font-weight: 600; } td { border-bottom: 1px solid var(--soft); }
-code, td { font-variant-numeric: tabular-nums; } code { font-family: ui-monospace, monospace; font-size: .92em; }
-nav { margin-bottom: 1rem; } nav a { margin-right: 1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; } dt { opacity: .7; }
-dd { margin: 0; } meter { width: 9rem; height: .9rem; vertical-align: -.1rem; }
-"""
+_FILES = Path(__file__).with_name("pages")
+
+
+def template(name: str) -> Template:
+    """A file of the package's folder `pages`, to be filled in. Call it at import: later nothing may read files (P1)."""
+    return Template((_FILES / name).read_text())
+
+
+def content(name: str) -> str:
+    """A file of that folder as it is. Call it at import, too."""
+    return (_FILES / name).read_text()
+
+
+_PAGE = template("page.html")
+_STYLE = content("page.css")
 
 
 class Html(str):
@@ -98,8 +101,4 @@ def page(title: str, links: Iterable[str], parts: Iterable[Html], *, refresh: in
     """A whole page; one that shows what changes is loaded again every `refresh` seconds."""
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh is not None else ""
     nav = "".join(link(target, target) for target in links)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width">{again}<style>{_STYLE}</style></head>'
-        f"<body><h1>{text(title)}</h1><nav>{nav}</nav>{''.join(parts)}</body></html>\n"
-    ).encode()
+    return _PAGE.substitute(title=text(title), again=again, style=_STYLE, nav=nav, parts="".join(parts)).encode()

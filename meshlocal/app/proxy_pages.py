@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -18,16 +17,22 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.readiness import Readiness
-from meshlocal.app.views import explain_in_steps, health_view, instance_view, left_out_in_steps, sorted_in_steps
+from meshlocal.app.views import (
+    explain_in_steps,
+    health_view,
+    instance_view,
+    left_out_in_steps,
+    sorted_in_steps,
+    summary,
+)
 from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
-from meshlocal.client.statistics import Outcome
 from meshlocal.net.slices import pieces
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.health import State
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
-from meshlocal.policy.picker import Picker
+from meshlocal.policy.picker import Picker, explain_reason
 from meshlocal.policy.sources import SourceUrl
 from meshlocal.policy.steps import Steps
 
@@ -39,9 +44,6 @@ _STEPS_SHOWN = 500
 
 _SHOWN = 200
 """Instances of a service that the overview page lists; /services has all."""
-
-_REACHED = frozenset({Outcome.SERVED, Outcome.CUT, Outcome.RETURNED, Outcome.DRAINED})
-"""Outcomes of requests that an instance took."""
 
 
 def proxy_routes(process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:
@@ -252,25 +254,22 @@ class _ProxyPages:
             yield html.paragraph(html.bad("no registry knows it: requests are refused"))
         statistics = service.statistics
         first = picker.selector.tiers[0]
-        total = sum(statistics.requests.values())
-        # Those that reached an instance: one that failed went nowhere.
-        reached = {key: count for key, count in statistics.requests.items() if key.outcome in _REACHED}
-        near = sum(count for key, count in reached.items() if key.tier == first)
-        served = sum(reached.values())
-        bar = [html.share(near, served), f"of {served} requests that reached an instance"]
+        done = summary(statistics.requests, first)
+        bar = [html.share(done.near, done.reached), f"of {done.reached} requests that reached an instance"]
         sizes = ", ".join(f"{size} in tier {tier}" for tier, size in picker.tier_sizes().items())
         yield html.facts(
             [
                 (
                     "same " + first,
-                    bar if served else ["no request reached an instance"] if total else ["no request yet"],
+                    bar if done.reached else ["no request reached an instance"] if done.total else ["no request yet"],
                 ),
                 ("now", [f"{statistics.open} connections open, {statistics.connecting} clients waiting"]),
                 ("usable", [sizes, html.link(f"/explain?service={quote(service.key)}", "the next request's plan")]),
             ]
         )
-        if total:
-            yield html.table(("Requests to tier", "Why not the first", "Outcome", "Count"), _request_rows(service))
+        if done.total:
+            rows = ((tier or None, _why(reason, first), outcome, count) for tier, reason, outcome, count in done.rows)
+            yield html.table(("Requests to tier", "Why not the first", "Outcome", "Count"), rows)
         shown = []
         for piece in pieces(picker.shown(_SHOWN)):
             shown += piece
@@ -282,10 +281,10 @@ class _ProxyPages:
             return
         names = picker.selector.tiers
         now = trio.current_time()
-        rows = []
+        lines = []
         for each in shown:
             why = picker.selector.left_out(each)
-            rows.append(
+            lines.append(
                 (
                     html.code(each.key),
                     each.node or None,
@@ -296,7 +295,7 @@ class _ProxyPages:
                 )
             )
             yield None
-        yield html.table(("Instance", "Node", "Tier", "Left out", "Health", "Under way"), rows)
+        yield html.table(("Instance", "Node", "Tier", "Left out", "Health", "Under way"), lines)
 
 
 def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:
@@ -308,7 +307,7 @@ def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:
             html.code(step["instance"]),
             step["node"],
             step["tier"],
-            _why(step["reason"] or ""),
+            _why(step["reason"] or "", view["prefer"][0]),
             step["passed_over"] or ("terminating, and serves still" if step["last_resort"] else None),
         )
         for step in plan[:_STEPS_SHOWN]
@@ -343,17 +342,11 @@ def _health(service: ServiceState, instance: Instance, now: float) -> object:
     )
 
 
-def _why(reason: str) -> object:
+def _why(reason: str, nearest: str) -> object:
     if not reason:
         return None
-    words = {
-        "node_unknown": "the proxy does not know its own",
-        "no_local": "there was no usable instance in it",
-        "local_failed": "its instances failed",
-        "local_ejected": "its instances were ejected for failing",
-        "spill": "its instances had enough to do",
-    }.get(reason)
-    return html.Html(html.code(reason) + (f": {html.text(words)}" if words else ""))
+    word, _, words = explain_reason(reason, nearest).partition(": ")
+    return html.Html(html.code(word) + (f": {html.text(words)}" if words else ""))
 
 
 def _time(seconds: float) -> str:
@@ -362,8 +355,3 @@ def _time(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def _request_rows(service: ServiceState) -> Iterable[tuple[object, ...]]:
-    counts: Counter[tuple[str, str, str]] = Counter(service.statistics.requests)
-    return ((tier or None, _why(reason), outcome, count) for (tier, reason, outcome), count in sorted(counts.items()))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from heapq import merge
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshlocal.client.fitness import Fitness
+from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.net.slices import pieces
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import EndpointKey, Instance
@@ -43,6 +44,34 @@ def health_view(fitness: Fitness, instance: Instance, now: float) -> dict[str, A
         view["next_trial_in"] = round(standing.left, 1)
         view["ejections"] = standing.ejections
     return view
+
+
+class Summary(NamedTuple):
+    """What a proxy did for one service so far.
+
+    Attributes:
+        total: requests that ended.
+        reached: those of them that reached an instance: one that failed went nowhere.
+        near: those of them that reached one of the first tier.
+        rows: tier, reason (R1), outcome and how many, in order.
+    """
+
+    total: int
+    reached: int
+    near: int
+    rows: Sequence[tuple[str, str, str, int]]
+
+
+_REACHED = frozenset({Outcome.SERVED, Outcome.CUT, Outcome.RETURNED, Outcome.DRAINED})
+"""Outcomes of requests that an instance took."""
+
+
+def summary(requests: Mapping[RequestKey, int], first: str) -> Summary:
+    """Sum up a service's requests; `first` is the name of the first tier."""
+    reached = {key: count for key, count in requests.items() if key.outcome in _REACHED}
+    near = sum(count for key, count in reached.items() if key.tier == first)
+    rows = [(key.tier, key.reason, key.outcome, count) for key, count in sorted(requests.items())]
+    return Summary(sum(requests.values()), sum(reached.values()), near, rows)
 
 
 def sorted_in_steps(keys: Collection[EndpointKey]) -> Steps[list[EndpointKey]]:

@@ -20,7 +20,7 @@ from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.locality import Selector
 from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
-from meshlocal.policy.picker import Cursors, Picker
+from meshlocal.policy.picker import Cursors, Picker, explain_reason
 from meshlocal.policy.problems import Problem
 
 _ADMIN_TIMEOUT = 5.0
@@ -163,14 +163,7 @@ def _staleness(discovery: Mapping[str, Any] | None) -> list[str]:
 
 def _why(step: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     nearest = view["prefer"][0]
-    why = {
-        None: f"same {nearest}",
-        "node_unknown": f"node_unknown: the proxy does not know its {nearest}",
-        "no_local": f"no_local: no usable instance has the same {nearest}",
-        "local_failed": f"local_failed: only after every instance of the same {nearest} failed",
-        "local_ejected": f"local_ejected: every instance of the same {nearest} is ejected",
-        "spill": f"spill: every instance of the same {nearest} is full",
-    }.get(step["reason"], str(step["reason"]))
+    why = explain_reason(step["reason"], nearest) if step["reason"] is not None else f"same {nearest}"
     if (passed := step.get("passed_over")) is not None:
         why += f"; {passed}: only after the others"
     return f"{why}; last resort: it is terminating" if step["last_resort"] else why

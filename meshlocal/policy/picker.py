@@ -52,6 +52,22 @@ class Reason(StrEnum):
     SPILL = "spill"
 
 
+REASONS = {
+    Reason.NODE_UNKNOWN: "the proxy does not know its {nearest}",
+    Reason.NO_LOCAL: "no usable instance has the same {nearest}",
+    Reason.LOCAL_FAILED: "only after every instance of the same {nearest} failed",
+    Reason.LOCAL_EJECTED: "every instance of the same {nearest} is ejected",
+    Reason.SPILL: "every instance of the same {nearest} is full",
+}
+"""The reasons in words, for people; `nearest` is the label that the first tier goes by."""
+
+
+def explain_reason(reason: str, nearest: str) -> str:
+    """A reason and what it means; one that is not known here, as from a newer server, as it is."""
+    words = REASONS.get(Reason(reason)) if reason in set(Reason) else None
+    return f"{reason}: {words.format(nearest=nearest)}" if words is not None else reason
+
+
 class PassedOver(StrEnum):
     """Why a gate passes an instance over while others are left."""
 

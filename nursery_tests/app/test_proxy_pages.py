@@ -127,7 +127,7 @@ async def test_requests_by_tier_and_reason() -> None:
     assert "of 4 requests that reached an instance" in text
     requests[RequestKey("node", "", Outcome.FAILED)] = 5
     assert "75 %" in (await page(process)), "what failed stayed nowhere"
-    assert "<code>local_failed</code>: its instances failed" in text
+    assert "<code>local_failed</code>: only after every instance of the same node failed" in text
     found = await metrics(process)
     name = "meshlocal_requests_total"
     assert found[name, "outcome=served", "reason=", "service=b", "tier=node"] == 3
