@@ -274,12 +274,6 @@ class Hub:
         state = self._services.get(service)
         return state.change if state is not None else None
 
-    def wake_watchers(self) -> None:
-        """Let every watcher's wait return, whether or not there is something to take."""
-        for state in self._services.values():
-            for watcher in state.watchers:
-                watcher._wake.set()
-
     def _merge(self, services: Iterable[ServiceKey]) -> None:
         for service in services:
             tables = [

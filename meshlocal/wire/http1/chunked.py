@@ -16,9 +16,6 @@ from meshlocal.wire.http1.fields import FIELDS, without
 Piece: TypeAlias = "bytes | memoryview"
 """Bytes that pass on; a view into what was fed."""
 
-MAX_EXTENSION = 256
-"""Bytes of one chunk's extensions."""
-
 MAX_EXTENSIONS = 16384
 """Bytes of extensions in one body: they cost work and carry nothing."""
 

@@ -18,8 +18,6 @@ _CHUNKED = b"transfer-encoding: chunked\r\n"
 _KEPT = 8
 """Ways of passing the same head on that are remembered: most heads have one."""
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
 _DEBUG_DATA = b"HTTP/2 is not served here; use HTTP/1.1"
 HTTP2_REFUSAL = (
     # An empty SETTINGS frame, which has to come first, then GOAWAY: no stream, HTTP_1_1_REQUIRED (RFC 9113, 6.8).
