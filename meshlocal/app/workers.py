@@ -49,7 +49,7 @@ BACKOFF_INITIAL = 0.1
 BACKOFF_MAX = 15.0
 """Seconds before a worker is started again, before jitter."""
 
-SETTLED = 30.0
+STEADY = 30.0
 """Seconds that a worker must live for the next backoff to begin anew."""
 
 ANSWER_LIMIT = 10.0
@@ -272,7 +272,7 @@ class Supervisor:
                 self._status = 1
                 self.stop.request()
                 return
-            if trio.current_time() - began >= SETTLED:
+            if trio.current_time() - began >= STEADY:
                 backoff.reset()
             delay = backoff.next()
             _log.error("worker ended: starting another", worker=number, status=status, seconds=round(delay, 3))

@@ -20,6 +20,7 @@ import trio
 from meshlocal.client.account import Account
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error
+from meshlocal.net.pipe import PlainPipe
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import Decision, Failure
@@ -46,18 +47,26 @@ class Waiting(Protocol):
 class Client:
     """A client that waits for an instance.
 
+    Args:
+        sock: its connection.
+
     Attributes:
-        socket: its connection.
+        pipe: the bytes of its connection.
         early: what it sent while it was watched; it goes to the instance first.
         left: it reset its connection (A8).
     """
 
-    __slots__ = ("early", "left", "socket")
+    __slots__ = ("early", "left", "pipe")
 
     def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
+        self.pipe = PlainPipe(sock)
         self.early = bytearray()
         self.left = False
+
+    @property
+    def socket(self) -> socket.socket:
+        """Its connection."""
+        return self.pipe.plain
 
     async def watched(self, wait: Callable[[], Awaitable[object]]) -> None:
         """Wait for something, but no longer than until the client has left.
@@ -73,10 +82,9 @@ class Client:
         """Read what it sends into `early`, and cancel `waiting` if it leaves."""
         try:
             while len(self.early) < EARLY_LIMIT:
-                await trio.lowlevel.wait_readable(self.socket)
-                try:
-                    received = self.socket.recv(EARLY_LIMIT - len(self.early))
-                except BlockingIOError:
+                await self.pipe.wait_readable()
+                received = self.pipe.read(EARLY_LIMIT - len(self.early))
+                if received is None:
                     continue
                 if not received:
                     return

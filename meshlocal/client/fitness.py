@@ -15,8 +15,8 @@ from meshlocal.policy.admission import Admission
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.feedback import Feedback
-from meshlocal.policy.health import Cause, Health, Place
-from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+from meshlocal.policy.health import Cause, Health
+from meshlocal.policy.model import EndpointKey, HostPort, Instance, ServiceKey
 from meshlocal.policy.retry import Failure, Verdict, verdict
 
 _log = get_log(__name__)
@@ -49,7 +49,7 @@ class Fitness:
         self._service = service
         self.health = Health(ejection, rng)
         self.spill = spill
-        self.under_way: dict[Place, int] = {}
+        self.under_way: dict[HostPort, int] = {}
         self.feedback = Feedback(rng)
         self.on_failing: Callable[[ServiceKey], None] | None = None
 
@@ -189,5 +189,5 @@ class Fitness:
         _log.info("instance readmitted", service=self._service, instance=str(key), why=why)
 
 
-def _place(key: EndpointKey) -> Place:
+def _place(key: EndpointKey) -> HostPort:
     return key[:2]

@@ -46,7 +46,7 @@ from meshlocal.net.trio_internals import epoll_fileno
 
 _log = get_log(__name__)
 
-LINGER = 0.002
+END_WAIT = 0.002
 """Seconds that a task for which nothing waits may have to wait for Trio to wake for another reason: one whose relay
 came to a clean end, or that was started for a connection for which there is nothing to do yet."""
 
@@ -65,7 +65,7 @@ _ROUND = 32
 """Calls that may wait for the end of a turn: those who wait for them wait no longer than that many take."""
 
 
-class Waiter(Protocol):
+class Sleeper(Protocol):
     """What has a task that waits for what the loop does."""
 
     task: trio.lowlevel.Task | None
@@ -97,8 +97,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self.busy_poll = BusyPoll(self._epoll.poll)
         self._wait = self.busy_poll.wait
         self.handlers: dict[int, Callable[[int], None]] = {}
-        self._finished: list[Waiter] = []
-        self._deferred: dict[Waiter, float] = {}
+        self._finished: list[Sleeper] = []
+        self._deferred: dict[Sleeper, float] = {}
         """When each is due, by `time.perf_counter`, the first one first."""
         self._over: list[Pair] = []
         self._last: list[Callable[[], None]] = []
@@ -168,24 +168,24 @@ class RelayLoop(Flows, trio.abc.Instrument):
     def started(self, *, soon: bool) -> None:
         """A handler has started a task, or several; `soon`: it has work to do that waits for nothing.
 
-        Otherwise it makes its first step when Trio wakes for another reason, within `LINGER`, as others their last.
+        Otherwise it makes its first step when Trio wakes for another reason, within `END_WAIT`, as others their last.
         """
         self._started = True
         self._urgent = self._urgent or soon
 
-    def finish(self, waiter: Waiter) -> None:
+    def finish(self, waiter: Sleeper) -> None:
         """Let a task go on; from a handler or from another task."""
         self._finished.append(waiter)
         self._urgent = True
         if not self._sleeping:
             self._reschedule()
 
-    def defer(self, waiter: Waiter) -> None:
+    def defer(self, waiter: Sleeper) -> None:
         """Let a task go on in `DEFERRAL`, or somewhat sooner if others do, unless it is recalled before."""
         assert waiter not in self._deferred
         self._deferred[waiter] = time.perf_counter() + DEFERRAL
 
-    def recall(self, waiter: Waiter) -> None:
+    def recall(self, waiter: Sleeper) -> None:
         """A task that was deferred need not go on."""
         self._deferred.pop(waiter, None)
 
@@ -262,7 +262,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
             remaining = until - now
             if self._urgent or self._started or self._finished or self._deferred:
                 if self._started or self._finished:
-                    told = min(told, now + LINGER)
+                    told = min(told, now + END_WAIT)
                 first = min(told, next(iter(self._deferred.values()), told))
                 if self._urgent or now >= first:
                     self._reschedule()

@@ -22,7 +22,7 @@ Job = TypeVar("Job")
 
 
 class KeptTask(Generic[Job]):
-    """A task that waits, for a job or with one: a `meshlocal.net.relay_loop.Waiter`.
+    """A task that waits, for a job or with one: a `meshlocal.net.relay_loop.Sleeper`.
 
     Attributes:
         job: what it was given, and has not begun yet.

@@ -40,13 +40,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from enum import StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config_health import EjectionConfig
-
-Place: TypeAlias = tuple[str, int]
-"""Address and port: an instance's identity here, whatever the names of its port."""
+from meshlocal.policy.model import HostPort
 
 _JITTER = 0.1
 
@@ -130,8 +128,8 @@ class Health:
         self.policy = policy
         self.total = dict.fromkeys(Cause, 0)
         self._rng = rng
-        self.known: dict[Place, _Record] = {}
-        self.unfit: dict[Place, _Record] = {}
+        self.known: dict[HostPort, _Record] = {}
+        self.unfit: dict[HostPort, _Record] = {}
 
     @property
     def quiet(self) -> bool:
@@ -142,11 +140,11 @@ class Health:
         """How many instances are not admitted."""
         return len(self.unfit)
 
-    def is_admitted(self, place: Place) -> bool:
+    def is_admitted(self, place: HostPort) -> bool:
         """Whether the instance comes in its place of the order."""
         return place not in self.unfit
 
-    def standing(self, place: Place, now: float) -> Standing:
+    def standing(self, place: HostPort, now: float) -> Standing:
         """How the instance stands."""
         record = self.known.get(place)
         if record is None:
@@ -155,12 +153,12 @@ class Health:
         left = max(0.0, record.until - now) if timed else None
         return Standing(record.state, record.cause, record.failures, left, record.ejections)
 
-    def is_due(self, place: Place, now: float) -> bool:
+    def is_due(self, place: HostPort, now: float) -> bool:
         """Whether a request that comes to the instance would be its trial."""
         record = self.unfit.get(place)
         return record is not None and record.state is not State.FAILING and now >= record.until
 
-    def claim(self, place: Place, now: float) -> bool:
+    def claim(self, place: HostPort, now: float) -> bool:
         """Make the calling request the instance's trial, if it is time for one; tells whether it is."""
         if not self.is_due(place, now):
             return False
@@ -170,7 +168,7 @@ class Health:
         return True
 
     def failed(
-        self, place: Place, now: float, cause: Cause = Cause.CONNECT, *, began: float | None = None
+        self, place: HostPort, now: float, cause: Cause = Cause.CONNECT, *, began: float | None = None
     ) -> float | None:
         """A request failed on the instance.
 
@@ -202,7 +200,7 @@ class Health:
             return None
         return self._eject(place, record, now, cause)
 
-    def misbehaved(self, place: Place, now: float) -> float | None:
+    def misbehaved(self, place: HostPort, now: float) -> float | None:
         """The instance did what no instance may do: one time is enough.
 
         Returns:
@@ -217,7 +215,7 @@ class Health:
             return None
         return self._eject(place, record, now, Cause.PROTOCOL)
 
-    def ready_again(self, place: Place, now: float) -> None:
+    def ready_again(self, place: HostPort, now: float) -> None:
         """The instance was not ready, and is: what was found out about it before may be over (F1)."""
         record = self.unfit.get(place)
         if record is not None and record.state in (State.EJECTED, State.TRIAL):
@@ -226,12 +224,12 @@ class Health:
             # What an attempt shows that began before says nothing of it now.
             record.changed = now
 
-    def is_doubted(self, place: Place) -> bool:
+    def is_doubted(self, place: HostPort) -> bool:
         """Whether a shallow success of the instance would change nothing."""
         record = self.known.get(place)
         return record is not None and record.cause in DEEP
 
-    def succeeded(self, place: Place, now: float, *, shallow: bool = False, began: float | None = None) -> bool:
+    def succeeded(self, place: HostPort, now: float, *, shallow: bool = False, began: float | None = None) -> bool:
         """A request succeeded on the instance; tells whether that readmitted it.
 
         Args:
@@ -247,14 +245,14 @@ class Health:
             return False
         return self._admit(place, record, now)
 
-    def abandoned(self, place: Place, now: float) -> None:
+    def abandoned(self, place: HostPort, now: float) -> None:
         """A request left the instance without a verdict: if it was the trial, the next request may try."""
         record = self.unfit.get(place)
         if record is not None and record.state is State.TRIAL:
             record.state = State.EJECTED
             record.until = now
 
-    def checks_failed(self, place: Place) -> bool:
+    def checks_failed(self, place: HostPort) -> bool:
         """The instance's checks failed; tells whether it was in another state until now."""
         record = self.known.get(place)
         if record is None:
@@ -268,7 +266,7 @@ class Health:
         self.total[Cause.CHECK] += 1
         return True
 
-    def check_passed(self, place: Place, now: float, *, shallow: bool = False) -> bool:
+    def check_passed(self, place: HostPort, now: float, *, shallow: bool = False) -> bool:
         """A check of the instance succeeded; tells whether that readmitted it.
 
         Args:
@@ -287,13 +285,13 @@ class Health:
             if record.state is State.FAILING:
                 self._admit(place, record, now)
 
-    def retain(self, places: Collection[Place]) -> None:
+    def retain(self, places: Collection[HostPort]) -> None:
         """Forget the instances that are not among these."""
         for place in [place for place in self.known if place not in places]:
             del self.known[place]
             self.unfit.pop(place, None)
 
-    def _eject(self, place: Place, record: _Record, now: float, cause: Cause) -> float:
+    def _eject(self, place: HostPort, record: _Record, now: float, cause: Cause) -> float:
         policy = self.policy
         record.state = State.EJECTED
         record.cause = cause
@@ -308,7 +306,7 @@ class Health:
         self.total[cause] += 1
         return record.lasted
 
-    def _admit(self, place: Place, record: _Record, now: float) -> bool:
+    def _admit(self, place: HostPort, record: _Record, now: float) -> bool:
         was_unfit = self.unfit.pop(place, None) is not None
         record.failures = 0
         record.cause = None

@@ -11,7 +11,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import NamedTuple, NewType
+from typing import NamedTuple, NewType, TypeAlias
 
 import msgspec
 
@@ -53,6 +53,10 @@ def parse_service_key(text: str) -> ServiceKey:
         what = "is empty" if not text else f"{text!r} is no service name (letters, digits, '.', '-', '_'; at most 253)"
         raise ModelError("service", what)
     return ServiceKey(text)
+
+
+HostPort: TypeAlias = tuple[str, int]
+"""An instance's address and port: what a connection leads to, and what is remembered of an instance goes by."""
 
 
 class EndpointKey(NamedTuple):

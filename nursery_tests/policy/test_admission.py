@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from meshlocal.policy import model
 from meshlocal.policy.admission import Admission
 from meshlocal.policy.config_health import EjectionConfig
-from meshlocal.policy.health import Health, Place, State
+from meshlocal.policy.health import Health, State
 from meshlocal.policy.locality import Locality, Selector
-from meshlocal.policy.model import Conditions, Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.model import Conditions, HostPort, Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.policy.picker import Cursors, PassedOver, Pick, Picker, Reason
 
 B = ServiceKey("b")
@@ -30,7 +30,7 @@ def picker(*instances: Instance) -> Picker:
     return Picker.build(Selector(Locality({"node": "n1"})), snapshot)
 
 
-def place(instance: Instance) -> Place:
+def place(instance: Instance) -> HostPort:
     return instance.key[:2]
 
 
@@ -42,7 +42,7 @@ def health(ejected: Iterable[Instance] = ()) -> Health:
 
 
 def gate(
-    of: Health, now: float = 1.0, spill: int | None = None, under_way: Mapping[Place, int] | None = None
+    of: Health, now: float = 1.0, spill: int | None = None, under_way: Mapping[HostPort, int] | None = None
 ) -> Admission:
     return Admission(of, now, spill, under_way or {})
 

@@ -17,8 +17,8 @@ from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig
 from meshlocal.policy.config_health import EjectionConfig
-from meshlocal.policy.health import Cause, Place, State
-from meshlocal.policy.model import Instance, make_instance
+from meshlocal.policy.health import Cause, State
+from meshlocal.policy.model import HostPort, Instance, make_instance
 
 LIMIT = 20
 LONG = EjectionConfig(time=1000.0, max_time=1000.0)
@@ -32,7 +32,7 @@ def configure(proxy: Any, ejection: EjectionConfig = LONG, **attempts: Any) -> N
     proxy.table.reconfigure(proxy.config, proxy.table.locality)
 
 
-def place(instance: Instance) -> Place:
+def place(instance: Instance) -> HostPort:
     return instance.key[:2]
 
 

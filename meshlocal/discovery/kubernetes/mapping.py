@@ -80,7 +80,7 @@ class Part(msgspec.Struct, frozen=True, gc=False):
     truncated: bool = False
 
 
-class LeftOut(NamedTuple):
+class LeftOutCounts(NamedTuple):
     """What has no instance, and why.
 
     Attributes:
@@ -125,7 +125,7 @@ class MappedPart(msgspec.Struct, frozen=True):
     service: ServiceKey | None
     instances: Mapping[EndpointKey, Instance]
     problems: tuple[str, ...]
-    left_out: LeftOut
+    left_out: LeftOutCounts
     _mapped: tuple[_Mapped, ...] = ()
 
 
@@ -179,7 +179,7 @@ def map_part(
         except ModelError as error:
             mapper.refuse(str(error))
     if service is None:
-        return MappedPart(part, None, {}, tuple(mapper.problems), LeftOut(no_service=1))
+        return MappedPart(part, None, {}, tuple(mapper.problems), LeftOutCounts(no_service=1))
     reuse = before._mapped if before is not None and before.service == service else ()
     mapped = []
     for position, group in enumerate(part.groups):
@@ -187,7 +187,7 @@ def map_part(
         if position < len(reuse) and before is not None and before.part.groups[position].ports == group.ports:
             old = reuse[position]
         mapped.append(mapper.map_group(position, group, old))
-    left_out = LeftOut(mapper.not_tcp, mapper.no_port, int(part.fqdn), 0, mapper.malformed, int(part.truncated))
+    left_out = LeftOutCounts(mapper.not_tcp, mapper.no_port, int(part.fqdn), 0, mapper.malformed, int(part.truncated))
     return MappedPart(part, service, mapper.instances, tuple(mapper.problems), left_out, tuple(mapped))
 
 

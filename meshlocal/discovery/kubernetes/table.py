@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOut, MappedPart, ObjectKey, Part, map_part, merge
+from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOutCounts, MappedPart, ObjectKey, Part, map_part, merge
 from meshlocal.discovery.kubernetes.objects import Topology
 from meshlocal.discovery.source import Instances
 from meshlocal.policy.model import ServiceKey
@@ -32,10 +32,10 @@ class EndpointTable:
         self._on_node: dict[str, set[ObjectKey]] = {}
         self._stale: dict[ObjectKey, None] = {}
         self._marked: dict[ServiceKey, None] = {}
-        self._left_out = LeftOut()
+        self._left_out = LeftOutCounts()
 
     @property
-    def left_out(self) -> LeftOut:
+    def left_out(self) -> LeftOutCounts:
         """What the objects held have no instance for, counted over all of them."""
         return self._left_out
 
@@ -105,9 +105,9 @@ class EndpointTable:
 
     def _set(self, key: ObjectKey, before: MappedPart | None, now: MappedPart | None) -> None:
         if before is not None:
-            self._left_out = LeftOut(*(a - b for a, b in zip(self._left_out, before.left_out, strict=True)))
+            self._left_out = LeftOutCounts(*(a - b for a, b in zip(self._left_out, before.left_out, strict=True)))
         if now is not None:
-            self._left_out = LeftOut(*(a + b for a, b in zip(self._left_out, now.left_out, strict=True)))
+            self._left_out = LeftOutCounts(*(a + b for a, b in zip(self._left_out, now.left_out, strict=True)))
             self._objects[key] = now
         else:
             del self._objects[key]

@@ -43,8 +43,14 @@ from meshlocal.wire.http2 import GoAway, Headers, Http2Error, Http2Protocol
 hush_libraries()
 
 SEND_MARK = 65_536
+"""Bytes that wait to be sent, from which on no call queues more data."""
+
 READ_MARK = 131_072
-CHUNK = 32_768
+"""Bytes that wait to be sent, from which on nothing more is read: what comes might ask for answers without end."""
+
+READ_SIZE = 32_768
+"""Bytes read, or written, at once."""
+
 FLUSH_TIME = 1.0
 """Seconds that a connection that ends gives its peer to take the last bytes, and its transport to close."""
 _KEEPALIVE = b"mlalive."
@@ -126,7 +132,7 @@ class Connection:
 
     def _write_nowait(self) -> None:
         outgoing = self.protocol.outgoing
-        with memoryview(outgoing) as view, view[:CHUNK] as chunk:
+        with memoryview(outgoing) as view, view[:READ_SIZE] as chunk:
             sent = self._send_nowait(chunk)
         del outgoing[:sent]
 
@@ -204,7 +210,7 @@ class Connection:
                     await self._read_wanted.wait()
                 data = b""
                 with anyio.move_on_after(options.keepalive_timeout if pinged else interval):
-                    data = await self._transport.receive(CHUNK)
+                    data = await self._transport.receive(READ_SIZE)
                 if data:
                     pinged = False
                     self._dispatch(data)
@@ -239,7 +245,7 @@ class Connection:
                 # Nearly always that is all; a deadline and a switch of tasks cost more than the write itself.
                 self._write_nowait()
                 if outgoing:
-                    chunk = bytes(memoryview(outgoing)[:CHUNK])
+                    chunk = bytes(memoryview(outgoing)[:READ_SIZE])
                     del outgoing[: len(chunk)]
                     with anyio.move_on_after(self.options.stall_timeout) as scope:
                         await self._transport.send(chunk)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import socket
 
 import trio
-from trio.lowlevel import wait_readable
 
 from meshlocal.net.relay_loop import current_loop
-from meshlocal.net.sockets import abort, close
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.h1.client import CHUNK, H1Client
@@ -45,9 +42,9 @@ class ClientConnection(H1Client):
             end = End.ABORT
         finally:
             if end is End.ABORT:
-                abort(self.socket)
+                self.pipe.abort()
             else:
-                close(self.socket)
+                self.pipe.close()
 
     async def refuse(self, answer: Answer) -> None:
         """Answer before there is a request, and end; the socket is closed then."""
@@ -58,12 +55,12 @@ class ClientConnection(H1Client):
         except ClientLeftError:
             pass
         finally:
-            close(self.socket)
+            self.pipe.close()
 
     async def _converse(self) -> End:
         shared = self.shared
         loop = current_loop.get()
-        lane = Lane(self, loop) if loop is not None else None
+        lane = Lane(self, loop) if loop is not None and self.pipe.plain is not None else None
         while True:
             if lane is not None and not self.early and not shared.draining:
                 self.await_request(trio.current_time())
@@ -132,16 +129,17 @@ class ClientConnection(H1Client):
                     waits = True
                     self.await_request(trio.current_time())
                 if not ready:
-                    await wait_readable(self.socket)
+                    await self.pipe.wait_readable()
                 ready = False
                 try:
-                    received = self.socket.recv(CHUNK)
-                except BlockingIOError:
-                    continue
+                    data = self.pipe.read(CHUNK)
                 except OSError:
                     raise ClientLeftError from None
-                if not received:
+                if data is None:
+                    continue
+                if not data:
                     return None
+                received = data
             # Empty lines before a request, from clients that end a body with one (RFC 9112, 2.2).
             start = 0
             while received.startswith(b"\r\n", start):
@@ -185,7 +183,7 @@ class ClientConnection(H1Client):
         if self.expiry is Expiry.HEAD:
             await self._answer(HEAD_TIMEOUT)
             return End.LINGER
-        if self.expiry is Expiry.BODY and not (self.request is not None and self.request.begun):
+        if self.expiry is Expiry.BODY and not (self.request is not None and self.request.response_begun):
             await self._say(generated_answer(*BODY_TIMEOUT, close=True))
             return End.LINGER
         return End.CLOSE if self.expiry in (Expiry.FIRST, Expiry.IDLE) else End.ABORT
@@ -196,7 +194,7 @@ class ClientConnection(H1Client):
         To close with bytes unread would reset the connection, and the client might lose the answer (RFC 9112, 9.6).
         """
         try:
-            self.socket.shutdown(socket.SHUT_WR)
+            self.pipe.end()
         except OSError:
             raise ClientLeftError from None
         while await self.receive():

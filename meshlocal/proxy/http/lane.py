@@ -27,8 +27,8 @@ from trio.lowlevel import Abort, checkpoint, current_task, wait_task_rescheduled
 from meshlocal.client.statistics import Outcome
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
-from meshlocal.proxy.http.h1.client import H1Client
-from meshlocal.proxy.http.h1.upstream import CHUNK, H1Upstream
+from meshlocal.proxy.http.h1.client import CHUNK, H1Client
+from meshlocal.proxy.http.h1.upstream import H1Upstream
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.waiting import Reminder
 from meshlocal.wire.http1.errors import ProtocolError
@@ -317,7 +317,7 @@ class Lane:
         """Read what came, and pass it on."""
         upstream, client = self.upstream, self._client
         assert upstream is not None
-        sock = upstream.sock
+        sock = upstream.pipe.plain
         for _ in range(LANE_TURN):
             try:
                 data = sock.recv(CHUNK)

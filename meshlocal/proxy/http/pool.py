@@ -6,22 +6,20 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from meshlocal.net.sockets import close
+from meshlocal.net.pipe import PlainPipe, is_silent
+from meshlocal.policy.model import HostPort
 
 if TYPE_CHECKING:
     from meshlocal.net.relay_loop import RelayLoop
-
-Place: TypeAlias = "tuple[str, int]"
-"""An instance's address and port: what a connection leads to."""
 
 
 class Upstream:
     """A connection to an instance.
 
     Attributes:
-        sock: its socket, non-blocking.
+        pipe: its bytes.
         number: the socket's file descriptor.
         place: where it leads.
         pool: that has it, while it waits.
@@ -31,10 +29,10 @@ class Upstream:
         ending: its other side closed it, or it failed, or said more than was asked for.
     """
 
-    __slots__ = ("ending", "idle_since", "number", "place", "pool", "sock", "used", "watched")
+    __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "used", "watched")
 
-    def __init__(self, sock: socket.socket, place: Place) -> None:
-        self.sock = sock
+    def __init__(self, sock: socket.socket, place: HostPort) -> None:
+        self.pipe = PlainPipe(sock)
         self.number = sock.fileno()
         self.place = place
         self.pool: Pool | None = None
@@ -42,6 +40,11 @@ class Upstream:
         self.idle_since = 0.0
         self.watched = False
         self.ending = False
+
+    @property
+    def sock(self) -> socket.socket:
+        """Its socket, non-blocking."""
+        return self.pipe.plain
 
     def on_event(self, mask: int) -> None:
         """While it waits for a request nothing may come on it: neither its end nor what nobody asked for."""
@@ -54,7 +57,7 @@ class Upstream:
         A 408 is none: so a server may say that it waited for long enough (RFC 9110, 15.5.9). Nor is white space.
         """
         try:
-            said = self.sock.recv(16, socket.MSG_PEEK)
+            said = self.pipe.peek(16) or b""
         except OSError:
             return False
         return bool(said.strip()) and said[9:12] != b"408"
@@ -65,13 +68,7 @@ class Upstream:
 
     def is_silent(self) -> bool:
         """Whether it is open and nothing came on it, as far as this host knows."""
-        try:
-            self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return is_silent(self.pipe)
 
 
 class Pool:
@@ -94,18 +91,18 @@ class Pool:
 
     def __init__(self, loop: RelayLoop | None = None) -> None:
         self._loop = loop
-        self.on_unasked: Callable[[Place], None] | None = None
-        self._idle: dict[Place, deque[Upstream]] = {}
-        self._places: Collection[Place] | None = None
+        self.on_unasked: Callable[[HostPort], None] | None = None
+        self._idle: dict[HostPort, deque[Upstream]] = {}
+        self._places: Collection[HostPort] | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self._idle.values()))
 
-    def sizes(self) -> Iterator[tuple[Place, int]]:
+    def sizes(self) -> Iterator[tuple[HostPort, int]]:
         """Unused connections by instance."""
         return ((place, len(idle)) for place, idle in self._idle.items())
 
-    def take(self, place: Place, *, sure: bool) -> Upstream | None:
+    def take(self, place: HostPort, *, sure: bool) -> Upstream | None:
         """A connection to the instance; None if there is none. It is the caller's.
 
         Args:
@@ -137,11 +134,11 @@ class Pool:
         idle = self._idle.get(place)
         if idle is None:
             if self._places is not None and place not in self._places:
-                close(upstream.sock)
+                upstream.pipe.close()
                 return
             idle = self._idle[place] = deque()
         if len(idle) >= limit:
-            close(upstream.sock)
+            upstream.pipe.close()
             return
         upstream.used = True
         upstream.idle_since = now
@@ -162,16 +159,16 @@ class Pool:
             self._close(upstream, spoke=spoke)
 
     def _close(self, upstream: Upstream, *, spoke: bool) -> None:
-        close(upstream.sock)
+        upstream.pipe.close()
         if spoke and self.on_unasked is not None:
             self.on_unasked(upstream.place)
 
-    def keep_only(self, places: Collection[Place]) -> None:
+    def keep_only(self, places: Collection[HostPort]) -> None:
         """Close the connections to all other places, now and when they are given back (H2)."""
         self._places = places
         for place in [place for place in self._idle if place not in places]:
             for upstream in self._idle.pop(place):
-                close(upstream.sock)
+                upstream.pipe.close()
 
     def close(self) -> None:
         """Close all connections, also those that are given back later."""
@@ -183,7 +180,7 @@ class Pool:
         waiting: dict[int, None] = {}
         for place, idle in list(self._idle.items()):
             while idle and idle[0].idle_since < oldest:
-                close(idle.popleft().sock)
+                idle.popleft().pipe.close()
             if not idle:
                 del self._idle[place]
             for upstream in idle:

@@ -39,11 +39,11 @@ class HttpRequest(HttpRecord):
         shared: what all http listeners share.
         service: what it is for; None until that is known.
         refusal: what to answer if there is none, or it takes no more requests; None if it does.
-        begun: some of a final response went to the client, or is about to.
+        response_begun: some of a final response went to the client, or is about to.
         client_end: what becomes of the client's connection after the response.
     """
 
-    __slots__ = ("begun", "client", "client_end", "refusal", "service", "shared")
+    __slots__ = ("client", "client_end", "refusal", "response_begun", "service", "shared")
 
     def __init__(
         self, client: ClientStream, head: RequestHead, started: float, body: RequestBody | None = None
@@ -53,7 +53,7 @@ class HttpRequest(HttpRecord):
         self.shared: HttpShared = client.shared
         self.service: HttpService | None = None
         self.refusal: Answer | None = None
-        self.begun = False
+        self.response_begun = False
         self.client_end = End.ABORT
 
     def renew(self, head: RequestHead, started: float, body: RequestBody | None) -> None:
@@ -69,7 +69,7 @@ class HttpRequest(HttpRecord):
         self.status = 0
         self.received = 0
         self.outcome = Outcome.DRAINED
-        self.begun = self._counted = self._released = False
+        self.response_begun = self._counted = self._released = False
         self.client_end = End.ABORT
 
     @property
@@ -148,7 +148,7 @@ class HttpRequest(HttpRecord):
         """A final head goes to the client, so that all but its response's end is a cut from here on."""
         self.status = status
         self.outcome = Outcome.CUT
-        self.begun = True
+        self.response_begun = True
 
     def closes_client(self, unread: bool = False) -> bool:
         """Whether the client's connection ends with the response that begins now.
@@ -168,7 +168,7 @@ class HttpRequest(HttpRecord):
         lingers = unread or self.head.keep_alive or self.client.has_input()
         self.client_end = End.LINGER if lingers else End.CLOSE
 
-    def told(self) -> bytes:
+    def explanation(self) -> bytes:
         """The field lines that tell the client how a response came about, if they are wanted (R1)."""
         if not self.shared.settings.config.response_headers:
             return b""
@@ -207,7 +207,7 @@ class HttpRequest(HttpRecord):
 
     def _expire(self) -> None:
         """Its client's time ran out."""
-        if self.begun:
+        if self.response_begun:
             self.outcome = Outcome.CUT
             return
         self.outcome = Outcome.CLIENT_LEFT

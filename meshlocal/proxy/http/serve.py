@@ -84,7 +84,7 @@ async def serve(request: HttpRequest, upstream: H1Upstream | None = None, raised
             await _begin_body(request, service)
         return await _forward(request, service, upstream)
     except ClientLeftError:
-        request.outcome = Outcome.CUT if request.begun else Outcome.CLIENT_LEFT
+        request.outcome = Outcome.CUT if request.response_begun else Outcome.CLIENT_LEFT
         raise
     except CutError:
         request.outcome = Outcome.CUT
@@ -228,7 +228,7 @@ async def _serve_connect(request: HttpRequest, service: HttpService) -> End:
     whole = False
     request.enter_instance()
     try:
-        opened = b"HTTP/1.1 200 Connection established\r\n" + request.told() + b"\r\n"
+        opened = b"HTTP/1.1 200 Connection established\r\n" + request.explanation() + b"\r\n"
         whole = await run_tunnel(request, service.state, found, opened)
     finally:
         request.leave_instance()
@@ -276,11 +276,11 @@ async def _answer(request: HttpRequest, answer: Answer) -> End:
     close = request.closes_client(unread)
     request.status = answer.status
     request.error = request.error or answer.reason
-    request.begun = True
+    request.response_begun = True
     await client.send(
         generated_answer(
             *answer,
-            extra=request.told(),
+            extra=request.explanation(),
             close=close,
             announce_keep_alive=not close and head.minor == 0,
             without_body=head.method == b"HEAD",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from meshlocal.client.services import ServiceState
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.policy.config_http import HttpConfig
-from meshlocal.policy.model import ServiceSnapshot
+from meshlocal.policy.model import HostPort, ServiceSnapshot
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import RetryBudget
-from meshlocal.proxy.http.pool import Place, Pool, Upstream
+from meshlocal.proxy.http.pool import Pool, Upstream
 from meshlocal.proxy.http.statistics import HttpStatistics
 
 
@@ -63,7 +63,7 @@ class HttpService:
     def _on_snapshot(self, snapshot: ServiceSnapshot) -> None:
         self.pool.keep_only({key[:2] for key in snapshot.instances})
 
-    def _on_unasked(self, place: Place) -> None:
+    def _on_unasked(self, place: HostPort) -> None:
         """An instance said something that nobody had asked for. Had it come a moment later, on a connection that waits
         for an answer, it would have been taken for that: HTTP/1.1 has nothing to tell them apart by."""
         picker = self.state.picker

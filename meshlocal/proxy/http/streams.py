@@ -20,7 +20,7 @@ class ServedRequest(Protocol):
     """What a client's end needs to know of the request that it has under way."""
 
     @property
-    def begun(self) -> bool:
+    def response_begun(self) -> bool:
         """Some of a final response went to the client."""
         ...
 
@@ -35,7 +35,6 @@ class ClientStream(Protocol):
 
     Attributes:
         shared: what all http listeners share.
-        socket: what a tunnel goes over.
         counters: bytes moved, once it is a tunnel.
         service: what all its connection's requests are for; None if each says its own.
         peer: the client's address.
@@ -47,7 +46,6 @@ class ClientStream(Protocol):
     """
 
     shared: HttpShared
-    socket: socket.socket
     counters: RelayCounters | None
     service: ServiceKey | None
     peer: object
@@ -56,6 +54,11 @@ class ClientStream(Protocol):
     expiry: Expiry
     expired: bool
     deadline: float
+
+    @property
+    def socket(self) -> socket.socket:
+        """What a tunnel goes over."""
+        ...
 
     async def watched(self, wait: Callable[[], Awaitable[object]], /) -> None:
         """Wait for something, but no longer than until it has left. `wait` raises nothing but Cancelled."""

@@ -15,6 +15,7 @@ import trio
 
 from meshlocal.client.connecting import EARLY_LIMIT, Client
 from meshlocal.net.dial import classify_connect_error
+from meshlocal.net.pipe import Pipe, PlainPipe
 from meshlocal.policy.config import AttemptPolicy
 
 
@@ -58,18 +59,19 @@ class Replay:
         self._sent = 0
         self._failed = ""
         self._spoke = self._passed_end = self._stays = False
+        pipe = PlainPipe(upstream)
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
-            nursery.start_soon(self._speak, upstream, scope)
-            await self._listen(upstream)
+            nursery.start_soon(self._speak, pipe, scope)
+            await self._listen(pipe)
             scope.cancel()
         if not (self._stays or self._failed or self._client.left):
             self._failed = "timeout"
         return Heard(self._failed, self._sent, self._spoke, self._passed_end)
 
-    async def _speak(self, upstream: socket.socket, scope: trio.CancelScope) -> None:
+    async def _speak(self, upstream: Pipe, scope: trio.CancelScope) -> None:
         """From the client to the instance. Cancels the scope when there is more than may be held."""
-        early, client = self._client.early, self._client.socket
+        early, client = self._client.early, self._client.pipe
         while True:
             if not await self._send(upstream, scope):
                 return
@@ -80,33 +82,31 @@ class Replay:
                 scope.cancel()
                 return
             try:
-                await trio.lowlevel.wait_readable(client)
-                received = client.recv(self._limit - len(early))
-            except BlockingIOError:
-                continue
+                await client.wait_readable()
+                received = client.read(self._limit - len(early))
             except (OSError, trio.ClosedResourceError):
                 self._client.left = True
                 scope.cancel()
                 return
             if received:
                 early += received
-            else:
+            elif received is not None:
                 self._ended = True
 
-    async def _send(self, upstream: socket.socket, scope: trio.CancelScope) -> bool:
+    async def _send(self, upstream: Pipe, scope: trio.CancelScope) -> bool:
         """Send what was not sent yet; False if the instance takes no more, which `_listen` finds out about."""
         early = self._client.early
         try:
             while self._sent < len(early):
-                try:
-                    # A copy: `early` grows meanwhile, and cannot while there is a view of it.
-                    self._sent += upstream.send(bytes(early[self._sent :]))
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(upstream)
+                # A copy: `early` grows meanwhile, and cannot while there is a view of it.
+                sent = upstream.write(bytes(early[self._sent :]))
+                self._sent += sent
+                if not sent:
+                    await upstream.wait_writable()
                 if self._wait is not None:
                     scope.deadline = trio.current_time() + self._wait
             if self._ended:
-                upstream.shutdown(socket.SHUT_WR)
+                upstream.end()
                 self._passed_end = True
                 if self._wait is not None:
                     scope.deadline = trio.current_time() + self._wait
@@ -114,17 +114,17 @@ class Replay:
             return False
         return True
 
-    async def _listen(self, upstream: socket.socket) -> None:
+    async def _listen(self, upstream: Pipe) -> None:
         """Until the instance speaks, ends or fails; what it says stays unread."""
         while True:
             try:
-                await trio.lowlevel.wait_readable(upstream)
-                said = upstream.recv(1, socket.MSG_PEEK)
-            except BlockingIOError:
-                continue
+                await upstream.wait_readable()
+                said = upstream.peek(1)
             except OSError as error:
                 self._failed = classify_connect_error(error)
                 return
+            if said is None:
+                continue
             self._spoke = bool(said)
             # A silent end is an answer to a client that has ended its stream, and to no other.
             self._stays = self._spoke or self._passed_end

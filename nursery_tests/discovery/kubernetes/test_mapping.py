@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOut, map_part, part_of_endpoints, part_of_slice
+from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOutCounts, map_part, part_of_endpoints, part_of_slice
 from meshlocal.discovery.kubernetes.objects import Topology, decode_endpoints, decode_slice
 from meshlocal.discovery.kubernetes.stores import node_store, slice_store
 from meshlocal.discovery.kubernetes.table import EndpointTable
@@ -72,7 +72,7 @@ def test_only_tcp_ports():
         for address in ("10.0.0.1", "10.0.0.2", "10.0.0.3")
         for port, name in ((80, ""), (9000, "grpc"))
     }
-    assert result.left_out == LeftOut(not_tcp=6, no_port=3)
+    assert result.left_out == LeftOutCounts(not_tcp=6, no_port=3)
     assert result.problems == ()
 
 
@@ -80,14 +80,14 @@ def test_only_the_first_address_of_an_endpoint_counts():
     """What further ones would mean is not defined, and kube-proxy passes them over."""
     result = mapped([{"addresses": ["10.0.0.1", "10.0.0.2"]}, {"addresses": []}], [TCP])
     assert [key.address for key in result.instances] == ["10.0.0.1"]
-    assert result.left_out == LeftOut()
+    assert result.left_out == LeftOutCounts()
 
 
 @pytest.mark.parametrize("none", [None, []])
 def test_no_ports_and_no_endpoints(none):
     """The service is known all the same."""
     for result in (mapped(none), mapped([{"addresses": ["10.0.0.1"]}], none)):
-        assert (result.service, result.instances, result.left_out) == ("b.shop", {}, LeftOut())
+        assert (result.service, result.instances, result.left_out) == ("b.shop", {}, LeftOutCounts())
 
 
 def test_ipv6():
@@ -150,7 +150,7 @@ def test_problems_are_bounded():
 @pytest.mark.parametrize("service", ["", "-", "a b", "x" * 254])
 def test_objects_of_no_service(service):
     result = mapped([{"addresses": ["10.0.0.1"]}], service=service)
-    assert (result.service, result.instances, result.left_out) == (None, {}, LeftOut(no_service=1))
+    assert (result.service, result.instances, result.left_out) == (None, {}, LeftOutCounts(no_service=1))
 
 
 def test_unknown_address_type():
@@ -198,7 +198,7 @@ def test_truncated_endpoints():
         "subsets": [{"addresses": [{"ip": "bad"}, {"ip": "10.0.0.1", "nodeName": "n1"}], "ports": [TCP]}],
     }
     result = map_part(part_of_endpoints(decode_endpoints(json.dumps(item).encode())), {}, Defaults())
-    assert result.left_out == LeftOut(malformed=1, truncated=1)
+    assert result.left_out == LeftOutCounts(malformed=1, truncated=1)
     assert result.problems == ("subsets[0].endpoints[0].addresses[0]: 'bad' is neither an IPv4 nor an IPv6 address",)
     assert list(states(result)) == ["10.0.0.1:9000"]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from trio.testing import lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
 from meshlocal.net.grpc.client import channel_over
-from meshlocal.net.grpc.connection import CHUNK, READ_MARK, SEND_MARK
+from meshlocal.net.grpc.connection import READ_MARK, READ_SIZE, SEND_MARK
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.server import GrpcServer, ServerCall, unary
 from meshlocal.wire.grpc.framing import encode_message
@@ -140,12 +140,12 @@ async def test_a_flood_from_a_peer_that_does_not_read_stops_at_the_mark(frame: b
         async def flood() -> None:
             with suppress(trio.BrokenResourceError):
                 while True:
-                    await ours.send_all(frame * (CHUNK // len(frame)))
+                    await ours.send_all(frame * (READ_SIZE // len(frame)))
 
         nursery.start_soon(flood)
         await wait_all_tasks_blocked()
         (connection,) = server._connections
-        assert READ_MARK <= len(connection.protocol.outgoing) < READ_MARK + 2 * CHUNK
+        assert READ_MARK <= len(connection.protocol.outgoing) < READ_MARK + 2 * READ_SIZE
         await trio.sleep(31)
         assert server.connections == 0
 

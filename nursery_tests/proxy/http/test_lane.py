@@ -377,7 +377,7 @@ async def test_an_instance_that_does_not_take_all(
         await client.get()
         await until(lambda: proxy.pooled == 1)
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
-        monkeypatch.setattr(upstream, "sock", Stingy(upstream.sock, send))
+        monkeypatch.setattr(upstream.pipe, "plain", Stingy(upstream.sock, send))
         assert (await client.get("/second")).body == b"local"
         assert [head.partition(b" HTTP")[0] for head in local.heads] == [b"GET /", b"GET /second"]
         # And it is as good for the next one as any other.
@@ -411,7 +411,7 @@ async def test_a_client_that_does_not_take_all(
         local.behaviour = answers
         await until(lambda: proxy.pooled == 1)
         (connection,) = proxy.forwarder
-        monkeypatch.setattr(connection, "socket", Stingy(connection.socket, send))
+        monkeypatch.setattr(connection.pipe, "plain", Stingy(connection.socket, send))
         if send is is_dead:
             await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\n\r\n".encode())
             assert await client.is_reset()
@@ -570,7 +570,7 @@ async def test_a_trial_whose_client_left_is_over(proxy: Proxy, local: Upstream) 
     async def interim(_: Upstream, served: Served) -> bool:
         (connection,) = proxy.forwarder
         monkey = Stingy(connection.socket, is_dead)
-        connection.socket = monkey  # type: ignore[assignment]  # a socket but for its next send
+        connection.pipe.plain = monkey  # type: ignore[assignment]  # a socket but for its next send
         await served.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
         return await stalls(local, served)
 

@@ -381,7 +381,7 @@ async def test_an_instance_that_takes_no_more_of_a_body_is_heard(
         await client.get()
         await until(lambda: proxy.pooled == 1)
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
-        monkeypatch.setattr(upstream, "sock", Wrapped(upstream.sock, takes_the_head))
+        monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.sock, takes_the_head))
         local.behaviour = answers_late
         await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ncontent-length: 500\r\n\r\nsome")
         answer = await client.response()
@@ -540,7 +540,7 @@ async def test_upgrade_that_an_instance_takes_in_pieces(
         await client.get()
         await until(lambda: proxy.pooled == 1)
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
-        monkeypatch.setattr(upstream, "sock", Wrapped(upstream.sock, takes_half))
+        monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.sock, takes_half))
         local.behaviour = switch
         await client.send(UPGRADE)
         await until(lambda: len(local.heads) == 2)
@@ -609,7 +609,7 @@ async def test_a_long_response_keeps_nobody_waiting(
     async with await proxy.connect() as client, trio.open_nursery() as nursery:
         await client.get()
         (connection,) = proxy.forwarder
-        monkeypatch.setattr(connection, "socket", Wrapped(connection.socket, counts))
+        monkeypatch.setattr(connection.pipe, "plain", Wrapped(connection.socket, counts))
         nursery.start_soon(look)
         local.behaviour = says(response(bytes(size)))
         assert (await client.get()).body == bytes(size)

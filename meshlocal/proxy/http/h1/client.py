@@ -6,7 +6,6 @@ import math
 import socket
 
 import trio
-from trio.lowlevel import wait_readable, wait_writable
 
 from meshlocal.client.connecting import Client
 from meshlocal.net.relay_state import RelayCounters
@@ -84,7 +83,7 @@ class H1Client(Client):
     def has_input(self) -> bool:
         """Something came on it that was not read yet."""
         try:
-            return bool(self.early or self.socket.recv(1, socket.MSG_PEEK))
+            return bool(self.early or self.pipe.peek(1))
         except OSError:
             return False
 
@@ -112,13 +111,13 @@ class H1Client(Client):
             ClientLeftError: it reset its connection.
         """
         while True:
-            await wait_readable(self.socket)
+            await self.pipe.wait_readable()
             try:
-                return self.socket.recv(CHUNK)
-            except BlockingIOError:
-                continue
+                received = self.pipe.read(CHUNK)
             except OSError:
                 raise ClientLeftError from None
+            if received is not None:
+                return received
 
     async def _receive_body(self) -> bytes:
         """Wait for more of a request's body; empty at the client's end.
@@ -129,7 +128,7 @@ class H1Client(Client):
         self.expiry = Expiry.BODY
         self.deadline = trio.current_time() + self.shared.settings.config.body_timeout
         data = await self.receive()
-        if self.request is not None and self.request.begun:
+        if self.request is not None and self.request.response_begun:
             self.await_transfer()
         else:
             self.deadline = math.inf
@@ -173,22 +172,16 @@ class H1Client(Client):
         Raises:
             ClientLeftError: it reset its connection.
         """
-        sock = self.socket
+        pipe = self.pipe
         try:
-            try:
-                sent = sock.send(data)
-            except BlockingIOError:
-                sent = 0
+            sent = pipe.write(data)
             if sent == len(data):
                 return
             rest = memoryview(data)[sent:]
             while rest:
                 self.await_transfer()
-                await wait_writable(sock)
-                try:
-                    rest = rest[sock.send(rest) :]
-                except BlockingIOError:
-                    continue
+                await pipe.wait_writable()
+                rest = rest[pipe.write(rest) :]
         except OSError:
             raise ClientLeftError from None
         self.deadline = math.inf

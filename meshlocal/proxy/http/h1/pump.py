@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import trio
-from trio.lowlevel import wait_writable
 
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutError
@@ -105,7 +104,7 @@ class _Pump:
             responding.cancel()
         except ProtocolError as error:
             # What the instance says already is worth more than what is wrong with the rest.
-            if not upstream.request.begun:
+            if not upstream.request.response_begun:
                 self.raised = error
                 responding.cancel()
 
@@ -143,20 +142,17 @@ class _Pump:
         Raises:
             _UpstreamError: the connection is dead.
         """
-        sock = self._upstream.sock
+        pipe = self._upstream.pipe
         rest = memoryview(data)
         try:
             while True:
-                try:
-                    sent = sock.send(rest)
-                except BlockingIOError:
-                    sent = 0
+                sent = pipe.write(rest)
                 if sent:
                     self._upstream.sent = True
                     rest = rest[sent:]
                     if not rest:
                         return
-                await wait_writable(sock)
+                await pipe.wait_writable()
         except OSError:
             raise _UpstreamError from None
 

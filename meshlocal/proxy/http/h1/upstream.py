@@ -14,15 +14,14 @@ A task that waits for a quick instance takes neither a nursery nor a cancel scop
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import trio
-from trio.lowlevel import checkpoint, notify_closing, wait_readable
+from trio.lowlevel import checkpoint
 
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.sockets import abort, close
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import AttemptTimeoutError, ClientLeftError, CutError, End
+from meshlocal.proxy.http.h1.client import CHUNK
 from meshlocal.proxy.http.h1.tunnel import run_tunnel
 from meshlocal.proxy.http.pool import Upstream
 from meshlocal.proxy.http.request import HttpRequest
@@ -31,9 +30,6 @@ from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import ResponseFlow
 from meshlocal.wire.http1.response import Framing, ResponseHead
 from meshlocal.wire.http1.rewrite import client_head
-
-CHUNK = 65536
-"""Bytes read at once."""
 
 TURN = 16
 """Full chunks that are moved in a row before other tasks get their turn."""
@@ -77,13 +73,13 @@ class H1Upstream:
         "failure",
         "head_came",
         "out",
+        "pipe",
         "request",
         "reset",
         "scope",
         "sent",
         "service",
         "slow",
-        "sock",
         "started",
         "streaming",
         "unsent",
@@ -95,7 +91,7 @@ class H1Upstream:
         self.client = request.client
         self.service = service
         self.upstream = upstream
-        self.sock = upstream.sock
+        self.pipe = upstream.pipe
         self.deadline = math.inf
         self.scope: trio.CancelScope | None = None
         self.failure: Failure | None = None
@@ -122,7 +118,7 @@ class H1Upstream:
         is all that such a try changes."""
         self.service = service
         self.upstream = upstream
-        self.sock = upstream.sock
+        self.pipe = upstream.pipe
         self.deadline = math.inf
         self.started = self.sent = self.head_came = self._released = False
 
@@ -143,9 +139,7 @@ class H1Upstream:
         request.enter_instance()
         payload = request.payload()
         try:
-            sent = self.sock.send(payload)
-        except BlockingIOError:
-            sent = 0
+            sent = self.pipe.write(payload)
         except OSError:
             self.failure = Failure.STALE if self.upstream.used else Failure.NO_RESPONSE
             return
@@ -178,7 +172,7 @@ class H1Upstream:
         status, size = head.status, len(data) - end
         if size != head.size or request.may_drop(status):
             return False
-        extra = settings.via + request.told() if settings.config.response_headers else settings.via
+        extra = settings.via + request.explanation() if settings.config.response_headers else settings.via
         onward = head.onward.get((head.usual, extra, False, False)) or client_head(head, head.usual, extra=extra)
         self.out = onward + data[end:] if size else onward
         self.head_came = True
@@ -258,7 +252,7 @@ class H1Upstream:
         http10 = request.head.minor == 0
         self._unread = request.body is not None and not (request.body.finished and not self.streaming)
         close = self._close_client = request.closes_client(self._unread) or flow.closes_client(head, http10=http10)
-        extra = settings.via + request.told() if settings.config.response_headers else settings.via
+        extra = settings.via + request.explanation() if settings.config.response_headers else settings.via
         out = flow.begin(head, http10=http10, close=close, extra=extra, announce=http10 and not close)
         self.head_came = True
         self.deadline = math.inf
@@ -322,9 +316,9 @@ class H1Upstream:
         if reusable and whole and not upstream.ending:
             self.service.pool.put(upstream, now, self.service.pool_size, watched=watched)
         elif whole:
-            close(upstream.sock)
+            upstream.pipe.close()
         else:
-            abort(upstream.sock)
+            upstream.pipe.abort()
 
     # With waits.
 
@@ -340,8 +334,8 @@ class H1Upstream:
             out = self.take(data) if data else self.end()
             if out:
                 await client.send(out)
-            # A short read most likely emptied the connection: waiting at once spares a read that would say so.
-            self._wait_first = len(data) < CHUNK
+            # A short read most likely emptied a plain connection: waiting at once spares a read that would say so.
+            self._wait_first = len(data) < CHUNK and self.pipe.plain is not None
             chunks += 1
             if chunks >= TURN:
                 chunks = 0
@@ -357,8 +351,8 @@ class H1Upstream:
         request = self.request
         request.answered()
         request.begin_response(101)
-        first = client_head(head, Framing.NONE, extra=request.told()) + bytes(self.flow.rest)
-        self.flow.complete = await run_tunnel(request, self.service.state, self.sock, first)
+        first = client_head(head, Framing.NONE, extra=request.explanation()) + bytes(self.flow.rest)
+        self.flow.complete = await run_tunnel(request, self.service.state, self.upstream.sock, first)
 
     async def _receive(self) -> bytes:
         """Wait for bytes from the instance; empty at its end, or a reset.
@@ -367,23 +361,24 @@ class H1Upstream:
             ClientLeftError: the client reset its connection meanwhile.
             AttemptTimeoutError: nothing came in time.
         """
-        sock = self.sock
+        pipe = self.pipe
         wait = self._wait_first
         while True:
             if wait:
                 if self.scope is not None:
                     if self.head_came:
                         self.client.await_transfer()
-                    await wait_readable(sock)
+                    await pipe.wait_readable()
                 else:
                     await self._wait()
             try:
-                return sock.recv(CHUNK)
-            except BlockingIOError:
-                wait = True
+                received = pipe.read(CHUNK)
             except OSError:
                 self.reset = True
                 return b""
+            if received is not None:
+                return received
+            wait = True
 
     async def _wait(self) -> None:
         if self.slow:
@@ -392,7 +387,7 @@ class H1Upstream:
         patience = self.client.shared.patience
         patience.add(self, trio.current_time() if self.head_came else self.request.started)
         try:
-            await wait_readable(self.sock)
+            await self.pipe.wait_readable()
         except trio.ClosedResourceError:
             if not self.slow:
                 raise
@@ -403,7 +398,7 @@ class H1Upstream:
     def on_slow(self) -> None:
         """See `Waiter.on_slow`."""
         self.slow = True
-        notify_closing(self.sock)
+        self.pipe.interrupt()
 
     def on_deadline(self) -> None:
         """See `Waiter.on_deadline`: it asks for no time."""
@@ -414,7 +409,7 @@ class H1Upstream:
         if self.head_came:
             client.await_transfer()
         with trio.CancelScope(deadline=self.deadline) as scope:
-            await client.watched(partial(wait_readable, self.sock))
+            await client.watched(self.pipe.wait_readable)
         if client.left:
             raise ClientLeftError
         if scope.cancelled_caught:
