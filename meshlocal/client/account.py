@@ -27,6 +27,8 @@ from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import Decision, Failure, RetryBudget
 from meshlocal.policy.search import Search
 
+_ANSWERED = AttemptOutcome.ANSWERED
+
 
 class FailedAttempt(NamedTuple):
     """One attempt that came to nothing.
@@ -205,7 +207,7 @@ class Account(Search):
             fitness.worked(pick.instance, self.began)
         if self._trying:
             self._trying = False
-            state.statistics.attempts[self.tier, AttemptOutcome.ANSWERED] += 1
+            state.statistics.attempts[self.tier, _ANSWERED] += 1
 
     def attempt_failed(
         self,

@@ -42,6 +42,7 @@ LANE_TURN = 4
 
 _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _DEAD = select.EPOLLHUP | select.EPOLLERR
+_KEEP, _TRANSFER = End.KEEP, Expiry.TRANSFER
 
 
 class Lane:
@@ -255,7 +256,7 @@ class Lane:
         client.deadline = math.inf
         client.fresh = False
         # It is not idle.
-        client.expiry = Expiry.TRANSFER
+        client.expiry = _TRANSFER
         request, self._kept = self._kept, None
         if request is None:
             request = HttpRequest(client, head, now, body)
@@ -396,7 +397,7 @@ class Lane:
             # An idle client must hold neither a snapshot's instances nor a body.
             request.plan = request.pick = request.body = None
             self._kept, self._kept_upstream = request, upstream
-        if request.client_end is not End.KEEP:
+        if request.client_end is not _KEEP:
             self.end = request.client_end
             self._hand_over()
             return

@@ -24,6 +24,9 @@ from meshlocal.proxy.http.streams import ClientStream
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
 
+# Looked up once: an attribute of an enum costs as much as a call, and every request passes here.
+_REQUESTS, _DRAINED, _CUT, _ABORT = Limit.REQUESTS, Outcome.DRAINED, Outcome.CUT, End.ABORT
+
 
 class HttpRequest(HttpRecord):
     """One request while it lives.
@@ -68,9 +71,9 @@ class HttpRequest(HttpRecord):
         self.attempts = 0
         self.status = 0
         self.received = 0
-        self.outcome = Outcome.DRAINED
+        self.outcome = _DRAINED
         self.response_begun = self._counted = self._released = False
-        self.client_end = End.ABORT
+        self.client_end = _ABORT
 
     @property
     def idle_limit(self) -> float:
@@ -92,7 +95,7 @@ class HttpRequest(HttpRecord):
         """Begin, for this service; False, and `refusal` is set, if that is full."""
         self.service = service
         state = service.state
-        if self.begin(state, state.policy.response_deadline, Limit.REQUESTS) is not None:
+        if self.begin(state, state.policy.response_deadline, _REQUESTS) is not None:
             self.refusal = answers.TOO_MANY_REQUESTS
             return False
         service.budget.request(self.started)
@@ -147,7 +150,7 @@ class HttpRequest(HttpRecord):
     def begin_response(self, status: int) -> None:
         """A final head goes to the client, so that all but its response's end is a cut from here on."""
         self.status = status
-        self.outcome = Outcome.CUT
+        self.outcome = _CUT
         self.response_begun = True
 
     def closes_client(self, unread: bool = False) -> bool:
@@ -200,7 +203,7 @@ class HttpRequest(HttpRecord):
             seconds = now - self.started
             statistics.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
             statistics.latency_sum += seconds
-        if self.outcome is Outcome.DRAINED:
+        if self.outcome is _DRAINED:
             self.shared.drained += 1
         for observer in self.shared.observers:
             observer.ended(self, now)

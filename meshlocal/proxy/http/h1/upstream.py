@@ -35,6 +35,9 @@ TURN = 16
 """Full chunks that are moved in a row before other tasks get their turn."""
 
 
+_SERVED, _KEEP = Outcome.SERVED, End.KEEP
+
+
 class H1Upstream:
     """One try of a request on a connection to an instance.
 
@@ -289,11 +292,11 @@ class H1Upstream:
         """All of the response went to the client."""
         request = self.request
         request.received += self._size if self._flow is None else self._flow.size
-        request.outcome = Outcome.SERVED
+        request.outcome = _SERVED
         if self._close_client:
             request.close_client(unread=self._unread)
         else:
-            request.client_end = End.KEEP
+            request.client_end = _KEEP
 
     def release(self, now: float, *, watched: bool = False) -> None:
         """Give the connection back, close it, or reset it if something on it was cut short. The first call counts.
