@@ -7,6 +7,8 @@ a skip is a failure: there everything is there, and a test that quietly stopped 
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,7 +23,7 @@ _NO_SKIP = bool(os.environ.get("MESHLOCAL_TESTS_NO_SKIP"))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[Any]:
     report = yield
     if _NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
         _fail(report)
@@ -29,21 +31,21 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector):
+def pytest_make_collect_report(collector: Any) -> Iterator[Any]:
     report = yield
     if _NO_SKIP and report.skipped:
         _fail(report)
     return report
 
 
-def _fail(report):
+def _fail(report: Any) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     report.outcome = "failed"
     report.longrepr = f"{report.nodeid}: skipped where nothing may be skipped: {reason}"
 
 
 @pytest.fixture(autouse=True)
-def _signals_restored():
+def _signals_restored() -> Iterator[Any]:
     """A process that drains in a test ignores signals from then on, and so would each one that a later test starts."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
@@ -52,10 +54,10 @@ def _signals_restored():
 
 
 @pytest.fixture(scope="session")
-def program():
+def program() -> Any:
     """Find a program, or skip: `program("curl")` is its path."""
 
-    def find(name):
+    def find(name: Any) -> Any:
         path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if path is None:
             pytest.skip(f"needs the program {name}")
@@ -65,7 +67,7 @@ def program():
 
 
 @pytest.fixture(scope="session")
-def root():
+def root() -> None:
     """Skip unless root."""
     if os.geteuid() != 0:
         pytest.skip("needs root")

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
+from typing import TypeGuard
 
 import click
+import msgspec
 import msgspec.inspect as schema
 import trio
 from prometheus_client.core import Metric
@@ -21,7 +23,7 @@ from meshlocal.policy.config import AttemptOverrides, Config
 from meshlocal.policy.sources import SourceUrl
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-ADDRESSES = {
+ADDRESSES: dict[type, str] = {
     SocketAddress: "HOST:PORT",
     ListenAddress: "listener URL",
     DiscoveryUrl: "discovery URL",
@@ -98,7 +100,9 @@ from plain counts when they are asked for: nothing is spent on them while traffi
 def configuration() -> str:
     """Every section of the schema as a table."""
     parts = [CONFIGURATION]
-    for path, section in sections(schema.type_info(Config), ()):
+    whole = schema.type_info(Config)
+    assert is_section(whole)
+    for path, section in sections(whole, ()):
         parts.append(f"\n## `{'.'.join(path)}`\n\n")
         parts.append("| key | type | default | |\n|---|---|---|---|\n")
         for field in section.fields:
@@ -137,7 +141,7 @@ def sections(kind: schema.StructType, path: tuple[str, ...]) -> Iterator[tuple[t
         yield from sections(section, name)
 
 
-def is_section(kind: schema.Type) -> bool:
+def is_section(kind: schema.Type) -> TypeGuard[schema.StructType]:
     return isinstance(kind, schema.StructType) and kind.cls not in ADDRESSES
 
 
@@ -188,7 +192,7 @@ def plural(name: str) -> str:
 def default(field: schema.Field) -> str:
     if field.required:
         return "required"
-    value = field.default_factory() if field.default_factory is not schema.NODEFAULT else field.default
+    value = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
     if isinstance(value, AttemptOverrides):
         return "none"
     if value is None:

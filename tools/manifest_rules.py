@@ -56,7 +56,9 @@ class Pod:
     @property
     def containers(self) -> list[Container]:
         spec = self.spec
-        listed = [(each, place) for place, each in enumerate(spec.get("initContainers", ()))]
+        listed: list[tuple[Document, int | None]] = [
+            (each, place) for place, each in enumerate(spec.get("initContainers", ()))
+        ]
         listed += [(each, None) for each in spec["containers"]]
         return [Container(f"{self.where}: container {each['name']}", each, place) for each, place in listed]
 

@@ -178,7 +178,9 @@ def _refusals() -> list[tuple[str, str, str]]:
         for call in ast.walk(ast.parse(file.read_text())):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "ProtocolError" and len(call.args) == 3:
                 status, reason, detail = call.args
-                if not (isinstance(status, ast.Constant) and isinstance(reason, ast.Constant)):
+                if not (isinstance(status, ast.Constant) and isinstance(reason, ast.Constant)) or not (
+                    isinstance(status.value, int) and isinstance(reason.value, str)
+                ):
                     raise SystemExit(f"{file}:{call.lineno}: a status and reason that are not literal")
                 # What is wrong with a response is answered with broken_response.
                 if status.value != 502:

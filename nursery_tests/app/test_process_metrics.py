@@ -1,5 +1,6 @@
 import os
 import random
+from typing import Any
 
 import trio
 from prometheus_client import CollectorRegistry
@@ -9,7 +10,7 @@ from meshlocal.app.process_metrics import ProcessCollector
 from meshlocal.net.supervision import Supervision
 
 
-def values(*arguments):
+def values(*arguments: Any) -> Any:
     registry = CollectorRegistry()
     supervision = Supervision(random.Random(0))
     supervision.failures["write the cache"] = 3
@@ -23,7 +24,7 @@ def values(*arguments):
     }
 
 
-async def test_tasks_and_descriptors_are_counted():
+async def test_tasks_and_descriptors_are_counted() -> None:
     before = values()
     assert before["meshlocal_memory_bytes"] > 1e6
     async with trio.open_nursery() as inner:
@@ -42,12 +43,12 @@ async def test_tasks_and_descriptors_are_counted():
     assert after["meshlocal_descriptors_open"] == before["meshlocal_descriptors_open"]
 
 
-async def test_what_cannot_be_read_is_left_out(tmp_path):
+async def test_what_cannot_be_read_is_left_out(tmp_path: Any) -> None:
     (tmp_path / "statm").write_text("")
     always = {"meshlocal_tasks", "meshlocal_task_failures_total", "meshlocal_log_lines_dropped_total"}
     assert values(tmp_path).keys() == always
 
 
-async def test_failures_of_tasks_are_counted():
+async def test_failures_of_tasks_are_counted() -> None:
     """P1."""
     assert values()["meshlocal_task_failures_total"] == 3

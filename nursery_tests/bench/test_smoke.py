@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def run(name: str, output: Path, *arguments: str) -> tuple[str, dict]:
     return done.stdout, json.loads((output / f"{name}.json").read_text())
 
 
-def test_latency(tmp_path):
+def test_latency(tmp_path: Any) -> None:
     printed, figures = run("latency", tmp_path, "--rounds", "2", "--exchanges", "5", "--connects", "3")
     assert set(figures["established"]) == {"direct", "same", "other", "failover", "far-direct", "far"}
     for kind in ("established", "connect"):
@@ -32,7 +33,7 @@ def test_latency(tmp_path):
     assert "| proxy, same node " in printed
 
 
-def test_watchers(tmp_path):
+def test_watchers(tmp_path: Any) -> None:
     sizes = ("--watchers", "6", "--processes", "2", "--instances", "3", "--changes", "2", "--idle", "0.1")
     _, figures = run("watchers", tmp_path, *sizes)
     assert len(figures["each_change"]) == 2
@@ -40,7 +41,7 @@ def test_watchers(tmp_path):
     assert figures["connect_cpu_per_watcher"] > 0
 
 
-def test_kubernetes(tmp_path):
+def test_kubernetes(tmp_path: Any) -> None:
     sizes = ("--services", "4", "--endpoints", "3", "--scales", "1,6", "--rate", "40", "--seconds", "0.5")
     printed, figures = run("kubernetes", tmp_path, *sizes)
     small, large = figures["clusters"]
@@ -56,7 +57,7 @@ def test_kubernetes(tmp_path):
     assert printed.count("(goal ≤") == len(figures["goals"]) == 3
 
 
-def test_restart(tmp_path):
+def test_restart(tmp_path: Any) -> None:
     """D1: every watcher comes back, and none forgets its last state meanwhile."""
     _, figures = run("restart", tmp_path, "--watchers", "6", "--instances", "3", "--down", "0.2")
     assert figures["lost_their_state"] == 0
@@ -64,7 +65,7 @@ def test_restart(tmp_path):
     assert figures["in_sync_after"]["first"] <= figures["in_sync_after"]["last"]
 
 
-def test_policy(tmp_path):
+def test_policy(tmp_path: Any) -> None:
     printed, figures = run("policy", tmp_path, "--instances", "20", "--large", "50", "--repeat", "3")
     assert set(figures["change"]) == {"label changed", "instance added", "instance removed"}
     assert [goal["holds"] for goal in figures["goals"]] == [goal["value"] <= goal["limit"] for goal in figures["goals"]]
@@ -72,7 +73,7 @@ def test_policy(tmp_path):
 
 
 @pytest.mark.parametrize("adds", [0.0, 0.004])
-def test_a_relay_that_does_not_delay_as_asked_is_refused(adds):
+def test_a_relay_that_does_not_delay_as_asked_is_refused(adds: Any) -> None:
     """Figures through it would mean nothing."""
     from bench.delay import DelayError, delaying, verify
     from bench.processes import module
@@ -85,7 +86,7 @@ def test_a_relay_that_does_not_delay_as_asked_is_refused(adds):
         verify(("127.0.0.1", echo), ("127.0.0.1", relay), 0.002, exchanges=5)
 
 
-def test_percentiles_are_the_values_that_enough_others_do_not_exceed():
+def test_percentiles_are_the_values_that_enough_others_do_not_exceed() -> None:
     from bench.report import percentile
 
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
@@ -93,7 +94,7 @@ def test_percentiles_are_the_values_that_enough_others_do_not_exceed():
     assert percentile([7.0], 50) == 7.0
 
 
-def test_restart_without_a_change(tmp_path):
+def test_restart_without_a_change(tmp_path: Any) -> None:
     """D1: who resumes is told nothing, and is back."""
     sizes = ("--watchers", "6", "--instances", "3", "--down", "0.2", "--unchanged", "--output", str(tmp_path))
     command = [sys.executable, "-m", "bench.restart", *sizes]
@@ -104,7 +105,7 @@ def test_restart_without_a_change(tmp_path):
     assert figures["lost_their_state"] == 0
 
 
-def test_resend(tmp_path):
+def test_resend(tmp_path: Any) -> None:
     printed, figures = run("resend", tmp_path, "--watchers", "6", "--instances", "30")
     for key in ("first", "again"):
         assert 0 < figures[key]["p50"] <= figures[key]["last"]
@@ -113,7 +114,7 @@ def test_resend(tmp_path):
     assert len(figures["verdicts"]) == 1
 
 
-def test_neighbours(tmp_path):
+def test_neighbours(tmp_path: Any) -> None:
     """The load is there: bytes were carried, bodies posted, pages made."""
     sizes = ("--seconds", "0.5", "--rounds", "1", "--streams", "3", "--services", "3", "--instances", "20")
     printed, figures = run("neighbours", tmp_path, *sizes)

@@ -1,5 +1,7 @@
 """The table of what the campaign found, at the end of pytest's output."""
 
+from typing import Any
+
 import pytest
 
 from nursery_tests.campaign.report import table
@@ -8,11 +10,11 @@ _ROWS = pytest.StashKey()
 
 
 @pytest.fixture
-def campaign_rows(request):
+def campaign_rows(request: Any) -> Any:
     return request.config.stash.setdefault(_ROWS, [])
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if rows := config.stash.get(_ROWS, None):
         terminalreporter.section("campaign")
         terminalreporter.write(table(rows))

@@ -3,7 +3,9 @@
 import copy
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
-def checker():
+def checker() -> Iterator[Any]:
     sys.path.insert(0, str(TOOLS))
     try:
         import check_manifests
@@ -22,17 +24,17 @@ def checker():
 
 
 @pytest.fixture(scope="module")
-def builds(checker):
+def builds(checker: Any) -> Any:
     found, findings = checker.build_all(checker.MANIFESTS)
     assert not findings
     return {build.name: build for build in found}
 
 
 @pytest.fixture
-def findings(checker, builds):
+def findings(checker: Any, builds: Any) -> Any:
     """What the rules find once `edit` has changed the build's document of that kind and name."""
 
-    def find(name, kind, document_name, edit):
+    def find(name: Any, kind: Any, document_name: Any, edit: Any) -> Any:
         build = copy.deepcopy(builds[name])
         chosen = next(
             each
@@ -45,13 +47,13 @@ def findings(checker, builds):
     return find
 
 
-def test_the_manifests_are_good(checker):
+def test_the_manifests_are_good(checker: Any) -> None:
     found, count = checker.check()
     assert found == []
     assert count >= 18
 
 
-def test_every_folder_is_built_and_every_version_checked(checker, builds):
+def test_every_folder_is_built_and_every_version_checked(checker: Any, builds: Any) -> None:
     assert set(builds) == {
         "base/discovery",
         "components/ipv6",
@@ -63,23 +65,23 @@ def test_every_folder_is_built_and_every_version_checked(checker, builds):
     assert len(checker.versions()) >= 9
 
 
-def pod(document):
+def pod(document: Any) -> Any:
     return document["spec"]["template"]["spec"]
 
 
-def sidecar(document):
+def sidecar(document: Any) -> Any:
     return pod(document)["initContainers"][0]
 
 
-def config(key, old, new):
-    def edit(document):
+def config(key: Any, old: Any, new: Any) -> Any:
+    def edit(document: Any) -> None:
         assert old in document["data"][key]
         document["data"][key] = document["data"][key].replace(old, new)
 
     return edit
 
 
-def move_sidecar(document):
+def move_sidecar(document: Any) -> None:
     pod(document)["containers"].append(pod(document).pop("initContainers")[0])
 
 
@@ -292,18 +294,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("where", "edit", "expected"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_manifest_is_found(findings, where, edit, expected):
+def test_a_broken_manifest_is_found(findings: Any, where: Any, edit: Any, expected: Any) -> None:
     found = findings(*where, edit)
     assert [line for line in found if expected in line], found
     assert all("\n" not in line for line in found)
 
 
 @pytest.fixture
-def broken_tree(checker, tmp_path, monkeypatch):
+def broken_tree(checker: Any, tmp_path: Any, monkeypatch: Any) -> Any:
     ends = [checker.versions()[0], checker.versions()[-1]]
     monkeypatch.setattr(checker, "versions", lambda: ends)
 
-    def change(file, old, new):
+    def change(file: Any, old: Any, new: Any) -> Any:
         tree = tmp_path / "manifests"
         shutil.copytree(checker.MANIFESTS, tree)
         text = (tree / file).read_text()
@@ -314,7 +316,7 @@ def broken_tree(checker, tmp_path, monkeypatch):
     return change
 
 
-def test_an_unknown_field_is_found_once_for_all_versions(checker, broken_tree):
+def test_an_unknown_field_is_found_once_for_all_versions(checker: Any, broken_tree: Any) -> None:
     found, _ = checker.check(broken_tree("base/discovery/service.yaml", "selector:", "selectors:"))
     schema = [line for line in found if "(Kubernetes" in line]
     assert len(schema) == 1
@@ -323,30 +325,30 @@ def test_an_unknown_field_is_found_once_for_all_versions(checker, broken_tree):
     assert schema[0].endswith("(Kubernetes {} to {})".format(*checker.versions()))
 
 
-def test_an_unknown_kind_is_found(checker, broken_tree):
+def test_an_unknown_kind_is_found(checker: Any, broken_tree: Any) -> None:
     found, _ = checker.check(broken_tree("example/b.yaml", "apps/v1", "apps/v1beta1"))
     assert [line for line in found if "no DaemonSet of apps/v1beta1 is known" in line]
 
 
-def test_what_cannot_be_built_is_found(checker, broken_tree):
+def test_what_cannot_be_built_is_found(checker: Any, broken_tree: Any) -> None:
     found, _ = checker.check(broken_tree("example/kustomization.yaml", "b.yaml", "absent.yaml"))
     assert len(found) == 1
     assert found[0].startswith("example: cannot be built: ")
     assert "absent.yaml" in found[0]
 
 
-def test_a_deprecated_kustomization_is_found(checker, broken_tree):
+def test_a_deprecated_kustomization_is_found(checker: Any, broken_tree: Any) -> None:
     found, _ = checker.check(
         broken_tree("example/kustomization.yaml", "labels:\n  - pairs:\n     ", "commonLabels:\n  ")
     )
     assert [line for line in found if "deprecated" in line]
 
 
-def test_a_folder_without_kustomizations_is_found(checker, tmp_path):
+def test_a_folder_without_kustomizations_is_found(checker: Any, tmp_path: Any) -> None:
     assert checker.check(tmp_path)[0] == [f"{tmp_path}: no kustomization.yaml"]
 
 
-def test_findings_end_the_program_with_one_line_each(checker, monkeypatch, capsys):
+def test_findings_end_the_program_with_one_line_each(checker: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(checker, "check", lambda: (["one", "two"], 2))
     with pytest.raises(SystemExit) as ended:
         checker.main()

@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import pip
 import pytest
@@ -26,19 +28,19 @@ IGNORE_FILES = (ROOT / ".containerignore", CONTAINERFILE.with_name("Containerfil
 NO_INDEX = re.compile(r"NewConnectionError|NameResolutionError|Temporary failure in name resolution|ConnectTimeout")
 
 
-def instructions(text):
+def instructions(text: Any) -> Any:
     """`(name, rest)` of each, continued lines joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", "")
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]
 
 
-def pairs(rest):
+def pairs(rest: Any) -> Any:
     """The pairs of an ENV, LABEL or ARG with values."""
     return {key: bare or quoted for key, quoted, bare in re.findall(r'([\w.]+)=(?:"([^"]*)"|(\S*))', rest)}
 
 
-def sent(path):
+def sent(path: Any) -> Any:
     """Whether an engine would have the file in its build context."""
     included = True
     for line in IGNORE_FILES[0].read_text().splitlines():
@@ -70,7 +72,7 @@ exec "$@"
 """Makes the image read-only, and python readable where it lies in a folder that is closed to others, such as /root."""
 
 
-def _closed_folder(path):
+def _closed_folder(path: Any) -> Any:
     """The outermost folder on the path that only its owner may pass, or none."""
     closed = [str(each) for each in reversed([path, *path.parents]) if not each.stat().st_mode & 0o001]
     return closed[0] if closed else ""
@@ -85,7 +87,7 @@ class Image:
         said: the other instructions of the last stage.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: Any) -> None:
         self.folder = folder
         self.prefix = folder / "opt" / "meshlocal"
         self.base = folder / "base"
@@ -94,7 +96,7 @@ class Image:
         self.said = {}
         self.copied = []
 
-    def build(self):
+    def build(self) -> None:
         # With pip as it is here: to install it anew would take longer than all of the rest.
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.base], check=True)
         (packages,) = (self.base / "lib").glob("python*/site-packages")
@@ -128,7 +130,7 @@ class Image:
                 assert name not in self.said or name == "LABEL"
                 self.said[name] = rest
 
-    def copy(self, work, words):
+    def copy(self, work: Any, words: Any) -> None:
         if words[0].startswith("--from="):
             assert words[1:] == [str(self.prefix)] * 2
             return
@@ -145,7 +147,7 @@ class Image:
                 shutil.copy(file, place)
                 self.copied.append(str(path))
 
-    def run(self, command, work, arguments):
+    def run(self, command: Any, work: Any, arguments: Any) -> None:
         environment = {**os.environ, **arguments, **self.environment}
         # A cache changes nothing of what comes out, and spares the index.
         environment.pop("PIP_NO_CACHE_DIR", None)
@@ -162,7 +164,7 @@ class Image:
             pytest.skip("needs a package index")
         assert done.returncode == 0, f"RUN {command}\n{done.stdout}"
 
-    def command(self, *arguments):
+    def command(self, *arguments: Any) -> Any:
         """ENTRYPOINT and arguments, and how a kubelet would start them: with nothing but ENV.
 
         As root: also as USER, and in a mount namespace in which the image is read-only.
@@ -177,12 +179,12 @@ class Image:
         names = [str(self.folder), sys.base_prefix, _closed_folder(Path(sys.base_prefix)), str(self.folder / "python")]
         return ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", *names, *setpriv, *program], options
 
-    def listing(self):
+    def listing(self) -> Any:
         return {path: path.lstat().st_mtime_ns for path in self.prefix.rglob("*")}
 
 
 @pytest.fixture(scope="module")
-def image(program):
+def image(program: Any) -> Iterator[Any]:
     if os.geteuid() == 0:
         for tool in ("unshare", "setpriv"):
             program(tool)
@@ -199,7 +201,7 @@ def image(program):
             path.chmod(0o755)
 
 
-def test_the_entrypoint_runs_as_the_images_user(image):
+def test_the_entrypoint_runs_as_the_images_user(image: Any) -> None:
     command, options = image.command("--version")
     assert str(image.prefix / "bin" / "meshlocal") in command
     done = subprocess.run(command, capture_output=True, check=True, **options)
@@ -207,7 +209,7 @@ def test_the_entrypoint_runs_as_the_images_user(image):
     assert done.stderr == ""
 
 
-def test_the_demo_runs_and_writes_nothing_into_the_tree(image):
+def test_the_demo_runs_and_writes_nothing_into_the_tree(image: Any) -> None:
     before = image.listing()
     command, options = image.command("demo", "--seconds", "0.2")
     done = subprocess.run(command, check=False, capture_output=True, **options)
@@ -215,7 +217,7 @@ def test_the_demo_runs_and_writes_nothing_into_the_tree(image):
     assert image.listing() == before
 
 
-def test_the_stop_signal_stops_it_cleanly(image):
+def test_the_stop_signal_stops_it_cleanly(image: Any) -> None:
     file = image.folder / "instances.yaml"
     file.write_text("services: {}\n")
     file.chmod(0o644)
@@ -227,7 +229,7 @@ def test_the_stop_signal_stops_it_cleanly(image):
     assert process.returncode == 0, log
 
 
-def test_nothing_but_the_locked_versions_is_installed_and_no_pip(image):
+def test_nothing_but_the_locked_versions_is_installed_and_no_pip(image: Any) -> None:
     code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()), sep='\\n')"
     python = [image.prefix / "bin" / "python", "-I", "-c", code]
     installed = subprocess.run(python, capture_output=True, check=True, text=True).stdout.split()
@@ -241,7 +243,7 @@ def test_nothing_but_the_locked_versions_is_installed_and_no_pip(image):
     assert not list(image.base_packages.glob("pip*"))
 
 
-def test_every_module_is_compiled_and_never_checked_against_its_source(image):
+def test_every_module_is_compiled_and_never_checked_against_its_source(image: Any) -> None:
     """Flags 1: PEP 552's hash-based byte code, not to be checked."""
     tag = sys.implementation.cache_tag
     sources = [path for path in (image.prefix / "lib").rglob("*.py") if path.stat().st_size]
@@ -253,7 +255,7 @@ def test_every_module_is_compiled_and_never_checked_against_its_source(image):
     assert not list(image.stdlib.glob("ensurepip/__pycache__"))
 
 
-def test_the_image_says_what_a_restricted_cluster_wants(image):
+def test_the_image_says_what_a_restricted_cluster_wants(image: Any) -> None:
     """The kubelet can tell that the user is not root by a number only."""
     user, group = image.said["USER"].split(":")
     assert int(user) > 0
@@ -264,7 +266,7 @@ def test_the_image_says_what_a_restricted_cluster_wants(image):
     assert "CMD" not in image.said
 
 
-def test_only_what_the_wheel_needs_is_copied(image):
+def test_only_what_the_wheel_needs_is_copied(image: Any) -> None:
     assert "meshlocal/cli/main.py" in image.copied
     assert "requirements/run.lock" in image.copied
     assert {path.split("/")[0] for path in image.copied} == {
@@ -277,7 +279,7 @@ def test_only_what_the_wheel_needs_is_copied(image):
     assert not [path for path in image.copied if "__pycache__" in path]
 
 
-def test_both_ignore_files_say_the_same():
+def test_both_ignore_files_say_the_same() -> None:
     one, other = ([line for line in path.read_text().splitlines() if not line.startswith("#")] for path in IGNORE_FILES)
     assert one == other
     assert not sent(Path(".git/config"))

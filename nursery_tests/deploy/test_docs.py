@@ -3,7 +3,9 @@
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,12 +22,12 @@ TOOLS = ROOT / "tools"
 pages = pytest.mark.parametrize("page", [KUBERNETES, MACHINES], ids=lambda page: page.stem)
 
 
-def blocks(page, *languages):
+def blocks(page: Any, *languages: Any) -> Any:
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return [text for language, text in found if language in languages]
 
 
-def files(page):
+def files(page: Any) -> Any:
     """The YAML blocks that begin with a comment that is a path."""
     named = {}
     for text in blocks(page, "yaml"):
@@ -35,7 +37,7 @@ def files(page):
 
 
 @pytest.fixture(scope="module")
-def checker():
+def checker() -> Iterator[Any]:
     sys.path.insert(0, str(TOOLS))
     try:
         import check_manifests
@@ -46,7 +48,7 @@ def checker():
 
 
 @pytest.fixture(scope="module")
-def mine(tmp_path_factory):
+def mine(tmp_path_factory: Any) -> Any:
     """A tree with the repository's manifests and the page's own files."""
     tree = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "deploy" / "kubernetes", tree / "deploy" / "kubernetes")
@@ -57,7 +59,7 @@ def mine(tmp_path_factory):
 
 
 @pytest.mark.parametrize("folder", ["discovery", "example", "shop"])
-def test_the_pages_kustomizations_build_and_keep_the_rules(checker, mine, folder):
+def test_the_pages_kustomizations_build_and_keep_the_rules(checker: Any, mine: Any, folder: Any) -> None:
     build = checker.Build(folder, checker.kustomize(mine / "mine" / folder), checker.meshlocal.__version__)
     discovery = checker.kustomize(mine / "mine" / "discovery")
     services = [each for each in (*build.documents, *discovery) if each["kind"] == "Service"]
@@ -72,7 +74,7 @@ def test_the_pages_kustomizations_build_and_keep_the_rules(checker, mine, folder
     assert images == {f"{prefix}meshlocal:{checker.meshlocal.__version__}"}
 
 
-def test_the_variables_for_zones_are_keys():
+def test_the_variables_for_zones_are_keys() -> None:
     (block,) = (text for text in blocks(KUBERNETES, "yaml") if "PREFER" in text)
     environment = {each["name"]: each.get("value", "z1") for each in yaml.safe_load(block)["env"]}
     proxy = load_config(ROOT / "deploy/kubernetes/example/proxy.yaml", {}, environment, "proxy").proxy
@@ -80,7 +82,7 @@ def test_the_variables_for_zones_are_keys():
     assert proxy.labels == {"zone": "z1"}
 
 
-def test_every_option_of_the_source_is_explained():
+def test_every_option_of_the_source_is_explained() -> None:
     section = KUBERNETES.read_text().split("## The source's options")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)=([^`]+)` \|", section, re.MULTILINE)
     assert {name for name, _ in rows} == set(_OPTIONS)
@@ -91,7 +93,7 @@ def test_every_option_of_the_source_is_explained():
 
 
 @pages
-def test_configurations_are_good(page, tmp_path):
+def test_configurations_are_good(page: Any, tmp_path: Any) -> None:
     for name, text in files(page).items():
         for role in ("proxy", "discovery"):
             if re.search(rf"^{role}:", text, re.MULTILINE):

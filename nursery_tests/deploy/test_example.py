@@ -8,9 +8,11 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
 import yaml
@@ -29,7 +31,7 @@ class Pods:
         stack: ends them.
     """
 
-    def __init__(self, folder, stack):
+    def __init__(self, folder: Any, stack: Any) -> None:
         self.folder = folder
         self.stack = stack
         built = [Path(sys.executable).with_name("kubectl"), "kustomize", FOLDER / "example"]
@@ -37,12 +39,12 @@ class Pods:
         self.documents = list(yaml.safe_load_all(output))
         self.ports = {"8080": free_port(), "15000": free_port(), "15001": free_port(), "7070": free_port()}
 
-    def find(self, kind, name):
+    def find(self, kind: Any, name: Any) -> Any:
         return next(
             each for each in self.documents if each["kind"] == kind and each["metadata"]["name"].startswith(name)
         )
 
-    def start(self, name, command, node, replaced):
+    def start(self, name: Any, command: Any, node: Any, replaced: Any) -> Any:
         """Start a container's command on a node; every text of `replaced` stands for another one."""
         environment = {"PATH": f"{os.environ['PATH']}:/usr/sbin", "NODE_NAME": node}
         environment["MESHLOCAL_PROXY__NAMESPACE"] = "meshlocal-example"
@@ -53,28 +55,28 @@ class Pods:
         self.stack.callback(process.kill)
         return process
 
-    def replace(self, text, replaced):
+    def replace(self, text: Any, replaced: Any) -> Any:
         """All at once: what was put in is not looked at again."""
         pattern = "|".join(map(re.escape, sorted(replaced, key=len, reverse=True)))
         return re.sub(pattern, lambda match: replaced[match[0]], text) if replaced else text
 
-    def write(self, name, text, replaced):
+    def write(self, name: Any, text: Any, replaced: Any) -> None:
         (self.folder / name).write_text(self.replace(text, replaced))
 
 
 @pytest.fixture
-def pods(program, tmp_path):
+def pods(program: Any, tmp_path: Any) -> Iterator[Any]:
     for name in ("nginx", "wget", "sed"):
         program(name)
     with ExitStack() as stack:
         yield Pods(tmp_path, stack)
 
 
-def template(document):
+def template(document: Any) -> Any:
     return document["spec"]["template"]["spec"]
 
 
-def start_b(pods, number):
+def start_b(pods: Any, number: Any) -> Any:
     """b's pod on a node, at a loopback address of its own."""
     (container,) = template(pods.find("DaemonSet", "b"))["containers"]
     private = pods.folder / f"tmp-{number}"
@@ -85,7 +87,7 @@ def start_b(pods, number):
     return pods.start(f"b-{number}", container["command"] + container["args"], f"node-{number}", replaced)
 
 
-def start_discovery(pods):
+def start_discovery(pods: Any) -> Any:
     rest = f"port: {pods.ports['8080']}, port_name: http"
     rows = [f"    - {{address: 127.0.0.1{number}, {rest}, labels: {{node: node-{number}}}}}" for number in (1, 2)]
     pods.write("instances.yaml", "services:\n  b.meshlocal-example:\n" + "\n".join(rows) + "\n", {})
@@ -98,7 +100,7 @@ def start_discovery(pods):
     return discovery
 
 
-def start_sidecar(pods):
+def start_sidecar(pods: Any) -> Any:
     (container,) = template(pods.find("Deployment", "caller"))["initContainers"]
     own = {
         "meshlocal-discovery.meshlocal.svc:7070": f"127.0.0.1:{pods.ports['7070']}",
@@ -112,13 +114,13 @@ def start_sidecar(pods):
     return sidecar
 
 
-def start_caller(pods):
+def start_caller(pods: Any) -> Any:
     (container,) = template(pods.find("Deployment", "caller"))["containers"]
     replaced = {"/tmp/": f"{pods.folder}/", ":15001/": f":{pods.ports['15001']}/"}
     return pods.start("caller", container["command"] + container["args"], "node-1", replaced)
 
 
-def until(process, wanted):
+def until(process: Any, wanted: Any) -> Any:
     """Read lines until one is as wanted, and return those before it."""
     before = []
     for line in process.stdout:
@@ -128,7 +130,7 @@ def until(process, wanted):
     pytest.fail(f"ended after {before}")
 
 
-def test_the_example_keeps_to_its_node_and_leaves_it_when_it_must(pods):
+def test_the_example_keeps_to_its_node_and_leaves_it_when_it_must(pods: Any) -> None:
     """O1 and S1, with the manifests' commands: local first, another node when the local one has gone; clean stops."""
     local, remote = start_b(pods, 1), start_b(pods, 2)
     for number in (1, 2):
@@ -152,7 +154,7 @@ def test_the_example_keeps_to_its_node_and_leaves_it_when_it_must(pods):
         assert process.wait() == 0
 
 
-def wait_for(host, port):
+def wait_for(host: Any, port: Any) -> None:
     """Until it listens: what the readiness probe waits for."""
     done = subprocess.run(
         [

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
 
@@ -25,12 +26,12 @@ MOST_EXPOSED = 30
 each_unit = pytest.mark.parametrize("role", UNITS)
 
 
-def settings(role):
+def settings(role: Any) -> Any:
     """The unit's settings; of one that stands several times the last."""
     return dict(re.findall(r"^(\w+)=(.*)$", UNITS[role].read_text(), re.MULTILINE))
 
 
-def analyze(program, tmp_path, role, *command):
+def analyze(program: Any, tmp_path: Any, role: Any, *command: Any) -> Any:
     """Run systemd-analyze on the unit, with a program that exists in place of meshlocal."""
     unit = tmp_path / UNITS[role].name
     unit.write_text(UNITS[role].read_text().replace(PROGRAM, "/bin/true"))
@@ -39,12 +40,12 @@ def analyze(program, tmp_path, role, *command):
 
 
 @each_unit
-def test_systemd_accepts_the_unit(program, tmp_path, role):
+def test_systemd_accepts_the_unit(program: Any, tmp_path: Any, role: Any) -> None:
     done = analyze(program, tmp_path, role, "verify", "--man=no")
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_systemd_would_refuse_a_wrong_one(program, tmp_path, monkeypatch):
+def test_systemd_would_refuse_a_wrong_one(program: Any, tmp_path: Any, monkeypatch: Any) -> None:
     broken = tmp_path / "broken" / "meshlocal-proxy.service"
     broken.parent.mkdir()
     broken.write_text(UNITS["proxy"].read_text().replace("ProtectHome=yes", "ProtectHouse=yes"))
@@ -53,13 +54,13 @@ def test_systemd_would_refuse_a_wrong_one(program, tmp_path, monkeypatch):
 
 
 @each_unit
-def test_the_service_sees_little(program, tmp_path, role):
+def test_the_service_sees_little(program: Any, tmp_path: Any, role: Any) -> None:
     done = analyze(program, tmp_path, role, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", "--no-pager")
     assert done.returncode == 0, done.stdout
 
 
 @each_unit
-def test_the_command_and_its_configuration_are_meshlocals(role):
+def test_the_command_and_its_configuration_are_meshlocals(role: Any) -> None:
     words = shlex.split(
         shlex.split(settings(role)["ExecStart"])[-1] if role == "proxy" else settings(role)["ExecStart"]
     )
@@ -72,7 +73,7 @@ def test_the_command_and_its_configuration_are_meshlocals(role):
     assert drain.delay + drain.timeout < int(settings(role)["TimeoutStopSec"])
 
 
-def test_the_proxys_node_is_the_host_name(tmp_path):
+def test_the_proxys_node_is_the_host_name(tmp_path: Any) -> None:
     """L1, by the unit's own command line: in a shell, since systemd expands no commands."""
     stub = tmp_path / "meshlocal"
     stub.write_text('#!/bin/sh\necho "$NODE_NAME" "$@"\n')
@@ -82,13 +83,13 @@ def test_the_proxys_node_is_the_host_name(tmp_path):
     assert done.stdout == f"{socket.gethostname()} proxy --config /etc/meshlocal/proxy.yaml\n"
 
 
-def test_the_example_of_an_instances_file_is_one():
+def test_the_example_of_an_instances_file_is_one() -> None:
     file = FOLDER / "instances.yaml"
     content = parse_instances_file(file.read_text(), str(file))
     assert [instance.node for instance in content.services["b"]] == ["n1", "n2"]
 
 
-def test_the_proxys_unit_starts_reloads_and_stops_as_systemd_is_told(tmp_path):
+def test_the_proxys_unit_starts_reloads_and_stops_as_systemd_is_told(tmp_path: Any) -> None:
     """The unit's own command and configuration, with ports that are free; S1 and S2 by sd_notify(3) and signals."""
     config = tmp_path / "proxy.yaml"
     text = (FOLDER / "proxy.yaml").read_text().replace("grpc://127.0.0.1:7070", f"file:{FOLDER}/instances.yaml")

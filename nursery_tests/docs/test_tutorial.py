@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def newcomers_tree(folder: Path) -> Path:
 
 
 @pytest.mark.netns
-def test_a_newcomer_follows_the_tutorial_to_the_end(tmp_path: Path, root: None, program) -> None:
+def test_a_newcomer_follows_the_tutorial_to_the_end(tmp_path: Path, root: None, program: Any) -> None:
     followed = [step for block in blocks("docs/tutorial.md") if not block.exempt for step in steps(block)]
     assert len(followed) > 15
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANG": "C.UTF-8"}

@@ -14,6 +14,7 @@ import socket
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -48,7 +49,7 @@ PAUSE = 0.15
 class Instance:
     """A pod: a TCP server that names itself, and an HTTP server that does. Both end as well-behaved servers do."""
 
-    def __init__(self, address, ports):
+    def __init__(self, address: Any, ports: Any) -> None:
         self.address, self.ports, self.name = address, ports, NAMES[address]
         self.requests = 0
         self.closed = trio.Event()
@@ -56,7 +57,7 @@ class Instance:
         self._idle = set()
         self._closing = False
 
-    async def run(self, *, task_status):
+    async def run(self, *, task_status: Any) -> None:
         """Serve; after `stop` nothing new is accepted, and idle connections close."""
         async with trio.open_nursery() as nursery:
             grpc, http = [
@@ -70,21 +71,21 @@ class Instance:
                         task_status.started()
             self.closed.set()
 
-    def stop(self):
+    def stop(self) -> None:
         """SIGTERM, and the end of the grace period: refuse from now on."""
         self._closing = True
         self._stop.cancel()
         for scope in self._idle:
             scope.cancel()
 
-    async def _tcp(self, stream):
+    async def _tcp(self, stream: Any) -> None:
         with suppress(trio.BrokenResourceError):
             async with stream:
                 while await stream.receive_some(100):
                     self.requests += 1
                     await stream.send_all(f"{self.name}\n".encode())
 
-    async def _http(self, stream):
+    async def _http(self, stream: Any) -> None:
         with suppress(trio.BrokenResourceError):
             async with stream:
                 while not self._closing:
@@ -108,13 +109,13 @@ class Instance:
                     )
 
 
-def _bind(address, port):
+def _bind(address: Any, port: Any) -> Any:
     sock = socket.create_server((address, port), backlog=512)
     sock.setblocking(False)
     return trio.socket.from_stdlib_socket(sock)
 
 
-async def _serve(nursery, handler, listener):
+async def _serve(nursery: Any, handler: Any, listener: Any) -> None:
     while True:
         nursery.start_soon(handler, await listener.accept())
 
@@ -122,14 +123,14 @@ async def _serve(nursery, handler, listener):
 class HttpLoad:
     """Requests without a pause but for a moment, over connections that are kept; who answered, and what went wrong."""
 
-    def __init__(self, port):
+    def __init__(self, port: Any) -> None:
         self._port = port
         self.last = []
         self.count = 0
         self.errors = []
         self.news = trio.Event()
 
-    async def run(self, method):
+    async def run(self, method: Any) -> None:
         """One client."""
         while True:
             try:
@@ -140,7 +141,7 @@ class HttpLoad:
             except (OSError, trio.BrokenResourceError, ValueError) as error:
                 self.errors.append(f"{method}: {error!r} after {error.__cause__!r}")
 
-    async def _ask(self, stream, method):
+    async def _ask(self, stream: Any, method: Any) -> None:
         await stream.send_all(f"{method} / HTTP/1.1\r\nHost: headless\r\nContent-Length: 0\r\n\r\n".encode())
         answer = b""
         while not (found := re.fullmatch(rb"HTTP/1.1 (\d+)[^\n]*\r\n(?:[^\n]+\r\n)*\r\n([^\n]*\n)", answer)):
@@ -159,13 +160,13 @@ class HttpLoad:
 class Rollout:
     """Everything that takes part."""
 
-    def __init__(self, nursery, server):
+    def __init__(self, nursery: Any, server: Any) -> None:
         self.ports = {"http": free_port(*NAMES), "grpc": free_port(*NAMES)}
         self.nursery, self.server = nursery, server
         self.instances = {}
         self._events = iter(())
 
-    def local(self, data):
+    def local(self, data: Any) -> Any:
         """Recorded bytes, with this host's addresses and ports for the cluster's."""
         data = data.replace(b"10.77.", b"127.77.")
         return re.sub(
@@ -174,7 +175,7 @@ class Rollout:
             data,
         )
 
-    def begin(self):
+    def begin(self) -> None:
         """The list, and all up to the rolling update."""
         lines = [self.local(line) for line in apiserver.lines("endpointslices.watch.jsonl")]
         slices = apiserver.SLICES
@@ -182,30 +183,30 @@ class Rollout:
         self.server.play(slices, lines[:BEFORE])
         self._events = iter(lines[BEFORE:])
 
-    def step(self):
+    def step(self) -> None:
         """The next two events: both services', as the controllers saw the same pods."""
         self.server.play(apiserver.SLICES, [next(self._events), next(self._events)])
 
-    async def start(self, address):
+    async def start(self, address: Any) -> Any:
         instance = self.instances[address] = Instance(address, self.ports)
         await self.nursery.start(instance.run)
         return instance
 
-    def requests(self):
+    def requests(self) -> Any:
         return Counter({each.name: each.requests for each in self.instances.values()})
 
 
 class Sidecar:
     """The proxy of one node, and the load on it."""
 
-    def __init__(self, node, tcp, http):
+    def __init__(self, node: Any, tcp: Any, http: Any) -> None:
         self.node, self.tcp, self.http = node, tcp, http
 
     @property
-    def errors(self):
+    def errors(self) -> Any:
         return self.tcp.errors + self.http.errors
 
-    async def only(self, *names):
+    async def only(self, *names: Any) -> None:
         """Wait until the newest requests, TCP and HTTP, all went to these, and to each of them."""
         await self.tcp.only(*names, count=COUNT)
         self.http.last = []
@@ -215,7 +216,7 @@ class Sidecar:
         assert set(self.http.last[-COUNT:]) == set(names), (self.http.last, self.errors)
 
 
-async def start_sidecar(processes, nursery, here, load, discovery, node):
+async def start_sidecar(processes: Any, nursery: Any, here: Any, load: Any, discovery: Any, node: Any) -> Any:
     config = processes.write(
         f"{node}.yaml",
         "proxy: {namespace: shop, services: {b: {port_name: grpc}, headless: {port_name: http}}}\n",
@@ -233,7 +234,7 @@ async def start_sidecar(processes, nursery, here, load, discovery, node):
 
 
 @pytest.mark.parametrize("order", ["the event before the end", "the end before the event"])
-async def test_rolling_update(processes, nursery, here, load, tmp_path, order):
+async def test_rolling_update(processes: Any, nursery: Any, here: Any, load: Any, tmp_path: Any, order: Any) -> None:
     """F1, A2, A3, A4, L4: nobody notices the update of his node but by the names; traffic returns with the new one.
 
     Kubernetes promises no order between an instance's end and the event that says so: both are played.
@@ -267,7 +268,7 @@ async def test_rolling_update(processes, nursery, here, load, tmp_path, order):
         nursery.cancel_scope.cancel()
 
 
-async def roll(rollout, sidecars, node, number, order):
+async def roll(rollout: Any, sidecars: Any, node: Any, number: Any, order: Any) -> None:
     """Replace one node's instance, watched from both nodes."""
     mine = sidecars[node]
     (other,) = (each for each in sidecars.values() if each is not mine)

@@ -559,7 +559,9 @@ class End:
         broken: what it read or wrote was cut.
     """
 
-    def __init__(self, sock: socket.socket, name: bytes, sizes: list[int], waits: list[float], quits: int | None):
+    def __init__(
+        self, sock: socket.socket, name: bytes, sizes: list[int], waits: list[float], quits: int | None
+    ) -> None:
         self.said, self.got, self.broken = bytearray(), bytearray(), False
         self._socket = sock
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))

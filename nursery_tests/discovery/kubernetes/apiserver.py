@@ -11,9 +11,11 @@ import base64
 import json
 import ssl
 from collections import deque
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import trio
@@ -39,7 +41,7 @@ class Request(SimpleNamespace):
 class Collection:
     """The objects of one resource, and the events since its oldest version that can be watched from."""
 
-    def __init__(self, version=1):
+    def __init__(self, version: Any = 1) -> None:
         self.version = version
         self.oldest = version
         self.items = {}
@@ -48,7 +50,7 @@ class Collection:
         self.snapshots = {}
         self.issued = {str(version)}
 
-    def put(self, change, item, line=None):
+    def put(self, change: Any, item: Any, line: Any = None) -> None:
         """Apply an event, with the server's own bytes if there are any."""
         meta = item["metadata"]
         if line is None:
@@ -65,19 +67,19 @@ class Collection:
         self.issued.add(meta["resourceVersion"])
         self.events.append((self.version, item, line))
 
-    def mark(self, line):
+    def mark(self, line: Any) -> None:
         """Take a bookmark."""
         self.issued.add(json.loads(line)["object"]["metadata"]["resourceVersion"])
         self.bookmarks.append(line)
 
-    def compact(self):
+    def compact(self) -> None:
         """Forget every event so far."""
         self.events = []
         self.version += 1
         self.oldest = self.version
 
 
-def _status(code, message, reason="", **more):
+def _status(code: Any, message: Any, reason: Any = "", **more: Any) -> Any:
     status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
     return json.dumps({**status, "reason": reason, "code": code, **more}).encode()
 
@@ -95,7 +97,7 @@ class ApiServer:
         expired: continue tokens are all too old.
     """
 
-    def __init__(self, tls):
+    def __init__(self, tls: Any) -> None:
         self._tls = tls
         self.collections = {SLICES: Collection(), ENDPOINTS: Collection(), NODES: Collection()}
         self.tokens = None
@@ -114,22 +116,22 @@ class ApiServer:
         self._connections = set()
         self.port = 0
 
-    def need_certificate(self):
+    def need_certificate(self) -> None:
         """Take clients with a certificate only."""
         self._tls.verify_mode = ssl.CERT_REQUIRED
 
-    def wake(self):
+    def wake(self) -> None:
         """Let everything look again."""
         self._changed.set()
         self._changed = trio.Event()
 
-    async def until(self, predicate):
+    async def until(self, predicate: Any) -> None:
         """Wait for something about this server."""
         with trio.fail_after(20):
             while not predicate():
                 await self._changed.wait()
 
-    def load(self, collection, name, change=bytes):
+    def load(self, collection: Any, name: Any, change: Any = bytes) -> None:
         """Take a recorded list, its bytes changed by this first."""
         found = json.loads(change((DATA / name).read_bytes()))
         target = self.collections[collection]
@@ -137,7 +139,7 @@ class ApiServer:
         target.issued = {found["metadata"]["resourceVersion"]}
         target.items = {(i["metadata"]["namespace"], i["metadata"]["name"]): i for i in found["items"]}
 
-    def play(self, collection, lines):
+    def play(self, collection: Any, lines: Any) -> None:
         """Take recorded watch events."""
         target = self.collections[collection]
         for line in lines:
@@ -148,12 +150,12 @@ class ApiServer:
                 target.put(event["type"], event["object"], line)
         self.wake()
 
-    def put(self, collection, change, item):
+    def put(self, collection: Any, change: Any, item: Any) -> None:
         """Take an event of a test's own making."""
         self.collections[collection].put(change, item)
         self.wake()
 
-    async def cut(self):
+    async def cut(self) -> None:
         """Break every connection."""
         cut = set(self._connections)
         for scope in cut:
@@ -161,25 +163,25 @@ class ApiServer:
         await self.until(lambda: not cut & self._connections)
 
     @property
-    def open(self):
+    def open(self) -> Any:
         """Connections that are open."""
         return len(self._connections)
 
-    def end_watches(self):
+    def end_watches(self) -> None:
         """End every watch as a server does when its time is over."""
         self._ended += 1
         self.wake()
 
-    def asked(self, kind, collection=SLICES):
+    def asked(self, kind: Any, collection: Any = SLICES) -> Any:
         """The queries of the requests so far."""
         return [each.query for each in self.requests if (each.kind, each.collection) == (kind, collection)]
 
-    async def serve(self, *, task_status=trio.TASK_STATUS_IGNORED):
+    async def serve(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
         self.port = listeners[0].socket.getsockname()[1]
         await trio.serve_listeners(self._handle, listeners, task_status=task_status)
 
-    async def _handle(self, plain):
+    async def _handle(self, plain: Any) -> None:
         self.accepted += 1
         if self.refuse:
             self.wake()
@@ -208,12 +210,12 @@ class ApiServer:
                 await trio.aclose_forcefully(stream)
                 self.wake()
 
-    async def _wait_for_leaver(self, stream, scope):
+    async def _wait_for_leaver(self, stream: Any, scope: Any) -> None:
         with suppress(trio.BrokenResourceError):
             assert not await stream.receive_some(1)
         scope.cancel()
 
-    def _parse(self, head):
+    def _parse(self, head: Any) -> Any:
         lines = head.decode("latin-1").split("\r\n\r\n")[0].split("\r\n")
         method, target, version = lines[0].split(" ")
         assert (method, version) == ("GET", "HTTP/1.1")
@@ -228,7 +230,7 @@ class ApiServer:
         kind = "watch" if query.get("watch") == "true" else "list"
         return Request(collection=path, namespace=namespace, query=query, headers=headers, kind=kind)
 
-    async def _answer(self, stream, head):
+    async def _answer(self, stream: Any, head: Any) -> None:
         request = self._parse(head)
         self.requests.append(request)
         self.wake()
@@ -258,7 +260,7 @@ class ApiServer:
         else:
             await self._list(stream, request)
 
-    def _take_fault(self, request):
+    def _take_fault(self, request: Any) -> Any:
         for fault in self.faults:
             if fault.get("page", "any") != "any" and bool(request.query.get("continue")) != (fault["page"] == "later"):
                 continue
@@ -267,12 +269,12 @@ class ApiServer:
                 return fault
         return None
 
-    async def _send(self, stream, status, body, headers=()):
+    async def _send(self, stream: Any, status: Any, body: Any, headers: Any = ()) -> None:
         lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", "Content-Type: application/json"]
         lines += [f"{name}: {value}" for name, value in dict(headers).items()]
         await stream.send_all("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
-    def _selected(self, request, items):
+    def _selected(self, request: Any, items: Any) -> Any:
         name, _, value = request.query.get("labelSelector", "").partition("=")
         return {
             key: item
@@ -281,14 +283,14 @@ class ApiServer:
             and (not name or item["metadata"].get("labels", {}).get(name) == value)
         }
 
-    def _lines(self, request, version):
+    def _lines(self, request: Any, version: Any) -> Any:
         return [
             line
             for at, item, line in self.collections[request.collection].events
             if at > version and self._selected(request, {(item["metadata"].get("namespace", ""), ""): item})
         ]
 
-    async def _list(self, stream, request):
+    async def _list(self, stream: Any, request: Any) -> None:
         collection = self.collections[request.collection]
         limit = int(request.query.get("limit", "0"))
         version, start = str(collection.version), 0
@@ -317,7 +319,7 @@ class ApiServer:
         body = {"kind": kind, "apiVersion": api_version, "metadata": meta, "items": [item for _, item in page] or None}
         await self._send(stream, 200, json.dumps(body).encode())
 
-    async def _watch(self, stream, request):
+    async def _watch(self, stream: Any, request: Any) -> None:
         collection = self.collections[request.collection]
         query = request.query
         if query.get("resourceVersion") not in collection.issued:
@@ -364,14 +366,14 @@ class ApiServer:
             self.watching -= 1
             self.wake()
 
-    async def _chunk(self, stream, data, size):
+    async def _chunk(self, stream: Any, data: Any, size: Any) -> None:
         for start in range(0, len(data), size or len(data)):
             piece = data[start : start + (size or len(data))]
             await stream.send_all(b"%x\r\n" % len(piece) + piece + b"\r\n")
 
 
 @asynccontextmanager
-async def serving(authority, setup=None):
+async def serving(authority: Any, setup: Any = None) -> AsyncIterator[Any]:
     """An API server that runs, with a certificate of this authority's."""
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1", "kubernetes.default.svc").configure_cert(tls)
@@ -387,6 +389,6 @@ async def serving(authority, setup=None):
     assert server.offences == []
 
 
-def lines(name):
+def lines(name: Any) -> Any:
     """The lines of a recorded file."""
     return (DATA / name).read_bytes().splitlines(keepends=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -21,7 +23,7 @@ from meshlocal.discovery.kubernetes.source import KubernetesSource
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 
-def _load(name):
+def _load(name: Any) -> Any:
     """A module beside this one."""
     spec = importlib.util.spec_from_file_location(f"kubernetes_{name}", Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -35,7 +37,7 @@ FAST = Limits(backoff_initial=0.01, backoff_max=0.05, steady=0.02)
 """For tests over sockets: what matters there is the order of things, not how long they take."""
 
 
-async def until(holds):
+async def until(holds: Any) -> None:
     """Wait for something that cannot be waited for otherwise."""
     with trio.fail_after(20):
         while not holds():  # noqa: ASYNC110 - counters have no event
@@ -45,19 +47,19 @@ async def until(holds):
 class Publications:
     """A `Publisher` that keeps what it is told."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.services = {}
         self.calls = []
         self.problem = None
         self.problems = []
         self._changed = trio.Event()
 
-    def replace(self, services):
+    def replace(self, services: Any) -> None:
         self.services = dict(services)
         self.calls.append(("replace", sorted(services)))
         self._wake()
 
-    def update(self, service, instances):
+    def update(self, service: Any, instances: Any) -> None:
         if instances is None:
             del self.services[service]
         else:
@@ -65,28 +67,28 @@ class Publications:
         self.calls.append(("update", service))
         self._wake()
 
-    def report(self, problem):
+    def report(self, problem: Any) -> None:
         self.problem = problem
         self.problems.append(problem)
         self._wake()
 
-    def _wake(self):
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def until(self, predicate):
+    async def until(self, predicate: Any) -> None:
         """Wait for something that was published or reported."""
         with trio.fail_after(20):
             while not predicate():
                 await self._changed.wait()
 
 
-def show(services):
+def show(services: Any) -> Any:
     """What is published, in full, as text: service → instances."""
     return {service: {_show(instance) for instance in instances.values()} for service, instances in services.items()}
 
 
-def _show(instance):
+def _show(instance: Any) -> Any:
     conditions = instance.conditions
     letters = "".join(
         letter
@@ -98,27 +100,29 @@ def _show(instance):
 
 
 @pytest.fixture(scope="session")
-def authority():
+def authority() -> Any:
     """A certificate authority of this run."""
     return trustme.CA()
 
 
 @pytest.fixture
-def kube(authority, tmp_path):
+def kube(authority: Any, tmp_path: Any) -> Any:
     """What the tests share: constants, helpers, and the authority's certificate as a file."""
     ca = tmp_path / "ca.crt"
     authority.cert_pem.write_to_path(str(ca))
 
-    def access(server, **more):
+    def access(server: Any, **more: Any) -> Any:
         more = {"token": Content(b"t"), "authority": Content(authority.cert_pem.bytes())} | more
         return Access(origin="test", scheme="https", host="127.0.0.1", port=server.port, **more)
 
-    def source_of(server, options="", *, find=None, limits=FAST, **more):
+    def source_of(server: Any, options: Any = "", *, find: Any = None, limits: Any = FAST, **more: Any) -> Any:
         api = Api(find or (lambda: access(server)), lambda: datetime.now(UTC))
         return KubernetesSource(api, KubernetesOptions.parse(options), Random(0), limits=limits, **more)
 
     @asynccontextmanager
-    async def following(server, options="", *, find=None, limits=FAST, in_sync=True, **more):
+    async def following(
+        server: Any, options: Any = "", *, find: Any = None, limits: Any = FAST, in_sync: Any = True, **more: Any
+    ) -> AsyncIterator[Any]:
         """A source of the server's, running: it, and what it publishes."""
         source = source_of(server, options, find=find, limits=limits, **more)
         publications = Publications()
@@ -151,6 +155,6 @@ def kube(authority, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def reference():
+def reference() -> Any:
     """The module `reference`: a second account of what slices mean."""
     return _load("reference")

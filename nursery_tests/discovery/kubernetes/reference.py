@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from typing import Any
 
 SERVICE = "kubernetes.io/service-name"
 ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
 
 
-def meaning(slices, nodes=None):
+def meaning(slices: Any, nodes: Any = None) -> Any:
     """Service → (address, port, port name) → (conditions, node, zone, region), from slices and nodes' labels by key."""
     found = {}
     for (namespace, _), item in sorted(slices.items()):
@@ -30,7 +31,7 @@ def meaning(slices, nodes=None):
     return found
 
 
-def _usable(address, family, port):
+def _usable(address: Any, family: Any, port: Any) -> Any:
     if (port.get("protocol") or "TCP") != "TCP" or not 1 <= (port.get("port") or 0) <= 65535:
         return False
     try:
@@ -40,7 +41,7 @@ def _usable(address, family, port):
     return f"IPv{parsed.version}" == family and not parsed.is_unspecified and not parsed.is_multicast
 
 
-def _value(endpoint, nodes):
+def _value(endpoint: Any, nodes: Any) -> Any:
     conditions = endpoint.get("conditions") or {}
     ready = conditions.get("ready") is not False
     serving = conditions.get("serving")
@@ -51,12 +52,12 @@ def _value(endpoint, nodes):
     return (ready, serving, conditions.get("terminating") is True), node, zone, labels.get(REGION, "")
 
 
-def _rank(value):
+def _rank(value: Any) -> Any:
     (ready, serving, terminating), node, _, _ = value
     return (not terminating, ready, serving, bool(node))
 
 
-def read(services):
+def read(services: Any) -> Any:
     """What was published, in the same terms."""
     return {
         service: {

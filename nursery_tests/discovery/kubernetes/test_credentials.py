@@ -9,6 +9,7 @@ import os
 import ssl
 import stat
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import trio
@@ -24,7 +25,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 VERSION = "client.authentication.k8s.io/v1"
 
 
-async def ask(kube, access, now=lambda: NOW):
+async def ask(kube: Any, access: Any, now: Any = lambda: NOW) -> Any:
     """One request; the failure as operators see it."""
     api = Api(lambda: access, now)
     try:
@@ -34,11 +35,11 @@ async def ask(kube, access, now=lambda: NOW):
         return describe_failure(error)
 
 
-def given(server):
+def given(server: Any) -> Any:
     return [each.headers.get("authorization") for each in server.requests]
 
 
-async def test_a_token_file_that_is_replaced(kube, tmp_path):
+async def test_a_token_file_that_is_replaced(kube: Any, tmp_path: Any) -> None:
     """As a pod's token is, before it expires: the next request has the new one, without being refused first."""
     (tmp_path / "token").write_text("first\n")
     (tmp_path / "ca.crt").write_bytes(kube.ca_pem)
@@ -53,7 +54,7 @@ async def test_a_token_file_that_is_replaced(kube, tmp_path):
         assert given(server) == ["Bearer first", "Bearer second"]
 
 
-async def test_a_client_certificate(kube):
+async def test_a_client_certificate(kube: Any) -> None:
     """Given as data or in files, with its key; files that are replaced are used from the next request on."""
     async with kube.serving() as server:
         server.need_certificate()
@@ -67,7 +68,7 @@ async def test_a_client_certificate(kube):
         assert given(server)[-1] is None
 
 
-async def test_certificates_never_reach_a_disk(kube, tmp_path, monkeypatch):
+async def test_certificates_never_reach_a_disk(kube: Any, tmp_path: Any, monkeypatch: Any) -> None:
     """What is given as data is handed to OpenSSL in memory, and the memory is given back."""
     client = kube.authority.issue_cert("client@example.org")
     content = [Content(client.cert_chain_pems[0].bytes()), Content(client.private_key_pem.bytes())]
@@ -87,7 +88,7 @@ async def test_certificates_never_reach_a_disk(kube, tmp_path, monkeypatch):
         ("own", "locked", "client-certificate-data: cannot be used with its key: the key wants a password"),
     ],
 )
-async def test_client_certificates_that_cannot_be_used(kube, certificate, key, message):
+async def test_client_certificates_that_cannot_be_used(kube: Any, certificate: Any, key: Any, message: Any) -> None:
     from cryptography.hazmat.primitives import serialization as s
 
     one, two = kube.authority.issue_cert("a@example.org"), kube.authority.issue_cert("b@example.org")
@@ -101,7 +102,7 @@ async def test_client_certificates_that_cannot_be_used(kube, certificate, key, m
         assert not server.requests
 
 
-async def test_a_server_that_is_not_trusted(kube, tmp_path):
+async def test_a_server_that_is_not_trusted(kube: Any, tmp_path: Any) -> None:
     """Another authority, another name, an authority that is none: told as what it is; nothing is sent."""
     other = trustme.CA().cert_pem.bytes()
     (tmp_path / "empty").write_text("\n")
@@ -123,8 +124,8 @@ async def test_a_server_that_is_not_trusted(kube, tmp_path):
         assert await ask(kube, kube.access(server, authority=Content(other), insecure=True)) == "EndpointSliceList"
 
 
-async def test_a_server_that_speaks_no_tls(kube):
-    async def answer(stream):
+async def test_a_server_that_speaks_no_tls(kube: Any) -> None:
+    async def answer(stream: Any) -> None:
         async with stream:
             await stream.receive_some(10)
             await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -138,7 +139,7 @@ async def test_a_server_that_speaks_no_tls(kube):
         nursery.cancel_scope.cancel()
 
 
-def in_access(kube, port):
+def in_access(kube: Any, port: Any) -> Any:
     class At:
         pass
 
@@ -147,7 +148,7 @@ def in_access(kube, port):
     return kube.access(at)
 
 
-async def test_certificates_without_key_identifiers_are_taken(kube):
+async def test_certificates_without_key_identifiers_are_taken(kube: Any) -> None:
     """What Python 3.13's default context refuses and many clusters' authorities make."""
     context = credentials.make_tls(in_access(kube, 1), credentials.Secrets(authority=kube.ca_pem))
     assert context.verify_mode == ssl.CERT_REQUIRED
@@ -156,7 +157,7 @@ async def test_certificates_without_key_identifiers_are_taken(kube):
 
 
 @pytest.mark.parametrize("token", ["two words", "\u00e9", "a\r\nHost: evil"])
-async def test_tokens_that_are_none(kube, tmp_path, token):
+async def test_tokens_that_are_none(kube: Any, tmp_path: Any, token: Any) -> None:
     (tmp_path / "token").write_text(token)
     async with kube.serving() as server:
         problem = await ask(kube, kube.access(server, token=Content(file=tmp_path / "token")))
@@ -168,10 +169,10 @@ async def test_tokens_that_are_none(kube, tmp_path, token):
 
 
 @pytest.fixture
-def plugin(tmp_path):
+def plugin(tmp_path: Any) -> Any:
     """A plugin that prints this, counts its runs, and keeps what it was told."""
 
-    def make(printed, *, status=0, stderr="", **more):
+    def make(printed: Any, *, status: Any = 0, stderr: Any = "", **more: Any) -> Any:
         (tmp_path / "answer").write_text(printed if isinstance(printed, str) else json.dumps(printed))
         script = tmp_path / "plugin"
         script.write_text(
@@ -185,25 +186,25 @@ def plugin(tmp_path):
     return make
 
 
-def credential(token="t", expires=None, **status):
+def credential(token: Any = "t", expires: Any = None, **status: Any) -> Any:
     status = {"token": token} | status
     if expires is not None:
         status["expirationTimestamp"] = expires.isoformat().replace("+00:00", "Z")
     return {"apiVersion": VERSION, "kind": "ExecCredential", "status": status}
 
 
-def runs(plugin):
+def runs(plugin: Any) -> Any:
     return len((plugin.path / "runs").read_text().split())
 
 
-async def test_a_plugin_runs_again_before_its_answer_expires(kube, plugin):
+async def test_a_plugin_runs_again_before_its_answer_expires(kube: Any, plugin: Any) -> None:
     clock = [NOW]
     made = plugin(credential("one", NOW + timedelta(minutes=10)), cluster={"server": "https://x"})
     async with kube.serving() as server:
         access = kube.access(server, token=Content(), plugin=made)
         api = Api(lambda: access, lambda: clock[0])
 
-        async def request():
+        async def request() -> Any:
             async with api.get(kube.slices, {}, "application/json"):
                 return given(server)[-1], runs(plugin)
 
@@ -226,7 +227,7 @@ async def test_a_plugin_runs_again_before_its_answer_expires(kube, plugin):
     assert (plugin.path / "extra").read_text() == "1"
 
 
-async def test_a_plugin_that_gives_a_certificate(kube, plugin):
+async def test_a_plugin_that_gives_a_certificate(kube: Any, plugin: Any) -> None:
     client = kube.authority.issue_cert("client@example.org")
     status = {
         "clientCertificateData": b"".join(each.bytes() for each in client.cert_chain_pems).decode(),
@@ -253,7 +254,7 @@ async def test_a_plugin_that_gives_a_certificate(kube, plugin):
         (credential("hunter2"), {"status": 1}, "exited with status 1"),
     ],
 )
-async def test_plugins_that_fail(kube, plugin, printed, more, message):
+async def test_plugins_that_fail(kube: Any, plugin: Any, printed: Any, more: Any, message: Any) -> None:
     """Told with the plugin's name and its own last word, never with what it printed."""
     async with kube.serving() as server:
         problem = await ask(kube, kube.access(server, token=Content(), plugin=plugin(printed, **more)))
@@ -263,14 +264,14 @@ async def test_plugins_that_fail(kube, plugin, printed, more, message):
         assert not server.requests
 
 
-async def test_a_plugin_that_is_missing(kube):
+async def test_a_plugin_that_is_missing(kube: Any) -> None:
     async with kube.serving() as server:
         missing = ExecPlugin(VERSION, "no-such-plugin-anywhere", hint="install it")
         problem = await ask(kube, kube.access(server, token=Content(), plugin=missing))
         assert problem == "plugin no-such-plugin-anywhere: cannot be run: No such file or directory: install it"
 
 
-async def test_a_plugin_that_hangs(kube, plugin, monkeypatch):
+async def test_a_plugin_that_hangs(kube: Any, plugin: Any, monkeypatch: Any) -> None:
     """It is ended, and does not outlive its deadline."""
     monkeypatch.setattr(credentials, "PLUGIN_TIMEOUT", 0.1)
     script = plugin.path / "plugin"
@@ -282,7 +283,7 @@ async def test_a_plugin_that_hangs(kube, plugin, monkeypatch):
             await holder.get()
 
 
-async def test_secrets_stay_out_of_the_log(kube, caplog):
+async def test_secrets_stay_out_of_the_log(kube: Any, caplog: Any) -> None:
     """Not at any level, neither of what works nor of what fails."""
     caplog.set_level(logging.DEBUG)
     async with kube.serving() as server:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -26,16 +28,16 @@ LIMITS = Limits(max_line=100_000, backoff_initial=1, backoff_max=1)
 
 
 class Body:
-    def __init__(self, pieces):
+    def __init__(self, pieces: Any) -> None:
         self._pieces = list(pieces)
 
-    async def receive(self):
+    async def receive(self) -> Any:
         await trio.lowlevel.checkpoint()
         if not self._pieces:
             await trio.sleep_forever()
         return self._pieces.pop(0)
 
-    async def receive_all(self, limit):
+    async def receive_all(self, limit: Any) -> Any:
         await trio.lowlevel.checkpoint()
         return b"".join(self._pieces)
 
@@ -43,13 +45,13 @@ class Body:
 class Api:
     """One watch, which sends these pieces; lists are what the cluster holds, and once listed again, say so."""
 
-    def __init__(self, pieces, lists):
+    def __init__(self, pieces: Any, lists: Any) -> None:
         self._watch = Body(pieces)
         self._lists = list(lists)
         self.lists = 0
 
     @asynccontextmanager
-    async def get(self, path, query, accept):
+    async def get(self, path: Any, query: Any, accept: Any) -> AsyncIterator[Any]:
         await trio.lowlevel.checkpoint()
         if "watch" in query:
             watch, self._watch = self._watch, Body([])
@@ -59,11 +61,11 @@ class Api:
             yield Body([json.dumps(self._lists.pop(0)).encode()])
 
 
-def follow(pieces, lists):
+def follow(pieces: Any, lists: Any) -> Any:
     """What is published at the end, and how often everything was listed."""
     table, services = EndpointTable(Defaults()), {}
 
-    def publish():
+    def publish() -> None:
         for service, instances in table.take().items():
             if instances is None:
                 del services[service]
@@ -73,7 +75,7 @@ def follow(pieces, lists):
     store = slice_store(table, publish, lambda what, key: None)
     api = Api(pieces, lists)
 
-    async def main():
+    async def main() -> None:
         watch = ListWatch(api, Resource("/things", "things"), store, Random(0), lambda _: None, LIMITS)
         with trio.move_on_after(60):
             await watch.run()
@@ -82,7 +84,7 @@ def follow(pieces, lists):
     return services, api.lists
 
 
-def held(*events):
+def held(*events: Any) -> Any:
     """What the cluster's slices are after these events."""
     slices = {key_of(item): item for item in LISTED["items"]}
     for event in events:
@@ -93,11 +95,11 @@ def held(*events):
     return slices
 
 
-def key_of(item):
+def key_of(item: Any) -> Any:
     return item["metadata"].get("namespace", ""), item["metadata"]["name"]
 
 
-def list_of(slices):
+def list_of(slices: Any) -> Any:
     return {"metadata": {"resourceVersion": "900"}, "items": list(slices.values())}
 
 
@@ -108,7 +110,7 @@ _damage = st.lists(
 )
 
 
-def damaged(line, damage):
+def damaged(line: Any, damage: Any) -> Any:
     found = bytearray(line)
     for what, where, value in damage:
         at = int(where * len(found))
@@ -133,7 +135,7 @@ def damaged(line, damage):
     damage=_damage,
     sizes=st.lists(st.integers(100, 3000), min_size=1, max_size=5),
 )
-def test_a_damaged_line(index, damage, sizes, reference):
+def test_a_damaged_line(index: Any, damage: Any, sizes: Any, reference: Any) -> None:
     """It is taken for what it still says, or refused with what the object said before left, or all is listed again."""
     line = damaged(LINES[index], damage)
     good = json.loads(LINES[index + 1])
@@ -150,7 +152,7 @@ def test_a_damaged_line(index, damage, sizes, reference):
     assert found in list(taken(line, good, reference))
 
 
-def taken(line, good, reference):
+def taken(line: Any, good: Any, reference: Any) -> Iterator[Any]:
     """What may be published without a list: each line that the damaged bytes now make taken, or refused."""
     states = [[]]
     for piece in filter(bytes.strip, line.split(b"\n")):
@@ -171,7 +173,7 @@ def taken(line, good, reference):
 
 @settings(max_examples=80, deadline=None)
 @given(line=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
-def test_any_bytes(line, reference):
+def test_any_bytes(line: Any, reference: Any) -> None:
     """Bytes from nowhere end in a list, and nothing else."""
     services, lists = follow([line + b"\n"], [LISTED, list_of(held())])
     assert reference.read(services) == reference.meaning(held())
@@ -187,7 +189,7 @@ _json = st.recursive(
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), value=_json)
-def test_any_value_anywhere_in_an_object(data, value, reference):
+def test_any_value_anywhere_in_an_object(data: Any, value: Any, reference: Any) -> None:
     """An object with anything at any place of it is taken for what it says, or refused."""
     event = json.loads(LINES[data.draw(st.integers(0, 25))])
     place = event
@@ -209,7 +211,7 @@ def test_any_value_anywhere_in_an_object(data, value, reference):
 
 
 @pytest.mark.parametrize("nested", [b"[" * 200_000, b'{"a":' * 50_000])
-def test_nesting_without_measure(nested, reference):
+def test_nesting_without_measure(nested: Any, reference: Any) -> None:
     """Neither a crash nor a traceback: of a line, of an object, and of a field that nobody reads."""
     limits_line = nested[:90_000]
     object_line = b'{"type":"ADDED","object":' + limits_line
@@ -220,7 +222,7 @@ def test_nesting_without_measure(nested, reference):
         assert lists == 2
 
 
-def test_the_recordings_are_read_without_loss(reference):
+def test_the_recordings_are_read_without_loss(reference: Any) -> None:
     """The whole of the recorded watch, undamaged: the product and the second account say the same at each line."""
     for count in range(0, len(LINES), 4):
         services, lists = follow([line + b"\n" for line in LINES[:count]], [LISTED])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 import trio
@@ -15,11 +17,11 @@ from meshlocal.discovery.kubernetes.kubeconfig import Access
 
 
 @asynccontextmanager
-async def peer(answer, *, hold=False):
+async def peer(answer: Any, *, hold: Any = False) -> AsyncIterator[Any]:
     """A server that gives each connection these bytes, in pieces if they are a list; its port, and what it was sent."""
     heads = []
 
-    async def serve(stream):
+    async def serve(stream: Any) -> None:
         async with stream:
             head = b""
             while not head.endswith(b"\r\n\r\n"):
@@ -41,7 +43,7 @@ async def peer(answer, *, hold=False):
         nursery.cancel_scope.cancel()
 
 
-async def get(answer, limit=10_000, **more):
+async def get(answer: Any, limit: Any = 10_000, **more: Any) -> Any:
     async with peer(answer) as (port, heads), http.get(Origin("127.0.0.1", port), "/a?b=c", more) as response:
         found = response.status, await response.receive_all(limit)
         assert await response.receive() == b"", "the end stays the end"
@@ -67,11 +69,11 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x
         b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabcde",
     ],
 )
-async def test_bodies(answer):
+async def test_bodies(answer: Any) -> None:
     assert await get(answer, Accept="x") == (200, b"abcde")
 
 
-async def test_no_body():
+async def test_no_body() -> None:
     assert await get(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") == (200, b"")
 
 
@@ -92,7 +94,7 @@ async def test_no_body():
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n", "in the encoding 'gzip'"),
     ],
 )
-async def test_answers_that_are_none(answer, message):
+async def test_answers_that_are_none(answer: Any, message: Any) -> None:
     """A cut is never passed off as an end, and nothing is read without bound."""
     with trio.fail_after(10), pytest.raises(ExceptionGroup) as caught:
         await get(answer)
@@ -103,7 +105,7 @@ async def test_answers_that_are_none(answer, message):
     assert message in str(error)
 
 
-async def test_headers_cannot_be_added_to():
+async def test_headers_cannot_be_added_to() -> None:
     async with peer(b"") as (port, heads):
         for value, message in (("a\r\nB: c", "a control character"), ("\u20ac", "HTTP does not allow")):
             with pytest.raises(HttpError, match=message):
@@ -112,7 +114,7 @@ async def test_headers_cannot_be_added_to():
         assert not heads
 
 
-async def test_leaving_early_closes():
+async def test_leaving_early_closes() -> None:
     """In the middle of a body, by cancellation too; the peer sees it at once."""
     async with peer(CHUNKED[:60], hold=True) as (port, _):
         async with http.get(Origin("127.0.0.1", port), "/", {}) as response:
@@ -131,15 +133,15 @@ async def test_leaving_early_closes():
 
 
 @asynccontextmanager
-async def proxy(answer=b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n"):
+async def proxy(answer: Any = b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n") -> AsyncIterator[Any]:
     """An HTTP proxy; what it was asked."""
     asked = []
 
-    async def pump(source, sink):
+    async def pump(source: Any, sink: Any) -> None:
         while data := await source.receive_some(1000):
             await sink.send_all(data)
 
-    async def serve(stream):
+    async def serve(stream: Any) -> None:
         async with stream:
             head = b""
             while not head.endswith(b"\r\n\r\n"):
@@ -163,7 +165,7 @@ async def proxy(answer=b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n")
         nursery.cancel_scope.cancel()
 
 
-async def test_a_proxy(kube):
+async def test_a_proxy(kube: Any) -> None:
     """CONNECT, and TLS with the API server inside, whose name is what is checked."""
     async with kube.serving() as server, proxy() as (port, asked):
         found = kube.access(server, proxy=ConnectProxy("127.0.0.1", port, "Basic eA=="))
@@ -183,17 +185,17 @@ async def test_a_proxy(kube):
         (b"HTTP/1.1 200", "the proxy gave no answer to CONNECT"),
     ],
 )
-async def test_a_proxy_that_refuses(answer, message):
+async def test_a_proxy_that_refuses(answer: Any, message: Any) -> None:
     async with proxy(answer.replace(b" 200", b" 20")) as (port, _):
         api = Api(lambda: access(1, proxy=ConnectProxy("127.0.0.1", port, "")), lambda: None)
         assert message in await failure(api)
 
 
-def access(port, **more):
+def access(port: Any, **more: Any) -> Any:
     return Access(origin="test", scheme="http", host="127.0.0.1", port=port, **more)
 
 
-async def failure(api):
+async def failure(api: Any) -> Any:
     try:
         async with api.get("/x", {}, "application/json"):
             return "none"
@@ -218,7 +220,7 @@ async def failure(api):
         ("302 Found", b"", "302: no reason given", 7.0),
     ],
 )
-async def test_refusals(head, body, message, retry_after):
+async def test_refusals(head: Any, body: Any, message: Any, retry_after: Any) -> None:
     answer = f"HTTP/1.1 {head}\r\nRetry-After: 7\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     async with peer(answer) as (port, heads):
         with pytest.raises(ApiError) as caught:
@@ -229,7 +231,7 @@ async def test_refusals(head, body, message, retry_after):
         assert heads[0].startswith("GET /x?a=b+c HTTP/1.1\r\n")
 
 
-async def test_waits_that_a_server_may_ask_for_are_bounded():
+async def test_waits_that_a_server_may_ask_for_are_bounded() -> None:
     assert ApiError(429, "", 1e9).retry_after == 300
     assert ApiError(429, "", -5).retry_after == 0
     answer = b"HTTP/1.1 429 X\r\nRetry-After: Wed, 21 Oct 2026 07:28:00 GMT\r\nContent-Length: 0\r\n\r\n"
@@ -240,13 +242,13 @@ async def test_waits_that_a_server_may_ask_for_are_bounded():
         assert caught.value.retry_after == 0
 
 
-async def test_a_server_that_gives_no_head():
+async def test_a_server_that_gives_no_head() -> None:
     async with peer([], hold=True) as (port, _):
         api = Api(lambda: access(port), lambda: None, head_timeout=0.05)
         assert await failure(api) == "no answer in time"
 
 
-async def test_nobody_listens():
+async def test_nobody_listens() -> None:
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
     await listener.aclose()

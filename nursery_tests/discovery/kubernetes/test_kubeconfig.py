@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from meshlocal.policy.kubernetes_options import KubernetesOptions
 HERE = Path("/etc/k")
 
 
-def config(cluster=None, user=None, **more):
+def config(cluster: Any = None, user: Any = None, **more: Any) -> Any:
     return {
         "apiVersion": "v1",
         "kind": "Config",
@@ -27,12 +28,12 @@ def config(cluster=None, user=None, **more):
     } | more
 
 
-def parse(document, context="", name="config"):
+def parse(document: Any, context: Any = "", name: Any = "config") -> Any:
     text = document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False)
     return parse_kubeconfigs([(HERE / name, text)], context)
 
 
-def test_the_least():
+def test_the_least() -> None:
     assert parse(config()) == Access(origin="/etc/k/config (context x)", scheme="https", host="10.0.0.1", port=6443)
 
 
@@ -46,12 +47,12 @@ def test_the_least():
         ("http://h", ("http", "h", 80, "")),
     ],
 )
-def test_servers(server, read):
+def test_servers(server: Any, read: Any) -> None:
     found = parse(config({"server": server}))
     assert (found.scheme, found.host, found.port, found.path) == read
 
 
-def test_everything_of_a_cluster():
+def test_everything_of_a_cluster() -> None:
     """Files are relative to the kubeconfig; data goes before files."""
     found = parse(
         config(
@@ -104,13 +105,13 @@ def test_everything_of_a_cluster():
         (None, {}),
     ],
 )
-def test_users(user, fields):
+def test_users(user: Any, fields: Any) -> None:
     found = parse(config(user=user))
     wanted = {"token": Content(), "certificate": Content(), "key": Content(), "plugin": None} | fields
     assert {name: getattr(found, name) for name in wanted} == wanted
 
 
-def test_what_a_plugin_is_told_of_the_cluster():
+def test_what_a_plugin_is_told_of_the_cluster() -> None:
     extension = {"name": "client.authentication.k8s.io/exec", "extension": {"audience": "x"}}
     plugin = {
         "apiVersion": "client.authentication.k8s.io/v1beta1",
@@ -123,16 +124,16 @@ def test_what_a_plugin_is_told_of_the_cluster():
     assert found.cluster == {"server": "https://10.0.0.1:6443", "config": {"audience": "x"}}
 
 
-def test_a_context_by_name():
+def test_a_context_by_name() -> None:
     document = config(contexts=[{"name": "x", "context": {}}, {"name": "y", "context": {"cluster": "c"}}])
     assert parse(document, "y").origin == "/etc/k/config (context y)"
 
 
-def test_json_is_read_too():
+def test_json_is_read_too() -> None:
     assert parse(json.dumps(config())).host == "10.0.0.1"
 
 
-def test_files_are_merged():
+def test_files_are_merged() -> None:
     """Of entries with one name, and of current contexts, the first file's wins; paths are each file's own."""
     first = {"users": [{"name": "u", "user": {"tokenFile": "one"}}], "current-context": "x"}
     second = config({"certificate-authority": "ca"}, {"tokenFile": "two"}, **{"current-context": "y"})
@@ -181,7 +182,7 @@ EXEC = {"apiVersion": "client.authentication.k8s.io/v1", "command": "login"}
         (config(user={"exec": EXEC | {"args": [1]}}), "exec.args[0]: expected text, got the number 1"),
     ],
 )
-def test_what_cannot_be_used(document, message):
+def test_what_cannot_be_used(document: Any, message: Any) -> None:
     """The message names the file, the line where there is one, the key, and what is wrong."""
     with pytest.raises(KubeconfigError) as caught:
         parse(document)
@@ -189,7 +190,7 @@ def test_what_cannot_be_used(document, message):
     assert str(caught.value).startswith("/etc/k/config")
 
 
-def test_secrets_are_not_repeated():
+def test_secrets_are_not_repeated() -> None:
     """What is wrong with a secret is told without the secret."""
     for user in ({"token": ["hunter2"]}, {"client-key-data": "hunter2!"}, {"username": "u", "password": "hunter2"}):
         with pytest.raises(KubeconfigError) as caught:
@@ -201,7 +202,7 @@ def test_secrets_are_not_repeated():
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path: Any) -> Any:
     """A home with a kubeconfig, another beside it, and a pod's service account."""
     (tmp_path / ".kube").mkdir()
     (tmp_path / ".kube" / "config").write_text(yaml.safe_dump(config({"server": "https://home"})))
@@ -210,7 +211,7 @@ def place(tmp_path):
     account.mkdir()
     (account / "token").write_text("t")
 
-    def find(options="", **environment):
+    def find(options: Any = "", **environment: Any) -> Any:
         return find_access(KubernetesOptions.parse(options), environment, tmp_path, account)
 
     find.path = tmp_path
@@ -220,7 +221,7 @@ def place(tmp_path):
 IN_POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "6443"}
 
 
-def test_order(place):
+def test_order(place: Any) -> None:
     """The options' file; KUBECONFIG's; the pod's service account; the home's."""
     other = str(place.path / "other")
     assert place(f"?kubeconfig={other}", KUBECONFIG="/nope", **IN_POD).host == "other"
@@ -232,7 +233,7 @@ def test_order(place):
     assert place(**IN_POD).host == "home"
 
 
-def test_in_a_pod(place):
+def test_in_a_pod(place: Any) -> None:
     account = place.path / "account"
     assert place(**IN_POD) == Access(
         origin="the pod's service account",
@@ -246,7 +247,7 @@ def test_in_a_pod(place):
         place(KUBERNETES_SERVICE_HOST="h", KUBERNETES_SERVICE_PORT="tcp://x")
 
 
-def test_nowhere(place):
+def test_nowhere(place: Any) -> None:
     (place.path / ".kube" / "config").unlink()
     with pytest.raises(KubeconfigError, match="no cluster to read: no kubeconfig is given, KUBECONFIG is not set"):
         place()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,14 @@ TCP = {"name": "grpc", "port": 9000, "protocol": "TCP"}
 SERVICE = "kubernetes.io/service-name"
 
 
-def mapped(endpoints, ports=(TCP,), family="IPv4", service="b", nodes=None, defaults=None):
+def mapped(
+    endpoints: Any,
+    ports: Any = (TCP,),
+    family: Any = "IPv4",
+    service: Any = "b",
+    nodes: Any = None,
+    defaults: Any = None,
+) -> Any:
     item = {
         "metadata": {"name": "x", "namespace": "shop", "labels": {SERVICE: service}},
         "addressType": family,
@@ -32,7 +40,7 @@ def mapped(endpoints, ports=(TCP,), family="IPv4", service="b", nodes=None, defa
     return map_part(part, nodes or {}, defaults or Defaults())
 
 
-def states(result):
+def states(result: Any) -> Any:
     return {str(key): (c.ready, c.serving, c.terminating) for key, c in
             ((key, instance.conditions) for key, instance in result.instances.items())}  # fmt: skip
 
@@ -51,13 +59,13 @@ def states(result):
         ({"serving": False}, (True, False, False)),
     ],
 )
-def test_conditions(conditions, state):
+def test_conditions(conditions: Any, state: Any) -> None:
     """All three are carried through; what is unknown means what the API reference says."""
     result = mapped([{"addresses": ["10.0.0.1"], "conditions": conditions}])
     assert states(result) == {"10.0.0.1:9000": state}
 
 
-def test_only_tcp_ports():
+def test_only_tcp_ports() -> None:
     """UDP and SCTP ports and ports without a number are left out and counted; a missing protocol is TCP."""
     ports = [
         {"name": "dns", "port": 53, "protocol": "UDP"},
@@ -76,7 +84,7 @@ def test_only_tcp_ports():
     assert result.problems == ()
 
 
-def test_only_the_first_address_of_an_endpoint_counts():
+def test_only_the_first_address_of_an_endpoint_counts() -> None:
     """What further ones would mean is not defined, and kube-proxy passes them over."""
     result = mapped([{"addresses": ["10.0.0.1", "10.0.0.2"]}, {"addresses": []}], [TCP])
     assert [key.address for key in result.instances] == ["10.0.0.1"]
@@ -84,19 +92,19 @@ def test_only_the_first_address_of_an_endpoint_counts():
 
 
 @pytest.mark.parametrize("none", [None, []])
-def test_no_ports_and_no_endpoints(none):
+def test_no_ports_and_no_endpoints(none: Any) -> None:
     """The service is known all the same."""
     for result in (mapped(none), mapped([{"addresses": ["10.0.0.1"]}], none)):
         assert (result.service, result.instances, result.left_out) == ("b.shop", {}, LeftOutCounts())
 
 
-def test_ipv6():
+def test_ipv6() -> None:
     """Addresses are written as RFC 5952 has them, so that two spellings are one instance."""
     result = mapped([{"addresses": ["FD77:0:0::9"]}, {"addresses": ["fd77::9"]}], family="IPv6")
     assert [str(key) for key in result.instances] == ["[fd77::9]:9000"]
 
 
-def test_labels():
+def test_labels() -> None:
     """namespace, registry, service; node, zone and region where they are known; cluster and cluster_id if given."""
     nodes = {"n1": Topology("z1", "r1")}
     endpoints = [
@@ -134,7 +142,7 @@ def test_labels():
         ),
     ],
 )
-def test_what_cannot_be_used_is_named_with_its_place(endpoint, port, problem):
+def test_what_cannot_be_used_is_named_with_its_place(endpoint: Any, port: Any, problem: Any) -> None:
     """The others of the same object stay."""
     result = mapped([{"addresses": ["10.0.0.1"]}, endpoint], [TCP, port])
     assert problem in result.problems
@@ -142,18 +150,18 @@ def test_what_cannot_be_used_is_named_with_its_place(endpoint, port, problem):
     assert "10.0.0.1:9000" in states(result)
 
 
-def test_problems_are_bounded():
+def test_problems_are_bounded() -> None:
     result = mapped([{"addresses": [f"bad-{number}"]} for number in range(50)])
     assert (len(result.problems), result.left_out.malformed) == (10, 50)
 
 
 @pytest.mark.parametrize("service", ["", "-", "a b", "x" * 254])
-def test_objects_of_no_service(service):
+def test_objects_of_no_service(service: Any) -> None:
     result = mapped([{"addresses": ["10.0.0.1"]}], service=service)
     assert (result.service, result.instances, result.left_out) == (None, {}, LeftOutCounts(no_service=1))
 
 
-def test_unknown_address_type():
+def test_unknown_address_type() -> None:
     with pytest.raises(ModelError, match="addressType: 'IPv8' is none of IPv4, IPv6 and FQDN"):
         mapped([], family="IPv8")
 
@@ -175,7 +183,7 @@ ENDING = {"ready": False, "serving": True, "terminating": True}
         ({"nodeName": "n1"}, {}),
     ],
 )
-def test_duplicates(fit, other):
+def test_duplicates(fit: Any, other: Any) -> None:
     """Of two accounts of one endpoint the same one is taken, in whichever order and slice they come."""
     one, two = {"addresses": ["10.0.0.1"], **fit}, {"addresses": ["10.0.0.1"], **other}
     wanted = mapped([one]).instances
@@ -188,7 +196,7 @@ def test_duplicates(fit, other):
         assert tables.services["b.shop"] == wanted
 
 
-def test_truncated_endpoints():
+def test_truncated_endpoints() -> None:
     item = {
         "metadata": {
             "name": "b",
@@ -209,14 +217,14 @@ def test_truncated_endpoints():
 class Tables:
     """The stores over one table, as the source has them, and a hub that keeps what it is told."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.table = EndpointTable(Defaults())
         self.services = {}
         self.updates = []
         self.slices = slice_store(self.table, self._publish, lambda what, key: None)
         self.nodes = node_store(self.table, self._publish)
 
-    def _publish(self):
+    def _publish(self) -> None:
         for service, instances in self.table.take().items():
             self.updates.append(service)
             if instances is None:
@@ -224,14 +232,14 @@ class Tables:
             else:
                 self.services[service] = instances
 
-    def slice(self, change, name, endpoints):
+    def slice(self, change: Any, name: Any, endpoints: Any) -> None:
         meta = {"name": name, "namespace": "shop", "resourceVersion": "1", "labels": {SERVICE: "b"}}
         item = {"metadata": meta, "addressType": "IPv4", "endpoints": endpoints, "ports": [TCP]}
         self.slices.changed(change, raw(item))
         self.slices.flush()
 
 
-def raw(item):
+def raw(item: Any) -> Any:
     return msgspec.Raw(json.dumps(item).encode())
 
 
@@ -256,7 +264,7 @@ _port = st.fixed_dictionaries(
 )
 
 
-def _slice(namespace, name, service, family, endpoints, ports):
+def _slice(namespace: Any, name: Any, service: Any, family: Any, endpoints: Any, ports: Any) -> Any:
     labels = {SERVICE: service} if service else None
     meta = {"name": name, "namespace": namespace, "resourceVersion": "5", "labels": labels}
     return {"metadata": meta, "addressType": family, "endpoints": endpoints, "ports": ports}
@@ -293,7 +301,7 @@ _step = st.one_of(
 
 @settings(max_examples=80, deadline=None)
 @given(steps=st.lists(_step, max_size=12))
-def test_whatever_comes_the_table_says_what_the_cluster_holds(steps, reference):
+def test_whatever_comes_the_table_says_what_the_cluster_holds(steps: Any, reference: Any) -> None:
     """After any events, lists, broken lists and changes of nodes, in any order; and only what changed is published."""
     tables = Tables()
     slices, nodes = {}, {}
@@ -335,16 +343,16 @@ def test_whatever_comes_the_table_says_what_the_cluster_holds(steps, reference):
     assert fresh.table.objects == tables.table.objects
 
 
-def key_of(item):
+def key_of(item: Any) -> Any:
     return item["metadata"].get("namespace", ""), item["metadata"]["name"]
 
 
-def _node(name, zone):
+def _node(name: Any, zone: Any) -> Any:
     return {"metadata": {"name": name, "labels": {ZONE: zone}}}
 
 
 @pytest.mark.parametrize("ports", [[TCP], [TCP, {"name": "http", "port": 80}]])
-def test_a_node_and_what_stands_on_it_change_at_once(ports):
+def test_a_node_and_what_stands_on_it_change_at_once(ports: Any) -> None:
     """Between two publications, in this order: the object's instances have the labels of the node as it is now."""
     tables = Tables()
     endpoint = {"addresses": ["10.0.0.1"], "nodeName": "n1"}
@@ -361,7 +369,7 @@ def test_a_node_and_what_stands_on_it_change_at_once(ports):
 
 
 @pytest.mark.parametrize("order", ["node, slice", "slice, node"])
-def test_a_node_changes_and_what_stood_on_it_goes_at_once(order):
+def test_a_node_changes_and_what_stood_on_it_goes_at_once(order: Any) -> None:
     """Between two publications: the service is gone, and the others on the node follow it."""
     tables = Tables()
     slices = [
@@ -384,7 +392,7 @@ def test_a_node_changes_and_what_stood_on_it_goes_at_once(order):
     assert instance.labels["zone"] == "z2"
 
 
-def test_a_change_costs_work_for_its_service_only(monkeypatch):
+def test_a_change_costs_work_for_its_service_only(monkeypatch: Any) -> None:
     """Of a thousand objects one is mapped, and one service merged."""
     from meshlocal.discovery.kubernetes import table as module
 

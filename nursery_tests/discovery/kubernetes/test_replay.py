@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 NODES = {"n1": ("z1", "r1"), "n2": ("z1", "r1"), "n3": ("z2", "r1")}
 PORTS = (("8080", "http"), ("9000", "grpc"))
 
 
-def expect(services, *, nodes):
+def expect(services: Any, *, nodes: Any) -> Any:
     """Full text of every instance, from `ADDRESS [NODE] STATE` each, one instance a port."""
     return {
         f"{service}.shop": {
@@ -20,7 +22,7 @@ def expect(services, *, nodes):
     }
 
 
-def _text(service, endpoint, port, nodes):
+def _text(service: Any, endpoint: Any, port: Any, nodes: Any) -> Any:
     address, *node, state = endpoint.split()
     labels = {"cluster": "c1", "cluster_id": "c1", "namespace": "shop", "registry": "kubernetes", "service": service}
     if node:
@@ -44,7 +46,7 @@ MANUAL_6 = [*MANUAL_1, "fd77::9 n2 rs"]
 MIRRORED = ["10.77.9.6 n3 rs", "10.77.9.7 rs", "10.77.9.5 -"]
 
 
-def ready(*endpoints):
+def ready(*endpoints: Any) -> Any:
     return [f"{endpoint} rs" for endpoint in endpoints]
 
 
@@ -90,14 +92,14 @@ ENDPOINTS_STEPS = [
 ]
 
 
-def services(b, manual):
+def services(b: Any, manual: Any) -> Any:
     found = {"headless": b or []}
     if b is not None:
         found["b"] = b
     return found if manual is None else found | {"manual": manual}
 
 
-def labelled_nodes(server, kube):
+def labelled_nodes(server: Any, kube: Any) -> None:
     for name, (zone, region) in NODES.items():
         labels = {"topology.kubernetes.io/zone": zone, "topology.kubernetes.io/region": region, "tier": "x"}
         server.collections[kube.nodes].put("ADDED", {"metadata": {"name": name, "labels": labels}, "spec": {"big": 1}})
@@ -114,7 +116,7 @@ def labelled_nodes(server, kube):
         ("cut in a line", True),
     ],
 )
-async def test_every_step(kube, kind, way, nodes):
+async def test_every_step(kube: Any, kind: Any, way: Any, nodes: Any) -> None:
     """After each step the whole of what is published is what the cluster then held, however its bytes came."""
     collection, name, steps = {
         "slices": (kube.slices, "endpointslices", SLICE_STEPS),
@@ -123,7 +125,7 @@ async def test_every_step(kube, kind, way, nodes):
     lines = kube.lines(f"{name}.watch.jsonl")
     assert sum(count for _, count, _, _ in steps) == len(lines)
 
-    def setup(server):
+    def setup(server: Any) -> None:
         server.load(collection, f"{name}.list.json")
         labelled_nodes(server, kube)
         server.split = {"all in one chunk": "whole", "in chunks of 700 bytes": 700}.get(way)
@@ -134,17 +136,17 @@ async def test_every_step(kube, kind, way, nodes):
         options = "" if nodes else "?nodes=no"
         async with kube.following(server, options, cluster="c1") as (source, publications):
 
-            def shown():
+            def shown() -> Any:
                 return kube.show(publications.services)
 
-            def wanted(b, manual):
+            def wanted(b: Any, manual: Any) -> Any:
                 found = expect(services(b, manual), nodes=nodes)
                 if kind == "endpoints" and not nodes:
                     # Endpoints say nothing of zones.
                     found = {key: {drop_zone(text) for text in texts} for key, texts in found.items()}
                 return found
 
-            def watch():
+            def watch() -> Any:
                 return next(each for each in source.details().resources if each.name == name)
 
             assert shown() == wanted(ready(B1, B2, B3), None)
@@ -168,11 +170,11 @@ async def test_every_step(kube, kind, way, nodes):
             assert left_out == ({"not_tcp": 2, "fqdn": 1} if kind == "slices" else {})
 
 
-def drop_zone(text):
+def drop_zone(text: Any) -> Any:
     return " ".join(word for word in text.split(" ") if not word.startswith("zone="))
 
 
-async def test_a_change_publishes_its_service_only(kube):
+async def test_a_change_publishes_its_service_only(kube: Any) -> None:
     """A change of one object publishes one service, and shares the instances that did not change."""
     lines = kube.lines("endpointslices.watch.jsonl")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,7 +25,15 @@ SERVICE = "kubernetes.io/service-name"
 ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
 
 
-def part(name, *endpoints, service="b", namespace="shop", labels=None, family="IPv4", port=9000):
+def part(
+    name: Any,
+    *endpoints: Any,
+    service: Any = "b",
+    namespace: Any = "shop",
+    labels: Any = None,
+    family: Any = "IPv4",
+    port: Any = 9000,
+) -> Any:
     """An EndpointSlice, its endpoints as `ADDRESS [NODE]`."""
     found = []
     for text in endpoints:
@@ -37,30 +47,30 @@ def part(name, *endpoints, service="b", namespace="shop", labels=None, family="I
     }
 
 
-def node(name, **labels):
+def node(name: Any, **labels: Any) -> Any:
     return {
         "metadata": {"name": name, "labels": {{"zone": ZONE, "region": REGION}[key]: labels[key] for key in labels}}
     }
 
 
-def addresses(publications):
+def addresses(publications: Any) -> Any:
     """Service → its addresses."""
     return {service: sorted(key.address for key in instances) for service, instances in publications.services.items()}
 
 
-def labels(publications, address, service="b.shop"):
+def labels(publications: Any, address: Any, service: Any = "b.shop") -> Any:
     (found,) = [each.labels for key, each in publications.services[service].items() if key.address == address]
     return {name: found[name] for name in ("node", "zone", "region") if name in found}
 
 
-def three(server):
+def three(server: Any) -> None:
     slices = server.collections["/apis/discovery.k8s.io/v1/endpointslices"]
     slices.put("ADDED", part("b-1", "10.0.0.1 n1", "10.0.0.2 n2"))
     slices.put("ADDED", part("b-2", "10.0.0.3 n3"))
     slices.put("ADDED", part("c-1", "10.0.1.1 n1", service="c", namespace="play", labels={"tier": "x"}))
 
 
-async def test_slices_of_a_service_are_merged(kube):
+async def test_slices_of_a_service_are_merged(kube: Any) -> None:
     """A service's instances are those of all its slices, whichever came when; it is gone with the last of them."""
     async with kube.serving(three) as server, kube.following(server) as (_, publications):
         assert addresses(publications) == {"b.shop": ["10.0.0.1", "10.0.0.2", "10.0.0.3"], "c.play": ["10.0.1.1"]}
@@ -74,7 +84,7 @@ async def test_slices_of_a_service_are_merged(kube):
         assert addresses(publications) == {"c.play": []}, "a service without endpoints is known"
 
 
-async def test_namespaces(kube):
+async def test_namespaces(kube: Any) -> None:
     """Chosen namespaces are listed and watched one by one, and others never asked for."""
     options = "?namespace=shop&namespace=empty"
     async with kube.serving(three) as server, kube.following(server, options) as (source, publications):
@@ -89,7 +99,7 @@ async def test_namespaces(kube):
         assert sorted(names) == ["endpointslices in empty", "endpointslices in shop", "nodes"]
 
 
-async def test_selector(kube):
+async def test_selector(kube: Any) -> None:
     """The label selector goes to the server, with every list, page and watch."""
     async with kube.serving(three) as server, kube.following(server, "?selector=tier%3Dx") as (_, publications):
         assert addresses(publications) == {"c.play": ["10.0.1.1"]}
@@ -103,10 +113,10 @@ async def test_selector(kube):
         assert {query.get("labelSelector") for query in server.asked("watch", kube.nodes)} == {None}
 
 
-async def test_large_clusters_are_listed_in_pages(kube):
+async def test_large_clusters_are_listed_in_pages(kube: Any) -> None:
     """Every page but the last carries a token; together they are the whole."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         for number in range(25):
             server.collections[kube.slices].put("ADDED", part(f"s-{number}", f"10.0.0.{number + 1}"))
 
@@ -117,10 +127,10 @@ async def test_large_clusters_are_listed_in_pages(kube):
         assert ["continue" in query for query in lists] == [False, True, True]
 
 
-async def test_zone_and_region_of_nodes(kube):
+async def test_zone_and_region_of_nodes(kube: Any) -> None:
     """They come from the endpoint, else from its node's labels, also when these change; a node that goes takes them."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         own = part("b-2", "10.0.0.3 n1")
         own["endpoints"][0]["zone"] = "z9"
@@ -147,10 +157,10 @@ async def test_zone_and_region_of_nodes(kube):
         assert labels(publications, "10.0.0.3") == {"node": "n1", "zone": "z9"}
 
 
-async def test_nodes_that_may_not_be_read(kube, caplog):
+async def test_nodes_that_may_not_be_read(kube: Any, caplog: Any) -> None:
     """Without the right to read nodes it does without, and says so once."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.forbidden = {kube.nodes}
 
@@ -163,10 +173,10 @@ async def test_nodes_that_may_not_be_read(kube, caplog):
         assert sum(record.getMessage().startswith("nodes are not read") for record in caplog.records) == 1
 
 
-async def test_slices_that_may_not_be_read(kube):
+async def test_slices_that_may_not_be_read(kube: Any) -> None:
     """D3: without the right to read slices nothing is published; the server's words are reported."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.forbidden = {kube.slices}
 
@@ -180,10 +190,10 @@ async def test_slices_that_may_not_be_read(kube):
         assert publications.calls == [("replace", ["b.shop", "c.play"])]
 
 
-async def test_an_api_server_that_is_down_at_start(kube):
+async def test_an_api_server_that_is_down_at_start(kube: Any) -> None:
     """D3: nothing is published before every list is complete; then everything at once."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.refuse = True
 
@@ -198,7 +208,7 @@ async def test_an_api_server_that_is_down_at_start(kube):
         assert publications.problem is None
 
 
-async def test_an_outage_publishes_nothing(kube):
+async def test_an_outage_publishes_nothing(kube: Any) -> None:
     """D3: while the API server is away the last state stays; back again, only the difference is published."""
     async with kube.serving(three) as server, kube.following(server, "?nodes=no") as (source, publications):
         await server.until(lambda: server.watching == 1)
@@ -222,7 +232,7 @@ async def test_an_outage_publishes_nothing(kube):
         assert watch.failures >= 5
 
 
-async def test_a_list_made_anew_removes_what_is_gone_in_one_step(kube):
+async def test_a_list_made_anew_removes_what_is_gone_in_one_step(kube: Any) -> None:
     """410: what vanished meanwhile goes, what did not change is not published again."""
     async with kube.serving(three) as server, kube.following(server, "?nodes=no") as (_, publications):
         await server.until(lambda: server.watching == 1)
@@ -239,18 +249,18 @@ async def test_a_list_made_anew_removes_what_is_gone_in_one_step(kube):
         assert publications.services["b.shop"] is same
 
 
-async def test_refused_credentials_are_read_again(kube):
+async def test_refused_credentials_are_read_again(kube: Any) -> None:
     """401: the credentials are looked up anew, once, within the same request; nobody sees a failure."""
     tokens = ["first"]
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.tokens = {"first"}
 
     async with kube.serving(setup) as server:
         found = []
 
-        def find():
+        def find() -> Any:
             found.append(tokens[0])
             return kube.access(server, token=Content(tokens[0].encode()))
 
@@ -268,7 +278,7 @@ async def test_refused_credentials_are_read_again(kube):
             await publications.until(lambda: "401: Unauthorized" in (publications.problem or ""))
 
 
-async def test_watches_end_and_go_on(kube):
+async def test_watches_end_and_go_on(kube: Any) -> None:
     """A server that ends its watches in time is watched on from the last bookmark, and nothing is reported."""
     async with kube.serving(three) as server, kube.following(server, "?nodes=no") as (_, publications):
         for version in ("90", "95"):
@@ -281,10 +291,10 @@ async def test_watches_end_and_go_on(kube):
         assert len(server.asked("list")) == 2, "one to see what there is, one to read it"
 
 
-async def test_neither_slices_nor_endpoints(kube):
+async def test_neither_slices_nor_endpoints(kube: Any) -> None:
     """A server without either is no cluster; it is asked until it is one."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         server.absent = {kube.slices, kube.endpoints}
 
     async with kube.serving(setup) as server, kube.following(server, in_sync=False) as (source, publications):
@@ -297,10 +307,10 @@ async def test_neither_slices_nor_endpoints(kube):
         assert source.kind == "endpoints"
 
 
-async def test_leaders_locks_are_no_services(kube):
+async def test_leaders_locks_are_no_services(kube: Any) -> None:
     """An Endpoints object that only holds a leader's lock is left out, also when it becomes one."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         server.absent = {kube.slices}
         server.collections[kube.endpoints].put("ADDED", {"metadata": {"name": "lock", "namespace": "shop"}})
 
@@ -311,10 +321,10 @@ async def test_leaders_locks_are_no_services(kube):
         await publications.until(lambda: not publications.services)
 
 
-async def test_an_object_that_cannot_be_read_keeps_what_it_said(kube, caplog):
+async def test_an_object_that_cannot_be_read_keeps_what_it_said(kube: Any, caplog: Any) -> None:
     """One bad object harms no other, and not itself: it is reported once, and its last good state stays."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.collections[kube.slices].put("ADDED", part("bad", "10.0.5.1", service="d") | {"addressType": 7})
 
@@ -340,10 +350,10 @@ async def test_an_object_that_cannot_be_read_keeps_what_it_said(kube, caplog):
         assert watch.lists == 1
 
 
-async def test_dns_names_warn_once(kube, caplog):
+async def test_dns_names_warn_once(kube: Any, caplog: Any) -> None:
     """FQDN slices are left out, counted, and one warning says so however many there are."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         for number in range(3):
             name = part(f"f-{number}", "b.example.com", service="f", family="FQDN")
             server.collections[kube.slices].put("ADDED", name)
@@ -356,7 +366,7 @@ async def test_dns_names_warn_once(kube, caplog):
         await kube.until(lambda: source.details().left_out["fqdn"] == 2)
 
 
-async def test_one_bad_address_leaves_the_others(kube, caplog):
+async def test_one_bad_address_leaves_the_others(kube: Any, caplog: Any) -> None:
     """An endpoint that cannot be used is left out and reported with its place; its neighbours stay."""
     async with kube.serving(three) as server, kube.following(server, "?nodes=no") as (source, publications):
         server.put(kube.slices, "MODIFIED", part("b-2", "10.0.0.3", "10.0.0.300", "fd00::1"))
@@ -371,17 +381,17 @@ async def test_one_bad_address_leaves_the_others(kube, caplog):
         ]
 
 
-async def test_in_a_hub(kube):
+async def test_in_a_hub(kube: Any) -> None:
     """D3: with the hub, nothing can be said of a service before the cluster was read; then it stays, whatever comes."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.refuse = True
 
     async with kube.serving(setup) as server:
 
         @asynccontextmanager
-        async def hub_of(source):
+        async def hub_of(source: Any) -> AsyncIterator[Any]:
             hub = Hub([source], Random(0))
             async with trio.open_nursery() as nursery:
                 await nursery.start(hub.run)
@@ -405,7 +415,7 @@ async def test_in_a_hub(kube):
             assert len(hub.snapshot("b.shop").instances) == 3
 
 
-async def test_details_before_it_runs(kube):
+async def test_details_before_it_runs(kube: Any) -> None:
     async with kube.serving() as server:
         source = kube.source(server)
         assert source.details() == ((), {})
@@ -413,7 +423,7 @@ async def test_details_before_it_runs(kube):
 
 
 @pytest.mark.parametrize("moment", range(12))
-async def test_cancellation(kube, moment):
+async def test_cancellation(kube: Any, moment: Any) -> None:
     """Cancelled at any moment of its start, it ends at once and leaves no connection behind."""
     async with kube.serving(three) as server:
         with trio.fail_after(20), trio.move_on_after(moment * 0.004) as scope:
@@ -424,10 +434,10 @@ async def test_cancellation(kube, moment):
         assert server.watching == 0
 
 
-async def test_a_list_that_is_half_done_publishes_nothing(kube):
+async def test_a_list_that_is_half_done_publishes_nothing(kube: Any) -> None:
     """D3, D8: after 410 the second page fails for a while; an event of another resource publishes only what it says."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         slices = server.collections[kube.slices]
         slices.put("ADDED", part("a-1", "10.0.0.1 n1", service="a"))
         slices.put("ADDED", part("z-1", "10.0.0.9 n1", service="z"))
@@ -461,11 +471,11 @@ async def test_a_list_that_is_half_done_publishes_nothing(kube):
     assert ("a.shop", ["10.0.0.1", "10.0.0.2"]) not in seen
 
 
-async def test_the_right_to_read_nodes_may_come_later(kube, monkeypatch):
+async def test_the_right_to_read_nodes_may_come_later(kube: Any, monkeypatch: Any) -> None:
     """Granted while it runs, it is used: no restart."""
     monkeypatch.setattr("meshlocal.discovery.kubernetes.source.NODES_LOOK", 0.01)
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.collections[kube.nodes].put("ADDED", node("n1", zone="z1"))
         server.forbidden = {kube.nodes}
@@ -476,15 +486,15 @@ async def test_the_right_to_read_nodes_may_come_later(kube, monkeypatch):
         await publications.until(lambda: labels(publications, "10.0.0.1") == {"node": "n1", "zone": "z1"})
 
 
-async def test_slices_that_come_later_are_chosen(kube, monkeypatch):
+async def test_slices_that_come_later_are_chosen(kube: Any, monkeypatch: Any) -> None:
     """An upgraded API server: the source begins anew, with them."""
     monkeypatch.setattr("meshlocal.discovery.kubernetes.source.SLICES_LOOK", 0.01)
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.absent = {kube.slices}
 
-    async def until_it_begins_anew(server):
+    async def until_it_begins_anew(server: Any) -> None:
         async with kube.following(server, in_sync=False) as (source, publications):
             await publications.until(lambda: publications.calls)
             assert source.kind == "endpoints"
@@ -497,14 +507,14 @@ async def test_slices_that_come_later_are_chosen(kube, monkeypatch):
         assert raised.group_contains(SlicesFoundError)
 
 
-async def test_a_source_that_begins_anew_waits_for_the_labels_it_had(kube, monkeypatch):
+async def test_a_source_that_begins_anew_waits_for_the_labels_it_had(kube: Any, monkeypatch: Any) -> None:
     """D1: what had its zone keeps it, though the nodes cannot be read at once this time."""
 
-    def setup(server):
+    def setup(server: Any) -> None:
         three(server)
         server.collections[kube.nodes].put("ADDED", node("n1", zone="z1"))
 
-    async def run(source, publications, until):
+    async def run(source: Any, publications: Any, until: Any) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(nursery.start, source.run, publications)
             await until()
@@ -523,7 +533,7 @@ async def test_a_source_that_begins_anew_waits_for_the_labels_it_had(kube, monke
         assert labels(second, "10.0.0.1")["zone"] == "z1"
 
 
-async def test_the_first_publication_waits_for_what_is_half_put():
+async def test_the_first_publication_waits_for_what_is_half_put() -> None:
     """D8: what is put in several steps counts whole, also in the first publication."""
     published = []
     publisher = SimpleNamespace(replace=published.append)
@@ -541,7 +551,7 @@ async def test_the_first_publication_waits_for_what_is_half_put():
     assert published == [{}]
 
 
-def test_a_source_of_namespaces_knows_what_it_cannot_know():
+def test_a_source_of_namespaces_knows_what_it_cannot_know() -> None:
     """D8: other sources' services need not wait for it."""
     source = KubernetesSource(None, KubernetesOptions(namespaces=("shop",)), Random(0))
     names = ("b.shop", "b.play", "b", "b.shop.x", "db.primary.shop")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from typing import Any
 
 import trio
 
@@ -53,7 +54,7 @@ Promise.all([spoken, heard, posted, fetched]).then(() => {
 """
 
 
-async def app(scope, receive, send):
+async def app(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "lifespan":
         while True:
             message = await receive()
@@ -74,29 +75,29 @@ async def app(scope, receive, send):
     }.get(scope["path"], _tell)(scope, receive, send)
 
 
-async def _websocket(receive, send):
+async def _websocket(receive: Any, send: Any) -> None:
     await receive()
     await send({"type": "websocket.accept"})
     while (message := await receive())["type"] == "websocket.receive":
         await send({"type": "websocket.send", "text": message.get("text"), "bytes": message.get("bytes")})
 
 
-async def _answer(send, body, kind=b"text/plain", **more):
+async def _answer(send: Any, body: Any, kind: Any = b"text/plain", **more: Any) -> None:
     headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers, **more})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _page(scope, receive, send):
+async def _page(scope: Any, receive: Any, send: Any) -> None:
     page = PAGE.replace("QUERY", scope["query_string"].decode())
     await _answer(send, page.encode(), b"text/html")
 
 
-async def _script(scope, receive, send):
+async def _script(scope: Any, receive: Any, send: Any) -> None:
     await _answer(send, SCRIPT.encode(), b"text/javascript")
 
 
-async def _events(scope, receive, send):
+async def _events(scope: Any, receive: Any, send: Any) -> None:
     """Three events, then the end of the response: a browser comes again by itself, and says where it was."""
     after = int(dict(scope["headers"]).get(b"last-event-id", b"0"))
     headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
@@ -108,17 +109,17 @@ async def _events(scope, receive, send):
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _until_done(scope, receive, send):
+async def _until_done(scope: Any, receive: Any, send: Any) -> None:
     await _done[scope["query_string"]].wait()
     await _answer(send, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"image/svg+xml")
 
 
-async def _done_now(scope, receive, send):
+async def _done_now(scope: Any, receive: Any, send: Any) -> None:
     _done[scope["query_string"]].set()
     await _answer(send, b"")
 
 
-async def _large(scope, receive, send):
+async def _large(scope: Any, receive: Any, send: Any) -> None:
     """As many bytes as the query says, without saying so before."""
     left = int(scope["query_string"])
     await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -129,12 +130,12 @@ async def _large(scope, receive, send):
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _slow(scope, receive, send):
+async def _slow(scope: Any, receive: Any, send: Any) -> None:
     await trio.sleep(float(scope["query_string"]))
     await _answer(send, b"at last")
 
 
-async def _tell(scope, receive, send):
+async def _tell(scope: Any, receive: Any, send: Any) -> None:
     """What came: the request as JSON."""
     size, digest = 0, hashlib.sha256()
     while True:

@@ -10,7 +10,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import pytest
 import trio
@@ -64,7 +64,7 @@ class Wire:
         self.stream = stream
         self.received: bytes | bytearray = bytearray()
 
-    async def __aenter__(self) -> Wire:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
