@@ -11,6 +11,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -21,6 +22,7 @@ from meshlocal.app.operator import Operator
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Ready, Start, StopOrder
 from meshlocal.app.worker_pages import worker_routes
 from meshlocal.app.workers import BEAT_INTERVAL, BEAT_LIMIT, Supervisor
+from meshlocal.net.blocking import Blocking
 from meshlocal.policy.config import Config
 from nursery_tests.ports import free_port
 
@@ -99,6 +101,14 @@ class FakeWorker:
             await self.channel.send(Answer(message.number, answer))
 
 
+class AtOnce(Blocking):
+    """Does in the loop what blocks."""
+
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
+
 class Workers:
     """A supervisor of fake workers, over a configuration that the test changes."""
 
@@ -124,6 +134,8 @@ class Workers:
     async def start(self, count: int = 3, **changed: object) -> None:
         self.set(workers=count, **changed)
         self.supervisor = Supervisor(self._load, self._load(), random.Random(0), Operator({}), worker_routes)
+        # While a thread works, a clock that jumps takes everybody for idle, and jumps to the next deadline.
+        self.supervisor._files = AtOnce()
         self._nursery.start_soon(self._run)
         await self.until_ready()
 
