@@ -28,6 +28,7 @@ import msgspec
 from meshlocal.policy.config import Config, resolve_node_name
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of
 from meshlocal.policy.problems import Problem, describe, format_path
+from meshlocal.policy.sources import find_more
 
 LoadConfig: TypeAlias = "Callable[[], Config]"
 """Reads the whole configuration; raises ConfigError."""
@@ -35,6 +36,16 @@ LoadConfig: TypeAlias = "Callable[[], Config]"
 PREFIX = "MESHLOCAL_"
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 """Variables that the kubelet makes of a Service's name."""
+
+
+def _find_source_kinds() -> None:
+    # Imported here: only who names a registry that is none of ours looks for others'.
+    from meshlocal.app.sources import load_kinds
+
+    load_kinds()
+
+
+find_more.append(_find_source_kinds)
 
 UNUSED_VARIABLE = "environment variable {} is no key of the configuration: two underscores join the steps of a key"
 """What is logged of each of `unused_variables`."""

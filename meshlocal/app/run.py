@@ -48,9 +48,7 @@ def run_discovery(load: LoadConfig) -> int:
     """
     from meshlocal.app.discovery import DiscoveryProcess
     from meshlocal.app.discovery_pages import discovery_routes
-    from meshlocal.app.sources import load_kinds
 
-    load_kinds()
     process = DiscoveryProcess(load, Random(), os.environ, discovery_routes)
     for name in unused_variables(os.environ):
         _log.warning(UNUSED_VARIABLE.format(name))

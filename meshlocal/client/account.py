@@ -264,6 +264,14 @@ class Account(Search):
         state, pick = self._tried
         state.fitness.judge(pick.instance, Failure.NO_RESPONSE, word, self.began)
 
+    def end_search(self) -> None:
+        """No other instance is tried: let go of the plan, which holds a whole snapshot, and of a pick taken already."""
+        following, self._following = self._following, None
+        self.plan = None
+        if following is not None and self.state is not None:
+            # It may have been taken for a trial, which another request can have (H1).
+            self.state.fitness.abandoned(following.instance)
+
     def end(self, outcome: Outcome, *, hold: bool = False) -> bool:
         """Its end, however it came: count it, and give back all that it counts in; each once.
 
@@ -281,6 +289,7 @@ class Account(Search):
         if first:
             if self._trying:
                 self.abandoned()
+            self.end_search()
             reason = (pick.reason or "") if pick is not None else ""
             # As RequestKey(...) does, without a call of Python's own: every request passes here.
             state.statistics.requests[tuple.__new__(RequestKey, (self.tier, reason, outcome))] += 1

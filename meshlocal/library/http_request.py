@@ -180,6 +180,7 @@ class MeshRequest(Account):
                 if not self._is_replaced(response, pick):
                     assert isinstance(response.stream, _ResponseBody)
                     response.stream.final = True
+                    self.end_search()
                     return response
                 await response.aclose()
                 continue

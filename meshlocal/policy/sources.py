@@ -63,6 +63,9 @@ KINDS: dict[str, SourceKind] = {
 }
 """By scheme."""
 
+find_more: list[Callable[[], None]] = []
+"""Called once for a scheme that is not in `KINDS`, so that it may be added: finding what others bring reads files."""
+
 
 class SourceUrl(msgspec.Struct, frozen=True):
     """A registry that the discovery server reads.
@@ -85,11 +88,14 @@ class SourceUrl(msgspec.Struct, frozen=True):
         Raises:
             AddressError: it is written otherwise.
         """
-        *first, last = [kind.form for kind in KINDS.values()]
-        forms = f"{', '.join(first)} or {last}" if first else last
         match = _SCHEME.fullmatch(text)
         scheme = match[1].lower() if match is not None else ""
+        if match is not None and scheme not in KINDS:
+            while find_more:
+                find_more.pop()()
         kind = KINDS.get(scheme)
+        *first, last = [kind.form for kind in KINDS.values()]
+        forms = f"{', '.join(first)} or {last}" if first else last
         if match is None or (kind is None and scheme not in _LATER):
             raise AddressError(f"expected {forms}, got {quote(text)}")
         if kind is None:

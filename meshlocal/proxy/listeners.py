@@ -7,7 +7,7 @@ import os
 import random
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Protocol
 
@@ -182,8 +182,10 @@ class Listeners:
 
     async def _accept(self, listener: Listener, connections: trio.Nursery) -> None:
         take = partial(listener.take, connections)
-        assert listener.server is not None
-        with listener.server.accepting():
+        with ExitStack() as stack:
+            # All of them: another configuration may give the listener another server.
+            for server in self._servers.values():
+                stack.enter_context(server.accepting())
             try:
                 with listener.accepting:
                     async with trio.open_nursery() as nursery:

@@ -120,21 +120,23 @@ def snapshot_in_steps(message: pb.ServiceSnapshot, on_bad: OnBadInstance) -> Ste
 
 
 def change_from_message(message: pb.ServiceChange, on_bad: OnBadInstance) -> ServiceChange:
-    """A change as a server sent it."""
+    """A change as a server sent it. What it names twice, or both removes and upserts, is as `apply` reads it."""
     return finish(change_in_steps(message, on_bad))
 
 
 def change_in_steps(message: pb.ServiceChange, on_bad: OnBadInstance) -> Steps[ServiceChange]:
     """The same, in steps."""
     service = ServiceKey(message.service)
-    upserted: list[Instance] = []
-    yield from _read(service, message.upserted, on_bad, upserted.append)
+    upserted: dict[EndpointKey, Instance] = {}
+    yield from _read(service, message.upserted, on_bad, lambda instance: upserted.update({instance.key: instance}))
+    # Each once: a picker takes the change as it is. What is upserted is there afterwards, removed or not.
+    removed = dict.fromkeys(map(endpoint_from_message, message.removed))
     return ServiceChange(
         service,
         message.base_version,
         message.version,
-        tuple(upserted),
-        tuple(endpoint_from_message(removed) for removed in message.removed),
+        tuple(upserted.values()),
+        tuple(key for key in removed if key not in upserted),
     )
 
 

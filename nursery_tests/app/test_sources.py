@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import trio
 
 from meshlocal.app import sources
+from meshlocal.app.config_loader import load_config
 from meshlocal.app.sources import load_kinds, make_sources
 from meshlocal.discovery.file_source import FileSource
 from meshlocal.discovery.source import Publisher, Source, SourceContext, SourceError
@@ -99,3 +101,13 @@ def test_a_kind_that_cannot_be_used_costs_nobody_else(
     assert before | {"card": KIND} == KINDS
     (record,) = [each for each in caplog.records if each.getMessage().startswith("source kind left out")]
     assert problem in record.getMessage()
+
+
+def test_who_reads_a_file_for_both_knows_the_kinds_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A proxy reads the discovery server's section as well, and refuses no file that the server takes."""
+    installed(monkeypatch, post="KIND")
+    monkeypatch.setattr("meshlocal.policy.sources.find_more", [load_kinds])
+    file = tmp_path / "both.yaml"
+    proxy = "proxy: {discovery: {urls: ['grpc://127.0.0.1:1']}, listen: ['tcp://127.0.0.1:0=b']}"
+    file.write_text(f"discovery: {{sources: ['post:home']}}\n{proxy}\n")
+    assert load_config(file, {}, {}, "proxy").discovery.sources == (SourceUrl("post", "home"),)

@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import trio
 import trio.testing
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.policy import model
@@ -17,6 +19,9 @@ from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import Conditions, Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.picker import Picker
+from meshlocal.wire.discovery_codec import change_from_message
+from meshlocal.wire.pb import discovery_pb2 as pb
 
 B = ServiceKey("b")
 N1, N2 = Locality({"node": "n1"}), Locality({"node": "n2"})
@@ -260,3 +265,41 @@ async def test_one_more_than_may_be_followed_takes_the_place_of_an_unused_one() 
     assert made.demand(ServiceKey("five"), 6.0) is None
     assert followed(made) == {"configured", "one", "three", "four"}
     assert made.demand(ServiceKey("configured"), 6.0) is not None
+
+
+def _named(*addresses: str) -> list[pb.Instance]:
+    return [
+        pb.Instance(
+            endpoint=pb.NetworkEndpoint(address=each, port=80), labels=pb.Labels(labels={"node": "n1", "x": "2"})
+        )
+        for each in addresses
+    ]
+
+
+HOSTS = st.lists(st.sampled_from([f"10.0.0.{last}" for last in range(1, 13)]), max_size=4)
+
+
+@given(HOSTS, HOSTS)
+@example(["10.0.0.2", "10.0.0.2"], [])
+@example([], ["10.0.0.2", "10.0.0.2"])
+@example(["10.0.0.12"], ["10.0.0.12"])
+def test_a_change_that_names_a_thing_twice_costs_no_other_instance(upserted: list[str], removed: list[str]) -> None:
+    """D1: the picker is the snapshot's, whatever a server sends to get there."""
+    state = ServiceState(B, Selector(Locality({"node": "n1"})), AttemptPolicy(), random.Random(1))
+    instances = [make_instance(f"10.0.0.{last}", 80, labels={"node": "n1"}) for last in range(1, 11)]
+    before = ServiceSnapshot(B, "1", model.index(instances))
+    state.publish(before)
+    message = pb.ServiceChange(
+        service="b",
+        base_version="1",
+        version="2",
+        upserted=_named(*upserted),
+        removed=[each.endpoint for each in _named(*removed)],
+    )
+    change = change_from_message(message, lambda service, error: None)
+    after = model.apply(before, change)
+    state.publish(after, change)
+    assert state.picker is not None
+    built = Picker.build(state.selector, after)
+    assert list(state.picker.shown(100)) == list(built.shown(100))
+    assert len(state.picker) == len(after.instances)

@@ -21,6 +21,8 @@ import meshlocal
 from meshlocal import AttemptOverrides, AttemptPolicy, EjectionConfig, Outcome, Reason, RequestKey, ServiceConfig
 from meshlocal.library.errors import tried
 from meshlocal.policy.config_health import FailbackConfig, HealthCheckConfig
+from meshlocal.policy.model import ServiceSnapshot
+from meshlocal.policy.picker import Picker
 from meshlocal.testing import FakeSource, Upstream, open_upstream, reset, silent
 
 Run = Callable[[Callable[[], Awaitable[None]]], None]
@@ -700,6 +702,21 @@ async def test_a_stream_counts_until_it_is_closed(what: str, how: str) -> None:
         await streams[0].aclose()
         assert (state.in_use, state.statistics.open, state.fitness.under_way) == (0, 0, {})
         assert set(state.circuit.now.values()) == {0}
+
+
+async def test_an_open_stream_holds_no_snapshot() -> None:
+    """P2: it may be open for days, and each change would leave one behind."""
+    async with limited() as (mesh, _, _), contextlib.AsyncExitStack() as opened:
+        state = mesh.core.services[meshlocal.ServiceKey("b")]
+        for number in range(4):
+            stream = await mesh.open_tcp_stream("b")
+            opened.push_async_callback(stream.aclose)
+            assert state.picker is not None
+            known = state.picker.snapshot
+            state.publish(ServiceSnapshot(known.service, f"v{number}", dict(known.instances)))
+        gc.collect()
+        held = [each for each in gc.get_objects() if type(each) is Picker and each.selector is state.selector]
+        assert held == [state.picker]
 
 
 async def test_open_streams_spill_to_the_next_tier() -> None:

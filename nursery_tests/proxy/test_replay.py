@@ -15,7 +15,9 @@ from trio.testing import MockClock
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig
+from meshlocal.policy.config_health import LimitsConfig
 from meshlocal.policy.health import Cause, State
+from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance, make_instance
 from nursery_tests.proxy.silent import silent
 
@@ -304,3 +306,44 @@ async def test_a_client_that_leaves_leaves_nothing_behind(proxy: Any, scripted: 
     assert proxy.requests == {RequestKey("node", "", Outcome.CLIENT_LEFT): 1}
     assert not proxy.table["b"].fitness.under_way
     assert proxy.table["b"].statistics.open == 0
+
+
+async def test_a_client_that_speaks_late_is_replayed_too(proxy: Any, scripted: Any) -> None:
+    """A1, A5: the deadline is for connects. The first one was in time, and the next one answers at once."""
+    local, far = await scripted("n1", reset), await scripted("n2", upper)
+    configure(proxy, deadline=0.1)
+    proxy.publish([local.instance, far.instance])
+    with trio.fail_after(LIMIT):
+        async with await proxy.connect() as stream:
+            await until(lambda: local.connections == 1)
+            await trio.sleep(0.2)
+            await stream.send_all(b"hello")
+            assert await stream.receive_some() == b"HELLO"
+    await finish(proxy)
+    assert proxy.requests == {RequestKey("other", "local_failed", Outcome.SERVED): 1}
+
+
+async def test_a_trial_that_is_not_made_is_anothers(proxy: Any, scripted: Any) -> None:
+    """H1: an instance that was picked for its trial, and not tried because of a limit, is due as before."""
+    local, far = await scripted("n1", reset), await scripted("n2", upper)
+    configure(proxy)
+    proxy.publish([local.instance, far.instance])
+    state = proxy.table["b"]
+    health, place = state.fitness.health, far.instance.key[:2]
+    for _ in range(3):
+        health.failed(place, trio.current_time() - 1000, Cause.CONNECT)
+    assert health.is_due(place, trio.current_time())
+    with trio.fail_after(LIMIT):
+        async with await proxy.connect() as stream:
+            await until(lambda: local.connections == 1)
+            # Others wait meanwhile.
+            state.circuit.limits = LimitsConfig(waiting=1)
+            assert state.circuit.enter(Limit.WAITING)
+            await stream.send_all(b"hello")
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+    await finish(proxy)
+    state.circuit.leave(Limit.WAITING)
+    assert far.connections == 0
+    assert health.standing(place, trio.current_time()).state is State.EJECTED
+    assert health.is_due(place, trio.current_time())

@@ -57,7 +57,9 @@ def test_snapshots_and_changes_survive_the_wire(some: list[Instance], others: li
     snapshot = ServiceSnapshot(B, "1", model.index(some), unknown)
     event = pb.WatchInstancesResponse.FromString(snapshot_event(snapshot).SerializeToString())
     assert snapshot_from_message(event.snapshot, refuse) == snapshot
-    change = ServiceChange(B, "1", "2", tuple(some), tuple(each.key for each in others))
+    upserted = model.index(some)
+    removed = tuple(key for key in model.index(others) if key not in upserted)
+    change = ServiceChange(B, "1", "2", tuple(upserted.values()), removed)
     event = pb.WatchInstancesResponse.FromString(change_event(change).SerializeToString())
     assert change_from_message(event.change, refuse) == change
 

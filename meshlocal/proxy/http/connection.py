@@ -69,40 +69,44 @@ class ClientConnection(H1Client):
                     return lane.end
                 if lane.request is not None:
                     ending = await self._serve(lane.request, lane.upstream, lane.raised)
+                    lane.forget()
                     if ending is not End.KEEP:
                         return ending
                     continue
                 if lane.raised is not None:
                     raise lane.raised
-            received = await self._begin_head()
-            if received is None:
-                return End.CLOSE
-            settings = shared.settings
-            limits = settings.limits
-            try:
-                end = received.find(b"\r\n\r\n")
-                if end < 0:
-                    received = await self._finish_head(received, limits)
-                    if received is None:
-                        return End.CLOSE
-                    end = received.find(b"\r\n\r\n")
-                end += 4
-                if end > limits.head:
-                    raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
-                if end < len(received):
-                    raw = received[:end]
-                    self.early += received[end:]
-                else:
-                    raw = received
-                head = settings.heads.request(raw)
-            except ProtocolError as error:
-                return await self._refuse(error, received or b"")
-            self.deadline = math.inf
-            self.fresh = False
-            request = HttpRequest(self, head, trio.current_time())
-            ending = await self._serve(request)
+            ending = await self._serve_next()
             if ending is not End.KEEP:
                 return ending
+
+    async def _serve_next(self) -> End:
+        """Wait for a request, and serve it. Nothing of it is held when the next one is waited for."""
+        received = await self._begin_head()
+        if received is None:
+            return End.CLOSE
+        settings = self.shared.settings
+        limits = settings.limits
+        try:
+            end = received.find(b"\r\n\r\n")
+            if end < 0:
+                received = await self._finish_head(received, limits)
+                if received is None:
+                    return End.CLOSE
+                end = received.find(b"\r\n\r\n")
+            end += 4
+            if end > limits.head:
+                raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
+            if end < len(received):
+                raw = received[:end]
+                self.early += received[end:]
+            else:
+                raw = received
+            head = settings.heads.request(raw)
+        except ProtocolError as error:
+            return await self._refuse(error, received or b"")
+        self.deadline = math.inf
+        self.fresh = False
+        return await self._serve(HttpRequest(self, head, trio.current_time()))
 
     async def _serve(
         self, request: HttpRequest, upstream: H1Upstream | None = None, raised: Exception | None = None

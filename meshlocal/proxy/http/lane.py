@@ -61,7 +61,6 @@ class Lane:
         "_fd",
         "_handed_over",
         "_kept",
-        "_kept_upstream",
         "_loop",
         "_more",
         "_patience",
@@ -86,7 +85,6 @@ class Lane:
         self._more = False
         self._handed_over = False
         self._kept: HttpRequest | None = None
-        self._kept_upstream: H1Upstream | None = None
         self._sent_in = 0
         self._reminder: Reminder | None = None
         self.task: trio.lowlevel.Task | None = None
@@ -116,6 +114,10 @@ class Lane:
             self._give_up()
             raise
 
+    def forget(self) -> None:
+        """The task has served what it was given."""
+        self.request = self.upstream = self.raised = None
+
     def _abandon(self, _: object) -> Abort:
         self.task = None
         # Before the task is told: a request that came meanwhile would be forwarded, and its client cut.
@@ -143,7 +145,7 @@ class Lane:
 
     def _hand_over(self) -> None:
         self._leave()
-        self._kept = self._kept_upstream = None
+        self._kept = None
         self._handed_over = True
         if self.task is not None:
             self._loop.finish(self)
@@ -270,12 +272,7 @@ class Lane:
         kept = service.reuse(pick, sure=False) if pick is not None else None
         if kept is None:
             return False
-        upstream, self._kept_upstream = self._kept_upstream, None
-        if upstream is None:
-            upstream = H1Upstream(request, service, kept)
-        else:
-            upstream.renew(service, kept)
-        self.upstream = upstream
+        self.upstream = H1Upstream(request, service, kept)
         self._loop.handlers[kept.number] = self.on_upstream
         self._patience.add(self, now)
         self._loop.at_end(self._send_request)
@@ -394,9 +391,8 @@ class Lane:
         request.finish(now)
         self.request = self.upstream = client.request = None
         if upstream.was_whole:
-            # An idle client must hold neither a snapshot's instances nor a body.
-            request.plan = request.pick = request.body = None
-            self._kept, self._kept_upstream = request, upstream
+            request.rest()
+            self._kept = request
         if request.client_end is not _KEEP:
             self.end = request.client_end
             self._hand_over()

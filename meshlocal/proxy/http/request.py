@@ -22,7 +22,7 @@ from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.statistics import LATENCY_BUCKETS
 from meshlocal.proxy.http.streams import ClientStream
 from meshlocal.wire.http1.messages import RequestBody
-from meshlocal.wire.http1.request import RequestHead
+from meshlocal.wire.http1.request import NO_HEAD, RequestHead
 
 # Looked up once: an attribute of an enum costs as much as a call, and every request passes here.
 _REQUESTS, _DRAINED, _CUT, _ABORT = Limit.REQUESTS, Outcome.DRAINED, Outcome.CUT, End.ABORT
@@ -59,10 +59,14 @@ class HttpRequest(HttpRecord):
         self.response_begun = False
         self.client_end = End.ABORT
 
+    def rest(self) -> None:
+        """It is over, and kept for its client's next request: hold nothing that an idle client must not."""
+        self.plan = self.pick = self.body = self.state = self.service = None
+        self.head = NO_HEAD
+
     def renew(self, head: RequestHead, started: float, body: RequestBody | None) -> None:
-        """Become the next request of the same client. For one that the lane served whole, to spare making another: so
-        what is set here is all that such a request changes, but for what `admit` sets, and its plan, which who keeps it
-        takes away."""
+        """Become the next request of the same client. For one that the lane served whole, and that rests since: so what
+        is set here is all that such a request changes, but for what `admit` sets."""
         self.head = head
         self.started = started
         self.body = body

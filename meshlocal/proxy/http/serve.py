@@ -225,6 +225,7 @@ async def _serve_connect(request: HttpRequest, service: HttpService) -> End:
     if isinstance(found, Outcome):
         return await _answer_no_tunnel(request, service, found)
     request.begin_response(200)
+    request.end_search()
     whole = False
     request.enter_instance()
     try:

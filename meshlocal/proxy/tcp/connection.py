@@ -112,6 +112,7 @@ class TcpConnection(Account):
             if self.upstream is None or self.service.policy.replay or self._is_doubted:
                 return False
             assert self.counters is not None
+            self.end_search()
             self.relay = loop.begin(self.client.socket, self.upstream, self.counters)
         except Exception as error:  # noqa: BLE001 - here is no place to raise; the task does
             self.fault = error
@@ -220,10 +221,10 @@ class TcpConnection(Account):
         self.counters.client_to_upstream += heard.sent
         if heard.failed:
             self.service.statistics.replays[heard.failed] += 1
-            now = trio.current_time()
             # All that was said is held, and by its configuration may be said again.
+            # The deadline is for what has to be connected, and that was in time; `connect_waiting` keeps to it.
             decision = self.attempt_failed(
-                Failure.NO_RESPONSE, now, heard.failed, sent=True, idempotent=True, held=True
+                Failure.NO_RESPONSE, self.began, heard.failed, sent=True, idempotent=True, held=True
             )
             assert decision is not Decision.SAME
             abort(self.upstream)
@@ -235,6 +236,7 @@ class TcpConnection(Account):
         assert self.upstream is not None
         assert self.counters is not None
         ended: RelayResult | None = None
+        self.end_search()
         try:
             if self.relay is not None:
                 ended = await self.relay.join()

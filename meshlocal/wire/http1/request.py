@@ -163,6 +163,10 @@ class RequestHead:
         return self.chunked or bool(self.content_length)
 
 
+NO_HEAD = RequestHead(b"", b"", b"", 1, b"")
+"""In the place of a request's head where there is none."""
+
+
 class _NoCallbacks:
     """llhttp checks at its own speed when nobody asks it what it found."""
 

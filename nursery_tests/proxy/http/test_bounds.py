@@ -12,11 +12,13 @@ import trio
 import trio.testing
 
 from meshlocal.policy.health import Cause, State
+from meshlocal.policy.picker import Picker
 from meshlocal.proxy.http import forwarder as forwarder_module
 from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.waiting import Patience, Reminder
 from meshlocal.wire.http1.messages import RequestBody
+from meshlocal.wire.http1.request import RequestHead
 from nursery_tests.proxy.http.conftest import Served, Upstream, closes, ok, response, stalls, until
 
 
@@ -378,3 +380,27 @@ async def test_what_was_read_for_a_task_counts_as_input(proxy: Any, upstream: An
     await client.send(b": b\r\n\r\n")
     await until(lambda: len(one.heads) == 2)
     await trio.aclose_forcefully(client.stream)
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_an_idle_client_holds_nothing_of_its_last_request(proxy: Any, upstream: Any, method: str) -> None:
+    """P2: neither a large head, nor a body, nor the instances of a snapshot that there was then."""
+    one = await upstream("one", "n1")
+    proxy.publish(one)
+    body = b"x" * 5000 if method == "PUT" else None
+    clients = []
+    for _ in range(3):
+        client = await proxy.connect()
+        clients.append(client)
+        for _ in range(3):
+            assert (await client.ask(method, "/", body, padding="p" * 4000)).status == 200
+        await until(lambda: all(each.is_idle for each in proxy.forwarder))
+        proxy.publish(one)
+    gc.collect()
+    held = gc.get_objects()
+    assert not [each for each in held if type(each) is RequestHead and b"p" * 4000 in each.raw]
+    assert not [each for each in held if type(each) is RequestBody and each.size == 5000]
+    latest = proxy.table["b"].picker
+    assert [each for each in held if type(each) is Picker and each.selector is latest.selector] == [latest]
+    for client in clients:
+        await trio.aclose_forcefully(client.stream)

@@ -20,6 +20,7 @@ async def run_tunnel(request: HttpRequest, state: ServiceState, upstream: socket
     The upstream stays the caller's. The request's outcome and end are set.
     """
     client = request.client
+    request.end_search()
     # Should its time run out, it is reset like any response that stands still.
     client.await_transfer()
     await client.send(first)

@@ -116,15 +116,6 @@ class H1Upstream:
         self._whole_reusable = False
         self._size = 0
 
-    def renew(self, service: HttpService, upstream: Upstream) -> None:
-        """Become the next try, of the same request renewed. For one whose response was taken whole: so what is set here
-        is all that such a try changes."""
-        self.service = service
-        self.upstream = upstream
-        self.pipe = upstream.pipe
-        self.deadline = math.inf
-        self.started = self.sent = self.head_came = self._released = False
-
     # Without a wait.
 
     @property
