@@ -43,6 +43,7 @@ check: $(VENV)/dev.stamp $(VENV)/docs.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tools
+	$(BIN)/mypy --explicit-package-bases nursery_tests
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_protos.py --check
 	$(BIN)/python tools/generate_reference.py --check

@@ -7,7 +7,7 @@ a skip is a failure: there everything is there, and a test that quietly stopped 
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
@@ -23,7 +23,7 @@ _NO_SKIP = bool(os.environ.get("MESHLOCAL_TESTS_NO_SKIP"))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[Any]:
+def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:
     report = yield
     if _NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
         _fail(report)
@@ -31,7 +31,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[Any]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: Any) -> Iterator[Any]:
+def pytest_make_collect_report(collector: Any) -> Generator[None, Any, Any]:
     report = yield
     if _NO_SKIP and report.skipped:
         _fail(report)

@@ -12,6 +12,7 @@ from meshlocal.app.config_loader import load_config, unused_variables
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import AttemptPolicy, Config, DrainConfig, ProxyConfig
 from meshlocal.policy.config_build import ConfigError, known_keys
+from meshlocal.policy.model import ServiceKey
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_flags_win_over_environment_over_file(file: Path) -> None:
 def test_flags_that_were_not_given_do_not_count(file: Path) -> None:
     file.write_text("proxy: {listen: ['tcp://127.0.0.1:1=b'], admin: '127.0.0.1:2'}")
     proxy = load_config(file, {"proxy.listen": (), "proxy.admin": None}, {}).proxy
-    assert proxy.listen == (ListenAddress("tcp", "127.0.0.1", 1, "b"),)
+    assert proxy.listen == (ListenAddress("tcp", "127.0.0.1", 1, ServiceKey("b")),)
     assert proxy.admin == SocketAddress("127.0.0.1", 2)
 
 
@@ -95,8 +96,8 @@ def test_the_environment_has_every_kind_of_value() -> None:
     assert proxy.admin is None
     assert (proxy.attempts.idle_timeout, proxy.attempts.max_attempts) == (None, 4)
     assert proxy.labels == {"zone": "true"}
-    assert proxy.attempts_for("b.Default").deadline == 7.0
-    assert proxy.service("c").port_name == "grpc"
+    assert proxy.attempts_for(ServiceKey("b.Default")).deadline == 7.0
+    assert proxy.service(ServiceKey("c")).port_name == "grpc"
     assert proxy.drain == DrainConfig(delay=1.0, timeout=3.0), "the longer path wins"
     assert proxy.namespace is None, "blank is as good as none"
     assert config.log.level == "debug"
@@ -246,7 +247,7 @@ discovery:
 log: {level: info, format: auto}
 """)
     config = load_config(file, {}, {}, "proxy")
-    assert config.proxy.attempts_for("b") == AttemptPolicy(deadline=3.0)
+    assert config.proxy.attempts_for(ServiceKey("b")) == AttemptPolicy(deadline=3.0)
 
 
 names = st.sampled_from(

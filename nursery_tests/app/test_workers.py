@@ -11,7 +11,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import pytest
 import trio
@@ -24,6 +24,7 @@ from meshlocal.app.worker_pages import worker_routes
 from meshlocal.app.workers import BEAT_INTERVAL, BEAT_LIMIT, Supervisor
 from meshlocal.net.blocking import Blocking
 from meshlocal.policy.config import Config
+from nursery_tests.logged import entry
 from nursery_tests.ports import free_port
 
 FIXED = {"proxy.discovery.urls": ("grpc://127.0.0.1:1",), "proxy.admin": "none"}
@@ -101,12 +102,16 @@ class FakeWorker:
             await self.channel.send(Answer(message.number, answer))
 
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
 class AtOnce(Blocking):
     """Does in the loop what blocks."""
 
-    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         await trio.lowlevel.checkpoint()
-        return function(*arguments)
+        return function(*args)
 
 
 class Workers:
@@ -131,7 +136,7 @@ class Workers:
     def _load(self) -> Config:
         return load_config(None, {**FIXED, **self.changed}, {}, "proxy")
 
-    async def start(self, count: int = 3, **changed: object) -> None:
+    async def start(self, count: int = 3, **changed: Any) -> None:
         self.set(workers=count, **changed)
         self.supervisor = Supervisor(self._load, self._load(), random.Random(0), Operator({}), worker_routes)
         # While a thread works, a clock that jumps takes everybody for idle, and jumps to the next deadline.
@@ -202,12 +207,13 @@ def is_bound(port: int) -> bool:
 
 
 def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [str(record.msg.fields["problem"]) for record in caplog.records if record.msg.event == "config not applied"]
+    return [str(each.fields["problem"]) for each in map(entry, caplog.records) if each.event == "config not applied"]
 
 
 async def test_each_worker_has_a_cache_file_of_its_own(workers: Workers) -> None:
     """D2: one file for all would be as young as the worker that wrote it last, whatever the others know."""
-    await workers.start(listen=(listener(0),), **{"discovery.cache_file": "/somewhere/snapshots"})
+    cached: dict[str, Any] = {"discovery.cache_file": "/somewhere/snapshots"}
+    await workers.start(listen=(listener(0),), **cached)
     files = [workers[number].config.proxy.discovery.cache_file for number in (1, 2, 3)]
     assert files == ["/somewhere/snapshots", "/somewhere/snapshots.2", "/somewhere/snapshots.3"]
     workers.set(node_name="n2")

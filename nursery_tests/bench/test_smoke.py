@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(name: str, output: Path, *arguments: str) -> tuple[str, dict]:
+def run(name: str, output: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     """What a benchmark printed, and the JSON that it wrote."""
     command = [sys.executable, "-m", f"bench.{name}", *arguments, "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

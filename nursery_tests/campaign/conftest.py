@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from nursery_tests.campaign.campaign import Row
 from nursery_tests.campaign.report import table
 
-_ROWS = pytest.StashKey()
+_ROWS = pytest.StashKey[list[Row]]()
 
 
 @pytest.fixture

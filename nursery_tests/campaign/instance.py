@@ -130,12 +130,13 @@ class Instance:
 
     def open(self) -> None:
         for number, port in enumerate(self.ports):
-            sock = trio.socket.socket()
+            # Trio's own `bind` is a coroutine; this function is not.
+            sock = socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock._sock.bind((self.address, port))
+            sock.bind((self.address, port))
             sock.listen(BACKLOG)
             self.ports[number] = sock.getsockname()[1]
-            self._listeners.append(sock)
+            self._listeners.append(trio.socket.from_stdlib_socket(sock))
         self.accept()
 
     def accept(self) -> None:
@@ -147,12 +148,11 @@ class Instance:
         """Listen no longer. What the kernel accepted before is served."""
         self._stop_accepting()
         for kind, listener in zip(("line", "http"), self._listeners, strict=True):
-            while True:
-                try:
-                    sock, _ = listener._sock.accept()
-                except BlockingIOError:
-                    break
-                self._serve(kind, trio.socket.from_stdlib_socket(sock))
+            with socket.fromfd(listener.fileno(), listener.family, listener.type) as same, suppress(BlockingIOError):
+                same.setblocking(False)
+                while True:
+                    sock, _ = same.accept()
+                    self._serve(kind, trio.socket.from_stdlib_socket(sock))
             listener.close()
         self._listeners.clear()
 

@@ -138,7 +138,8 @@ class Load:
         while True:
             while (resume := self._resume) is not None:
                 if connection is not None:
-                    connection = await self._leave(connection)
+                    await self._leave(connection)
+                    connection = None
                 await resume.wait()
             number += 1
             keep = kind == "held" or (kind in ("get", "post") and number % 10 != 0)
@@ -176,7 +177,8 @@ class Load:
                     if not (reused and kind == "get" and str(error) in ("reset", "ended")):
                         raise
                     tally.resent += 1
-                    connection = await self._leave(connection)
+                    await self._leave(connection)
+                    connection = None
                     connection = await self._dial(kind)
                     answer = await connection.ask(id)
                 name, _, said = answer.partition(" ")

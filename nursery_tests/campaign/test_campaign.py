@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nursery_tests.campaign.campaign import Row
 from nursery_tests.campaign.groups import GROUPS, lacks, try_group
 from nursery_tests.campaign.report import table
 
@@ -17,7 +18,7 @@ SECONDS = 0.8
 
 
 @pytest.mark.parametrize("name", GROUPS)
-async def test_faults(name: str, tmp_path: Path, campaign_rows: list) -> None:
+async def test_faults(name: str, tmp_path: Path, campaign_rows: list[Row]) -> None:
     if why := lacks(GROUPS[name]):
         pytest.skip(why)
     rows = await try_group(GROUPS[name], tmp_path, SECONDS)

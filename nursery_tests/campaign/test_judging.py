@@ -19,7 +19,8 @@ async def _nowhere(host: str, port: int) -> Any:
 
 @pytest.fixture
 def scene() -> Scene:
-    return Scene(None, Load(Target("", {}), _nowhere), 1.0, random.Random(1))  # type: ignore[arg-type] - no fleet
+    no_fleet: Any = None
+    return Scene(no_fleet, Load(Target("", {}), _nowhere), 1.0, random.Random(1))
 
 
 def fail(scene: Scene, kind: str, how: str, times: int, began: float = 1.0) -> None:

@@ -16,6 +16,7 @@ from meshlocal.client.cache import CONFIRM_INTERVAL, DELAY, KEEP, KEEP_INSTANCES
 from meshlocal.client.feed import FeedStatus
 from meshlocal.policy import model
 from meshlocal.policy.model import Instance, ServiceChange, ServiceKey, ServiceSnapshot, make_instance
+from nursery_tests.logged import events
 
 B, C = ServiceKey("b"), ServiceKey("c")
 NOW = 2_000_000_000.0
@@ -125,7 +126,7 @@ async def test_a_corrupt_file_is_reported_and_ignored(
     await written(setup, at(1))
     setup.path.write_bytes(setup.path.read_bytes()[:-5] if content is None else content)
     assert setup.start().load() == []
-    assert [record.msg.event for record in caplog.records] == ["cache file ignored"]
+    assert events(caplog.records) == ["cache file ignored"]
     await written(setup, at(3))
     assert setup.start().load() == [at(3)]
 
@@ -198,7 +199,7 @@ async def test_a_disk_that_takes_no_writes_is_said_once_and_tried_again(
         nursery.start_soon(cache.run)
         cache.publish(at(1))
         await trio.sleep(5 * CONFIRM_INTERVAL)
-        assert [record.msg.event for record in caplog.records] == ["cache file cannot be written"]
+        assert events(caplog.records) == ["cache file cannot be written"]
         setup.path.parent.mkdir()
         await trio.sleep(2 * CONFIRM_INTERVAL)
         nursery.cancel_scope.cancel()

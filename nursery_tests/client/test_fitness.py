@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import trio
@@ -17,7 +18,7 @@ B = ServiceKey("b")
 ONE, OTHER = make_instance("10.0.0.1", 9000), make_instance("10.0.0.2", 9000)
 
 
-def fitness(asked: list[ServiceKey], **ejection: int | None) -> Fitness:
+def fitness(asked: list[ServiceKey], **ejection: Any) -> Fitness:
     made = Fitness(B, EjectionConfig(**ejection), None, random.Random(0))
     made.on_failing = asked.append
     return made

@@ -393,7 +393,7 @@ async def test_asked_again_it_gets_the_whole_from_another_connection(nursery: tr
         await sink.until(lambda snapshot: addresses(snapshot) == ["10.0.0.1"])
         for count in (2, 3):
             following.refresh(B)
-            await until(lambda count=count: len(sink.snapshots) == count)
+            await until(partial(lambda wanted: len(sink.snapshots) == wanted, count))
             assert addresses(sink.snapshots[-1]) == ["10.0.0.1"]
         assert following.status.connected
         assert following.status.reconnects == 0

@@ -92,15 +92,15 @@ class Image:
         self.prefix = folder / "opt" / "meshlocal"
         self.base = folder / "base"
         self.stdlib = folder / "stdlib"
-        self.environment = {}
-        self.said = {}
-        self.copied = []
+        self.environment: dict[str, str] = {}
+        self.said: dict[str, str] = {}
+        self.copied: list[Any] = []
 
     def build(self) -> None:
         # With pip as it is here: to install it anew would take longer than all of the rest.
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.base], check=True)
         (packages,) = (self.base / "lib").glob("python*/site-packages")
-        record = next(file for file in metadata.files("pip") if file.name == "RECORD")
+        record = next(file for file in metadata.files("pip") or () if file.name == "RECORD")
         for part in (Path(pip.__file__).parent, Path(record.locate()).parent):
             shutil.copytree(part, packages / part.name)
         self.base_packages = packages
@@ -108,7 +108,8 @@ class Image:
             source = Path(os.__file__).parent / package
             shutil.copytree(source, self.stdlib / package, ignore=shutil.ignore_patterns("__pycache__"))
         given = {"PREFIX": str(self.prefix), "STDLIB": str(self.stdlib)}
-        arguments, work = {}, self.folder
+        arguments: dict[str, str] = {}
+        work = self.folder
         for name, rest in instructions(CONTAINERFILE.read_text()):
             rest = rest if name == "RUN" else Template(rest).safe_substitute(arguments | self.environment)
             if name == "FROM":
@@ -223,6 +224,7 @@ def test_the_stop_signal_stops_it_cleanly(image: Any) -> None:
     file.chmod(0o644)
     command, options = image.command("discovery", "--bind", "127.0.0.1:0", "--source", f"file:{file}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        assert process.stdout is not None
         assert process.stdout.readline().startswith("meshlocal discovery ready")
         process.send_signal(getattr(signal, image.said["STOPSIGNAL"]))
         _, log = process.communicate()

@@ -34,7 +34,7 @@ class Pods:
     def __init__(self, folder: Any, stack: Any) -> None:
         self.folder = folder
         self.stack = stack
-        built = [Path(sys.executable).with_name("kubectl"), "kustomize", FOLDER / "example"]
+        built: list[str | Path] = [Path(sys.executable).with_name("kubectl"), "kustomize", FOLDER / "example"]
         output = subprocess.run(built, capture_output=True, check=True, text=True).stdout
         self.documents = list(yaml.safe_load_all(output))
         self.ports = {"8080": free_port(), "15000": free_port(), "15001": free_port(), "7070": free_port()}
@@ -122,7 +122,7 @@ def start_caller(pods: Any) -> Any:
 
 def until(process: Any, wanted: Any) -> Any:
     """Read lines until one is as wanted, and return those before it."""
-    before = []
+    before: list[str] = []
     for line in process.stdout:
         if line.rstrip("\n") == wanted:
             return before

@@ -15,6 +15,7 @@ import pytest
 
 from meshlocal.app.config_loader import load_config
 from meshlocal.cli.main import cli
+from meshlocal.policy.model import ServiceKey
 from meshlocal.wire.instances_file import parse_instances_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
@@ -86,7 +87,7 @@ def test_the_proxys_node_is_the_host_name(tmp_path: Any) -> None:
 def test_the_example_of_an_instances_file_is_one() -> None:
     file = FOLDER / "instances.yaml"
     content = parse_instances_file(file.read_text(), str(file))
-    assert [instance.node for instance in content.services["b"]] == ["n1", "n2"]
+    assert [instance.node for instance in content.services[ServiceKey("b")]] == ["n1", "n2"]
 
 
 def test_the_proxys_unit_starts_reloads_and_stops_as_systemd_is_told(tmp_path: Any) -> None:
@@ -102,6 +103,8 @@ def test_the_proxys_unit_starts_reloads_and_stops_as_systemd_is_told(tmp_path: A
         environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(tmp_path / "notify")}
         with subprocess.Popen(command, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
             assert manager.recv(100) == b"READY=1"
+            assert process.stdout is not None
+            assert process.stderr is not None
             ready = process.stdout.readline()
             process.send_signal(signal.SIGHUP)
             log = ""

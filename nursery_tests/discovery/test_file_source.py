@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from meshlocal.discovery.file_source import FileSource, is_written_to
 from meshlocal.discovery.hub import Hub
 from meshlocal.net.blocking import Blocking
 from meshlocal.policy.model import ServiceKey
+from nursery_tests.logged import entry
 
 B = ServiceKey("b")
 LIMIT = 20
@@ -68,7 +70,7 @@ async def test_changes_are_published(
     assert ports(hub) == [1]
     for listed in ([1, 2], [2], [], [3]):
         change(path, content(*listed))
-        await until(lambda listed=listed: ports(hub) == listed)  # type: ignore[misc] - binds this round's list
+        await until(partial(lambda wanted: ports(hub) == wanted, listed))
     nursery.cancel_scope.cancel()
 
 
@@ -124,7 +126,7 @@ async def test_a_broken_file_changes_nothing_and_is_reported(
     write(path, content(2))
     await until(lambda: ports(hub) == [2])
     assert state.problem is None
-    reported = [record for record in caplog.records if record.msg.event == "instances file refused"]
+    reported = [record for record in caplog.records if entry(record).event == "instances file refused"]
     assert len(reported) == 4, "each problem is said once, not at every look"
     nursery.cancel_scope.cancel()
 
@@ -357,10 +359,10 @@ async def test_a_file_system_that_hangs_holds_nobody_up(
     released, hanging = threading.Event(), threading.Event()
     stat = os.stat
 
-    def stat_that_hangs(where: object, **options: object) -> os.stat_result:
+    def stat_that_hangs(where: Any, **options: Any) -> os.stat_result:
         if where == path and hanging.is_set():
             released.wait(LIMIT)
-        return stat(where, **options)  # type: ignore[arg-type] - as it was called
+        return stat(where, **options)
 
     source = FileSource(path, poll_interval=0.005)
     source._files = Blocking(limit=0.05)

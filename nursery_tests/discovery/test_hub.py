@@ -314,7 +314,9 @@ async def test_a_change_is_computed_once(nursery: trio.Nursery, monkeypatch: pyt
         source.publisher.update(B, listed(*instances[2:]))
         (update,) = watcher.take()
         state.publish(update.latest, update.last)
-        assert len(state.picker) == len(instances) - 2
+        latest = state.picker
+        assert latest is not None
+        assert len(latest) == len(instances) - 2
     nursery.cancel_scope.cancel()
 
 

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from meshlocal.discovery import service as service_module
-from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.hub import Hub, Update
 from meshlocal.discovery.limits import (
     CLIENT_UNFINISHED,
     FULL_PUSHBACK,
@@ -201,7 +201,7 @@ async def test_watchers_that_do_not_read_share_one_snapshot(serving: Serving) ->
             await call.send(subscriptions("b"), end=True)
             await trio.sleep_forever()
 
-    size = len(serving.service._encoded.encode(service_module.Update(None, serving.hub.snapshots()[0])))
+    size = len(serving.service._encoded.encode(Update(None, serving.hub.snapshots()[0])))
     async with trio.open_nursery() as nursery:
         tracemalloc.start()
         try:

@@ -212,7 +212,7 @@ async def test_lists_before_the_sources_are_in_sync(serving: Serving) -> None:
             (LIST_INSTANCES, pb.ListInstancesRequest(service="b")),
         ):
             with pytest.raises(GrpcError, match="not in sync yet with held") as refused:
-                await served.channel.unary(method, request)  # type: ignore[arg-type] - pairs of unlike types
+                await served.channel.unary(method, request)
             assert refused.value.code is StatusCode.UNAVAILABLE
 
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio_websocket
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
-from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from meshlocal.discovery.websocket import WebSocketOptions, WebSocketServer
 from meshlocal.net.grpc.server import Routes, unary
@@ -22,6 +22,9 @@ from meshlocal.wire.discovery_methods import LIST_SERVICES, WATCH_INSTANCES
 from meshlocal.wire.discovery_websocket import JSON, PROTO
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
+
+wrap_client_stream: Any = trio_websocket.wrap_client_stream
+"""Its hints name sockets only; it takes any stream."""
 
 REQUEST = pb.WatchInstancesRequest(subscriptions=[pb.Subscription(service="b")])
 EVENT = pb.WatchInstancesResponse(snapshot=pb.ServiceSnapshot(service="b", version="1"))
@@ -62,7 +65,7 @@ class Served:
         self.calls = calls
         self._nursery = nursery
 
-    def stream(self) -> trio.abc.Stream:
+    def stream(self) -> Any:
         near, far = memory_stream_pair()
         self._nursery.start_soon(self.server.serve_stream, far)
         return near
@@ -103,6 +106,7 @@ async def serving(**options: Any) -> AsyncIterator[Served]:
 
 async def end(connection: WebSocketConnection) -> tuple[int, str | None]:
     """The code and reason that the server closes with."""
+    reason = None
     try:
         while True:
             await connection.get_message()
@@ -429,10 +433,10 @@ async def test_a_message_that_is_cut_is_followed_by_nothing() -> None:
         await watched.send_all(b"goodbye")
     await far.aclose()
     # Who was cancelled before the first byte may say goodbye.
-    near, far = memory_stream_pair()
-    watched = WatchedStream(near, 10.0)
+    ours, theirs = memory_stream_pair()
+    watched = WatchedStream(ours, 10.0)
     with trio.CancelScope() as scope:
         scope.cancel()
         await watched.send_all(b"x")
     await watched.send_all(b"goodbye")
-    assert await far.receive_some(10) == b"goodbye"
+    assert await theirs.receive_some(10) == b"goodbye"

@@ -52,7 +52,7 @@ BEFORE = {
 in_page = pytest.mark.parametrize("page", sorted({block.page for block in ALL}))
 
 
-def _of(*languages: str) -> Any:
+def _of(*languages: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", [block for block in ALL if block.language in languages], ids=str)
 
 
@@ -180,8 +180,8 @@ def test_what_a_page_says_happens(page: str, tmp_path: Path, root: None, program
                 if (each, file.name) not in written:
                     file.write_text(_here(block.text, tmp_path))
                     written.append((each, file.name))
-    for name, text in GIVEN.get(page, {}).items():
-        (tmp_path / name).write_text(text)
+    for given, text in GIVEN.get(page, {}).items():
+        (tmp_path / given).write_text(text)
     before = [Step("before", _servers_behind(BEFORE[page]), None)] if page in BEFORE else []
     followed = [*before, *_followed(page)]
     lines = ["exec 2>&1"]

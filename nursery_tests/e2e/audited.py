@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from types import FrameType
 
 _EVENTS = ("open", "import", "os.listdir", "os.scandir", "os.rename", "os.remove")
 _FRAMES = 8
@@ -31,8 +32,8 @@ class Watch:
             return
         if str(args[0]).startswith("/proc/"):
             return
-        came = []
-        frame = sys._getframe(1)
+        came: list[str] = []
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and len(came) < _FRAMES:
             came.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
             frame = frame.f_back

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -100,7 +101,7 @@ class Load:
 
 @pytest.fixture
 async def load(nursery: trio.Nursery) -> Callable[..., Load]:
-    def start(place: Place, host: str, port: int, **how: float) -> Load:
+    def start(place: Place, host: str, port: int, **how: Any) -> Load:
         made = Load(place, host, port, **how)
         nursery.start_soon(made.run)
         return made

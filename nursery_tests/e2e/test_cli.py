@@ -324,10 +324,10 @@ async def test_a_proxy_serves_without_anybody_listening_to_it(cli: Cli, processe
     command = [sys.executable, "-m", "meshlocal", "proxy", "--discovery", "file:missing.yaml", *TCP]
     proxy = await processes.start(["sh", "-c", f'exec "$@" {shell}', "sh", *command, "--admin", f"127.0.0.1:{port}"])
     with trio.fail_after(20):
-        while True:
+        status = None
+        while status is None:
             try:
                 status, _ = await here.get(port, "/livez")
-                break
             except OSError:
                 await trio.sleep(0.05)
     assert status == 200

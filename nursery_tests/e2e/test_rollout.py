@@ -25,6 +25,8 @@ from nursery_tests.ports import free_port
 _spec = importlib.util.spec_from_file_location(
     "kubernetes_apiserver", Path(__file__).parents[1] / "discovery" / "kubernetes" / "apiserver.py"
 )
+assert _spec is not None
+assert _spec.loader is not None
 apiserver = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(apiserver)
 
@@ -54,7 +56,7 @@ class Instance:
         self.requests = 0
         self.closed = trio.Event()
         self._stop = trio.CancelScope()
-        self._idle = set()
+        self._idle: set[trio.CancelScope] = set()
         self._closing = False
 
     async def run(self, *, task_status: Any) -> None:
@@ -78,6 +80,10 @@ class Instance:
         for scope in self._idle:
             scope.cancel()
 
+    def is_closing(self) -> bool:
+        """Whether it was told to stop."""
+        return self._closing
+
     async def _tcp(self, stream: Any) -> None:
         with suppress(trio.BrokenResourceError):
             async with stream:
@@ -88,7 +94,7 @@ class Instance:
     async def _http(self, stream: Any) -> None:
         with suppress(trio.BrokenResourceError):
             async with stream:
-                while not self._closing:
+                while not self.is_closing():
                     head = b""
                     with trio.CancelScope() as scope:
                         self._idle.add(scope)
@@ -103,7 +109,7 @@ class Instance:
                         return
                     self.requests += 1
                     body = f"{self.name}\n".encode()
-                    close = b"Connection: close\r\n" if self._closing else b""
+                    close = b"Connection: close\r\n" if self.is_closing() else b""
                     await stream.send_all(
                         b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n%s" % (len(body), close, body)
                     )
@@ -125,9 +131,9 @@ class HttpLoad:
 
     def __init__(self, port: Any) -> None:
         self._port = port
-        self.last = []
+        self.last: list[Any] = []
         self.count = 0
-        self.errors = []
+        self.errors: list[Any] = []
         self.news = trio.Event()
 
     async def run(self, method: Any) -> None:
@@ -163,7 +169,7 @@ class Rollout:
     def __init__(self, nursery: Any, server: Any) -> None:
         self.ports = {"http": free_port(*NAMES), "grpc": free_port(*NAMES)}
         self.nursery, self.server = nursery, server
-        self.instances = {}
+        self.instances: dict[Any, Instance] = {}
         self._events = iter(())
 
     def local(self, data: Any) -> Any:
@@ -226,7 +232,7 @@ async def start_sidecar(processes: Any, nursery: Any, here: Any, load: Any, disc
         *("--listen", "tcp://127.0.0.1:0=b", "--listen", "http://127.0.0.1:0=headless", "--admin", "127.0.0.1:0"),
     )
     ready = (await proxy.printed(r"ready: (.*)\n", "out"))[1]
-    tcp, http = (int(re.search(rf"{scheme}://127\.0\.0\.1:(\d+)", ready)[1]) for scheme in ("tcp", "http"))
+    tcp, http = (int(re.findall(rf"{scheme}://127\.0\.0\.1:(\d+)", ready)[0]) for scheme in ("tcp", "http"))
     requests = HttpLoad(http)
     for method in ("GET", "PUT", "GET"):
         nursery.start_soon(requests.run, method)

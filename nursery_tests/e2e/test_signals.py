@@ -293,7 +293,7 @@ async def test_whether_it_waits_awake_can_be_changed(running: Running) -> None:
     """S2: `busy_poll` is applied to what is under way, and what it costs is counted."""
 
     async def spent() -> float:
-        return (await running.here.metrics(running.admin))("busy_poll_seconds_total")
+        return float((await running.here.metrics(running.admin))("busy_poll_seconds_total"))
 
     await running.start(config(B))
     talk = await running.open()

@@ -167,16 +167,22 @@ async def attack(
         near, far = memory_stream_pair()
         nursery.start_soon(neighbours.serve_stream, far)
         async with channel_over(near) as channel, channel.call(WATCH_INSTANCES) as call:
+
+            async def event() -> pb.WatchInstancesResponse:
+                received = await call.receive()
+                assert received is not None
+                return received
+
             await call.send(pb.WatchInstancesRequest(subscriptions=[pb.Subscription(service="b")]), end=True)
-            assert (await call.receive()).snapshot.service == "b"
-            assert (await call.receive()).HasField("heartbeat")
+            assert (await event()).snapshot.service == "b"
+            assert (await event()).HasField("heartbeat")
             attacker, attacked = memory_stream_pair()
             nursery.start_soon(server.serve_stream, attacked)
             read = await _feed(attacker, [first, *pieces])
             assert read <= MOST_OUTGOING
             registry.update("2")
             with trio.fail_after(1):
-                change = (await call.receive()).change
+                change = (await event()).change
             assert {each.labels.labels["l"] for each in change.upserted} == {"2"}
             await attacker.aclose()
             with trio.fail_after(1000):

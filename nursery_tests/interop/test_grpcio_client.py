@@ -282,7 +282,7 @@ async def test_an_unknown_method_is_unimplemented(served: Served) -> None:
 
 
 async def test_health(served: Served) -> None:
-    def use(channel: grpc.Channel) -> Iterator[int]:
+    def use(channel: grpc.Channel) -> None:
         check = stub(channel, CHECK)
         assert check(health_pb2.HealthCheckRequest()).status == SERVING
         with pytest.raises(grpc.RpcError) as caught:

@@ -75,7 +75,7 @@ class _Echo:
         return StringValue(value=context.peer())
 
     def handler(self) -> grpc.GenericRpcHandler:
-        behaviours = {
+        behaviours: dict[Method[Any, Any], Any] = {
             DOUBLE: self.double,
             BYTES: self.bytes_,
             COUNT: self.count,

@@ -466,11 +466,11 @@ def test_a_watched_service_is_in_use(on_loop: Run) -> None:
         ({"sources": ("file:a",), "services": {"b": ServiceConfig(failback=FailbackConfig())}}, "services.b.failback"),
     ],
 )
-async def test_arguments_that_cannot_be_used(arguments: dict[str, object], problem: str) -> None:
+async def test_arguments_that_cannot_be_used(arguments: dict[str, Any], problem: str) -> None:
     """Bad input: the argument at fault and why, by the names that the caller knows."""
     sources = arguments.pop("sources")
     with pytest.raises(meshlocal.MeshConfigError, match=problem):
-        async with meshlocal.open_mesh(*sources, **arguments):  # type: ignore[arg-type, misc] - a table of them
+        async with meshlocal.open_mesh(*sources, **arguments):
             raise AssertionError("opened")
 
 

@@ -129,7 +129,9 @@ def test_a_rhythm_of_three_is_known_by_what_came_before() -> None:
 def test_what_is_there_already_is_given_at_once() -> None:
     world = World(endless(0.0))
     for _ in range(20):
-        assert world.step() == (EVENT, pytest.approx(LOOK))
+        found, lasted = world.step()
+        assert found == EVENT
+        assert lasted == pytest.approx(LOOK)
     assert not world.yields
 
 

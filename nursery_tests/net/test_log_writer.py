@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import trio
@@ -119,7 +119,8 @@ async def test_the_log_says_how_many_lines_it_dropped(
             await trio.lowlevel.checkpoint()
         lost = dropped_lines() - before
         assert lost > 0
-        writer = root.handlers[-1].writer  # type: ignore[attr-defined] - the handler that was just made
+        handler: Any = root.handlers[-1]  # The one that was just made.
+        writer = handler.writer
         os.set_blocking(reader, False)
         found = b""
         with trio.fail_after(10):

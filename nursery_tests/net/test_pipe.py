@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
@@ -91,7 +91,11 @@ async def test_what_was_reset_fails(pair: tuple[PlainPipe, socket.socket], act: 
     pipe, theirs = pair
     PlainPipe(theirs).abort()
     await pipe.wait_readable()
-    acts = {"read": lambda: pipe.read(1), "write": lambda: pipe.write(b"x"), "peek": lambda: pipe.peek(1)}
+    acts: dict[str, Callable[[], object]] = {
+        "read": lambda: pipe.read(1),
+        "write": lambda: pipe.write(b"x"),
+        "peek": lambda: pipe.peek(1),
+    }
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         acts[act]()
     assert not is_silent(pipe)

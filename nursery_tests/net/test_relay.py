@@ -24,9 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshlocal.net import flows
-from meshlocal.net import relay as relay_module
 from meshlocal.net.relay import CHUNK, TURN, copy, relay
-from meshlocal.net.relay_loop import open_relay_loop
+from meshlocal.net.relay_loop import current_loop, open_relay_loop
 from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
 
@@ -68,7 +67,7 @@ class Setup(NamedTuple):
 @contextmanager
 def setup(make: Callable[[], Pair] = unix_pair, buffer: int = 0) -> Iterator[Setup]:
     with ExitStack() as stack:
-        if _paths == ["loop"] and relay_module.current_loop.get() is None:
+        if _paths == ["loop"] and current_loop.get() is None:
             loop = stack.enter_context(open_relay_loop())
             assert loop is not None, "this trio hides its epoll instance: relays would take the slow path"
         app, client = map(stack.enter_context, make())

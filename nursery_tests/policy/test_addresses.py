@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.sources import FileOptions, SourceUrl
 
 TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
@@ -18,10 +19,10 @@ TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
         ("LOCALHOST:0", SocketAddress("localhost", 0)),
         ("[::1]:65535", SocketAddress("::1", 65535)),
         ("[0:0:0:0:0:0:0:0]:1", SocketAddress("::", 1)),
-        ("tcp://127.0.0.1:15001=b", ListenAddress("tcp", "127.0.0.1", 15001, "b")),
-        ("TCP://[::1]:0=b.default", ListenAddress("tcp", "::1", 0, "b.default")),
-        ("tcp://localhost:1=b", ListenAddress("tcp", "localhost", 1, "b")),
-        ("http://127.0.0.1:80=b", ListenAddress("http", "127.0.0.1", 80, "b")),
+        ("tcp://127.0.0.1:15001=b", ListenAddress("tcp", "127.0.0.1", 15001, ServiceKey("b"))),
+        ("TCP://[::1]:0=b.default", ListenAddress("tcp", "::1", 0, ServiceKey("b.default"))),
+        ("tcp://localhost:1=b", ListenAddress("tcp", "localhost", 1, ServiceKey("b"))),
+        ("http://127.0.0.1:80=b", ListenAddress("http", "127.0.0.1", 80, ServiceKey("b"))),
         ("HTTP://[::1]:80", ListenAddress("http", "::1", 80, None)),
         ("grpc://127.0.0.1:7070", DiscoveryUrl("grpc", "127.0.0.1", 7070)),
         ("GRPC://Discovery.Mesh:7070/", DiscoveryUrl("grpc", "discovery.mesh", 7070)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -166,7 +167,7 @@ def test_the_load_of_an_ejected_instance_spreads_evenly() -> None:
     others = [at(number, "n2") for number in range(2, 7)]
     of, on = picker(*others), cursors()
     made = health(others[:1])
-    served = Counter()
+    served: Counter[Any] = Counter()
     for _ in range(400):
         pick = of.plan(on, gate(made)).next()
         assert pick is not None

@@ -14,6 +14,7 @@ from meshlocal.policy.config import (
     resolve_node_name,
 )
 from meshlocal.policy.config_http import HttpConfig
+from meshlocal.policy.model import ServiceKey
 
 
 def test_defaults_are_those_of_the_rules() -> None:
@@ -58,17 +59,17 @@ def test_overrides_have_the_keys_of_the_policy() -> None:
 def test_a_service_keeps_what_it_does_not_override() -> None:
     base = AttemptPolicy(deadline=7.0, max_attempts=3, idle_timeout=60.0)
     services = {
-        "b": ServiceConfig(attempts=AttemptOverrides(connect_timeout=2.0, max_attempts=None)),
-        "c.other": ServiceConfig(port_name="grpc"),
+        ServiceKey("b"): ServiceConfig(attempts=AttemptOverrides(connect_timeout=2.0, max_attempts=None)),
+        ServiceKey("c.other"): ServiceConfig(port_name="grpc"),
     }
     proxy = ProxyConfig(attempts=base, services=services)
-    assert proxy.attempts_for("b") == AttemptPolicy(
+    assert proxy.attempts_for(ServiceKey("b")) == AttemptPolicy(
         deadline=7.0, connect_timeout=2.0, max_attempts=None, idle_timeout=60.0
     )
-    assert proxy.attempts_for("c.other") is base
-    assert proxy.attempts_for("unknown") is base
-    assert proxy.service("c.other").port_name == "grpc"
-    assert proxy.service("unknown") == ServiceConfig()
+    assert proxy.attempts_for(ServiceKey("c.other")) is base
+    assert proxy.attempts_for(ServiceKey("unknown")) is base
+    assert proxy.service(ServiceKey("c.other")).port_name == "grpc"
+    assert proxy.service(ServiceKey("unknown")) == ServiceConfig()
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,11 @@ def test_a_service_keeps_what_it_does_not_override() -> None:
     ],
 )
 def test_a_bare_name_belongs_to_the_namespace(namespace: str | None, key: str, found: str | None) -> None:
-    services = {"b": ServiceConfig(port_name="bare"), "c.default": ServiceConfig(port_name="full")}
-    assert ProxyConfig(namespace=namespace, services=services).service(key).port_name == found
+    services = {
+        ServiceKey("b"): ServiceConfig(port_name="bare"),
+        ServiceKey("c.default"): ServiceConfig(port_name="full"),
+    }
+    assert ProxyConfig(namespace=namespace, services=services).service(ServiceKey(key)).port_name == found
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig, RouteConfig
+from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.sources import FileOptions, SourceUrl
 
 FULL: dict[str, Any] = {
@@ -165,9 +166,9 @@ def test_every_key() -> None:
                 cache_file="/var/lib/meshlocal/snapshots",
             ),
             listen=(
-                ListenAddress("tcp", "127.0.0.1", 15001, "b"),
-                ListenAddress("tcp", "::1", 0, "c"),
-                ListenAddress("tcp", "::1", 0, "d"),
+                ListenAddress("tcp", "127.0.0.1", 15001, ServiceKey("b")),
+                ListenAddress("tcp", "::1", 0, ServiceKey("c")),
+                ListenAddress("tcp", "::1", 0, ServiceKey("d")),
             ),
             admin=SocketAddress("localhost", 15000),
             attempts=AttemptPolicy(
@@ -185,7 +186,10 @@ def test_every_key() -> None:
                 replay_wait=0.5,
             ),
             http=HttpConfig(
-                routes=(RouteConfig(prefix="/api", service="b"), RouteConfig(prefix="/", service="c", host="shop")),
+                routes=(
+                    RouteConfig(prefix="/api", service=ServiceKey("b")),
+                    RouteConfig(prefix="/", service=ServiceKey("c"), host="shop"),
+                ),
                 cluster_domain="corp.example",
                 max_services=2,
                 service_idle_timeout=3.0,
@@ -205,13 +209,13 @@ def test_every_key() -> None:
                 response_headers=True,
             ),
             services={
-                "b": ServiceConfig(
+                ServiceKey("b"): ServiceConfig(
                     port_name="grpc",
                     attempts=AttemptOverrides(deadline=1.0, max_attempts=None),
                     limits=LimitsConfig(connections=4),
                     spill=5,
                 ),
-                "c": ServiceConfig(),
+                ServiceKey("c"): ServiceConfig(),
             },
             ejection=EjectionConfig(failures=1, time=2.0, max_time=3.0),
             limits=LimitsConfig(connections=1, requests=2, waiting=3),
@@ -624,7 +628,7 @@ def test_nothing_but_config_errors(data: list[object], needs: Role | None) -> No
         text = str(error)
     else:
         assert msgspec.json.encode(config)
-        assert config.proxy.attempts_for("b").deadline > 0
+        assert config.proxy.attempts_for(ServiceKey("b")).deadline > 0
     assert text != "", "an error always says what is wrong"
 
 

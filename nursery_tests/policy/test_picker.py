@@ -328,14 +328,13 @@ def test_a_picker_is_built_in_steps() -> None:
     random.Random(1).shuffle(crowd)
     whole = snapshot(*crowd)
     steps = Picker.in_steps(Selector(N1), whole)
-    count = 0
-    while True:
+    count, built = 0, None
+    while built is None:
         try:
             next(steps)
+            count += 1
         except StopIteration as done:
             built = done.value
-            break
-        count += 1
     assert count >= len(crowd) // STEP
     expected = [sorted(each.key for each in crowd if (each.node == "n1") is local) for local in (True, False)]
     assert [list(group.keys) for group in built._groups[:2]] == expected

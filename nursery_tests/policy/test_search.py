@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,8 +33,13 @@ class Row:
         return pick
 
 
+def row_of(size: int) -> Any:
+    """What looks like a walk to a search."""
+    return Row(size)
+
+
 def search(size: int = 3, *, most: int | None = None, deadline: float = 10.0) -> Search:
-    return Search(deadline, most, Row(size))
+    return Search(deadline, most, row_of(size))
 
 
 def refuse(machine: Search, now: float = 0.0) -> Decision:
@@ -66,7 +72,7 @@ def test_a_plan_that_comes_later() -> None:
     """A7."""
     machine = Search(10.0, None)
     assert machine.next() is None
-    machine.plan = Row(1)
+    machine.plan = row_of(1)
     assert machine.next() is not None
 
 
@@ -107,7 +113,7 @@ CASES = list(itertools.product(Failure, (False, True), (False, True), (False, Tr
 @pytest.mark.parametrize(("failure", "sent", "idempotent", "held"), CASES)
 def test_what_follows_is_what_the_table_says(failure: Failure, sent: bool, idempotent: bool, held: bool) -> None:
     """A3: and nothing is taken of the plan unless it goes on."""
-    row = Row(2)
+    row = row_of(2)
     machine = Search(10.0, None, row)
     machine.next()
     expected = decide(failure, sent=sent, idempotent=idempotent, held=held)

@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import trio
@@ -78,11 +79,11 @@ class Proxy:
         self.ended = trio.Event()
         self._version = 0
 
-    def configure(self, policy: AttemptPolicy, **service: object) -> None:
+    def configure(self, policy: AttemptPolicy, **service: Any) -> None:
         self.config = ProxyConfig(
             listen=(self.address,),
             attempts=policy,
-            services={B: ServiceConfig(**service)},  # type: ignore[arg-type] - the keys of one section
+            services={B: ServiceConfig(**service)},
         )
         self.table.reconfigure(self.config, self.table.locality)
 

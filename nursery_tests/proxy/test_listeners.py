@@ -19,6 +19,7 @@ from meshlocal.policy.locality import Locality
 from meshlocal.proxy.http.forwarder import HttpForwarder
 from meshlocal.proxy.listeners import Listener, Listeners
 from meshlocal.proxy.tcp.forwarder import TcpForwarder
+from nursery_tests.logged import events
 from nursery_tests.ports import free_port
 
 
@@ -180,4 +181,4 @@ async def test_accept_errors_are_counted_and_said(listeners: Listeners, caplog: 
     for _ in range(3):
         listener.on_accept_error(OSError(24, "Too many open files"))
     assert listener.accept_errors == 3
-    assert [record.msg.event for record in caplog.records] == ["cannot accept; trying again"]
+    assert events(caplog.records) == ["cannot accept; trying again"]

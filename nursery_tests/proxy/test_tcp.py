@@ -21,6 +21,7 @@ from meshlocal.net import relay_loop
 from meshlocal.net.relay_loop import DEFERRAL, current_loop
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.model import Instance, ServiceKey, make_instance
+from nursery_tests.logged import events
 from nursery_tests.ports import free_port
 from nursery_tests.proxy.silent import silent
 
@@ -442,7 +443,7 @@ async def test_a_fault_of_ours_costs_its_connection_only(
         RequestKey("node", "", Outcome.ERROR): 1,
         RequestKey("node", "", Outcome.SERVED): 1,
     }
-    assert [record.msg.event for record in caplog.records] == ["connection failed by a fault in the proxy"] * 2
+    assert events(caplog.records) == ["connection failed by a fault in the proxy"] * 2
 
 
 async def test_the_task_of_one_connection_serves_the_next(proxy: Any, upstream: Any) -> None:
@@ -530,7 +531,7 @@ async def test_a_short_connection_needs_no_step_of_a_task(
         "faulty": Outcome.ERROR,
     }[end]
     assert proxy.requests == {RequestKey("node", "", outcome): 3}
-    faults = [record.msg.event for record in caplog.records if record.levelname == "ERROR"]
+    faults = events(record for record in caplog.records if record.levelname == "ERROR")
     assert faults == (["connection failed by a fault in the proxy"] * 3 if end == "faulty" else [])
 
 
@@ -547,7 +548,9 @@ async def test_a_connection_that_is_over_before_its_new_task_begins(proxy: Any, 
                 far.shutdown(socket.SHUT_WR)
                 client.shutdown(socket.SHUT_WR)
                 # As if the loop had slept and seen that before Trio came to the task.
-                current_loop.get().before_io_wait(0)
+                loop = current_loop.get()
+                assert loop is not None
+                loop.before_io_wait(0)
                 assert len(proxy.forwarder) == 0
                 await until(lambda: len(proxy.connections.child_tasks) == 1)
                 await wait_all_tasks_blocked()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from h2.errors import ErrorCodes
 from h2.events import DataReceived, RequestReceived, ResponseReceived, StreamEnded, StreamReset
@@ -86,7 +88,7 @@ def exchange(client: Http2Protocol, server: Http2Protocol) -> tuple[list[object]
     return seen
 
 
-def kinds(events: list[object]) -> list[type]:
+def kinds(events: Sequence[object]) -> list[type]:
     return [type(event) for event in events]
 
 

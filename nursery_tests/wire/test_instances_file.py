@@ -1,14 +1,18 @@
 """The instances file: its format, and how its mistakes are told."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.model import Conditions, make_instance
+from meshlocal.policy.model import Conditions, ServiceKey, make_instance
 from meshlocal.policy.problems import Problem
 from meshlocal.wire.instances_file import InstancesFileError, parse_instances_file
+
+B = ServiceKey("b")
 
 EXAMPLE = """\
 zone: z1
@@ -59,7 +63,7 @@ def test_the_documented_example() -> None:
 
 def test_json_is_the_same_format() -> None:
     text = json.dumps({"services": {"b": [{"address": "10.0.0.1", "port": 1, "labels": {"node": "n1"}}]}}, indent=1)
-    (instance,) = parse_instances_file(text, "instances.json").services["b"]
+    (instance,) = parse_instances_file(text, "instances.json").services[B]
     assert instance == make_instance("10.0.0.1", 1, "", {"node": "n1", "service": "b", "registry": "file"})
 
 
@@ -67,13 +71,13 @@ def test_zone_and_cluster_come_from_the_instance_then_the_file_then_the_argument
     text = "{zone: '%s', services: {b: [{address: 10.0.0.1, port: 1, labels: {cluster: own}}]}}"
     found = parse_instances_file(text % "file", "f", zone="argument", cluster="argument")
     assert (found.zone, found.cluster) == ("file", "argument")
-    assert found.services["b"][0].labels == {"zone": "file", "cluster": "own", "service": "b", "registry": "file"}
+    assert found.services[B][0].labels == {"zone": "file", "cluster": "own", "service": "b", "registry": "file"}
     found = parse_instances_file(text % " ", "f", zone="argument")
-    assert found.services["b"][0].labels["zone"] == "argument"
+    assert found.services[B][0].labels["zone"] == "argument"
 
 
 def test_unknown_zone_is_no_label() -> None:
-    (instance,) = parse_instances_file("services: {b: [{address: 10.0.0.1, port: 1}]}", "f").services["b"]
+    (instance,) = parse_instances_file("services: {b: [{address: 10.0.0.1, port: 1}]}", "f").services[B]
     assert instance.labels == {"service": "b", "registry": "file"}
 
 
@@ -84,13 +88,13 @@ services:
   b:
     - {address: 10.0.0.1, port: 1, port_name: , protocol: , labels: , ready: , serving: , terminating: }
 """
-    (instance,) = parse_instances_file(text, "f").services["b"]
+    (instance,) = parse_instances_file(text, "f").services[B]
     assert instance == make_instance("10.0.0.1", 1, "", {"service": "b", "registry": "file"})
 
 
 def test_labels_of_the_registry_may_be_repeated() -> None:
     text = "services: {b: [{address: 10.0.0.1, port: 1, labels: {service: b, registry: file}}]}"
-    assert parse_instances_file(text, "f").services["b"][0].labels == {"service": "b", "registry": "file"}
+    assert parse_instances_file(text, "f").services[B][0].labels == {"service": "b", "registry": "file"}
 
 
 def test_no_service_at_all_is_said_with_braces() -> None:
@@ -188,7 +192,7 @@ def test_mistakes_in_an_instance(item: str, message: str) -> None:
 
 def test_the_same_address_with_another_port_name_is_another_instance() -> None:
     text = "services: {b: [{address: 10.0.0.1, port: 1}, {address: 10.0.0.1, port: 1, port_name: grpc}]}"
-    assert len(parse_instances_file(text, "f").services["b"]) == 2
+    assert len(parse_instances_file(text, "f").services[B]) == 2
 
 
 def test_differently_written_addresses_are_one() -> None:
@@ -227,7 +231,7 @@ files = st.fixed_dictionaries({"services": st.dictionaries(words, st.lists(insta
 @given((data | files).map(json.dumps))
 def test_nothing_but_its_own_error(text: str) -> None:
     problems: tuple[Problem, ...] = ()
-    services = {}
+    services: Mapping[Any, Any] = {}
     try:
         services = parse_instances_file(text, "f").services
     except InstancesFileError as error:
@@ -241,5 +245,5 @@ def test_ten_thousand_instances() -> None:
     lines = [
         f"    - {{address: 10.0.{i // 250}.{i % 250 + 1}, port: 9000, labels: {{node: n{i}}}}}" for i in range(10_000)
     ]
-    found = parse_instances_file("\n".join(["services:", "  b:", *lines]), "f").services["b"]
+    found = parse_instances_file("\n".join(["services:", "  b:", *lines]), "f").services[B]
     assert len({instance.key for instance in found}) == 10_000

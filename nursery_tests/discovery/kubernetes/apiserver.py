@@ -44,10 +44,10 @@ class Collection:
     def __init__(self, version: Any = 1) -> None:
         self.version = version
         self.oldest = version
-        self.items = {}
-        self.events = []  # (version, namespace, line)
-        self.bookmarks = []
-        self.snapshots = {}
+        self.items: dict[tuple[str, str], Any] = {}
+        self.events: list[tuple[int, Any, bytes]] = []  # (version, item, line)
+        self.bookmarks: list[bytes] = []
+        self.snapshots: dict[Any, Any] = {}
         self.issued = {str(version)}
 
     def put(self, change: Any, item: Any, line: Any = None) -> None:
@@ -101,19 +101,19 @@ class ApiServer:
         self._tls = tls
         self.collections = {SLICES: Collection(), ENDPOINTS: Collection(), NODES: Collection()}
         self.tokens = None
-        self.absent = set()
-        self.forbidden = set()
+        self.absent: set[str] = set()
+        self.forbidden: set[str] = set()
         self.split = None
-        self.faults = deque()
+        self.faults: deque[Any] = deque()
         self.expired = 0
-        self.requests = []
-        self.offences = []
+        self.requests: list[Request] = []
+        self.offences: list[str] = []
         self.watching = 0
         self.accepted = 0
         self.refuse = False
         self._ended = 0
         self._changed = trio.Event()
-        self._connections = set()
+        self._connections: set[Any] = set()
         self.port = 0
 
     def need_certificate(self) -> None:

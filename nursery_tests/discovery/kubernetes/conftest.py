@@ -26,6 +26,8 @@ from meshlocal.policy.kubernetes_options import KubernetesOptions
 def _load(name: Any) -> Any:
     """A module beside this one."""
     spec = importlib.util.spec_from_file_location(f"kubernetes_{name}", Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -48,10 +50,10 @@ class Publications:
     """A `Publisher` that keeps what it is told."""
 
     def __init__(self) -> None:
-        self.services = {}
-        self.calls = []
+        self.services: dict[str, Any] = {}
+        self.calls: list[Any] = []
         self.problem = None
-        self.problems = []
+        self.problems: list[Any] = []
         self._changed = trio.Event()
 
     def replace(self, services: Any) -> None:

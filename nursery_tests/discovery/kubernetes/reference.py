@@ -12,7 +12,7 @@ ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
 
 def meaning(slices: Any, nodes: Any = None) -> Any:
     """Service → (address, port, port name) → (conditions, node, zone, region), from slices and nodes' labels by key."""
-    found = {}
+    found: dict[str, dict[Any, Any]] = {}
     for (namespace, _), item in sorted(slices.items()):
         service = (item["metadata"].get("labels") or {}).get(SERVICE, "")
         name = f"{service}.{namespace}"

@@ -9,6 +9,7 @@ import os
 import ssl
 import stat
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,12 +141,7 @@ async def test_a_server_that_speaks_no_tls(kube: Any) -> None:
 
 
 def in_access(kube: Any, port: Any) -> Any:
-    class At:
-        pass
-
-    at = At()
-    at.port = port
-    return kube.access(at)
+    return kube.access(SimpleNamespace(port=port))
 
 
 async def test_certificates_without_key_identifiers_are_taken(kube: Any) -> None:
@@ -182,8 +178,9 @@ def plugin(tmp_path: Any) -> Any:
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         return ExecPlugin(VERSION, str(script), environment={"EXTRA": "1"}, **more)
 
-    make.path = tmp_path
-    return make
+    maker: Any = make
+    maker.path = tmp_path
+    return maker
 
 
 def credential(token: Any = "t", expires: Any = None, **status: Any) -> Any:

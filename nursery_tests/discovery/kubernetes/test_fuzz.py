@@ -63,7 +63,8 @@ class Api:
 
 def follow(pieces: Any, lists: Any) -> Any:
     """What is published at the end, and how often everything was listed."""
-    table, services = EndpointTable(Defaults()), {}
+    table = EndpointTable(Defaults())
+    services: dict[str, Any] = {}
 
     def publish() -> None:
         for service, instances in table.take().items():
@@ -73,7 +74,7 @@ def follow(pieces: Any, lists: Any) -> Any:
                 services[service] = instances
 
     store = slice_store(table, publish, lambda what, key: None)
-    api = Api(pieces, lists)
+    api: Any = Api(pieces, lists)
 
     async def main() -> None:
         watch = ListWatch(api, Resource("/things", "things"), store, Random(0), lambda _: None, LIMITS)
@@ -141,7 +142,7 @@ def test_a_damaged_line(index: Any, damage: Any, sizes: Any, reference: Any) -> 
     good = json.loads(LINES[index + 1])
     truth = held(json.loads(LINES[index]), good)
     stream = line + b"\n" + LINES[index + 1] + b"\n"
-    pieces = []
+    pieces: list[bytes] = []
     for size in sizes * (len(stream) // sum(sizes) + 1):
         pieces, stream = [*pieces, stream[:size]], stream[size:]
     services, lists = follow([piece for piece in pieces if piece], [LISTED, list_of(truth)])
@@ -154,7 +155,7 @@ def test_a_damaged_line(index: Any, damage: Any, sizes: Any, reference: Any) -> 
 
 def taken(line: Any, good: Any, reference: Any) -> Iterator[Any]:
     """What may be published without a list: each line that the damaged bytes now make taken, or refused."""
-    states = [[]]
+    states: list[list[Any]] = [[]]
     for piece in filter(bytes.strip, line.split(b"\n")):
         try:
             # What nobody reads of a line may be any bytes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -187,12 +188,16 @@ async def test_a_proxy(kube: Any) -> None:
 )
 async def test_a_proxy_that_refuses(answer: Any, message: Any) -> None:
     async with proxy(answer.replace(b" 200", b" 20")) as (port, _):
-        api = Api(lambda: access(1, proxy=ConnectProxy("127.0.0.1", port, "")), lambda: None)
+        api = Api(lambda: access(1, proxy=ConnectProxy("127.0.0.1", port, "")), now)
         assert message in await failure(api)
 
 
 def access(port: Any, **more: Any) -> Any:
     return Access(origin="test", scheme="http", host="127.0.0.1", port=port, **more)
+
+
+def now() -> datetime:
+    raise AssertionError("no credential is looked at that expires")
 
 
 async def failure(api: Any) -> Any:
@@ -224,7 +229,7 @@ async def test_refusals(head: Any, body: Any, message: Any, retry_after: Any) ->
     answer = f"HTTP/1.1 {head}\r\nRetry-After: 7\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     async with peer(answer) as (port, heads):
         with pytest.raises(ApiError) as caught:
-            async with Api(lambda: access(port), lambda: None).get("/x", {"a": "b c"}, "application/json"):
+            async with Api(lambda: access(port), now).get("/x", {"a": "b c"}, "application/json"):
                 pass
         assert str(caught.value) == message
         assert caught.value.retry_after == retry_after
@@ -237,14 +242,14 @@ async def test_waits_that_a_server_may_ask_for_are_bounded() -> None:
     answer = b"HTTP/1.1 429 X\r\nRetry-After: Wed, 21 Oct 2026 07:28:00 GMT\r\nContent-Length: 0\r\n\r\n"
     async with peer(answer) as (port, _):
         with pytest.raises(ApiError) as caught:
-            async with Api(lambda: access(port), lambda: None).get("/x", {}, "application/json"):
+            async with Api(lambda: access(port), now).get("/x", {}, "application/json"):
                 pass
         assert caught.value.retry_after == 0
 
 
 async def test_a_server_that_gives_no_head() -> None:
     async with peer([], hold=True) as (port, _):
-        api = Api(lambda: access(port), lambda: None, head_timeout=0.05)
+        api = Api(lambda: access(port), now, head_timeout=0.05)
         assert await failure(api) == "no answer in time"
 
 
@@ -252,6 +257,6 @@ async def test_nobody_listens() -> None:
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
     await listener.aclose()
-    problem = await failure(Api(lambda: access(port), lambda: None))
+    problem = await failure(Api(lambda: access(port), now))
     assert problem.startswith(f"all attempts to connect to 127.0.0.1:{port} failed: ")
     assert problem.endswith(": Connection refused")

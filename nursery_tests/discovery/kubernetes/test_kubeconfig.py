@@ -214,8 +214,9 @@ def place(tmp_path: Any) -> Any:
     def find(options: Any = "", **environment: Any) -> Any:
         return find_access(KubernetesOptions.parse(options), environment, tmp_path, account)
 
-    find.path = tmp_path
-    return find
+    finder: Any = find
+    finder.path = tmp_path
+    return finder
 
 
 IN_POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "6443"}

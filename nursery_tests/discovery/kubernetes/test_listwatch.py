@@ -53,7 +53,8 @@ class Api:
 
     def __init__(self, *script: Any) -> None:
         self._script = list(script)
-        self.asked = []
+        self.start = 0.0
+        self.asked: list[tuple[float, str, dict[str, Any]]] = []
         self.open = 0
         self.done = trio.Event()
 
@@ -94,9 +95,9 @@ class Store:
     """A store of names, as the real one reads them."""
 
     def __init__(self) -> None:
-        self.held = {}
-        self.listing = set()
-        self.published = []
+        self.held: dict[str, str] = {}
+        self.listing: set[str] = set()
+        self.published: list[list[str]] = []
 
     def begin(self) -> None:
         self.listing = set()
@@ -156,12 +157,18 @@ class Followed:
         self.api, self.store, self.reports, self.watch = api, store, reports, watch
 
 
+def following(api: Any, resource: Resource, store: Any, *rest: Any) -> ListWatch:
+    """Of things that only look like an API and a store."""
+    return ListWatch(api, resource, store, *rest)
+
+
 async def follow(*script: Any, limits: Any = LIMITS, selector: Any = "") -> Any:
     """Follow until the script is over, and a little longer; everything is closed afterwards."""
-    api, store, reports = Api(*script), Store(), []
+    api, store = Api(*script), Store()
+    reports: list[Any] = []
     api.start = trio.current_time()
     resource = Resource(PATH, "things", selector)
-    watch = ListWatch(api, resource, store, Half(), reports.append, limits)
+    watch = following(api, resource, store, Half(), reports.append, limits)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
         with trio.fail_after(100_000):
@@ -266,7 +273,7 @@ async def test_a_resource_that_is_no_longer_served_ends_it(autojump_clock: Any) 
     """Its source chooses anew then."""
     api, store = Api(page("7", "a"), ApiError(404, "no such thing"), ApiError(404, "no such thing")), Store()
     api.start = trio.current_time()
-    watch = ListWatch(api, Resource(PATH, "things"), store, Half(), lambda problem: None, LIMITS)
+    watch = following(api, Resource(PATH, "things"), store, Half(), lambda problem: None, LIMITS)
     with pytest.raises(ApiError, match="no such thing"):
         await watch.run()
     assert store.published == [["a"]]
@@ -358,9 +365,10 @@ async def test_an_hour_of_outage(autojump_clock: Any) -> None:
 
 async def test_the_server_is_down_at_start(autojump_clock: Any) -> None:
     """The first list is tried until it comes, with backoff; started then."""
-    api, store, reports = Api(*[OSError(111, "Connection refused")] * 3, page("1", "a")), Store(), []
+    api, store = Api(*[OSError(111, "Connection refused")] * 3, page("1", "a")), Store()
+    reports: list[Any] = []
     api.start = trio.current_time()
-    watch = ListWatch(api, Resource(PATH, "things"), store, Half(), reports.append, LIMITS)
+    watch = following(api, Resource(PATH, "things"), store, Half(), reports.append, LIMITS)
     async with trio.open_nursery() as nursery:
         await nursery.start(watch.run)
         assert trio.current_time() - api.start == pytest.approx(7)
@@ -473,5 +481,5 @@ async def test_cancellation_at_every_step(autojump_clock: Any) -> None:
         )
         api.start = trio.current_time()
         with trio.move_on_after(moment):
-            await ListWatch(api, Resource(PATH, "things"), store, Random(0), lambda _: None, LIMITS).run()
+            await following(api, Resource(PATH, "things"), store, Random(0), lambda _: None, LIMITS).run()
         assert api.open == 0

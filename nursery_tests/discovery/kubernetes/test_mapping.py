@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshlocal.discovery.kubernetes.mapping import Defaults, LeftOutCounts, map_part, part_of_endpoints, part_of_slice
+from meshlocal.discovery.kubernetes import table as table_module
+from meshlocal.discovery.kubernetes.mapping import (
+    Defaults,
+    LeftOutCounts,
+    map_part,
+    merge,
+    part_of_endpoints,
+    part_of_slice,
+)
 from meshlocal.discovery.kubernetes.objects import Topology, decode_endpoints, decode_slice
 from meshlocal.discovery.kubernetes.stores import node_store, slice_store
 from meshlocal.discovery.kubernetes.table import EndpointTable
@@ -20,6 +28,7 @@ from meshlocal.policy.steps import finish
 
 TCP = {"name": "grpc", "port": 9000, "protocol": "TCP"}
 SERVICE = "kubernetes.io/service-name"
+ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
 
 
 def mapped(
@@ -205,7 +214,9 @@ def test_truncated_endpoints() -> None:
         },
         "subsets": [{"addresses": [{"ip": "bad"}, {"ip": "10.0.0.1", "nodeName": "n1"}], "ports": [TCP]}],
     }
-    result = map_part(part_of_endpoints(decode_endpoints(json.dumps(item).encode())), {}, Defaults())
+    part = part_of_endpoints(decode_endpoints(json.dumps(item).encode()))
+    assert part is not None
+    result = map_part(part, {}, Defaults())
     assert result.left_out == LeftOutCounts(malformed=1, truncated=1)
     assert result.problems == ("subsets[0].endpoints[0].addresses[0]: 'bad' is neither an IPv4 nor an IPv6 address",)
     assert list(states(result)) == ["10.0.0.1:9000"]
@@ -219,8 +230,8 @@ class Tables:
 
     def __init__(self) -> None:
         self.table = EndpointTable(Defaults())
-        self.services = {}
-        self.updates = []
+        self.services: dict[str, Any] = {}
+        self.updates: list[str] = []
         self.slices = slice_store(self.table, self._publish, lambda what, key: None)
         self.nodes = node_store(self.table, self._publish)
 
@@ -290,7 +301,6 @@ _nodes = st.builds(
     st.sampled_from(["", "z1", "z2"]),
     st.sampled_from(["", "r1"]),
 )
-ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
 _step = st.one_of(
     st.tuples(st.just("slice"), st.sampled_from(["ADDED", "MODIFIED", "DELETED"]), _slices),
     st.tuples(st.just("node"), st.sampled_from(["ADDED", "DELETED"]), _nodes),
@@ -304,7 +314,8 @@ _step = st.one_of(
 def test_whatever_comes_the_table_says_what_the_cluster_holds(steps: Any, reference: Any) -> None:
     """After any events, lists, broken lists and changes of nodes, in any order; and only what changed is published."""
     tables = Tables()
-    slices, nodes = {}, {}
+    slices: dict[Any, Any] = {}
+    nodes: dict[Any, Any] = {}
     for what, change, item in steps:
         before = reference.read(tables.services)
         tables.updates.clear()
@@ -394,19 +405,16 @@ def test_a_node_changes_and_what_stood_on_it_goes_at_once(order: Any) -> None:
 
 def test_a_change_costs_work_for_its_service_only(monkeypatch: Any) -> None:
     """Of a thousand objects one is mapped, and one service merged."""
-    from meshlocal.discovery.kubernetes import table as module
-
     tables = Tables()
     for number in range(1000):
         item = _slice("shop", f"s-{number}", f"svc-{number}", "IPv4", [{"addresses": ["10.0.0.1"]}], [TCP])
         tables.slices.changed("ADDED", raw(item))
     tables.slices.flush()
     work = SimpleNamespace(mapped=[], merged=[])
-    map_one, merge = module.map_part, module.merge
     monkeypatch.setattr(
-        module, "map_part", lambda part, *rest: work.mapped.append(part.service) or map_one(part, *rest)
+        table_module, "map_part", lambda part, *rest: work.mapped.append(part.service) or map_part(part, *rest)
     )
-    monkeypatch.setattr(module, "merge", lambda parts: work.merged.append(parts[0].service) or merge(parts))
+    monkeypatch.setattr(table_module, "merge", lambda parts: work.merged.append(parts[0].service) or merge(parts))
     item = _slice("shop", "s-7", "svc-7", "IPv4", [{"addresses": ["10.0.0.2"]}], [TCP])
     tables.slices.changed("MODIFIED", raw(item))
     tables.slices.flush()

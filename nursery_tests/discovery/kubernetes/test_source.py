@@ -16,10 +16,11 @@ from trio.testing import wait_all_tasks_blocked
 
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.kubernetes.kubeconfig import Content
+from meshlocal.discovery.kubernetes.mapping import Defaults
 from meshlocal.discovery.kubernetes.source import KubernetesSource, SlicesFoundError, _Run
-from meshlocal.discovery.kubernetes.table import Defaults
 from meshlocal.discovery.retry import Problems
 from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.model import ServiceKey
 
 SERVICE = "kubernetes.io/service-name"
 ZONE, REGION = "topology.kubernetes.io/zone", "topology.kubernetes.io/region"
@@ -535,7 +536,7 @@ async def test_a_source_that_begins_anew_waits_for_the_labels_it_had(kube: Any, 
 
 async def test_the_first_publication_waits_for_what_is_half_put() -> None:
     """D8: what is put in several steps counts whole, also in the first publication."""
-    published = []
+    published: list[Any] = []
     publisher = SimpleNamespace(replace=published.append)
     run = _Run(publisher, Defaults("", ""), Problems(publisher, "kubernetes"))
     async with trio.open_nursery() as nursery:
@@ -553,8 +554,9 @@ async def test_the_first_publication_waits_for_what_is_half_put() -> None:
 
 def test_a_source_of_namespaces_knows_what_it_cannot_know() -> None:
     """D8: other sources' services need not wait for it."""
-    source = KubernetesSource(None, KubernetesOptions(namespaces=("shop",)), Random(0))
+    api: Any = None
+    source = KubernetesSource(api, KubernetesOptions(namespaces=("shop",)), Random(0))
     names = ("b.shop", "b.play", "b", "b.shop.x", "db.primary.shop")
-    assert [source.may_know(name) for name in names] == [True, False, False, False, True]
-    everything = KubernetesSource(None, KubernetesOptions(), Random(0))
-    assert everything.may_know("b.play")
+    assert [source.may_know(ServiceKey(name)) for name in names] == [True, False, False, False, True]
+    everything = KubernetesSource(api, KubernetesOptions(), Random(0))
+    assert everything.may_know(ServiceKey("b.play"))

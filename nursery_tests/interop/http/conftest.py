@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -106,7 +106,7 @@ class Proxy(Process):
     def __init__(
         self,
         folder: Path,
-        instances: dict[str, Sequence[str]],
+        instances: Mapping[str, Sequence[str]],
         settings: str = "",
         *,
         fixed: Sequence[str] = (),
@@ -129,7 +129,7 @@ class Proxy(Process):
         self.admin = int(re.search(r"admin=http://127\.0\.0\.1:(\d+)", ready)[1])  # type: ignore[index]  # it is there, or the test fails
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def write(self, instances: dict[str, Sequence[str]]) -> None:
+    def write(self, instances: Mapping[str, Sequence[str]]) -> None:
         lines = ["services:"]
         for service, addresses in instances.items():
             lines.append(f"  {service}:")

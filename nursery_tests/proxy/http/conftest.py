@@ -70,7 +70,7 @@ class Wire:
     async def __aexit__(self, *_: object) -> None:
         await trio.aclose_forcefully(self.stream)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes | bytearray) -> None:
         with trio.fail_after(LIMIT):
             await self.stream.send_all(data)
 
@@ -179,7 +179,7 @@ class Response:
 class Client(Wire):
     """A client of the proxy."""
 
-    async def get(self, path: str = "/", **fields: str) -> Response:
+    async def get(self, path: str = "/", **fields: Any) -> Response:
         return await self.ask("GET", path, **fields)
 
     async def ask(self, method: str = "GET", path: str = "/", body: bytes | None = None, **fields: str) -> Response:

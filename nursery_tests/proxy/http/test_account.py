@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ async def test_the_bytes_of_bodies_are_counted(proxy: Proxy, local: Upstream, re
     async with await proxy.connect() as client:
         for number in range(1, 4):
             assert (await client.ask("PUT", "/", b"x" * 100)).body == b"local"
-            await until(lambda number=number: sum(proxy.requests().values()) == number)
+            await until(partial(lambda wanted: sum(proxy.requests().values()) == wanted, number))
             assert (statistics.bytes_sent, statistics.bytes_received) == (100 * number, 5 * number)
         await client.get()
     await proxy.idle()

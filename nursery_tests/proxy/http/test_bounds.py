@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import select
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -274,7 +275,7 @@ async def test_only_so_many_idle_clients_are_looked_at_and_closed_at_once(
         proxy.forwarder.shed()
         proxy.forwarder.shed()
         assert looked == oldest[3 - left : 5 - left]
-        await until(lambda left=left: len(proxy.forwarder) == left)
+        await until(partial(lambda wanted: len(proxy.forwarder) == wanted, left))
         await trio.sleep(0.15)
     for client in clients:
         await trio.aclose_forcefully(client.stream)

@@ -335,7 +335,7 @@ async def test_a_client_that_ends_its_stream_with_its_request(
             await client.get()
         local.behaviour = behaviour
         # Nothing else runs between the two.
-        client.stream.socket._sock.send(GET)  # type: ignore[attr-defined] - without a checkpoint
+        client.stream.socket._sock.send(GET)  # type: ignore[attr-defined]  # without a checkpoint
         client.stream.socket.shutdown(socket.SHUT_WR)
         if held:
             await until(lambda: len(local.heads) == 1 + kept)

@@ -134,6 +134,7 @@ async def test_those_who_wait_no_longer_are_not_kept(autojump_clock: MockClock, 
     waits: dict[Waiter, float] = {}
     gone: list[weakref.ref[Waiter]] = []
     many = 30_000
+    waiter: Waiter | None = None
     for number in range(many):
         waiter = Waiter(patience)
         time = trio.current_time() + 3600 + number * 7919 % many / many
@@ -143,7 +144,7 @@ async def test_those_who_wait_no_longer_are_not_kept(autojump_clock: MockClock, 
             gone.append(weakref.ref(waiter))
         else:
             waits[waiter] = time
-    del waiter
+    waiter = None
     gc.collect()
     assert sum(each() is not None for each in gone) == 0
     await trio.sleep(3602)
