@@ -70,7 +70,7 @@ class _Forget:
         self._task_status = task_status
 
     def started(self, value: object = None) -> None:
-        """The task has started."""
+        """Whether the task has started."""
         self._task_status.started()
 
 

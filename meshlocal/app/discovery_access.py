@@ -63,7 +63,7 @@ class DiscoveryAccess:
         return context
 
     def guard(self, handlers: Routes) -> Routes:
-        """The same handlers, for calls with a token only, if there are tokens."""
+        """Handlers like these, for calls with a token only, if there are tokens."""
         if self._config.tokens_file is None:
             return handlers
         return {method: self._guarded(handler) for method, handler in handlers.items()}

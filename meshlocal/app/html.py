@@ -52,7 +52,7 @@ def good(value: object) -> Html:
 
 
 def bad(value: object) -> Html:
-    """What wants attention."""
+    """Text that wants attention."""
     return Html(f'<span class="bad">{text(value)}</span>')
 
 

@@ -24,11 +24,11 @@ class Operator:
         self._environment = environment
 
     async def command(self, process: ProxyProcess, *, task_status: trio.TaskStatus[None]) -> None:
-        """Signals (S1, S2)."""
+        """Take signals as orders (S1, S2), until cancelled."""
         await handle_signals(process.stop, process.reload, task_status=task_status)
 
     async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
-        """One line."""
+        """Say what the proxy does, in one line."""
         facts, notes = process.standing()
         self.say_ready([*facts, *(f"admin=http://{bound}" for bound in admin), *notes])
 
@@ -38,7 +38,7 @@ class Operator:
         notify_service_manager(self._environment, "READY=1")
 
     def draining(self) -> None:
-        """Tell the service manager."""
+        """Tell the service manager that the proxy stops."""
         notify_service_manager(self._environment, "STOPPING=1")
 
     def routes(self, process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:

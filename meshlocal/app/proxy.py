@@ -72,7 +72,7 @@ class Superior(Protocol):
         ...
 
     def draining(self) -> None:
-        """It stops."""
+        """The proxy drains, and then ends (S1)."""
         ...
 
     def routes(self, process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:

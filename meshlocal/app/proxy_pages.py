@@ -199,7 +199,7 @@ class _ProxyPages:
             yield {**instance_view(instance), "tier": tier, "left_out": why, "health": health}
 
     def overview(self, request: Request) -> Steps[Response]:
-        """A page for people."""
+        """The page that shows a person the proxy as a whole."""
         process = self._process
         links = ["/services", "/metrics", "/config", "/readyz", "/livez"]
         parts = [html.facts(self._state()), *self._listeners()]

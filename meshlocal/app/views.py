@@ -16,7 +16,7 @@ from meshlocal.policy.steps import Steps, finish
 
 
 def instance_view(instance: Instance) -> dict[str, Any]:
-    """One instance."""
+    """What pages and answers in JSON show of one instance."""
     key = instance.key
     view: dict[str, Any] = {"address": key.address, "port": key.port, "port_name": key.port_name or None}
     if key.protocol != "tcp":
@@ -51,8 +51,8 @@ class Summary(NamedTuple):
 
     Attributes:
         total: requests that ended.
-        reached: those of them that reached an instance: one that failed went nowhere.
-        near: those of them that reached one of the first tier.
+        reached: how many of the requests reached an instance: one that failed went nowhere.
+        near: how many of the requests reached an instance of the first tier.
         rows: tier, reason (R1), outcome and how many, in order.
     """
 
@@ -93,7 +93,7 @@ def explain_view(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> 
 
 
 def explain_in_steps(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> Steps[dict[str, Any]]:
-    """The same, in steps."""
+    """`explain_view` in steps: no step looks at more than a few instances."""
     locality = picker.selector.locality
     names = picker.selector.tiers
     plan: list[dict[str, Any]] = []

@@ -71,12 +71,12 @@ class Supervised:
             await self._channel.send(message)
 
     async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
-        """Tell it."""
+        """Tell the supervisor that the proxy may be sent work."""
         with suppress(trio.BrokenResourceError):  # `command` finds out
             await self._channel.send(Ready(*process.standing()))
 
     def draining(self) -> None:
-        """It knows."""
+        """Nothing to say: it was the supervisor that ordered the drain."""
 
 
 async def _answer(

@@ -85,7 +85,7 @@ Metrics = list["Metric"]
 
 
 class Channel:
-    """One end."""
+    """One process's end of the channel between a supervisor and its worker."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream

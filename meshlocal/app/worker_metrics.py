@@ -48,10 +48,10 @@ class Totals:
         """What each living worker had counted when it was asked last."""
         self._ended: dict[_Key, float] = defaultdict(float)
         self._families: dict[str, Metric] = {}
-        """Those of counters, without samples: what only a worker that ended had counted needs one, too."""
+        """Counters' families, without samples: what only a worker that ended had counted needs one, too."""
 
     def forget(self, worker: int) -> None:
-        """The worker has ended."""
+        """Keep what a worker that has ended had counted, in the sums of all."""
         for key, value in self._last.pop(worker, {}).items():
             self._ended[key] += value
 
@@ -117,7 +117,7 @@ class Fixed(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        """These."""
+        """The metrics that it was given."""
         return self._metrics
 
 

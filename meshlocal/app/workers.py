@@ -135,7 +135,7 @@ class Worker:
         self.end()
 
     def end(self) -> None:
-        """It has gone: nobody need wait for its answers."""
+        """Note that the worker has gone: nobody need wait for its answers."""
         for answered, _ in self._waiting.values():
             answered.set()
 
@@ -156,7 +156,7 @@ class Supervisor:
     Attributes:
         count: how many workers there are to be.
         restarts: how often one ended, and another took its place.
-        workers: those that live, by number.
+        workers: the workers that live, by number.
         on_end: called with the number of each that ends.
     """
 

@@ -106,13 +106,13 @@ class Account(Search):
 
     @property
     def waiting(self) -> bool:
-        """It waits, for an instance or for a snapshot."""
+        """Whether the request waits, for an instance or for a snapshot."""
         return self._waiting
 
     # What happens to it.
 
     def begin(self, state: ServiceState, time: float, *limits: Limit) -> Limit | None:
-        """It is for this service.
+        """Say which service the request is for.
 
         Args:
             state: the service.
@@ -148,7 +148,9 @@ class Account(Search):
         return pick
 
     def start_waiting(self, *, limited: bool = True) -> bool:
-        """It waits, for an instance or for a snapshot; False if as many as may do already. Wants a `stop_waiting`.
+        """Note that the request waits, for an instance or a snapshot; False: as many as may already do.
+
+        Wants a `stop_waiting`.
 
         Args:
             limited: it counts in the limit of those that wait: not for a snapshot.
@@ -165,7 +167,7 @@ class Account(Search):
         return True
 
     def stop_waiting(self) -> None:
-        """It waits no longer; without a wait this does nothing."""
+        """Note that the request waits no longer; without a wait this does nothing."""
         state = self.state
         if self._waiting and state is not None:
             self._waiting = False
@@ -175,13 +177,13 @@ class Account(Search):
                 state.circuit.leave(Limit.WAITING)
 
     def enter_instance(self) -> None:
-        """It is under way on the instance from now on (F3), until `leave_instance`."""
+        """Note that the request is under way on the instance from now on (F3), until `leave_instance`."""
         if self._instance is None and self.state is not None and self.pick is not None:
             self._instance = self.pick.instance
             self.state.fitness.begin(self._instance)
 
     def leave_instance(self) -> None:
-        """It is under way on the instance no longer; if it was not, this does nothing."""
+        """Note that the request is under way on the instance no longer; if it was not, this does nothing."""
         if self._instance is not None and self.state is not None:
             instance, self._instance = self._instance, None
             self.state.fitness.end(instance)
@@ -273,7 +275,7 @@ class Account(Search):
             self.state.fitness.abandoned(following.instance)
 
     def end(self, outcome: Outcome, *, hold: bool = False) -> bool:
-        """Its end, however it came: count it, and give back all that it counts in; each once.
+        """End the request, whatever its outcome: count it, and give back all that it counts in; each once.
 
         Args:
             outcome: what it is counted as, unless it was counted before.

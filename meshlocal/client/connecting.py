@@ -37,7 +37,7 @@ class Waiting(Protocol):
     """Who an instance is sought for."""
 
     left: bool
-    """It wants none any more."""
+    """Who waited for the connection wants none any more."""
 
     async def watched(self, wait: Callable[[], Awaitable[object]], /) -> None:
         """Wait for something, but no longer than until it has left. `wait` raises nothing but Cancelled."""
@@ -65,7 +65,7 @@ class Client:
 
     @property
     def socket(self) -> socket.socket:
-        """Its connection."""
+        """The connected socket."""
         return self.pipe.plain
 
     async def watched(self, wait: Callable[[], Awaitable[object]]) -> None:

@@ -80,7 +80,7 @@ class Feed(Protocol):
 
     @property
     def status(self) -> FeedStatus:
-        """How it is doing."""
+        """How the feed is doing."""
         ...
 
     def follow(self, services: Sequence[ServiceKey]) -> None:

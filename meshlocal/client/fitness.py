@@ -74,20 +74,25 @@ class Fitness:
             self._say_readmitted(instance.key, "connected")
 
     def worked(self, instance: Instance, began: float | None = None) -> None:
-        """It answered a request, with whatever answer, or kept its connection for a while. `began`: as above."""
+        """Note that the instance answered a request, whatever the answer, or kept its connection for a while.
+
+        Args:
+            instance: the instance.
+            began: when the attempt began, by anyio.current_time(); what began before an ejection does not end it.
+        """
         if self.feedback.failures:
             self.feedback.succeeded()
         if self.health.known and self.health.succeeded(_place(instance.key), anyio.current_time(), began=began):
             self._say_readmitted(instance.key, "answered")
 
     def misbehaved(self, instance: Instance, problem: str) -> None:
-        """It said what nobody had asked for: what comes of it on that connection cannot be told from an answer."""
+        """Note that the instance said what nobody had asked for: what follows cannot be told from an answer."""
         seconds = self.health.misbehaved(_place(instance.key), anyio.current_time())
         if seconds is not None:
             self._say_ejected(instance, problem, Cause.PROTOCOL, seconds)
 
     def ready_again(self, key: EndpointKey) -> None:
-        """It was not ready, and is: if it is ejected, the next request tries it (F1)."""
+        """Note that the instance was not ready, and is: if it is ejected, the next request tries it (F1)."""
         self.health.ready_again(_place(key), anyio.current_time())
 
     def failed(self, instance: Instance, error: str, cause: Cause = Cause.CONNECT, began: float | None = None) -> None:
@@ -134,7 +139,7 @@ class Fitness:
             self.health.abandoned(_place(instance.key), anyio.current_time())
 
     def checks_failed(self, instance: Instance, problem: str) -> None:
-        """So many checks failed in a row that it is tried last of all from now on (H3)."""
+        """Note that so many checks failed in a row that the instance is tried last of all from now on (H3)."""
         if self.health.checks_failed(_place(instance.key)):
             _log.warning(
                 "instance fails its health checks",

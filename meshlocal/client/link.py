@@ -22,7 +22,7 @@ MAX_EVENT_SIZE = 64 * 2**20
 
 
 class Events(Protocol):
-    """A watch under way."""
+    """The events of a watch that is under way."""
 
     @property
     def received(self) -> int:

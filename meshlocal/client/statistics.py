@@ -29,7 +29,7 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     """HTTP: the request is malformed, too large, or did not come whole."""
     LIMITED = "limited"
-    """It was refused at once, because as much as may be was under way."""
+    """The request was refused at once, because as many as may be were under way."""
     RETURNED = "returned"
     """The proxy ended it, so that its client comes back to the local tier (F2)."""
     DRAINED = "drained"
@@ -60,7 +60,7 @@ class RequestKey(NamedTuple):
 
 
 class ServiceStatistics:
-    """Counts of one service."""
+    """What was counted of one service's requests."""
 
     __slots__ = (
         "attempts",

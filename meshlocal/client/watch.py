@@ -184,7 +184,7 @@ class DiscoveryWatch:
         self.status.reconnects += 1
 
     def _reached(self, url: DiscoveryUrl) -> None:
-        """The server answers."""
+        """Note that the server answers."""
         if not self.status.connected:
             self.status.connected = True
             self.status.problem = None

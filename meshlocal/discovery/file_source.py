@@ -67,7 +67,7 @@ class FileSource:
     Args:
         path: the file.
         zone: the `zone` label of instances for which the file gives none.
-        cluster: the `cluster` label, likewise.
+        cluster: the `cluster` label of its instances that have none.
         poll_interval: seconds between two looks.
     """
 

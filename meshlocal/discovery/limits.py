@@ -75,7 +75,7 @@ class ServerLimits:
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def guard(self, handlers: Routes) -> Routes:
-        """The same handlers, with each client's calls held to the rate, and messages that are too large counted."""
+        """Handlers like these, with each client's calls held to the rate, and messages that are too large counted."""
         return {method: self._guarded(handler) for method, handler in handlers.items()}
 
     def _guarded(self, handler: Handler) -> Handler:
@@ -142,7 +142,7 @@ class ServerLimits:
             _less(self._client_subscriptions, client, subscriptions)
 
     def change(self, peer: str, size: int) -> None:
-        """So much more is held of a peer's requests that are not whole, or, negative, less (`Holding`).
+        """Note how many bytes more, or, negative, less are held of a peer's requests that are not whole (`Holding`).
 
         Raises:
             GrpcError: RESOURCE_EXHAUSTED, more is too much; it does not count then.

@@ -70,7 +70,7 @@ class Retry:
         self.failures = 0
 
     def reset(self) -> None:
-        """It works."""
+        """Begin anew: the registry answered, and the next failure is reported and waited for as a first one."""
         if not self._calm:
             self._calm = True
             self._told = ""

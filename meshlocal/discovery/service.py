@@ -103,7 +103,7 @@ class DiscoveryService:
         self.events_sent = 0
 
     def handlers(self) -> Routes:
-        """For `GrpcServer`."""
+        """What serves each method, as `GrpcServer` takes it."""
         return {
             LIST_ZONES: unary(self._list_zones),
             LIST_CLUSTERS: unary(self._list_clusters),

@@ -65,7 +65,7 @@ class Source(Protocol):
         ...
 
     async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
-        """Publish for ever."""
+        """Publish what the registry holds, until cancelled; see the class for what is started and raised."""
         ...
 
 

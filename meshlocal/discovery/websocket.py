@@ -108,11 +108,11 @@ class WebSocketCall:
         await self._connection.send_message(self._codec.encode_serialized(payload, self._method.response_type))
 
     def try_send_encoded(self, payload: bytes) -> bool:
-        """Never without waiting."""
+        """False: a WebSocket message is never sent without waiting."""
         return False
 
     async def send_last(self, response: Any) -> None:
-        """Send the last response."""
+        """Send the last response. Unlike gRPC's, it needs no mark of its own: the close that follows is one."""
         await self.send(response)
 
 

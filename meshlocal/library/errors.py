@@ -110,7 +110,7 @@ class DeadlineError(ServiceError, TimeoutError):
 
 
 class LimitedError(ServiceError):
-    """It was refused at once: as many requests as the service's limits allow were under way."""
+    """The request was refused at once: as many as the service's limits allow were under way."""
 
 
 def tried(attempts: Sequence[Attempt]) -> str:

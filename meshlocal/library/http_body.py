@@ -88,7 +88,7 @@ class ReplayableBody:
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """Stands where nobody wants to be told of a body's end."""
 
 
 class _Pass:

@@ -96,7 +96,7 @@ class SupportsFileno(Protocol):
     """A socket of whatever loop."""
 
     def fileno(self) -> int:
-        """Its descriptor; -1 once it is closed."""
+        """The socket's descriptor; -1 once it is closed."""
         ...
 
 
@@ -140,7 +140,7 @@ class InstancePool:
             await stream.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close every connection of the pool."""
         await self._pool.aclose()
 
 
@@ -193,7 +193,7 @@ class _Stream(httpcore.AsyncNetworkStream):
             raise httpcore.WriteError(_why(error)) from error
 
     def release(self) -> None:
-        """Its request is over."""
+        """Note that the connection's request is over: it is idle from now on."""
         self.busy = False
         self.idle_since = anyio.current_time()
 

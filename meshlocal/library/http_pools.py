@@ -54,7 +54,7 @@ class InstancePools:
                 await pool.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close every connection of every pool."""
         self._core.listeners.pop(self._on_snapshot, None)
         if self._sweeping is not None:
             self._sweeping.cancel()

@@ -150,7 +150,7 @@ class Flows:
         self._flows: dict[int, Flow] = {}
         """By the file descriptor of a socket: the direction that reads from it, whose twin writes to it."""
         self._again: dict[Flow, None] = {}
-        """Those that have gone on for long enough, and are served once others were; each once."""
+        """The flows that have gone on for long enough, and are served once others were; each once."""
         self._view = _buffer(LARGEST)
         self._first = self._view[:FIRST]
         self._left = TURN_BYTES
@@ -271,7 +271,7 @@ class Flows:
         self._arm(flow)
 
     def _let_go(self, size: int) -> None:
-        """So much is held no longer."""
+        """Note that so many bytes are held no longer."""
         before, self.held = self.held, self.held - size
         if before > HELD_MOST // 2 >= self.held and len(self._first) == SCANT:
             self._set_first(FIRST)

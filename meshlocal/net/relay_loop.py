@@ -117,7 +117,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
             raise
 
     def __len__(self) -> int:
-        """Relays under way."""
+        """How many relays are under way."""
         return len(self._flows) // 2
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self.handlers[fd] = handler
 
     def unlisten(self, listener: socket.socket) -> None:
-        """The end of `listen`."""
+        """Call the listener's handler no longer; without a `listen` before, this does nothing."""
         fd = listener.fileno()
         if self.handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)

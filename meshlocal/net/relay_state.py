@@ -53,7 +53,7 @@ class RelayResult(NamedTuple):
 
 
 class RelayState:
-    """What both directions share."""
+    """What the two directions of a relay share."""
 
     __slots__ = ("counters", "failed", "first_end", "number")
 

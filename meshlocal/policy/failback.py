@@ -36,5 +36,5 @@ class Failback:
         return self._next is not None and now >= self._next
 
     def returned(self, now: float) -> None:
-        """One was let go."""
+        """Note that a connection was let go: the next may go an interval later."""
         self._next = now + self.config.interval * self._rng.uniform(0.5, 1.5)

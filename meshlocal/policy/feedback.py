@@ -36,15 +36,15 @@ class Feedback:
 
     @property
     def failing(self) -> bool:
-        """The last attempt failed."""
+        """Whether the last attempt failed."""
         return self.failures > 0
 
     def succeeded(self) -> None:
-        """An attempt succeeded."""
+        """Note that an attempt succeeded."""
         self.failures = 0
 
     def failed(self, now: float) -> bool:
-        """An attempt failed; tells whether to ask now."""
+        """Note that an attempt failed; returns whether to ask now."""
         if not self.failures:
             self._since = now
         self.failures += 1

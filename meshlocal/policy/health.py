@@ -50,7 +50,7 @@ _JITTER = 0.1
 
 
 class State(StrEnum):
-    """See the table above."""
+    """Where an instance stands; the table in the module's header says how it gets there."""
 
     ADMITTED = "admitted"
     EJECTED = "ejected"
@@ -62,13 +62,13 @@ class Cause(StrEnum):
     """What ejected an instance."""
 
     CONNECT = "connect"
-    """It could not be connected."""
+    """The instance could not be connected."""
     RESET = "reset"
-    """It was connected, and failed before it said a word."""
+    """The instance was connected, and failed before it said a word."""
     CHECK = "check"
-    """Its health checks fail."""
+    """The instance's health checks fail."""
     PROTOCOL = "protocol"
-    """It said what nobody had asked for."""
+    """The instance said what nobody had asked for."""
 
 
 class Standing(NamedTuple):
@@ -119,7 +119,7 @@ class Health:
         policy: may be replaced at any time.
         total: ejections so far, by cause.
         known: what is remembered of any instance; for others to see whether there is something.
-        unfit: those that are not admitted, likewise.
+        unfit: what is remembered of the instances that are not admitted; for others to see which.
     """
 
     __slots__ = ("_rng", "known", "policy", "total", "unfit")

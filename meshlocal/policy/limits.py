@@ -75,7 +75,7 @@ class Circuit:
         return self.whole is None or self.whole.has_room(what)
 
     def leave(self, what: Limit) -> None:
-        """One less."""
+        """Count one less; undoes one `enter` that returned True."""
         self.now[what] -= 1
         if self.whole is not None:
             self.whole.now[what] -= 1

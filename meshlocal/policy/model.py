@@ -152,7 +152,7 @@ class ServiceSnapshot(msgspec.Struct, frozen=True):
     """All instances of one service at one moment.
 
     Attributes:
-        service: whose.
+        service: the service that the instances are of.
         version: opaque; equal versions of a service mean equal instances.
         instances: by key, in no particular order; must not be changed.
         unknown: no registry knows the service (its instances are then none).

@@ -83,7 +83,7 @@ class Gate(Protocol):
         ...
 
     def would_pass_over(self, place: tuple[str, int], tier: int) -> PassedOver | None:
-        """The same for a plan that is only looked at: changes nothing."""
+        """Why a plan that is only looked at would try the instance later; None: it would not. Changes nothing."""
         ...
 
 
@@ -103,7 +103,7 @@ class Pick(NamedTuple):
         tier: its tier's index; 0 is the nearest.
         reason: why the request left the first tier; None while it has not.
         last_resort: the instance is terminating (L4).
-        passed_over: it had been passed over before, and comes now because nothing else is left.
+        passed_over: the instance had been passed over before, and comes now because nothing else is left.
     """
 
     instance: Instance
@@ -230,7 +230,7 @@ class Picker:
 
     @classmethod
     def in_steps(cls, selector: Selector, snapshot: ServiceSnapshot) -> Steps[Picker]:
-        """The same, in steps."""
+        """`build` in steps: no step places more than a few instances."""
         lists: list[list[Instance]] = [[] for _ in range(2 * len(selector.locality.tiers))]
         node = selector.locality.node
         matching = 0
@@ -302,7 +302,7 @@ class Picker:
                 yield instance, why
 
     def shown(self, most: int) -> Iterator[Instance]:
-        """So many instances for people to see: those of the nearest tiers first, and last what is left out."""
+        """At most so many instances for people to see: the nearest tiers' first, and last what is left out."""
         found = 0
         for group in self._groups:
             for instance in group.instances[: most - found]:

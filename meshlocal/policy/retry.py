@@ -43,13 +43,13 @@ class Failure(StrEnum):
     REFUSED = "refused"
     """The upstream says that it did not process the request."""
     STATUS = "status"
-    """It answered with a status of `retry_on`."""
+    """The instance answered with a status of `retry_on`."""
     BROKEN = "broken"
     """The connection ended, or made no sense, within the response's head."""
 
 
 class Decision(StrEnum):
-    """What to do next."""
+    """What a search does after a failed attempt."""
 
     NEXT = "next"
     """Try the next instance."""
@@ -83,9 +83,9 @@ class Verdict(StrEnum):
     """What a failed attempt shows of its instance (H1)."""
 
     FAILS = "fails"
-    """It fails: it could not be connected, or ended a fresh connection before it said a word."""
+    """The instance fails: it could not be connected, or ended a fresh connection before it said a word."""
     WORKS = "works"
-    """It works: it takes a live instance to give an answer, whatever the answer is."""
+    """The instance works: it takes a live one to give an answer, whatever the answer is."""
     NOTHING = "nothing"
     """Nothing: it may have been slow, or been asked on a connection that was too old."""
 

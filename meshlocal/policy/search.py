@@ -29,7 +29,7 @@ class Why(StrEnum):
     NO_INSTANCE = "no_instance"
     """There was none to try (A6)."""
     FAILED = "failed"
-    """Those that were tried failed, and there is no other, or there may be no other (A6)."""
+    """The instances that were tried failed, and there is no other, or there may be no other attempt (A6)."""
     DEADLINE = "deadline"
     """The request's time is over (A1)."""
 

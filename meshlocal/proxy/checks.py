@@ -32,7 +32,7 @@ _JITTER = 0.1
 
 
 class _Followed:
-    """One service's checks."""
+    """The checks of one service's instances, each under way in a scope of its own."""
 
     def __init__(self, state: ServiceState, config: HealthCheckConfig) -> None:
         self.state = state
@@ -64,7 +64,7 @@ class HealthChecks:
         self._turns = trio.CapacityLimiter(AT_ONCE)
 
     async def run(self) -> None:
-        """Check, until cancelled."""
+        """Check the instances of every service that wants it, until cancelled."""
         # What was followed before a failure has no tasks any more.
         self._followed.clear()
         async with trio.open_nursery() as nursery:

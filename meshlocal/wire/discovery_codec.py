@@ -100,7 +100,7 @@ def change_event(change: ServiceChange) -> pb.WatchInstancesResponse:
 
 
 def heartbeat_event(interval: float, pending: Iterable[ServiceKey]) -> pb.WatchInstancesResponse:
-    """Silence filled: an event comes at least every `interval` seconds."""
+    """A heartbeat: it promises an event at least every `interval` seconds, and names what is not known yet."""
     return pb.WatchInstancesResponse(
         heartbeat=pb.Heartbeat(interval_ms=max(1, round(interval * 1000)), pending=sorted(pending))
     )
@@ -112,7 +112,7 @@ def snapshot_from_message(message: pb.ServiceSnapshot, on_bad: OnBadInstance) ->
 
 
 def snapshot_in_steps(message: pb.ServiceSnapshot, on_bad: OnBadInstance) -> Steps[ServiceSnapshot]:
-    """The same, in steps."""
+    """`snapshot_from_message` in steps: no step reads more than a few instances."""
     service = ServiceKey(message.service)
     by_key: dict[EndpointKey, Instance] = {}
     yield from _read(service, message.instances, on_bad, lambda instance: by_key.setdefault(instance.key, instance))
@@ -125,7 +125,7 @@ def change_from_message(message: pb.ServiceChange, on_bad: OnBadInstance) -> Ser
 
 
 def change_in_steps(message: pb.ServiceChange, on_bad: OnBadInstance) -> Steps[ServiceChange]:
-    """The same, in steps."""
+    """`change_from_message` in steps: no step reads more than a few instances."""
     service = ServiceKey(message.service)
     upserted: dict[EndpointKey, Instance] = {}
     yield from _read(service, message.upserted, on_bad, lambda instance: upserted.update({instance.key: instance}))

@@ -67,7 +67,7 @@ _decoder = msgspec.json.Decoder(list[_Service])
 
 
 def encode_cache(services: Iterable[CachedSnapshot]) -> bytes:
-    """The whole file."""
+    """Encode snapshots as the whole content of a cache file."""
     body = msgspec.json.encode(
         [
             _Service(

@@ -66,7 +66,7 @@ class Credentials:
     """The credentials of one `Access`.
 
     Args:
-        access: whose.
+        access: the API server, and who asks it.
         utc_now: for a plugin's expiry.
     """
 

@@ -132,7 +132,7 @@ class Response:
         self.headers = {}
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
+        """Take one header of the response."""
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
 
     def on_headers_complete(self) -> None:

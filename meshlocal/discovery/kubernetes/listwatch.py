@@ -163,7 +163,7 @@ class ListWatch:
         store: where the objects go.
         rng: for the backoff's jitter, and the length of watches.
         report: told what is wrong, and None when nothing is any longer.
-        limits: its numbers.
+        limits: sizes, times and backoff.
 
     Attributes:
         lists: complete lists so far.
@@ -252,7 +252,7 @@ class ListWatch:
         await wait_after(self._retry, error)
 
     def _progress(self) -> None:
-        """The watch works."""
+        """Note that the watch works: failures from now on count as first ones."""
         self._refusals = 0
         self._missing = 0
         self._expired = False

@@ -118,7 +118,7 @@ class MappedPart(msgspec.Struct, frozen=True):
         service: None if it belongs to none, or to one of an impossible name.
         instances: by key; of duplicates the fittest (`fitter`). Must not be changed.
         problems: what could not be used, with its place in the object.
-        left_out: likewise, counted.
+        left_out: how many addresses were left out, by why.
     """
 
     part: Part

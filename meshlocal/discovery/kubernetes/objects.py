@@ -193,5 +193,5 @@ decode_bookmark = msgspec.json.Decoder(Bookmark).decode
 
 
 def encode(value: Any) -> bytes:
-    """JSON of plain data."""
+    """Encode plain data as JSON."""
     return msgspec.json.encode(value)

@@ -34,7 +34,7 @@ class HealthStatus:
 
     @property
     def statuses(self) -> Mapping[str, pb.HealthCheckResponse.ServingStatus]:
-        """All that were set."""
+        """The status of each service that was given one."""
         return self._statuses
 
     def set(self, service: str, status: pb.HealthCheckResponse.ServingStatus) -> None:

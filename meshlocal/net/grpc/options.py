@@ -12,7 +12,7 @@ class Holding(Protocol):
     """Counts the bytes that are held for clients."""
 
     def change(self, peer: str, size: int) -> None:
-        """So much more is held for a peer, or, negative, less. Raises GrpcError where more is too much."""
+        """Note how many bytes more, or, negative, less are held for a peer. Raises GrpcError where more is too much."""
         ...
 
 

@@ -82,7 +82,7 @@ class ServerCall(Generic[Req, Resp]):
         return request
 
     def _hold(self, size: int) -> None:
-        """So much of a request that is not whole is held for the client.
+        """Note how many bytes of a request that is not whole are held for the client.
 
         Raises:
             GrpcError: that is more than there may be of all its calls.
@@ -146,7 +146,7 @@ class ServerCall(Generic[Req, Resp]):
         await self._send(payload, checkpoint=True)
 
     def try_send_encoded(self, payload: bytes) -> bool:
-        """The same without waiting, if that is possible: all of it, or none, False. `send_encoded` then says why."""
+        """Send one serialized response if that needs no waiting; False: nothing was sent; `send_encoded` says why."""
         return self._headers_sent and self._try_send(payload)
 
     def _try_send(self, payload: bytes) -> bool:

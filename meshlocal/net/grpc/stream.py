@@ -37,7 +37,7 @@ class StreamConnection(Protocol):
     streams: dict[int, Stream]
 
     def acknowledge(self, stream_id: int, size: int) -> None:
-        """So many bytes of a stream's data were taken."""
+        """Note that so many bytes of a stream's data were taken: the peer may send as many more."""
         ...
 
     def flush(self) -> None:
@@ -45,7 +45,7 @@ class StreamConnection(Protocol):
         ...
 
     def kick(self) -> None:
-        """Something was queued."""
+        """Have the task that writes send what was queued."""
         ...
 
     def lost(self, reason: str) -> GrpcError:
@@ -65,7 +65,7 @@ class StreamConnection(Protocol):
         ...
 
     def stream_closed(self) -> None:
-        """One of its streams is over."""
+        """Forget a stream of the connection that is over."""
         ...
 
 
@@ -111,13 +111,13 @@ class Stream:
     # What the connection's reader calls.
 
     def put(self, data: bytes) -> None:
-        """Data came."""
+        """Take data that came for the stream, and wake who waits for it."""
         self.received += len(data)
         self._inbox += data
         self.wake()
 
     def wake(self) -> None:
-        """Something came: data, headers or the end."""
+        """Wake who waits for the stream: data, headers or the end came."""
         if self._changed is not None:
             self._changed.set()
             self._changed = None

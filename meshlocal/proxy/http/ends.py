@@ -9,13 +9,13 @@ class End(Enum):
     """What becomes of a client's connection after a request."""
 
     KEEP = "keep"
-    """It is ready for the next one."""
+    """The connection is ready for the next request."""
     CLOSE = "close"
-    """It is closed."""
+    """The connection is closed."""
     LINGER = "linger"
-    """It is closed, but the client may still be sending: to close at once would reset it, and cost it the answer."""
+    """The connection is closed, but the client may still be sending: to close at once would cost it the answer."""
     ABORT = "abort"
-    """It is reset: what was sent on it must not look complete."""
+    """The connection is reset: what was sent on it must not look complete."""
 
 
 class ClientLeftError(Exception):
@@ -34,7 +34,7 @@ class Expiry(Enum):
     """What a connection waits for, and so what happens when that does not come in time."""
 
     FIRST = "first"
-    """Its first request: closed without a word, as it never said one. Browsers open such connections to have them."""
+    """For a connection's first request: it is closed without a word, as it never said one. Browsers open spare ones."""
     IDLE = "idle"
     """The next request: closed without a word."""
     HEAD = "head"

@@ -125,7 +125,7 @@ class Lane:
         return Abort.SUCCEEDED
 
     def _give_up(self) -> None:
-        """The task was cancelled."""
+        """End what is under way: the connection's task was cancelled."""
         self._leave()
         request, upstream = self.request, self.upstream
         if request is not None:
@@ -176,7 +176,7 @@ class Lane:
             self._give_to_task()
 
     def _call_off(self) -> None:
-        """Nobody need be reminded of the request's time."""
+        """Have nobody reminded of the request's time any more."""
         if self._reminder is not None:
             self._reminder.call_off()
             self._reminder = None

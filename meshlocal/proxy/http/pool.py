@@ -43,7 +43,7 @@ class Upstream:
 
     @property
     def sock(self) -> socket.socket:
-        """Its socket, non-blocking."""
+        """The connection's socket, non-blocking."""
         return self.pipe.plain
 
     def on_event(self, mask: int) -> None:
@@ -99,7 +99,7 @@ class Pool:
         return sum(map(len, self._idle.values()))
 
     def sizes(self) -> Iterator[tuple[HostPort, int]]:
-        """Unused connections by instance."""
+        """How many connections lie unused, by instance."""
         return ((place, len(idle)) for place, idle in self._idle.items())
 
     def take(self, place: HostPort, *, sure: bool) -> Upstream | None:

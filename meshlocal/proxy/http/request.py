@@ -60,7 +60,7 @@ class HttpRequest(HttpRecord):
         self.client_end = End.ABORT
 
     def rest(self) -> None:
-        """It is over, and kept for its client's next request: hold nothing that an idle client must not."""
+        """Let go of what an idle client must not hold: the request is over, and kept for its client's next one."""
         self.plan = self.pick = self.body = self.state = self.service = None
         self.head = NO_HEAD
 
@@ -190,7 +190,7 @@ class HttpRequest(HttpRecord):
     # Its end.
 
     def finish(self, now: float) -> None:
-        """Its end, however it came: count it, and tell of it, once."""
+        """End the request, however it came: count it, and tell the observers, once."""
         if self.client.expired:
             self._expire()
         if not self.end(self.outcome):
@@ -213,7 +213,7 @@ class HttpRequest(HttpRecord):
             observer.ended(self, now)
 
     def _expire(self) -> None:
-        """Its client's time ran out."""
+        """Settle what a client whose time ran out gets, if anything, and what its request counts as."""
         if self.response_begun:
             self.outcome = Outcome.CUT
             return

@@ -21,7 +21,7 @@ class ServedRequest(Protocol):
 
     @property
     def response_begun(self) -> bool:
-        """Some of a final response went to the client."""
+        """Whether some of a final response went to the client."""
         ...
 
     @property
@@ -90,7 +90,7 @@ class ClientStream(Protocol):
         ...
 
     def has_input(self) -> bool:
-        """Something came on it that was not read yet."""
+        """Whether something came on the connection that was not read yet."""
         ...
 
     def request_head(self, head: RequestHead, service: ServiceKey) -> bytes:

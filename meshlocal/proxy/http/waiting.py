@@ -25,7 +25,7 @@ class Waiter(Protocol):
     """Who waits for an instance. None of these may block."""
 
     def on_slow(self) -> None:
-        """It has waited for `SLOW`."""
+        """Called once the waiter has waited for `SLOW`."""
         ...
 
     def on_deadline(self) -> None:
@@ -45,7 +45,7 @@ class Reminder:
         self.waiter: Waiter | None = waiter
 
     def call_off(self) -> None:
-        """It waits no longer."""
+        """Let go of the waiter: it is told of nothing any more."""
         self.waiter = None
 
 
@@ -68,7 +68,7 @@ class Patience:
         self._rested = trio.Event()
 
     def add(self, waiter: Waiter, now: float) -> None:
-        """Begin to wait."""
+        """Note that a waiter waits since `now`."""
         self.waiting[waiter] = now
         self._added = True
         if self._resting:

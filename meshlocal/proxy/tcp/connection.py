@@ -98,7 +98,7 @@ class TcpConnection(Account):
 
     @property
     def scope(self) -> trio.CancelScope:
-        """Its cancellation ends the connection. Most of those that are short are over without one."""
+        """The scope whose cancellation ends the connection. Most short connections are over without one."""
         if self._scope is None:
             self._scope = trio.CancelScope()
         return self._scope
@@ -166,7 +166,7 @@ class TcpConnection(Account):
     # What waits.
 
     async def forward(self) -> Outcome:
-        """All that is left to do, to its end."""
+        """Do all that is left to do for the connection, to its end."""
         if self.fault is not None:
             raise self.fault
         if not self._begun:

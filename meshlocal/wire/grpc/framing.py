@@ -62,11 +62,11 @@ class MessageDecoder:
         self._gzip = gzip
 
     def __len__(self) -> int:
-        """Bytes that are held."""
+        """How many bytes are held."""
         return len(self._buffer)
 
     def feed(self, data: bytes | bytearray) -> None:
-        """Add bytes."""
+        """Take bytes that came."""
         self._buffer += data
 
     def next_message(self) -> bytes | None:

@@ -72,7 +72,7 @@ class H1Client(Client):
 
     @property
     def is_idle(self) -> bool:
-        """It waits for a request of which nothing came, its first one or the next."""
+        """Whether the connection waits for a request of which nothing came, its first one or the next."""
         return self.expiry in (Expiry.IDLE, Expiry.FIRST) and self.request is None
 
     @property
@@ -81,24 +81,24 @@ class H1Client(Client):
         return self.request.idle_limit if self.request is not None else math.inf
 
     def has_input(self) -> bool:
-        """Something came on it that was not read yet."""
+        """Whether something came on the connection that was not read yet."""
         try:
             return bool(self.early or self.pipe.peek(1))
         except OSError:
             return False
 
     def expire(self) -> None:
-        """End it: what it waits for did not come in time."""
+        """End the connection: what it waits for did not come in time."""
         self.expired = True
         self.scope.cancel()
 
     def await_transfer(self) -> None:
-        """A response is under way, and has to wait: for the client to take it, or for more of it."""
+        """Note that a response is under way, and has to wait: for the client to take it, or for more of it."""
         self.expiry = Expiry.TRANSFER
         self.deadline = trio.current_time() + self.idle_limit
 
     def await_request(self, now: float) -> None:
-        """It waits for a request of which nothing came."""
+        """Note that the connection waits for a request of which nothing came."""
         config = self.shared.settings.config
         self.expiry = Expiry.FIRST if self.fresh else Expiry.IDLE
         limit = config.header_timeout if self.fresh else config.keep_alive_timeout

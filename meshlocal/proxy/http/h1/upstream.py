@@ -178,7 +178,7 @@ class H1Upstream:
 
     @property
     def is_sent(self) -> bool:
-        """All of the request was sent."""
+        """Whether all of the request was sent."""
         body = self.request.body
         return not self.unsent and (body is None or body.finished)
 
@@ -271,16 +271,16 @@ class H1Upstream:
 
     @property
     def is_complete(self) -> bool:
-        """All of the response came."""
+        """Whether all of the response came."""
         return self.flow.complete if self._flow is not None else self.head_came
 
     @property
     def needs_task(self) -> bool:
-        """It failed, or becomes a tunnel."""
+        """Whether the request's task has to go on: the attempt failed, or the connection becomes a tunnel."""
         return self.failure is not None or self._switch is not None
 
     def complete(self) -> None:
-        """All of the response went to the client."""
+        """Settle the request: all of its response went to the client."""
         request = self.request
         request.received += self._size if self._flow is None else self._flow.size
         request.outcome = _SERVED
