@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from random import Random
 
 from meshlocal.discovery.source import Source, SourceContext, SourceError
@@ -15,6 +16,8 @@ from meshlocal.policy.problems import Problem
 from meshlocal.policy.sources import KINDS, SourceKind
 
 _log = get_log(__name__)
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 
 GROUP = "meshlocal.sources"
 """The entry points by which other packages add kinds of registries."""
@@ -32,14 +35,26 @@ def load_kinds() -> None:
             )
             continue
         try:
-            kind = point.load()
-            if not isinstance(kind, SourceKind):
-                raise TypeError(f"{type(kind).__name__} is no SourceKind")
-        except Exception as error:  # noqa: BLE001 - somebody else's code
+            kind = _loaded(point)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code
             problem = f"{type(error).__name__}: {error}"
             _log.warning("source kind left out", scheme=point.name, entry_point=point.value, problem=problem)
             continue
         KINDS[point.name] = kind
+
+
+def _loaded(point: EntryPoint) -> SourceKind:
+    """The kind that an entry point gives; raises whatever its module does, or why it is none."""
+    if not _SCHEME.fullmatch(point.name):
+        raise ValueError("its name is no scheme in lower case")
+    kind = point.load()
+    if not isinstance(kind, SourceKind):
+        raise TypeError(f"{type(kind).__name__} is no SourceKind")
+    parts = kind._asdict()
+    unfit = [name for name, part in parts.items() if not (callable(part) if name == "parse" else isinstance(part, str))]
+    if unfit:
+        raise TypeError(f"its {' and '.join(unfit)} cannot be used")
+    return kind
 
 
 def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]) -> list[Source]:
@@ -63,6 +78,9 @@ def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mappin
             sources += _factory(KINDS[url.scheme].factory)(url.options, context)
         except SourceError as error:
             problems.append(Problem(f"discovery.sources[{position}]", f"{url}: {error}"))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code, most likely
+            problem = f"{url}: cannot be made: {type(error).__name__}: {error}"
+            problems.append(Problem(f"discovery.sources[{position}]", problem))
     if problems:
         raise ConfigError(problems)
     return sources

@@ -207,6 +207,7 @@ class Account(Search):
         fitness = state.fitness
         if fitness.health.known or fitness.feedback.failures:  # else there is nothing to be told
             fitness.worked(pick.instance, self.began)
+        self.error = ""
         if self._trying:
             self._trying = False
             state.statistics.attempts[self.tier, _ANSWERED] += 1

@@ -67,8 +67,8 @@ find_more: list[Callable[[], None]] = []
 """Called once for a scheme that is not in `KINDS`, so that it may be added: finding what others bring reads files."""
 
 
-class SourceUrl(msgspec.Struct, frozen=True):
-    """A registry that the discovery server reads.
+class SourceUrl(msgspec.Struct, frozen=True, eq=False):
+    """A registry that the discovery server reads. Equal to another if it is written the same.
 
     Attributes:
         scheme: a key of `KINDS`.
@@ -80,6 +80,13 @@ class SourceUrl(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.options}"
+
+    def __eq__(self, other: object) -> bool:
+        # Other people's options need not compare; `SourceKind.parse` says that their text tells them apart.
+        return str(self) == str(other) if isinstance(other, SourceUrl) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     @classmethod
     def parse(cls, text: str) -> SourceUrl:
@@ -94,15 +101,21 @@ class SourceUrl(msgspec.Struct, frozen=True):
             while find_more:
                 find_more.pop()()
         kind = KINDS.get(scheme)
-        *first, last = [kind.form for kind in KINDS.values()]
-        forms = f"{', '.join(first)} or {last}" if first else last
         if match is None or (kind is None and scheme not in _LATER):
-            raise AddressError(f"expected {forms}, got {quote(text)}")
+            raise AddressError(f"expected {_forms()}, got {quote(text)}")
         if kind is None:
-            raise AddressError(f"{scheme}: is not supported by this version; expected {forms}")
+            raise AddressError(f"{scheme}: is not supported by this version; expected {_forms()}")
         try:
             return cls(scheme, kind.parse(match[2]))
         except AddressError:
             raise
         except ValueError as error:
             raise AddressError(str(error)) from None
+        except (Exception, SystemExit) as error:
+            # Somebody else's code, most likely: a URL that it fails at is refused like any other.
+            raise AddressError(f"{scheme}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _forms() -> str:
+    *first, last = [kind.form for kind in KINDS.values()]
+    return f"{', '.join(first)} or {last}" if first else last

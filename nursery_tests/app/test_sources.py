@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -46,6 +47,34 @@ def read_postcards(text: str) -> object:
 
 KIND = SourceKind("post:PLACE", read_postcards, f"{__name__}:open_postcards")
 NO_KIND = "nothing of the kind"
+NOTHING: Any = None
+EMPTY_KIND = SourceKind(NOTHING, NOTHING, NOTHING)
+
+
+def __getattr__(name: str) -> object:
+    if name == "EXITS":
+        raise SystemExit("who imports it ends")
+    raise AttributeError(name)
+
+
+class Address:
+    """Options that do not compare."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def read_badly(text: str) -> object:
+    if text == "exit":
+        raise SystemExit(3)
+    raise KeyError(text)
+
+
+def open_badly(options: object, context: SourceContext) -> Iterator[Source]:
+    raise SystemExit(3)
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +117,9 @@ def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"post": "NOT_THERE"}, "AttributeError"),
         ({"post": "NO_KIND"}, "TypeError: str is no SourceKind"),
+        ({"post": "EMPTY_KIND"}, "TypeError: its form and parse and factory cannot be used"),
+        ({"post": "EXITS"}, "SystemExit: who imports it ends"),
+        ({"Post": "KIND"}, "ValueError: its name is no scheme in lower case"),
         ({"file": "KIND"}, "there is one of this scheme"),
     ],
 )
@@ -101,6 +133,45 @@ def test_a_kind_that_cannot_be_used_costs_nobody_else(
     assert before | {"card": KIND} == KINDS
     (record,) = [each for each in caplog.records if each.getMessage().startswith("source kind left out")]
     assert problem in record.getMessage()
+
+
+@pytest.mark.parametrize(("text", "problem"), [("boom", "KeyError: 'boom'"), ("exit", "SystemExit: 3")])
+def test_options_that_cannot_be_read(text: str, problem: str) -> None:
+    """Whatever somebody else's reading of them raises, the URL is refused, and nothing ends."""
+    KINDS["post"] = KIND._replace(parse=read_badly)
+    with pytest.raises(AddressError) as caught:
+        SourceUrl.parse(f"post:{text}")
+    assert str(caught.value) == f"post: cannot be read: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("factory", "problem"),
+    [
+        ("no_such_module:open", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (f"{__name__}:no_such_function", f"AttributeError: {__name__}.no_such_function"),
+        (f"{__name__}:open_badly", "SystemExit: 3"),
+    ],
+)
+def test_sources_that_cannot_be_made(factory: str, problem: str) -> None:
+    """The URL at fault is named, and nothing ends."""
+    KINDS["post"] = KIND._replace(factory=factory)
+    config = DiscoveryServerConfig(sources=(SourceUrl.parse("file:a.yaml"), SourceUrl.parse("post:home")))
+    with pytest.raises(ConfigError) as caught:
+        make_sources(config, random.Random(0), {})
+    (found,) = caught.value.problems
+    assert str(found).startswith("discovery.sources[1]: post:home: cannot be made: ")
+    assert problem.rpartition(".")[2] in str(found)
+
+
+def test_urls_are_the_same_if_they_are_written_the_same() -> None:
+    """S2: a reload that changes no source changes nothing, whatever the options are."""
+    KINDS["post"] = KIND._replace(parse=Address)
+    one, same, other = (SourceUrl.parse(text) for text in ("post:home", "POST:home", "post:away"))
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert one != "post:home"
+    assert DiscoveryServerConfig(sources=(one,)) == DiscoveryServerConfig(sources=(same,))
 
 
 def test_who_reads_a_file_for_both_knows_the_kinds_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

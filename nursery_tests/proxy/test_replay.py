@@ -323,6 +323,22 @@ async def test_a_client_that_speaks_late_is_replayed_too(proxy: Any, scripted: A
     assert proxy.requests == {RequestKey("other", "local_failed", Outcome.SERVED): 1}
 
 
+async def test_a_client_that_speaks_late_is_replayed_to_the_last(proxy: Any, scripted: Any) -> None:
+    """A1, A5, O5: to as many instances as there are."""
+    first, second, far = await scripted("n1", reset), await scripted("n1", reset), await scripted("n2", upper)
+    configure(proxy, deadline=0.1)
+    proxy.publish([first.instance, second.instance, far.instance])
+    with trio.fail_after(LIMIT):
+        async with await proxy.connect() as stream:
+            await until(lambda: first.connections + second.connections == 1)
+            await trio.sleep(0.2)
+            await stream.send_all(b"hello")
+            assert await stream.receive_some() == b"HELLO"
+    await finish(proxy)
+    assert (first.connections, second.connections, far.connections) == (1, 1, 1)
+    assert proxy.requests == {RequestKey("other", "local_failed", Outcome.SERVED): 1}
+
+
 async def test_a_trial_that_is_not_made_is_anothers(proxy: Any, scripted: Any) -> None:
     """H1: an instance that was picked for its trial, and not tried because of a limit, is due as before."""
     local, far = await scripted("n1", reset), await scripted("n2", upper)

@@ -219,5 +219,5 @@ class HttpRequest(HttpRecord):
             return
         self.outcome = Outcome.CLIENT_LEFT
         if self.client.expiry is Expiry.BODY:
-            self.status, self.error = BODY_TIMEOUT.status, self.error or BODY_TIMEOUT.reason
+            self.status, self.error = BODY_TIMEOUT.status, BODY_TIMEOUT.reason
             self.shared.refused[BODY_TIMEOUT.reason] += 1

@@ -276,7 +276,7 @@ async def _answer(request: HttpRequest, answer: Answer) -> End:
     unread = head.has_body and (request.body is None or not request.body.finished)
     close = request.closes_client(unread)
     request.status = answer.status
-    request.error = request.error or answer.reason
+    request.error = answer.reason
     request.response_begun = True
     await client.send(
         generated_answer(

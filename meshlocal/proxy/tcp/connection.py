@@ -189,6 +189,7 @@ class TcpConnection(Account):
             assert self.upstream is not None
             assert self.counters is not None
             if heard.ended:
+                self.end_search()
                 return self._outcome(await copy_back(self.client.socket, self.upstream, self.counters))
             return self._outcome(await self._relay(self.client.early[heard.sent :]))
 
@@ -221,10 +222,10 @@ class TcpConnection(Account):
         self.counters.client_to_upstream += heard.sent
         if heard.failed:
             self.service.statistics.replays[heard.failed] += 1
-            # All that was said is held, and by its configuration may be said again.
-            # The deadline is for what has to be connected, and that was in time; `connect_waiting` keeps to it.
+            # All that was said is held, and by its configuration may be said again. As of the start, for a client may
+            # speak long after: the deadline is for what has to be connected, and `connect_waiting` keeps to it.
             decision = self.attempt_failed(
-                Failure.NO_RESPONSE, self.began, heard.failed, sent=True, idempotent=True, held=True
+                Failure.NO_RESPONSE, self.started, heard.failed, sent=True, idempotent=True, held=True
             )
             assert decision is not Decision.SAME
             abort(self.upstream)

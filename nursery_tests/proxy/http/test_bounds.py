@@ -405,3 +405,24 @@ async def test_an_idle_client_holds_nothing_of_its_last_request(proxy: Any, upst
     assert [each for each in held if type(each) is Picker and each.selector is latest.selector] == [latest]
     for client in clients:
         await trio.aclose_forcefully(client.stream)
+
+
+async def test_a_response_that_lasts_holds_no_instances_of_then(proxy: Any, upstream: Any) -> None:
+    """P2: a stream of events may be open for days, and the snapshot that it was picked from have thousands."""
+
+    async def begins(upstream: Upstream, served: Served) -> None:
+        await served.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nx")
+        await trio.sleep_forever()
+
+    one = await upstream("one", "n1")
+    one.behaviour = begins
+    proxy.publish(one)
+    client = await proxy.connect()
+    await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+    await client.until(b"\r\n\r\nx")
+    proxy.publish(one)
+    gc.collect()
+    latest = proxy.table["b"].picker
+    found = [each for each in gc.get_objects() if type(each) is Picker and each.selector is latest.selector]
+    assert found == [latest]
+    await trio.aclose_forcefully(client.stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import socket
 
 import pytest
@@ -14,6 +15,7 @@ from meshlocal.client.statistics import Outcome, RequestKey, ServiceStatistics
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import make_instance
+from nursery_tests.logged import entry
 from nursery_tests.proxy.http.conftest import (
     B,
     Behaviour,
@@ -97,12 +99,21 @@ BODIES = {"PUT": b"x" * 1000, "POST": b"y" * 1000, "PATCH": b"", KEYED: b"z" * 1
 
 @pytest.mark.parametrize(("state", "failure", "method", "expected"), ROWS)
 async def test_table(
-    proxy: Proxy, pair: tuple[Upstream, Upstream], state: str, failure: str, method: str, expected: object
+    proxy: Proxy,
+    pair: tuple[Upstream, Upstream],
+    caplog: pytest.LogCaptureFixture,
+    state: str,
+    failure: str,
+    method: str,
+    expected: object,
 ) -> None:
-    """A2, A3, A4: the table of methods, failures and states."""
+    """A2, A3, A4: the table of methods, failures and states. The access log says of the end what the client is told."""
     local, far = pair
+    caplog.set_level(logging.INFO, "meshlocal.access")
     proxy.configure(
-        attempts={"attempt_timeout": 0.05 if failure == "stalls" else None}, http={"response_headers": True}
+        attempts={"attempt_timeout": 0.05 if failure == "stalls" else None},
+        http={"response_headers": True},
+        access_log=True,
     )
     async with await proxy.connect() as client:
         if state == "kept":
@@ -119,6 +130,8 @@ async def test_table(
         heard = len(local.heads)
         fields = {"idempotency_key": '"1"'} if method == KEYED else {}
         answer = await client.ask(method.partition(" ")[0], "/x", BODIES.get(method), **fields)
+    await proxy.idle()
+    assert entry(caplog.records[-1]).fields["error"] == answer.error
     attempts = answer.fields["x-meshlocal-attempts"]
     if expected == MOVED:
         assert answer.status == 200

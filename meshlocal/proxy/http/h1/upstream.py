@@ -8,7 +8,7 @@ Most responses come whole with one read, with nothing unusual about them: `take_
 be made.
 
 A task that waits for a quick instance takes neither a nursery nor a cancel scope. What streams a body up has both
-(`meshlocal.proxy.http.pump`).
+(`meshlocal.proxy.http.h1.pump`).
 """
 
 from __future__ import annotations
@@ -254,6 +254,8 @@ class H1Upstream:
             self.scope.deadline = math.inf
         request.answered()
         request.begin_response(head.status)
+        # The response may last for hours.
+        request.end_search()
         return out
 
     def _begin_switch(self, head: ResponseHead) -> None:
