@@ -188,6 +188,9 @@ async def _attempt(request: HttpRequest, service: HttpService, upstream: H1Upstr
 async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> Upstream | _Failed | None:
     """A new connection to the instance, or how that failed; None, and a refusal: as many wait as may."""
     client, state = request.client, service.state
+    if client.left:
+        # Nothing is connected that nobody would close.
+        raise ClientLeftError
     if not request.start_waiting():
         # That is so for every instance.
         request.refusal = answers.TOO_MANY_WAITING

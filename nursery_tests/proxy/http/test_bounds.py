@@ -426,3 +426,18 @@ async def test_a_response_that_lasts_holds_no_instances_of_then(proxy: Any, upst
     found = [each for each in gc.get_objects() if type(each) is Picker and each.selector is latest.selector]
     assert found == [latest]
     await trio.aclose_forcefully(client.stream)
+
+
+async def test_nothing_is_connected_for_a_client_that_has_left(proxy: Any, upstream: Any) -> None:
+    """A8: a connection that was made for it would be nobody's to close."""
+    one = await upstream("one", "n1")
+    proxy.publish(one)
+    client = await proxy.connect()
+    await until(lambda: len(proxy.forwarder) == 1)
+    (connection,) = proxy.forwarder
+    connection.left = True
+    await client.send(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+    await until(lambda: len(proxy.forwarder) == 0)
+    assert one.accepted == 0
+    assert sum(proxy.requests().values()) == 1
+    await trio.aclose_forcefully(client.stream)
