@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.library import errors, http_errors
@@ -229,10 +230,10 @@ def _documented(kind: type[Enum]) -> Iterator[tuple[str, str]]:
         yield f"`{member.value}`", texts.get(member.name, "")
 
 
-def _exceptions(module: object) -> Iterator[tuple[str, str, str]]:
+def _exceptions(module: ModuleType) -> Iterator[tuple[str, str, str]]:
     """The exceptions that a module defines, with what else each is, outside and inside of it."""
     for kind in vars(module).values():
-        if isinstance(kind, type) and issubclass(kind, errors.MeshError) and kind.__module__ == module.__name__:  # type: ignore[attr-defined]
+        if isinstance(kind, type) and issubclass(kind, errors.MeshError) and kind.__module__ == module.__name__:
             if kind.__name__.startswith("_"):
                 continue
             bases = [base for base in kind.__bases__ if not base.__name__.startswith("_") and base is not Exception]

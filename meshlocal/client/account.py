@@ -50,7 +50,7 @@ class FailedAttempt(NamedTuple):
 
 
 class Account(Search):
-    """One request's.
+    """What one request counts in while it lives, and what it is counted as in the end.
 
     Args:
         started: when the request did, in seconds of the caller's clock.
@@ -101,7 +101,7 @@ class Account(Search):
 
     @property
     def trying(self) -> bool:
-        """An attempt is under way that was not settled."""
+        """Whether an attempt is under way that was not settled."""
         return self._trying
 
     @property
@@ -127,8 +127,7 @@ class Account(Search):
         for limit in limits:
             if not state.circuit.enter(limit):
                 self._entered = limits[: limits.index(limit)]
-                self.error = f"limit_{limit}"
-                return limit
+                return self._full(limit)
         self._entered = limits
         self.deadline = self.started + time
         self.most = state.policy.max_attempts
@@ -147,6 +146,15 @@ class Account(Search):
             state.statistics.picks[self.tier, pick.reason or ""] += 1
         return pick
 
+    def may_wait(self) -> bool:
+        """Whether the request could wait now, if it had to; False: as many as may already do."""
+        state = self.state
+        assert state is not None
+        if state.circuit.has_room(Limit.WAITING):
+            return True
+        self._full(Limit.WAITING)
+        return False
+
     def start_waiting(self, *, limited: bool = True) -> bool:
         """Note that the request waits, for an instance or a snapshot; False: as many as may already do.
 
@@ -159,7 +167,7 @@ class Account(Search):
         assert state is not None
         if limited:
             if not state.circuit.enter(Limit.WAITING):
-                self.error = f"limit_{Limit.WAITING}"
+                self._full(Limit.WAITING)
                 return False
             self._entered = (*self._entered, Limit.WAITING)
         self._waiting = True
@@ -312,6 +320,10 @@ class Account(Search):
         assert self.state is not None
         assert self.pick is not None
         return self.state, self.pick
+
+    def _full(self, limit: Limit) -> Limit:
+        self.error = f"limit_{limit}"
+        return limit
 
     def _note_failed(self, failure: Failure, word: str, errno: int) -> None:
         state, pick = self._tried

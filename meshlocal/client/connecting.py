@@ -37,7 +37,7 @@ class Waiting(Protocol):
     """Who an instance is sought for."""
 
     left: bool
-    """Who waited for the connection wants none any more."""
+    """Whether who waited for the connection wants none any more."""
 
     async def watched(self, wait: Callable[[], Awaitable[object]], /) -> None:
         """Wait for something, but no longer than until it has left. `wait` raises nothing but Cancelled."""

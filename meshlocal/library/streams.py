@@ -91,7 +91,7 @@ async def open_tcp_stream(core: MeshCore, key: ServiceKey) -> trio.SocketStream:
 
 
 class _StreamAccount(Account):
-    """One stream's: what it counts in, from before its connect until it is closed (F3, limits)."""
+    """The account of one stream: what it counts in, from before its connect until it is closed (F3, limits)."""
 
     __slots__ = ("_open",)
 

@@ -106,7 +106,7 @@ async def test_an_ejected_instance_that_becomes_ready_is_tried_at_once() -> None
 
 
 def by_host(**http: object) -> ServiceTable:
-    return ServiceTable(ProxyConfig(http=HttpConfig(**http)), N1, random.Random(1))  # type: ignore[arg-type]
+    return ServiceTable(ProxyConfig(http=HttpConfig(**http)), N1, random.Random(1))  # type: ignore[arg-type]  # any keys
 
 
 async def test_what_is_known_is_kept_while_discovery_is_away() -> None:

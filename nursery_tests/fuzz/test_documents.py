@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,9 +115,9 @@ def test_instances_files(text: str) -> None:
 
 
 @given(damaged(CONFIG))
-def test_config_files(tmp_path_factory: object, text: str) -> None:
+def test_config_files(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     """S2: a configuration that can be used, or every problem in it."""
-    file = Path(tmp_path_factory.mktemp("config", numbered=True) / "config.yaml")  # type: ignore[attr-defined]
+    file = Path(tmp_path_factory.mktemp("config", numbered=True) / "config.yaml")
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     config: Config | None = None
     said = ""

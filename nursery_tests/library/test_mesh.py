@@ -752,7 +752,7 @@ async def test_streams_that_wait_are_limited() -> None:
 
 async def test_a_service_that_is_no_config_is_named() -> None:
     with pytest.raises(meshlocal.MeshConfigError, match=r"services\.web: expected a ServiceConfig, got a mapping"):
-        async with meshlocal.open_mesh("grpc://127.0.0.1:1", services={"web": {"spill": 1}}):  # type: ignore[dict-item]
+        async with meshlocal.open_mesh("grpc://127.0.0.1:1", services={"web": {"spill": 1}}):  # type: ignore[dict-item]  # wrong
             pass
 
 

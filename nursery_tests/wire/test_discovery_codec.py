@@ -105,7 +105,7 @@ def test_wire_compatible_with_the_first_version() -> None:
     """Messages of the interface's first version parse as ours, and ours as its."""
     first = _first_version()
     instance = make_instance("10.0.1.10", 9000, "grpc", {"node": "n1", "zone": "z1"})
-    theirs = first.FromString(instance_to_message(instance).SerializeToString())  # type: ignore[attr-defined]
+    theirs = first.FromString(instance_to_message(instance).SerializeToString())  # type: ignore[attr-defined]  # made at run time
     assert (theirs.endpoint.address, theirs.endpoint.port, theirs.endpoint.port_name) == ("10.0.1.10", 9000, "grpc")
     assert dict(theirs.labels.labels) == {"node": "n1", "zone": "z1"}
     assert instance_from_message(pb.Instance.FromString(theirs.SerializeToString())) == instance

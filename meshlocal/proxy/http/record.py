@@ -14,7 +14,7 @@ from meshlocal.wire.http1.request import RequestHead
 
 
 class HttpRecord(Account):
-    """One request's.
+    """What is known of one HTTP request while it lives, and at its end.
 
     Args:
         peer: the client's address.

@@ -137,8 +137,7 @@ class TcpConnection(Account):
 
     def _seek(self) -> None:
         """Look for an instance, or for the next; if that has to be waited for, `_connect` does."""
-        if not self.service.circuit.has_room(Limit.WAITING):
-            self.error = f"limit_{Limit.WAITING}"
+        if not self.may_wait():
             self.outcome = Outcome.LIMITED
             return
         begun = connect_at_once(self.client, self)
@@ -288,8 +287,8 @@ class TcpConnection(Account):
             # A fault of ours came before its task could wait for it.
             close(self._connecting.socket, awaited=False)
         if not self._begun:
-            self.state = self.service
-            self.service.in_use += 1
+            # It is counted all the same, in no limit.
+            super().begin(self.service, 0.0)
         self._lose_instance()
         self.end(outcome)
         end = close if outcome is Outcome.SERVED else abort
