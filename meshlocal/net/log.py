@@ -37,10 +37,6 @@ _FIELDS = "meshlocal_fields"
 _MAX_DEPTH = 6
 _LARGEST_INT = 2**64
 
-
-_TELL_SECRETS = ("hpack", "h2", "hyperframe")
-"""Libraries whose debug records hold header fields as they are, bearer tokens among them."""
-
 _common: dict[str, object] = {}
 
 
@@ -100,13 +96,6 @@ class Log:
 def get_log(name: str) -> Log:
     """The log of a module (`__name__`)."""
     return Log(logging.getLogger(name))
-
-
-def hush_libraries() -> None:
-    """Keep libraries from logging secrets, whatever level an application logs at."""
-    for name in _TELL_SECRETS:
-        logger = logging.getLogger(name)
-        logger.setLevel(max(logger.level, logging.INFO))
 
 
 class RateLimited:

@@ -1,263 +1,422 @@
-"""HTTP/2 (RFC 9113) framing and state over h2, with graceful GOAWAY both ways.
+"""HTTP/2 (RFC 9113) framing and state, without I/O. The only module that knows the engine.
 
-h2 closes its state machine when a GOAWAY is sent or received, and refuses every stream from then on. A graceful
-shutdown needs the opposite: streams up to GOAWAY's last stream id go on until they end (RFC 9113 section 6.8). So h2
-sees no GOAWAY here: received ones are cut out of the byte stream before it, and sent ones are serialized beside it,
-into the outgoing buffer that is kept here.
+Theory of operation. The engine is nghttp2, by way of ngh2: it parses and writes frames, keeps streams' states and
+windows, compresses headers, and refuses what breaks the protocol. Bytes of the peer go in (`receive`) and come out as
+events; what is to be sent is asked for (`data_to_send`) when somebody can send it, so that all that one turn brought
+goes out in one write. Credit is given back by hand (`acknowledge`), never on receipt, also for a stream that is gone.
+
+What the engine does by itself: it answers SETTINGS and PING. It refuses streams that the peer opened before it knew the
+limit (RFC 9113, 5.1.2). It resets streams whose message is malformed (8.1.1), so that no event tells of their request.
+Streams at or below a GOAWAY's last one go on, both ways, and those above are ignored (6.8). What breaks the connection
+is an `Http2Error`, once, with a GOAWAY that says why left to be sent.
+
+What it does not: it does not look at the headers that are sent. Those of a peer are checked when they come, and those
+that come from HTTP/1.1 were checked there.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
-from h2.config import H2Configuration
-from h2.connection import H2Connection
-from h2.errors import ErrorCodes
-from h2.events import Event
-from h2.exceptions import H2Error, ProtocolError
-from h2.settings import SettingCodes, Settings
-from hyperframe.exceptions import HyperframeError
-from hyperframe.frame import GoAwayFrame
+from ngh2 import Configuration, Connection, Role
+from ngh2.events import (
+    ConnectionClosed,
+    DataReceived,
+    Event,
+    GoAwayReceived,
+    InformationalResponseReceived,
+    PingAcknowledged,
+    PingReceived,
+    RequestReceived,
+    ResponseReceived,
+    SettingsAcknowledged,
+    SettingsReceived,
+    StreamClosed,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+from ngh2.exceptions import NGH2Error
+
+__all__ = [
+    "DEFAULT_WINDOW",
+    "MAX_FRAME_SIZE",
+    "MAX_STREAM_ID",
+    "PREFACE",
+    "DataReceived",
+    "ErrorCode",
+    "Event",
+    "GoAwayReceived",
+    "Headers",
+    "Http2Error",
+    "Http2Limits",
+    "Http2Protocol",
+    "InformationalResponseReceived",
+    "PingAcknowledged",
+    "PingReceived",
+    "RequestReceived",
+    "ResponseReceived",
+    "SettingsAcknowledged",
+    "SettingsReceived",
+    "StreamClosed",
+    "StreamReset",
+    "TrailersReceived",
+    "WindowUpdated",
+    "header_list_size",
+]
 
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"""How a client begins (RFC 9113, 3.4)."""
+
 MAX_STREAM_ID = 2**31 - 1
 DEFAULT_WINDOW = 65_535
+"""Bytes that a stream's peer may send before some are given back, and, until it is told more, a connection's."""
+
 MAX_FRAME_SIZE = 16_384
-_GOAWAY = 0x7
-_GOAWAY_BODY = struct.Struct(">II")
-_HEADER_SIZE = 9
-# Streams that a peer opens before it saw our SETTINGS are refused one by one. h2 would end the connection.
-_EXTRA_STREAMS = 1000
+"""Bytes of the largest frame that is taken (RFC 9113, 4.2)."""
+
+_LARGEST_WINDOW = 2**31 - 1
+_GOAWAY = struct.Struct(">BHBBIII")
+_ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_HEADER_LIST_SIZE = 2, 3, 4, 6
+_UNTOLD = 0xFFFF_FFFF
+
+
+class ErrorCode(IntEnum):
+    """Why a stream or a connection ended (RFC 9113, section 7)."""
+
+    NO_ERROR = 0x0
+    PROTOCOL_ERROR = 0x1
+    INTERNAL_ERROR = 0x2
+    FLOW_CONTROL_ERROR = 0x3
+    SETTINGS_TIMEOUT = 0x4
+    STREAM_CLOSED = 0x5
+    FRAME_SIZE_ERROR = 0x6
+    REFUSED_STREAM = 0x7
+    CANCEL = 0x8
+    COMPRESSION_ERROR = 0x9
+    CONNECT_ERROR = 0xA
+    ENHANCE_YOUR_CALM = 0xB
+    INADEQUATE_SECURITY = 0xC
+    HTTP_1_1_REQUIRED = 0xD
+
+    @classmethod
+    def name_of(cls, code: int) -> str:
+        """The name of a code; the number of one that has none."""
+        try:
+            return cls(code).name
+        except ValueError:
+            return f"{code:#x}"
 
 
 class Http2Error(Exception):
-    """The peer broke HTTP/2: this connection is over. What is left to send, a GOAWAY with the reason, is queued."""
+    """The peer broke HTTP/2: this connection is over. What is left to send, a GOAWAY with the reason, is there.
 
-    def __init__(self, reason: str, error_code: int = ErrorCodes.PROTOCOL_ERROR) -> None:
+    Attributes:
+        error_code: of that GOAWAY.
+    """
+
+    def __init__(self, reason: str, error_code: int = ErrorCode.PROTOCOL_ERROR) -> None:
         super().__init__(reason)
         self.error_code = error_code
 
 
-class GoAway(NamedTuple):
-    """A received GOAWAY: no stream above `last_stream_id` was or will be processed."""
+class Http2Limits(NamedTuple):
+    """What one side lets its peer do on one connection.
 
-    last_stream_id: int
-    error_code: int
-    debug_data: bytes
-
-
-class GoAwaySplitter:
-    """Cuts GOAWAY frames out of a byte stream that is fed in pieces of any size.
-
-    Refuses too large frames by their headers, too: h2 would do so only once it holds all of one.
+    Attributes:
+        max_streams: that it may have open. More are refused one by one until it knows this, and end the connection
+            from then on.
+        max_header_list_size: bytes of a message's fields, as RFC 9113, 6.5.2, counts them. It is told this; the
+            connection ends at `HEADER_SLACK` times as much, so that the caller can refuse single messages.
+        window: bytes of one stream that were not given back.
+        connection_window: the same of all streams together; None: twice what all streams may hold, so that those
+            whose bytes nobody takes do not hold up the others.
+        acknowledgements: answers to its PING and SETTINGS frames that may wait to be sent.
+        resets: streams that it may reset: at once after a while without, and in a second. A server's.
+        continuations: frames after the first that a head may come in.
+        glitches: frames that are of no use and do no harm, such as PRIORITY: at once after a while without, and in a
+            second.
     """
 
-    __slots__ = ("_goaway", "_header", "_left", "_preface")
-
-    def __init__(self, *, preface: bool) -> None:
-        self._preface = len(PREFACE) if preface else 0
-        self._header = b""
-        self._left = 0
-        self._goaway: bytearray | None = None
-
-    def split(self, data: bytes) -> list[bytes | GoAway]:
-        """What `data` holds, in order: bytes that are no GOAWAY frames, and whole GOAWAY frames.
-
-        Raises:
-            Http2Error: no preface, a frame that is too large, or a GOAWAY of impossible size or stream.
-        """
-        parts: list[bytes | GoAway] = []
-        position = min(self._preface, len(data))
-        if data[:position] != PREFACE[len(PREFACE) - self._preface :][:position]:
-            raise Http2Error("no HTTP/2 preface")
-        self._preface -= position
-        start = 0
-        end = len(data)
-        if self._header:
-            # The header that the last piece broke off: h2 has not seen it yet, so it goes before this piece.
-            data = self._header + data
-            self._header = b""
-            end = len(data)
-        while position < end:
-            if self._goaway is not None or self._left:
-                taken = min(self._left, end - position)
-                if self._goaway is not None:
-                    self._goaway += data[position : position + taken]
-                self._left -= taken
-                position += taken
-                if self._goaway is not None:
-                    start = position
-                    if not self._left:
-                        parts.append(_parse_goaway(self._goaway))
-                        self._goaway = None
-                continue
-            if end - position < _HEADER_SIZE:
-                self._header = data[position:]
-                end = position
-                break
-            self._left = int.from_bytes(data[position : position + 3], "big")
-            if self._left > MAX_FRAME_SIZE:
-                raise Http2Error(f"frame of {self._left} bytes, limit {MAX_FRAME_SIZE}", ErrorCodes.FRAME_SIZE_ERROR)
-            if data[position + 3] == _GOAWAY:
-                if self._left < _GOAWAY_BODY.size or any(data[position + 5 : position + 9]):
-                    raise Http2Error(f"malformed GOAWAY of {self._left} bytes")
-                if position > start:
-                    parts.append(data[start:position])
-                self._goaway = bytearray()
-                start = position + _HEADER_SIZE
-            position += _HEADER_SIZE
-        if start < end:
-            parts.append(data[start:end] if (start, end) != (0, len(data)) else data)
-        return parts
+    max_streams: int = 100
+    max_header_list_size: int = 16_384
+    window: int = DEFAULT_WINDOW
+    connection_window: int | None = None
+    acknowledgements: int = 10_000
+    resets: tuple[int, int] = (1_000, 33)
+    continuations: int = 8
+    glitches: tuple[int, int] = (10_000, 330)
 
 
-def _parse_goaway(body: bytearray) -> GoAway:
-    last_stream_id, error_code = _GOAWAY_BODY.unpack_from(body)
-    return GoAway(last_stream_id & MAX_STREAM_ID, error_code, bytes(body[_GOAWAY_BODY.size :]))
-
-
-class _Connection(H2Connection):
-    # h2 remembers how closed streams were closed, to tell late frames from wrong ones: 65,536 of them, which would be
-    # megabytes for a connection that lives long.
-    MAX_CLOSED_STREAMS = 2048
+HEADER_SLACK = 4
+"""A peer that sends fields of more than so many times what it was told loses the connection."""
 
 
 class Http2Protocol:
     """One side of one HTTP/2 connection.
 
-    Every method leaves what is to be sent in `outgoing`, which the caller empties from the front. `max_streams` bounds
-    the streams that the peer may have open, and with `DEFAULT_WINDOW` a stream sizes the connection's window, so that
-    streams that nobody reads do not hold up the others. `max_header_list_size` is announced; the connection ends
-    only at four times that size, so that the caller can refuse single streams.
+    Args:
+        client: which side.
+        limits: what the peer may do.
+
+    Attributes:
+        peer_max_streams: how many streams the peer lets this side have open.
+        peer_max_header_list_size: bytes of fields that it takes, as RFC 9113, 6.5.2, counts them; None if it did not
+            say.
+        highest_inbound_stream_id: the highest stream of the peer's that was told of.
+        settings_received: it said what it takes.
+        finished: the connection takes and sends nothing more: it broke, or its last stream ended behind a GOAWAY.
     """
 
-    def __init__(self, *, client: bool, max_streams: int, max_header_list_size: int) -> None:
-        self.outgoing = bytearray()
-        self.max_header_list_size = max_header_list_size
-        self._splitter = GoAwaySplitter(preface=not client)
-        config = H2Configuration(client_side=client, header_encoding=None, normalize_outbound_headers=False)
-        self._h2 = h2 = _Connection(config)
-        announced = {
-            SettingCodes.ENABLE_PUSH: 0,
-            SettingCodes.MAX_CONCURRENT_STREAMS: max_streams,
-            SettingCodes.MAX_HEADER_LIST_SIZE: max_header_list_size,
-        }
-        h2.local_settings = Settings(client=client, initial_values=announced)
-        h2.initiate_connection()
-        enforced = announced | {SettingCodes.MAX_CONCURRENT_STREAMS: max_streams + _EXTRA_STREAMS}
-        h2.local_settings = Settings(client=client, initial_values=enforced)
-        h2.decoder.max_header_list_size = 4 * max_header_list_size
-        # Twice what the streams can hold: h2 hands a window back when half of it was consumed.
-        h2.increment_flow_control_window((2 * max_streams - 1) * DEFAULT_WINDOW)
-        self._flush()
+    __slots__ = (
+        "_connection",
+        "_unsent",
+        "client",
+        "finished",
+        "highest_inbound_stream_id",
+        "peer_max_header_list_size",
+        "peer_max_streams",
+        "settings_received",
+    )
 
-    def receive(self, data: bytes) -> list[Event | GoAway]:
-        """Feed bytes from the peer.
+    def __init__(self, *, client: bool, limits: Http2Limits) -> None:
+        self.client = client
+        self.peer_max_streams = 100
+        self.peer_max_header_list_size: int | None = None
+        self.highest_inbound_stream_id = 0
+        self.settings_received = False
+        self.finished = False
+        self._unsent = b""
+        self._connection = Connection(
+            Role.CLIENT if client else Role.SERVER,
+            Configuration(
+                auto_window_update=False,
+                max_outbound_ack=limits.acknowledgements,
+                stream_reset_rate_limit=limits.resets,
+                max_continuations=limits.continuations,
+                glitch_rate_limit=limits.glitches,
+                max_inbound_header_list_size=HEADER_SLACK * limits.max_header_list_size,
+                max_send_header_block_length=2**24,
+            ),
+        )
+        settings = {_MAX_CONCURRENT_STREAMS: limits.max_streams, _MAX_HEADER_LIST_SIZE: limits.max_header_list_size}
+        if client:
+            settings[_ENABLE_PUSH] = 0
+        if limits.window != DEFAULT_WINDOW:
+            settings[_INITIAL_WINDOW_SIZE] = limits.window
+        self._connection.initiate_connection(settings)
+        window = limits.connection_window or 2 * limits.max_streams * limits.window
+        if window > DEFAULT_WINDOW:
+            self._connection.set_local_window_size(min(window, _LARGEST_WINDOW))
+
+    # What comes.
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Feed bytes from the peer; gives what they say.
 
         Raises:
-            Http2Error: they break the protocol.
+            Http2Error: they break the protocol. What they said before is lost with the connection.
         """
-        events: list[Event | GoAway] = []
+        connection = self._connection
+        if self.finished:
+            return []
         try:
-            for part in self._splitter.split(data):
-                if isinstance(part, GoAway):
-                    events.append(part)
-                else:
-                    events.extend(self._h2.receive_data(part))
-        except Http2Error as error:
-            self._flush()
-            self.send_goaway(self.highest_inbound_stream_id, error.error_code)
-            raise
-        except (H2Error, HyperframeError) as error:
-            self._flush()
-            raise Http2Error(str(error) or type(error).__name__) from error
-        self._flush()
+            connection.receive_data(data)
+            events = connection.events()
+            if connection.want_write:
+                # That may be the GOAWAY with which the engine ends it all. It tells so only once it wrote that.
+                self._unsent += connection.data_to_send()
+                events += connection.events()
+        except NGH2Error as error:
+            if self._ended_in_order():
+                return []
+            raise self._end(str(error) or type(error).__name__) from error
+        for event in events:
+            kind = type(event)
+            if kind is RequestReceived:
+                self.highest_inbound_stream_id = event.stream_id  # type: ignore[attr-defined] # a RequestReceived
+            elif kind is SettingsReceived:
+                self._read_settings(event)  # type: ignore[arg-type] # a SettingsReceived
+            elif kind is ConnectionClosed:
+                self._finish(event)  # type: ignore[arg-type] # a ConnectionClosed
         return events
 
-    @property
-    def highest_inbound_stream_id(self) -> int:
-        """The highest stream that the peer opened."""
-        return self._h2.highest_inbound_stream_id
+    def _read_settings(self, event: SettingsReceived) -> None:
+        settings = event.settings
+        self.peer_max_streams = settings.get(_MAX_CONCURRENT_STREAMS, self.peer_max_streams)
+        most = settings.get(_MAX_HEADER_LIST_SIZE)
+        if most is not None:
+            self.peer_max_header_list_size = most
+        if not self.settings_received:
+            self.settings_received = True
+            if _MAX_CONCURRENT_STREAMS not in settings:
+                # It has no limit of its own (RFC 9113, 6.5.2).
+                self.peer_max_streams = _UNTOLD
 
-    @property
-    def peer_max_streams(self) -> int:
-        """How many streams the peer lets this side have open."""
-        return self._h2.remote_settings.max_concurrent_streams
+    def _ended_in_order(self) -> bool:
+        """Whether the engine takes nothing more because its last stream ended behind a GOAWAY, with what was sent."""
+        self.finished = self.finished or any(
+            type(event) is ConnectionClosed and not event.error_code for event in self._connection.events()
+        )
+        return self.finished
 
-    @property
-    def peer_max_header_list_size(self) -> int | None:
-        """The largest header list that the peer takes, in bytes as RFC 9113 section 6.5.2 counts them."""
-        return self._h2.remote_settings.max_header_list_size
+    def _finish(self, event: ConnectionClosed) -> None:
+        """The engine takes nothing more: the GOAWAY is its own. Without an error, the last stream ended behind one."""
+        self.finished = True
+        if event.error_code:
+            said = event.debug_data.decode("latin-1")
+            raise Http2Error(said or ErrorCode.name_of(event.error_code), event.error_code)
 
-    def next_stream_id(self) -> int:
-        """The id for a new stream of a client. Raises Http2Error when all were used."""
+    def _end(self, reason: str) -> Http2Error:
+        """The engine gave up, and would say nothing more: the GOAWAY is ours."""
+        code = ErrorCode.PROTOCOL_ERROR
+        if "exceed" in reason or "flood" in reason.lower():
+            code = ErrorCode.ENHANCE_YOUR_CALM
+        if not self.finished:
+            self.finished = True
+            self._unsent += goaway(self.highest_inbound_stream_id, code, reason.encode("latin-1", "replace"))
+        return Http2Error(reason, code)
+
+    # What is sent.
+
+    def data_to_send(self) -> bytes:
+        """All that there is to be sent, as far as the peer's windows allow. It must be sent, and in this order."""
         try:
-            return self._h2.get_next_available_stream_id()
-        except ProtocolError as error:
-            raise Http2Error(str(error)) from error
+            data = self._connection.data_to_send()
+        except NGH2Error as error:
+            data = b""
+            if not self.finished:
+                self._end(str(error) or type(error).__name__)
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
+        return data
 
-    def send_headers(self, stream_id: int, headers: Headers, *, end_stream: bool = False) -> None:
-        """Open a stream, answer one, or send its trailers. Raises Http2Error if the stream's state forbids it."""
+    def send_request(self, headers: Headers, *, end_stream: bool = False) -> int:
+        """Open a stream; gives its number. The caller minds `peer_max_streams`.
+
+        Raises:
+            Http2Error: the connection takes no more.
+        """
         try:
-            self._h2.send_headers(stream_id, headers, end_stream)
-        except ProtocolError as error:
-            raise Http2Error(str(error)) from error
-        self._flush()
+            return self._connection.send_request(headers, end_stream=end_stream)
+        except NGH2Error as error:
+            raise Http2Error(str(error) or type(error).__name__) from error
+
+    def send_response(self, stream_id: int, headers: Headers, *, end_stream: bool = False) -> None:
+        """Answer a request.
+
+        Raises:
+            Http2Error: the stream's state forbids it.
+        """
+        try:
+            self._connection.send_response(stream_id, headers, end_stream=end_stream)
+        except NGH2Error as error:
+            raise Http2Error(str(error) or type(error).__name__) from error
+
+    def send_informational(self, stream_id: int, headers: Headers) -> None:
+        """Send an interim response (1xx).
+
+        Raises:
+            Http2Error: the stream's state forbids it.
+        """
+        try:
+            self._connection.send_informational_response(stream_id, headers)
+        except NGH2Error as error:
+            raise Http2Error(str(error) or type(error).__name__) from error
 
     def send_data(self, stream_id: int, data: bytes | memoryview, *, end_stream: bool = False) -> None:
-        """Send at most `sendable` bytes. Raises Http2Error if the stream's state forbids it."""
+        """Send data; what the windows do not allow yet waits here, and counts in `waiting`.
+
+        Raises:
+            Http2Error: the stream's state forbids it.
+        """
         try:
-            self._h2.send_data(stream_id, data, end_stream)
-        except ProtocolError as error:
-            raise Http2Error(str(error)) from error
-        self._flush()
+            self._connection.send_data(stream_id, data, end_stream=end_stream)
+        except NGH2Error as error:
+            raise Http2Error(str(error) or type(error).__name__) from error
+
+    def end_stream(self, stream_id: int) -> None:
+        """End this side of a stream, behind what was sent on it.
+
+        Raises:
+            Http2Error: the stream's state forbids it.
+        """
+        try:
+            self._connection.end_stream(stream_id)
+        except NGH2Error as error:
+            raise Http2Error(str(error) or type(error).__name__) from error
+
+    def send_trailers(self, stream_id: int, headers: Headers) -> None:
+        """Send a message's trailers, which end this side of the stream.
+
+        Raises:
+            Http2Error: the stream's state forbids it.
+        """
+        try:
+            self._connection.send_trailers(stream_id, headers)
+        except NGH2Error as error:
+            raise Http2Error(str(error) or type(error).__name__) from error
 
     def sendable(self, stream_id: int) -> int:
-        """How many bytes of one DATA frame the windows and the frame size allow now. 0 for a stream unknown."""
+        """How many bytes more the windows allow now for a stream; 0 for one that is not known, or whose head
+        `data_to_send` did not give yet."""
+        connection = self._connection
         try:
-            window = self._h2.local_flow_control_window(stream_id)
-        except ProtocolError:
+            window = connection.stream_remote_window_size(stream_id)
+        except NGH2Error:
             return 0
-        return max(0, min(window, self._h2.max_outbound_frame_size, MAX_FRAME_SIZE))
+        return max(0, min(window, connection.remote_window_size) - connection.queued_body_size(stream_id))
+
+    def waiting(self, stream_id: int) -> int:
+        """Bytes of a stream that wait to be sent; 0 for one that is not known."""
+        return self._connection.queued_body_size(stream_id)
 
     def acknowledge(self, stream_id: int, size: int) -> None:
-        """The application consumed `size` flow-controlled bytes of a stream, which may be gone by now."""
+        """Give back `size` bytes of a stream's data, which may be gone by now."""
         if size:
             try:
-                self._h2.acknowledge_received_data(size, stream_id)
-            except ProtocolError:
+                self._connection.acknowledge_received_data(size, stream_id)
+            except NGH2Error:
                 return  # the connection is over: nobody waits for its windows
-            self._flush()
 
     def reset(self, stream_id: int, error_code: int) -> None:
         """Send RST_STREAM, unless the stream is gone."""
         try:
-            self._h2.reset_stream(stream_id, error_code)
-        except ProtocolError:
+            self._connection.reset_stream(stream_id, error_code)
+        except NGH2Error:
             return
-        self._flush()
 
     def ping(self, payload: bytes) -> None:
         """Send a PING of 8 bytes."""
         try:
-            self._h2.ping(payload)
-        except ProtocolError:
+            self._connection.ping(payload)
+        except NGH2Error:
             return
-        self._flush()
 
-    def send_goaway(self, last_stream_id: int, error_code: int = ErrorCodes.NO_ERROR, debug_data: bytes = b"") -> None:
-        """Announce that streams above `last_stream_id` are not processed. Open ones go on."""
-        frame = GoAwayFrame(0, last_stream_id=last_stream_id, error_code=error_code, additional_data=debug_data)
-        self.outgoing += frame.serialize()
+    def send_goaway(self, last_stream_id: int, error_code: int = ErrorCode.NO_ERROR, debug_data: bytes = b"") -> None:
+        """Announce that streams above `last_stream_id` are not processed. Open ones go on (RFC 9113, 6.8)."""
+        try:
+            if last_stream_id == MAX_STREAM_ID:
+                # Written beside the engine, which would take an idle connection for ended with it. Here it stands
+                # between two frames.
+                self._unsent += self._connection.data_to_send() + goaway(last_stream_id, error_code, debug_data)
+            else:
+                self._connection.send_goaway(error_code, last_stream_id=last_stream_id, debug_data=debug_data)
+        except NGH2Error:
+            return
 
-    def _flush(self) -> None:
-        self.outgoing += self._h2.data_to_send()
+
+def goaway(last_stream_id: int, error_code: int, debug_data: bytes = b"") -> bytes:
+    """A GOAWAY frame (RFC 9113, 6.8)."""
+    size = 8 + len(debug_data)
+    return _GOAWAY.pack(size >> 16, size & 0xFFFF, 7, 0, 0, last_stream_id, error_code) + debug_data
 
 
 def header_list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    """The size of a header list as SETTINGS_MAX_HEADER_LIST_SIZE counts it (RFC 9113 section 6.5.2)."""
+    """The size of a header list as SETTINGS_MAX_HEADER_LIST_SIZE counts it (RFC 9113, 6.5.2)."""
     return sum(len(name) + len(value) + 32 for name, value in headers)

@@ -43,8 +43,8 @@ from meshlocal.wire.discovery_websocket import PROTO
 from meshlocal.wire.grpc.framing import encode_message
 from meshlocal.wire.grpc.metadata import header
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.http2 import Http2Protocol
 from meshlocal.wire.pb import discovery_pb2 as pb
+from nursery_tests.h2_peer import H2Peer
 
 wrap_client_stream: Any = trio_websocket.wrap_client_stream
 """Its hints name sockets only; it takes any stream."""
@@ -311,7 +311,7 @@ class RawClient:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self._sending = trio.Lock()
-        self.protocol = Http2Protocol(client=True, max_streams=10, max_header_list_size=16_384)
+        self.protocol = H2Peer(client=True, max_streams=10, max_header_list_size=16_384)
         self.events: list[Any] = []
         self.data = 0
         self.status: int | None = None
@@ -419,9 +419,9 @@ async def test_a_watch_whose_windows_stay_shut_is_cut(autojump_clock: MockClock)
         open_window(peer, 0)
         start_watch(peer)
         start = trio.current_time()
-        await peer.exchange(lambda: peer.status is not None)
+        await peer.exchange(lambda: peer.seen(StreamReset))
         assert trio.current_time() - start == pytest.approx(7, abs=0.1)
-        assert peer.status == StatusCode.RESOURCE_EXHAUSTED
+        assert [reset.error_code for reset in peer.seen(StreamReset)] == [ErrorCodes.ENHANCE_YOUR_CALM]
         assert served.counted() == {"stall_timeout": 1}
         assert served.hub.watcher_count == 0
         assert served.grpc.connections == 1
@@ -493,8 +493,8 @@ async def test_a_list_that_nobody_reads_is_cut_too(autojump_clock: MockClock) ->
         open_window(peer, 0)
         peer.protocol.send_headers(1, [*HEADERS[:2], (b":path", LIST_ZONES.path.encode()), *HEADERS[3:]])
         peer.protocol.send_data(1, encode_message(b""), end_stream=True)
-        await peer.exchange(lambda: peer.status is not None)
-        assert peer.status == StatusCode.RESOURCE_EXHAUSTED
+        await peer.exchange(lambda: peer.seen(StreamReset))
+        assert [reset.error_code for reset in peer.seen(StreamReset)] == [ErrorCodes.ENHANCE_YOUR_CALM]
         assert served.counted() == {"stall_timeout": 1}
         await peer.stream.aclose()
 

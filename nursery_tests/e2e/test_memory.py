@@ -31,7 +31,8 @@ HEAVY = {
     "difflib": "nothing is misspelt",
     "concurrent.futures": "nothing here runs in a pool",
     "email": "comes with http.client and http.server",
-    "grpc": "gRPC runs over h2",
+    "grpc": "gRPC runs over ngh2",
+    "h2": "gRPC runs over ngh2",
     "html.entities": "escaping needs five of them",
     "http.client": "nothing here asks over HTTP",
     "http.server": "comes with prometheus_client",
@@ -53,7 +54,7 @@ OVER_GRPC = {
 }
 FROM_A_FILE = {
     "google.protobuf": "no gRPC is spoken",
-    "h2": "no gRPC is spoken",
+    "ngh2": "no gRPC is spoken",
 }
 
 

@@ -90,12 +90,20 @@ print(*sorted(set(sys.modules) - known))
 """
 
 LIGHT = ("import meshlocal", "import meshlocal; dir(meshlocal); meshlocal.__version__")
-HEAVY = frozenset({"asyncio", "trio", "anyio", "msgspec", "google", "h2", "httpx", "ssl", "socket", "logging"})
+HEAVY = frozenset({"asyncio", "trio", "anyio", "msgspec", "google", "ngh2", "httpx", "ssl", "socket", "logging"})
 FORBIDDEN = {
     LIGHT[0]: HEAVY,
     LIGHT[1]: HEAVY,
     # anyio asks for trio where both are, never for asyncio.
-    "import meshlocal; meshlocal.open_mesh": {"asyncio", "google", "h2", "httpx", "yaml", "wsproto", "trio_websocket"},
+    "import meshlocal; meshlocal.open_mesh": {
+        "asyncio",
+        "google",
+        "ngh2",
+        "httpx",
+        "yaml",
+        "wsproto",
+        "trio_websocket",
+    },
     "import meshlocal.httpx": {"asyncio", "google", "yaml", "wsproto", "trio_websocket"},
     "import meshlocal.testing": {"asyncio", "google", "yaml", "wsproto", "trio_websocket", "httpx"},
 }

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
-from h2.errors import ErrorCodes
 
 from meshlocal.net.connect_errors import CONNECT_ERRORS, why_not_connected
 from meshlocal.net.grpc.clientcall import ClientCall
@@ -23,7 +22,7 @@ from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import encode_metadata, format_timeout
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.http2 import GoAway, Headers, Http2Error, header_list_size
+from meshlocal.wire.http2 import ErrorCode, GoAwayReceived, Headers, Http2Error, header_list_size
 
 if TYPE_CHECKING:
     import trio
@@ -41,7 +40,7 @@ class _ClientConnection(Connection):
         self._waiting: deque[anyio.Event] = deque()
 
     def _free_slots(self) -> int:
-        if not self.settings_received:
+        if not self.protocol.settings_received:
             return 0
         limit = min(self.options.max_concurrent_streams, self.protocol.peer_max_streams)
         return limit - len(self.streams)
@@ -84,11 +83,11 @@ class _ClientConnection(Connection):
         if limit is not None and header_list_size(headers) > limit:
             raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"metadata exceeds the peer's limit of {limit} bytes")
         try:
-            stream = Stream(self, self.protocol.next_stream_id())
+            stream = Stream(self, self.protocol.send_request(headers))
         except Http2Error as error:
             raise GrpcError(StatusCode.UNAVAILABLE, f"connection: {error}", unprocessed=True) from error
-        stream.send_headers(headers)
         self.streams[stream.id] = stream
+        self.kick()
         return stream
 
     def on_settings(self) -> None:
@@ -109,11 +108,8 @@ class _ClientConnection(Connection):
         if (sender := self._senders.get(stream.id)) is not None:
             sender.set()
 
-    def on_goaway(self, goaway: GoAway) -> None:
-        try:
-            name = ErrorCodes(goaway.error_code).name
-        except ValueError:
-            name = f"{goaway.error_code:#x}"
+    def on_goaway(self, goaway: GoAwayReceived) -> None:
+        name = ErrorCode.name_of(goaway.error_code)
         debug = goaway.debug_data[:128].decode("utf-8", "replace")
         reason = f"the peer sent GOAWAY {name}" + (f" ({debug})" if debug else "")
         self.goaway = failure = GrpcError(StatusCode.UNAVAILABLE, reason, unprocessed=True)
@@ -218,7 +214,7 @@ class Channel:
         try:
             yield ClientCall(stream, method, options)
         finally:
-            stream.close(ErrorCodes.NO_ERROR if stream.peer_ended else ErrorCodes.CANCEL)
+            stream.close(ErrorCode.NO_ERROR if stream.peer_ended else ErrorCode.CANCEL)
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """One HTTP/2 connection that carries gRPC calls: a reader, a writer, and the streams between them and the calls.
 
     peer → reader (run) → Http2Protocol → Stream → call's task
-    peer ← writer       ← Http2Protocol.outgoing ← call's task
+    peer ← writer       ← outgoing ← Http2Protocol ← call's task
 
 All state changes are synchronous, so a cancelled call leaves no frame half written and nothing locked. Bounds:
 
@@ -18,29 +18,30 @@ import math
 
 import anyio
 import anyio.abc
-from h2.errors import ErrorCodes
-from h2.events import (
-    DataReceived,
-    Event,
-    PingAckReceived,
-    RemoteSettingsChanged,
-    RequestReceived,
-    ResponseReceived,
-    StreamEnded,
-    StreamReset,
-    TrailersReceived,
-    WindowUpdated,
-)
 
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream, TrioByteStream
-from meshlocal.net.log import hush_libraries
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http2_error
-from meshlocal.wire.http2 import GoAway, Headers, Http2Error, Http2Protocol
-
-hush_libraries()
+from meshlocal.wire.http2 import (
+    DataReceived,
+    ErrorCode,
+    Event,
+    GoAwayReceived,
+    Headers,
+    Http2Error,
+    Http2Limits,
+    Http2Protocol,
+    PingAcknowledged,
+    RequestReceived,
+    ResponseReceived,
+    SettingsReceived,
+    StreamClosed,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
 
 SEND_MARK = 65_536
 """Bytes that wait to be sent, from which on no call queues more data."""
@@ -54,6 +55,9 @@ READ_SIZE = 32_768
 FLUSH_TIME = 1.0
 """Seconds that a connection that ends gives its peer to take the last bytes, and its transport to close."""
 _KEEPALIVE = b"mlalive."
+_GLITCHES = Http2Limits().glitches
+_ANY = (2**32, 2**32)
+"""Of what somebody else bounds: the server bounds resets, by what they cost it, and `receive_rate` all frames."""
 
 
 class Connection:
@@ -63,12 +67,17 @@ class Connection:
         self.options = options
         self.protocol = Http2Protocol(
             client=client,
-            max_streams=options.max_concurrent_streams,
-            max_header_list_size=options.max_header_list_size,
+            limits=Http2Limits(
+                max_streams=options.max_concurrent_streams,
+                max_header_list_size=options.max_header_list_size,
+                resets=_ANY,
+                glitches=_GLITCHES if options.receive_rate is None else _ANY,
+            ),
         )
+        self.outgoing = bytearray()
+        """Frames that wait to be sent."""
         self.streams: dict[int, Stream] = {}
         self.closed_reason: str | None = None
-        self.settings_received = False
         self._transport = transport
         self._send_nowait = transport.send_nowait if isinstance(transport, TrioByteStream) else _never_now
         self._ending = False
@@ -86,7 +95,7 @@ class Connection:
     def on_request(self, stream_id: int, headers: Headers) -> None:
         """A peer opened a stream (servers only)."""
 
-    def on_goaway(self, goaway: GoAway) -> None:
+    def on_goaway(self, goaway: GoAwayReceived) -> None:
         """The peer takes no more streams above `goaway.last_stream_id`."""
 
     def on_ping_ack(self, payload: bytes) -> None:
@@ -118,20 +127,22 @@ class Connection:
 
     def kick(self) -> None:
         """There may be something to write."""
+        self.outgoing += self.protocol.data_to_send()
         if self._write_wanted is not None:
             self._write_wanted.set()
             self._write_wanted = None
 
     def flush(self) -> None:
         """Write what there is at once, as far as that goes without waiting; the writer does the rest."""
+        self.outgoing += self.protocol.data_to_send()
         # A writer that waits for something to write has nothing under way: no bytes can overtake its own.
         if self._write_wanted is not None and not self._ending:
             self._write_nowait()
-        if self.protocol.outgoing:
+        if self.outgoing:
             self.kick()
 
     def _write_nowait(self) -> None:
-        outgoing = self.protocol.outgoing
+        outgoing = self.outgoing
         with memoryview(outgoing) as view, view[:READ_SIZE] as chunk:
             sent = self._send_nowait(chunk)
         del outgoing[:sent]
@@ -143,7 +154,7 @@ class Connection:
 
     def sendable(self, stream_id: int) -> int:
         """Bytes of DATA that may be queued now."""
-        return 0 if len(self.protocol.outgoing) >= SEND_MARK else self.protocol.sendable(stream_id)
+        return 0 if len(self.outgoing) >= SEND_MARK else self.protocol.sendable(stream_id)
 
     async def wait_sendable(self, stream: Stream) -> None:
         """Wait until `sendable` may have changed, or the stream failed."""
@@ -205,7 +216,7 @@ class Connection:
         pinged = False
         try:
             while True:
-                while len(self.protocol.outgoing) >= READ_MARK:
+                while len(self.outgoing) >= READ_MARK:
                     self._read_wanted = anyio.Event()
                     await self._read_wanted.wait()
                 data = b""
@@ -225,15 +236,16 @@ class Connection:
                     await anyio.sleep(pause)
         except anyio.EndOfStream:
             self._peer_reads = False
-            return "closed by the peer" + ("" if self.settings_received else ", which said nothing in HTTP/2")
+            return "closed by the peer" + ("" if self.protocol.settings_received else ", which said nothing in HTTP/2")
         except Http2Error as error:
-            return f"HTTP/2 error: {error}" if self.settings_received else "the peer does not speak HTTP/2"
+            return f"HTTP/2 error: {error}" if self.protocol.settings_received else "the peer does not speak HTTP/2"
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             self._peer_reads = False
             return f"broken: {_describe(error)}"
 
     async def _write(self, written: anyio.Event) -> None:
-        outgoing = self.protocol.outgoing
+        self.kick()
+        outgoing = self.outgoing
         reason = ""
         try:
             while True:
@@ -273,21 +285,18 @@ class Connection:
 
     def _dispatch(self, data: bytes) -> None:
         for event in self.protocol.receive(data):
-            if isinstance(event, GoAway):
-                self.on_goaway(event)
-            else:
-                self._on_event(event)
+            self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, DataReceived):
             stream = self.streams.get(event.stream_id)
-            padding = event.flow_controlled_length - len(event.data)
             if stream is None:
-                self.protocol.acknowledge(event.stream_id, event.flow_controlled_length)
+                self.protocol.acknowledge(event.stream_id, len(event.data))
                 return
-            self.protocol.acknowledge(event.stream_id, padding)
             if event.data:
                 stream.put(event.data)
+            if event.end_stream:
+                self._end_peer(stream)
         elif isinstance(event, WindowUpdated):
             if event.stream_id == 0:
                 self._wake_senders()
@@ -295,21 +304,31 @@ class Connection:
                 sender.set()
         elif isinstance(event, RequestReceived):
             self.on_request(event.stream_id, event.headers)
+            if event.end_stream and (stream := self.streams.get(event.stream_id)) is not None:
+                self._end_peer(stream)
         elif isinstance(event, ResponseReceived | TrailersReceived):
             self._on_headers(event)
-        elif isinstance(event, StreamEnded):
-            if (stream := self.streams.get(event.stream_id)) is not None:
-                stream.peer_ended = True
-                self.on_stream_ended(stream)
-                stream.wake()
         elif isinstance(event, StreamReset):
-            self._on_reset(event)
-        elif isinstance(event, RemoteSettingsChanged):
-            self.settings_received = True
+            self.on_reset(event.stream_id)
+            self._fail_reset(
+                event.stream_id, event.error_code, unprocessed=event.error_code == ErrorCode.REFUSED_STREAM
+            )
+        elif isinstance(event, StreamClosed):
+            if event.error_code:
+                # The engine's own doing: what came on it broke the rules.
+                self._fail_reset(event.stream_id, event.error_code, unprocessed=False)
+        elif isinstance(event, SettingsReceived):
             self._wake_senders()
             self.on_settings()
-        elif isinstance(event, PingAckReceived) and event.ping_data != _KEEPALIVE:
-            self.on_ping_ack(event.ping_data)
+        elif isinstance(event, GoAwayReceived):
+            self.on_goaway(event)
+        elif isinstance(event, PingAcknowledged) and event.opaque_data != _KEEPALIVE:
+            self.on_ping_ack(event.opaque_data)
+
+    def _end_peer(self, stream: Stream) -> None:
+        stream.peer_ended = True
+        self.on_stream_ended(stream)
+        stream.wake()
 
     def on_stream_ended(self, stream: Stream) -> None:
         """The peer ended its side of a stream."""
@@ -320,24 +339,21 @@ class Connection:
             return
         if isinstance(event, TrailersReceived):
             stream.trailers = event.headers
+            ended = True
         else:
             stream.headers = event.headers
-        stream.wake()
+            ended = event.end_stream
+        if ended:
+            self._end_peer(stream)
+        else:
+            stream.wake()
 
-    def _on_reset(self, event: StreamReset) -> None:
-        stream = self.streams.get(event.stream_id)
-        if event.remote_reset:
-            self.on_reset(event.stream_id)
+    def _fail_reset(self, stream_id: int, code: int, *, unprocessed: bool) -> None:
+        stream = self.streams.get(stream_id)
         if stream is None or stream.peer_refuses:
             return
-        code = int(event.error_code)
-        name = event.error_code.name if isinstance(event.error_code, ErrorCodes) else f"{code:#x}"
         stream.fail(
-            GrpcError(
-                from_http2_error(code),
-                f"stream reset with {name}",
-                unprocessed=event.remote_reset and code == ErrorCodes.REFUSED_STREAM,
-            )
+            GrpcError(from_http2_error(code), f"stream reset with {ErrorCode.name_of(code)}", unprocessed=unprocessed)
         )
         if (sender := self._senders.get(stream.id)) is not None:
             sender.set()

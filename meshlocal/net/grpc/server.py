@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import anyio
 import trio
-from h2.errors import ErrorCodes
 
 from meshlocal.net.crowding import Crowding
 from meshlocal.net.grpc.connection import Connection
@@ -26,7 +25,7 @@ from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import header
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.http2 import MAX_STREAM_ID, GoAway, Headers, header_list_size
+from meshlocal.wire.http2 import MAX_STREAM_ID, ErrorCode, GoAwayReceived, Headers, header_list_size
 
 __all__ = ["GrpcServer", "Handler", "Routes", "ServerCall", "unary"]
 
@@ -71,7 +70,7 @@ class _ServerConnection(Connection):
     def on_request(self, stream_id: int, headers: Headers) -> None:
         # Handlers still cleaning up after a reset count: a peer cannot have more tasks here than streams.
         if stream_id > self._last_stream_id or self._handlers >= self.options.max_concurrent_streams:
-            self.protocol.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            self.protocol.reset(stream_id, ErrorCode.REFUSED_STREAM)
             return
         assert self.tasks is not None
         stream = Stream(self, stream_id)
@@ -83,7 +82,7 @@ class _ServerConnection(Connection):
     async def _handle(self, stream: Stream, headers: Headers) -> None:
         try:
             if refusal := _refusal(headers):
-                stream.send_headers(refusal, end_stream=True)
+                stream.respond(refusal, end_stream=True)
                 return
             call: ServerCall[Any, Any] = ServerCall(stream, headers, self._peer, self._server.draining)
             path = (header(headers, b":path") or b"").decode("latin-1")
@@ -97,7 +96,7 @@ class _ServerConnection(Connection):
         except GrpcError:
             return  # the stream is gone: there is nobody to tell
         finally:
-            stream.close(ErrorCodes.NO_ERROR if stream.local_ended else ErrorCodes.CANCEL)
+            stream.close(ErrorCode.NO_ERROR if stream.local_ended else ErrorCode.CANCEL)
             self._handlers -= 1
             self._end_drained()
 
@@ -122,7 +121,7 @@ class _ServerConnection(Connection):
         if self.closed_reason is None and not self._resets.take(anyio.current_time()):
             log.warning("grpc client resets too many calls, and is cut off", peer=self._peer)
             self._server.rapid_resets += 1
-            self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, ErrorCodes.ENHANCE_YOUR_CALM)
+            self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, ErrorCode.ENHANCE_YOUR_CALM)
             self.end("too many calls were reset")
 
     def on_stall(self) -> None:
@@ -131,7 +130,7 @@ class _ServerConnection(Connection):
     def on_pause(self) -> None:
         self._server.paused += 1
 
-    def on_goaway(self, goaway: GoAway) -> None:
+    def on_goaway(self, goaway: GoAwayReceived) -> None:
         if not self._handlers:
             self.end("the peer sent GOAWAY")
 

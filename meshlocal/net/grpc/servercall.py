@@ -9,7 +9,6 @@ from typing import Any, Generic
 import anyio
 import anyio.lowlevel
 from google.protobuf.message import DecodeError
-from h2.errors import ErrorCodes
 
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.log import get_log
@@ -17,7 +16,7 @@ from meshlocal.wire.grpc.framing import ACCEPT_ENCODING, MessageDecoder, check_e
 from meshlocal.wire.grpc.metadata import decode_metadata, encode_grpc_message, encode_metadata, header, parse_timeout
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode
-from meshlocal.wire.http2 import Headers, header_list_size
+from meshlocal.wire.http2 import ErrorCode, Headers, header_list_size
 
 log = get_log(__name__)
 
@@ -130,7 +129,7 @@ class ServerCall(Generic[Req, Resp]):
         fields = [(b":status", b"200"), *_RESPONSE, *encode_metadata(metadata)]
         if self._gzip:
             fields.append((b"grpc-encoding", b"gzip"))
-        self._stream.send_headers(fields)
+        self._stream.respond(fields)
         self._headers_sent = True
 
     async def send(self, response: Resp) -> None:
@@ -212,12 +211,16 @@ class ServerCall(Generic[Req, Resp]):
         self.finish(code, message)
 
     def finish(self, code: StatusCode, message: str = "", trailing: Metadata = ()) -> None:
-        """Send the status. Where half a message was sent, a reset."""
+        """Send the status; a reset where half a message was sent, or where an error would wait for the client's window.
+
+        The engine sends trailers as the end of the data, which takes a window that is not shut.
+        """
         stream = self._stream
         if stream.failure is not None or stream.local_ended:
             return
-        if stream.partial:
-            stream.close(_RESETS.get(code, ErrorCodes.INTERNAL_ERROR))
+        shut = self._headers_sent and code is not StatusCode.OK and not stream.connection.protocol.sendable(stream.id)
+        if stream.partial or shut:
+            stream.close(_RESETS.get(code, ErrorCode.INTERNAL_ERROR))
             return
         fields: list[tuple[bytes, bytes]] = []
         if not self._headers_sent:
@@ -234,7 +237,10 @@ class ServerCall(Generic[Req, Resp]):
         if limit is not None and header_list_size([*fields, *custom]) > limit:
             log.warning("grpc trailing metadata exceeds the client's limit", peer=self.peer, limit=limit)
             custom = []
-        stream.send_headers([*fields, *custom], end_stream=True)
+        if self._headers_sent:
+            stream.send_trailers([*fields, *custom])
+        else:
+            stream.respond([*fields, *custom], end_stream=True)
 
 
 def _status_in(error: Exception) -> GrpcError | None:
@@ -248,8 +254,8 @@ def _status_in(error: Exception) -> GrpcError | None:
 
 
 _RESETS = {
-    StatusCode.DEADLINE_EXCEEDED: ErrorCodes.CANCEL,
-    StatusCode.RESOURCE_EXHAUSTED: ErrorCodes.ENHANCE_YOUR_CALM,
+    StatusCode.DEADLINE_EXCEEDED: ErrorCode.CANCEL,
+    StatusCode.RESOURCE_EXHAUSTED: ErrorCode.ENHANCE_YOUR_CALM,
 }
 """What stands for a status that cannot be sent any more."""
 

@@ -13,11 +13,10 @@ from typing import Protocol
 
 import anyio
 import anyio.lowlevel
-from h2.errors import ErrorCodes
 
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.http2 import Headers, Http2Error, Http2Protocol
+from meshlocal.wire.http2 import ErrorCode, Headers, Http2Error, Http2Protocol
 
 _PROGRESS = 65_536
 """Bytes of a message that `send_timeout` is for: a long one has that time for each so many."""
@@ -147,15 +146,26 @@ class Stream:
         self.connection.acknowledge(self.id, len(data))
         return data
 
-    def send_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
-        """Queue headers or trailers. Raises the stream's failure."""
+    def respond(self, headers: Headers, *, end_stream: bool = False) -> None:
+        """Queue a response's headers. Raises the stream's failure."""
         if self.failure is not None:
             raise self.failure
         try:
-            self.connection.protocol.send_headers(self.id, headers, end_stream=end_stream)
+            self.connection.protocol.send_response(self.id, headers, end_stream=end_stream)
         except Http2Error as error:
             raise self.connection.lost(str(error)) from error
         self.local_ended = end_stream
+        self.connection.kick()
+
+    def send_trailers(self, trailers: Headers) -> None:
+        """Queue what ends this side of the stream. Raises the stream's failure."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            self.connection.protocol.send_trailers(self.id, trailers)
+        except Http2Error as error:
+            raise self.connection.lost(str(error)) from error
+        self.local_ended = True
         self.connection.kick()
 
     async def send_data(
@@ -237,7 +247,7 @@ class Stream:
                 self.local_ended = end_stream
                 return
 
-    def close(self, error_code: int = ErrorCodes.CANCEL) -> None:
+    def close(self, error_code: int = ErrorCode.CANCEL) -> None:
         """Leave the stream: what was not taken is dropped, and RST_STREAM sent unless both sides had ended."""
         connection = self.connection
         if connection.streams.pop(self.id, None) is None:

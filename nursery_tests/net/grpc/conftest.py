@@ -14,7 +14,7 @@ from trio.testing import memory_stream_pair
 from meshlocal.net.grpc.client import Channel, channel_over
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.server import GrpcServer, Routes
-from meshlocal.wire.http2 import GoAway, Http2Error, Http2Protocol
+from nursery_tests.h2_peer import GoAway, H2Peer, H2PeerError
 
 
 class Link(NamedTuple):
@@ -56,7 +56,7 @@ class RawPeer:
 
     def __init__(self, stream: trio.abc.Stream, *, client: bool) -> None:
         self.stream = stream
-        self.protocol = Http2Protocol(client=client, max_streams=100, max_header_list_size=16_384)
+        self.protocol = H2Peer(client=client, max_streams=100, max_header_list_size=16_384)
         self.events: list[Event | GoAway] = []
         self.closed = False
 
@@ -80,7 +80,7 @@ class RawPeer:
             if data:
                 try:
                     self.events.extend(self.protocol.receive(bytes(data)))
-                except Http2Error:
+                except H2PeerError:
                     self.closed = True
 
     def seen(self, kind: type) -> list[Event | GoAway]:

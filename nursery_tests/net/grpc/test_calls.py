@@ -195,7 +195,7 @@ async def test_a_client_whose_handler_does_not_read_stops_at_the_window(connect:
             (connection,) = link.server._connections
             (stream,) = connection.streams.values()
             assert len(stream._inbox) == WINDOW
-            assert not link.channel._connection.protocol.outgoing
+            assert not link.channel._connection.outgoing
             assert await link.channel.unary(ECHO, StringValue(value="x")) == StringValue(value="x")
             nursery.cancel_scope.cancel()
         await wait_all_tasks_blocked()
