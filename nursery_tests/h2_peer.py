@@ -142,6 +142,7 @@ class H2Peer:
         self.max_header_list_size = max_header_list_size
         self._splitter = GoAwaySplitter(preface=not client)
         config = H2Configuration(client_side=client, header_encoding=None, normalize_outbound_headers=False)
+        config.validate_outbound_headers = False
         self._h2 = h2 = _Connection(config)
         announced = {
             SettingCodes.ENABLE_PUSH: 0,

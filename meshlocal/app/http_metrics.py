@@ -14,6 +14,7 @@ from meshlocal.net.slices import pieces
 if TYPE_CHECKING:
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.http.service import HttpService
+from meshlocal.proxy.http.statistics import STATUS_NAMES
 
 
 class HttpCollector(Collector):
@@ -55,6 +56,11 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
         "Requests that ended, by the tier that they went to, why they left the first, and their response's status.",
         labels=["service", "tier", "reason", "status"],
     )
+    calls = CounterMetricFamily(
+        "meshlocal_grpc_calls",
+        "gRPC calls that ended, by the tier that they went to, why they left the first, and their status.",
+        labels=["service", "tier", "reason", "status"],
+    )
     latency = HistogramMetricFamily(
         "meshlocal_http_request_seconds",
         "From a request's head to its response's end.",
@@ -66,8 +72,10 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
             statistics = service.statistics
             for (tier, reason, status), count in statistics.responses.items():
                 responses.add_metric([service.state.key, tier, reason, status], count)
+            for (tier, reason, number), count in statistics.calls.items():
+                calls.add_metric([service.state.key, tier, reason, STATUS_NAMES[number]], count)
             latency.add_metric([service.state.key], statistics.buckets(), statistics.latency_sum)
-    yield from (responses, latency)
+    yield from (responses, calls, latency)
 
 
 def _retries(services: Iterable[HttpService]) -> Iterator[Metric | None]:
@@ -96,10 +104,14 @@ def _pools(services: Iterable[HttpService]) -> Iterator[Metric | None]:
     reused = CounterMetricFamily(
         "meshlocal_http_pool_connections_reused", "Requests sent on a connection that had waited.", labels=["service"]
     )
+    shared = GaugeMetricFamily(
+        "meshlocal_http2_connections", "Connections to instances in HTTP/2, which requests share.", labels=["service"]
+    )
     for piece in pieces(services, SERVICES):
         yield None
         for service in piece:
             idle.add_metric([service.state.key], len(service.pool))
+            shared.add_metric([service.state.key], len(service.links))
             made.add_metric([service.state.key], service.statistics.connections_made)
             reused.add_metric([service.state.key], service.statistics.connections_reused)
-    yield from (idle, made, reused)
+    yield from (idle, made, reused, shared)

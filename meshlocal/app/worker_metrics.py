@@ -25,6 +25,7 @@ MERGED_BY: Mapping[str, Callable[[Iterable[float]], float]] = {
     "meshlocal_connections_open": sum,
     "meshlocal_requests_waiting": sum,
     "meshlocal_connection_tasks_kept": sum,
+    "meshlocal_http2_connections": sum,
     "meshlocal_http_clients_open": sum,
     "meshlocal_http_pool_connections": sum,
     "meshlocal_tasks": sum,

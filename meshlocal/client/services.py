@@ -55,6 +55,7 @@ class ServiceState:
     Attributes:
         key: its name in the registry.
         policy: how its requests are tried.
+        protocol: which version of HTTP its instances are spoken to in; None: as they say, or as the client does.
         picker: what the latest snapshot says; None before the first (A7).
         cursors: where its rotations stand; they outlive pickers (O3).
         fitness: what was found out about its instances; it outlives pickers too.
@@ -82,6 +83,7 @@ class ServiceState:
         "on_demand",
         "picker",
         "policy",
+        "protocol",
         "selector",
         "statistics",
     )
@@ -99,6 +101,7 @@ class ServiceState:
         config = config or ServiceConfig()
         self.key = key
         self.policy = policy
+        self.protocol = config.protocol
         self.selector = selector
         self.picker: Picker | None = None
         self.cursors = Cursors(rng)
@@ -180,6 +183,7 @@ class ServiceState:
     ) -> None:
         """Apply another place or policy to what is known. The cursors stay, and what was found out about instances."""
         self.policy = policy
+        self.protocol = config.protocol
         self.selector = selector
         self.fitness.health.policy = ejection
         self.fitness.spill = config.spill

@@ -20,6 +20,7 @@ from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_types import (
     Bytes,
     Count,
+    GrpcStatus,
     Microseconds,
     Name,
     Seconds,
@@ -29,6 +30,7 @@ from meshlocal.policy.config_types import (
     Workers,
 )
 from meshlocal.policy.model import NODE, ServiceKey
+from meshlocal.policy.protocols import HttpVersion
 from meshlocal.policy.sources import SourceUrl
 
 # Written once, for `proxy.attempts` and what a service does otherwise.
@@ -56,6 +58,13 @@ _ResponseDeadline = Annotated[
 _RetryOn = Annotated[
     tuple[Status, ...],
     Meta(description="HTTP: statuses of an answer that is a failure, if the request may be sent again (A3)."),
+]
+_GrpcRetryOn = Annotated[
+    tuple[GrpcStatus, ...],
+    Meta(
+        description="gRPC: statuses that are a failure, as a response without a message; to list one declares that such"
+        " calls may be repeated (A3)."
+    ),
 ]
 _ReplayBuffer = Annotated[
     Bytes,
@@ -92,6 +101,7 @@ class AttemptPolicy(Section, frozen=True):
     attempt_timeout: _AttemptTimeout = None
     response_deadline: _ResponseDeadline = 15.0
     retry_on: _RetryOn = (503,)
+    grpc_retry_on: _GrpcRetryOn = ()
     replay_buffer: _ReplayBuffer = 65536
     replay: _Replay = False
     replay_wait: _ReplayWait = None
@@ -109,6 +119,7 @@ class AttemptOverrides(Section, frozen=True):
     attempt_timeout: _AttemptTimeout | UnsetType = UNSET
     response_deadline: _ResponseDeadline | UnsetType = UNSET
     retry_on: _RetryOn | UnsetType = UNSET
+    grpc_retry_on: _GrpcRetryOn | UnsetType = UNSET
     replay_buffer: _ReplayBuffer | UnsetType = UNSET
     replay: _Replay | UnsetType = UNSET
     replay_wait: _ReplayWait | UnsetType = UNSET
@@ -124,6 +135,13 @@ class ServiceConfig(Section, frozen=True):
 
     port_name: Annotated[
         Name | None, Meta(description="Only instances whose port has this name are used (L4); null: any.")
+    ] = None
+    protocol: Annotated[
+        HttpVersion | None,
+        Meta(
+            description="What http listeners speak to its instances; null: HTTP/2 where a port's name or appProtocol"
+            " says so, else what the client speaks."
+        ),
     ] = None
     attempts: Annotated[AttemptOverrides, Meta(description="What the service does otherwise than proxy.attempts.")] = (
         AttemptOverrides()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from meshlocal.policy.config_types import Bytes, Count, Name, Percent, Seconds, Section
+from meshlocal.policy.config_types import Bytes, Count, Name, Percent, Seconds, Section, Window
 from meshlocal.policy.model import ServiceKey
 
 
@@ -16,6 +16,38 @@ class RouteConfig(Section, frozen=True):
     prefix: Annotated[Name, Meta(description="Of the path, from its first slash, in whole segments.")]
     service: Annotated[ServiceKey, Meta(description="Where such requests go.")]
     host: Annotated[Name | None, Meta(description="Only requests for this host, without a port; null: any.")] = None
+
+
+class Http2Config(Section, frozen=True):
+    """What holds for HTTP/2 on http listeners, and to instances that speak it."""
+
+    max_streams: Annotated[
+        Count, Meta(description="Requests at once on one client's connection; more are refused (REFUSED_STREAM).")
+    ] = 100
+    upstream_streams: Annotated[
+        Count, Meta(description="Requests at once on one connection to an instance, if that allows so many.")
+    ] = 100
+    connections: Annotated[
+        Count, Meta(description="Connections to one instance at most; then requests wait for one that is free.")
+    ] = 8
+    window: Annotated[
+        Window, Meta(description="Bytes of one stream that were not passed on yet, at most; either way.")
+    ] = 65535
+    keepalive_interval: Annotated[
+        Seconds, Meta(description="Seconds of silence, while requests are under way, after which a PING is sent.")
+    ] = 30.0
+    keepalive_timeout: Annotated[
+        Seconds, Meta(description="Seconds that a PING's answer may take before the connection is given up.")
+    ] = 10.0
+    resets: Annotated[
+        Count, Meta(description="Streams that a client may reset at once after a while without; more ends it.")
+    ] = 1000
+    resets_per_second: Annotated[Count, Meta(description="Streams that a client may reset in a second.")] = 100
+    control_frames: Annotated[
+        Count, Meta(description="PING, SETTINGS and empty DATA frames of a client at once; more ends its connection.")
+    ] = 1000
+    control_frames_per_second: Annotated[Count, Meta(description="The same in a second.")] = 100
+    continuations: Annotated[Count, Meta(description="CONTINUATION frames of one head, at most.")] = 8
 
 
 class HttpConfig(Section, frozen=True):
@@ -67,6 +99,7 @@ class HttpConfig(Section, frozen=True):
     via: Annotated[
         Name | None, Meta(description="The name that Via gets, in requests and responses; null: no Via is added.")
     ] = None
+    http2: Annotated[Http2Config, Meta(description="What holds for HTTP/2.")] = Http2Config()
     response_headers: Annotated[
         bool, Meta(description="Tell in x-meshlocal-instance, -tier, -reason and -attempts how a response came about.")
     ] = False

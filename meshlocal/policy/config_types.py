@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +19,18 @@ Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**50)]
 MessageSize: TypeAlias = Annotated[int, Meta(ge=1024, le=2**30)]
 ByteRate: TypeAlias = Annotated[int, Meta(ge=8192, le=2**40)]
+Window: TypeAlias = Annotated[int, Meta(ge=1024, le=2**24)]
 Percent: TypeAlias = Annotated[int, Meta(ge=0, le=100)]
+GrpcStatus: TypeAlias = Literal[
+    "CANCELLED",
+    "UNKNOWN",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "ABORTED",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+]
 Status: TypeAlias = Annotated[int, Meta(ge=400, le=599)]
 AnyStatus: TypeAlias = Annotated[int, Meta(ge=200, le=599)]
 PortNumber: TypeAlias = Annotated[int, Meta(ge=1, le=65535)]

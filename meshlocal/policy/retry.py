@@ -10,6 +10,7 @@ these; it knows nothing of plans and deadlines, which may still stop what it all
     connection ended without a byte      next       next               answer
     no response in time                  next       next               answer
     refused unprocessed (HTTP/2)         next       next               next, if the body is held
+    stream reset without a byte          next       next               answer
     an answer with a `retry_on` status   -          next, by budget    answer
     broken after its first byte          -          answer             answer
 
@@ -42,6 +43,8 @@ class Failure(StrEnum):
     """No response in the attempt's time."""
     REFUSED = "refused"
     """The upstream says that it did not process the request."""
+    RESET = "reset"
+    """The upstream reset the request's stream before one byte of response (HTTP/2)."""
     STATUS = "status"
     """The instance answered with a status of `retry_on`."""
     BROKEN = "broken"
@@ -95,6 +98,7 @@ _VERDICTS = {
     Failure.NO_RESPONSE: Verdict.FAILS,
     Failure.STATUS: Verdict.WORKS,
     Failure.REFUSED: Verdict.WORKS,
+    Failure.RESET: Verdict.WORKS,
     Failure.STALE: Verdict.NOTHING,
     Failure.TIMEOUT: Verdict.NOTHING,
     Failure.BROKEN: Verdict.NOTHING,

@@ -284,10 +284,19 @@ class Http2Protocol:
 
     # What is sent.
 
-    def data_to_send(self) -> bytes:
-        """All that there is to be sent, as far as the peer's windows allow. It must be sent, and in this order."""
+    @property
+    def wants_write(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self._unsent) or self._connection.want_write
+
+    def data_to_send(self, most: int | None = None) -> bytes:
+        """What there is to be sent, as far as the peer's windows allow. It must be sent, and in this order.
+
+        Args:
+            most: bytes that the engine gives at once; what is left comes next. None: all.
+        """
         try:
-            data = self._connection.data_to_send()
+            data = self._connection.data_to_send(most)
         except NGH2Error as error:
             data = b""
             if not self.finished:

@@ -25,7 +25,7 @@ from meshlocal.policy.config import (
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
-from meshlocal.policy.config_http import HttpConfig, RouteConfig
+from meshlocal.policy.config_http import Http2Config, HttpConfig, RouteConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.sources import FileOptions, SourceUrl
 
@@ -59,6 +59,7 @@ FULL: dict[str, Any] = {
             "attempt_timeout": 2,
             "response_deadline": 5,
             "retry_on": [502, 503],
+            "grpc_retry_on": ["UNAVAILABLE"],
             "replay_buffer": 0,
             "replay": True,
             "replay_wait": 0.5,
@@ -82,12 +83,26 @@ FULL: dict[str, Any] = {
             "x_forwarded": "append",
             "via": "mesh",
             "response_headers": True,
+            "http2": {
+                "max_streams": 1,
+                "upstream_streams": 2,
+                "connections": 3,
+                "window": 4096,
+                "keepalive_interval": 5,
+                "keepalive_timeout": 6,
+                "resets": 7,
+                "resets_per_second": 8,
+                "control_frames": 9,
+                "control_frames_per_second": 10,
+                "continuations": 11,
+            },
         },
         "ejection": {"failures": 1, "time": 2, "max_time": 3},
         "limits": {"connections": 1, "requests": 2, "waiting": 3},
         "services": {
             "b": {
                 "port_name": "grpc",
+                "protocol": "http2",
                 "attempts": {"deadline": 1, "max_attempts": None},
                 "limits": {"connections": 4},
                 "spill": 5,
@@ -181,6 +196,7 @@ def test_every_key() -> None:
                 attempt_timeout=2.0,
                 response_deadline=5.0,
                 retry_on=(502, 503),
+                grpc_retry_on=("UNAVAILABLE",),
                 replay_buffer=0,
                 replay=True,
                 replay_wait=0.5,
@@ -207,10 +223,24 @@ def test_every_key() -> None:
                 x_forwarded="append",
                 via="mesh",
                 response_headers=True,
+                http2=Http2Config(
+                    max_streams=1,
+                    upstream_streams=2,
+                    connections=3,
+                    window=4096,
+                    keepalive_interval=5.0,
+                    keepalive_timeout=6.0,
+                    resets=7,
+                    resets_per_second=8,
+                    control_frames=9,
+                    control_frames_per_second=10,
+                    continuations=11,
+                ),
             ),
             services={
                 ServiceKey("b"): ServiceConfig(
                     port_name="grpc",
+                    protocol="http2",
                     attempts=AttemptOverrides(deadline=1.0, max_attempts=None),
                     limits=LimitsConfig(connections=4),
                     spill=5,

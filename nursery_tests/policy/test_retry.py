@@ -24,7 +24,7 @@ def expected(failure: Failure, method: bytes, key: bool, sent: bool, held: bool)
             return Decision.NEXT  # nothing was sent, or provably not processed
         case Failure.STALE:
             return Decision.SAME if repeatable or not sent else Decision.ANSWER
-        case Failure.NO_RESPONSE | Failure.TIMEOUT | Failure.STATUS:
+        case Failure.NO_RESPONSE | Failure.RESET | Failure.TIMEOUT | Failure.STATUS:
             return Decision.NEXT if repeatable or not sent else Decision.ANSWER
         case Failure.BROKEN:
             return Decision.ANSWER

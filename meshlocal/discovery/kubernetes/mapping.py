@@ -6,7 +6,8 @@ Both kinds become a `Part`: what one object says of one service. Its rules:
   are left out and counted;
 - conditions that are unknown mean what the API reference says: `ready` true, `serving` as `ready`, `terminating` false;
 - labels are namespace, registry, service, and cluster and cluster_id, node, zone and region where they are known: the
-  zone and region of the endpoint, else of its node, else (zone) of the discovery server;
+  zone and region of the endpoint, else of its node, else (zone) of the discovery server; and app_protocol, where the
+  port has an appProtocol;
 - an FQDN slice has no addresses that could be dialled: it makes its service known, and nothing more;
 - an endpoint or port that cannot be used is left out and reported with its place; the others stay.
 
@@ -38,6 +39,7 @@ from meshlocal.policy.model import (
     make_instance,
     parse_service_key,
 )
+from meshlocal.policy.protocols import APP_PROTOCOL
 
 CLUSTER_ID = "cluster_id"
 REGION = "region"
@@ -264,8 +266,9 @@ class _PartMapper:
                     self.instances[instance.key] = instance
         return mapped
 
-    def _tcp_ports(self, at: str, group: Group) -> list[tuple[int, str]]:
-        ports: list[tuple[int, str]] = []
+    def _tcp_ports(self, at: str, group: Group) -> list[tuple[int, str, str]]:
+        """Number, name and appProtocol of each port that is one of TCP's."""
+        ports: list[tuple[int, str, str]] = []
         addresses = sum(bool(endpoint.addresses) for endpoint in group.endpoints)
         for index, port in enumerate(group.ports):
             protocol = port.protocol or "TCP"
@@ -278,18 +281,21 @@ class _PartMapper:
             elif not 1 <= port.port <= 65535:
                 self.refuse(f"{at}ports[{index}].port: {port.port} is not within 1 to 65535")
             else:
-                ports.append((port.port, port.name or ""))
+                ports.append((port.port, port.name or "", sys.intern((port.app_protocol or "").strip())))
         return ports
 
-    def _map_endpoint(self, at: str, endpoint: Endpoint, ports: list[tuple[int, str]], family: str) -> list[Instance]:
+    def _map_endpoint(
+        self, at: str, endpoint: Endpoint, ports: list[tuple[int, str, str]], family: str
+    ) -> list[Instance]:
         labels = self._endpoint_labels(endpoint)
         conditions = _conditions(endpoint.conditions)
         instances: list[Instance] = []
         # An endpoint is one pod: what further addresses would mean is not defined, and kube-proxy passes them over.
         for address in endpoint.addresses[:1]:
             try:
-                for port, name in ports:
-                    instance = make_instance(address, port, name, labels, conditions)
+                for port, name, spoken in ports:
+                    all_labels = {**labels, APP_PROTOCOL: spoken} if spoken else labels
+                    instance = make_instance(address, port, name, all_labels, conditions)
                     if family and instance.is_ipv6 != (family == "IPv6"):
                         raise ModelError("address", f"{address!r} in a slice of {family} addresses")
                     instances.append(instance)

@@ -113,6 +113,7 @@ class Port(_Object, frozen=True):
     port: int | None = None
     name: _Text | None = None
     protocol: str | None = None
+    app_protocol: _Text | None = None
 
 
 class EndpointSlice(_Object, frozen=True):

@@ -26,6 +26,18 @@ class Answer(NamedTuple):
         return cls(error.status, error.reason, str(error))
 
 
+def grpc_status(answer: Answer) -> int:
+    """The gRPC status of an answer (C3): 4 DEADLINE_EXCEEDED, 8 RESOURCE_EXHAUSTED, 12 UNIMPLEMENTED, 14 UNAVAILABLE;
+    3 INVALID_ARGUMENT for what is wrong with the request."""
+    if answer == DEADLINE:
+        return 4
+    if answer in LIMITED or answer.status in (413, 431) or answer == TOO_MANY_SERVICES:
+        return 8
+    if answer in (UNKNOWN_SERVICE, UNKNOWN_HOST):
+        return 12
+    return 3 if answer.status < 500 and answer.status != 408 else 14
+
+
 UNKNOWN_HOST = Answer(503, "unknown_host", "the host names no service, and no route has it")
 UNKNOWN_SERVICE = Answer(503, "unknown_service", "no registry knows the service")
 TOO_MANY_SERVICES = Answer(503, "too_many_services", "more services are in use than this proxy may follow")
@@ -40,6 +52,8 @@ LIMITED = (TOO_MANY_REQUESTS, TOO_MANY_CONNECTIONS, TOO_MANY_WAITING)
 
 FAILED = Answer(502, "failed", "no instance could be connected")
 NO_RESPONSE = Answer(502, "no_response", "the instance ended the connection without a response")
+REFUSED = Answer(502, "refused", "the instance refused the request")
+RESET = Answer(502, "reset", "the instance reset the request")
 BROKEN = Answer(502, "broken_response", "the instance's response broke off, or is malformed")
 DEADLINE = Answer(504, "deadline", "no instance answered in time")
 ATTEMPT_TIMEOUT = Answer(504, "attempt_timeout", "the instance did not answer in time")

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import math
+import socket
 
 import trio
 
 from meshlocal.net.relay_loop import current_loop
+from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
+from meshlocal.proxy.http.calls import Calls
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.h1.client import CHUNK, H1Client
 from meshlocal.proxy.http.h1.upstream import H1Upstream
+from meshlocal.proxy.http.h2.client import H2ClientLink
 from meshlocal.proxy.http.lane import Lane
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.serve import serve
+from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.request import HTTP2_PREFACE, HeadLimits, check_unfinished
-from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, generated_answer
+from meshlocal.wire.http1.rewrite import generated_answer
 
 CLOSE_GRACE = 2.0
 """Seconds, after a last answer, for the client to read it and close."""
 
 
 class ClientConnection(H1Client):
-    """One client's connection while it lives."""
+    """One client's connection while it lives.
 
-    __slots__ = ()
+    Attributes:
+        link: what it became, if the client speaks HTTP/2.
+    """
+
+    __slots__ = ("link",)
+
+    def __init__(self, shared: HttpShared, service: ServiceKey | None, sock: socket.socket, peer: object) -> None:
+        super().__init__(shared, service, sock, peer)
+        self.link: H2ClientLink | None = None
 
     async def run(self) -> None:
         """Serve it to its end; the socket is closed or reset then."""
@@ -86,6 +99,7 @@ class ClientConnection(H1Client):
             return End.CLOSE
         settings = self.shared.settings
         limits = settings.limits
+        fresh = self.fresh
         try:
             end = received.find(b"\r\n\r\n")
             if end < 0:
@@ -94,6 +108,8 @@ class ClientConnection(H1Client):
                     return End.CLOSE
                 end = received.find(b"\r\n\r\n")
             end += 4
+            if fresh and received.startswith(HTTP2_PREFACE):
+                return await self._serve_http2(received)
             if end > limits.head:
                 raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
             if end < len(received):
@@ -103,10 +119,25 @@ class ClientConnection(H1Client):
                 raw = received
             head = settings.heads.request(raw)
         except ProtocolError as error:
-            return await self._refuse(error, received or b"")
+            return await self._refuse(error)
         self.deadline = math.inf
         self.fresh = False
         return await self._serve(HttpRequest(self, head, trio.current_time()))
+
+    async def _serve_http2(self, received: bytes) -> End:
+        """Serve a client that takes it for known that HTTP/2 is spoken here (RFC 9113, 3.3)."""
+        loop = current_loop.get()
+        self.expiry = Expiry.TRANSFER
+        self.deadline = math.inf
+        async with trio.open_nursery() as nursery:
+            calls = Calls(nursery, loop)
+            link = self.link = H2ClientLink(self.pipe, self.shared, self.service, self.peer, loop, calls)
+            link.receive(received)
+            if self.shared.draining:
+                link.drain()
+            await link.serve()
+            nursery.cancel_scope.cancel()
+        return End.CLOSE
 
     async def _serve(
         self, request: HttpRequest, upstream: H1Upstream | None = None, raised: Exception | None = None
@@ -166,12 +197,8 @@ class ClientConnection(H1Client):
             if received.find(b"\r\n\r\n", searched) >= 0:
                 return bytes(received)
 
-    async def _refuse(self, error: ProtocolError, received: bytes) -> End:
-        if received.startswith(HTTP2_PREFACE):
-            self.shared.refused["http2"] += 1
-            await self._say(HTTP2_REFUSAL)
-        else:
-            await self._answer(Answer.to(error))
+    async def _refuse(self, error: ProtocolError) -> End:
+        await self._answer(Answer.to(error))
         return End.LINGER
 
     async def _answer(self, answer: Answer) -> None:

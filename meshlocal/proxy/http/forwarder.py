@@ -114,9 +114,11 @@ class HttpForwarder:
         """Keep all limits of time, until cancelled; then close what is pooled."""
         try:
             async with trio.open_nursery() as nursery:
+                self.shared.nursery = nursery
                 for name, run in (("http deadlines", self.shared.patience.run), ("http sweep", self._sweep)):
                     nursery.start_soon(partial(self._supervision.keep, name, run, vital=True))
         finally:
+            self.shared.nursery = None
             for service in self.services.values():
                 service.close()
 
@@ -155,7 +157,9 @@ class HttpForwarder:
         self.shared.draining = True
         now = trio.current_time()
         for connection in self._connections:
-            if connection.is_idle:
+            if connection.link is not None:
+                connection.link.drain()
+            elif connection.is_idle:
                 connection.await_request(now)
         self._drain_begins.set()
 
@@ -186,7 +190,9 @@ class HttpForwarder:
     def sweep(self, now: float) -> None:
         """End what ran out of time; forget services and close connections to instances that nobody used for long."""
         for connection in list(self._connections):
-            if (connection.deadline <= now and not (connection.is_idle and connection.has_input())) or (
+            if connection.link is not None:
+                connection.link.look(now)
+            elif (connection.deadline <= now and not (connection.is_idle and connection.has_input())) or (
                 connection.counters is not None and connection.counters.last_activity + connection.idle_limit <= now
             ):
                 connection.expire()
@@ -198,3 +204,4 @@ class HttpForwarder:
                 del self.services[key]
             else:
                 service.pool.sweep(oldest)
+                service.links.sweep(now)

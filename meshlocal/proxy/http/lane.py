@@ -315,7 +315,7 @@ class Lane:
         """Read what came, and pass it on."""
         upstream, client = self.upstream, self._client
         assert upstream is not None
-        sock = upstream.pipe.plain
+        sock = upstream.upstream.sock
         for _ in range(LANE_TURN):
             try:
                 data = sock.recv(CHUNK)

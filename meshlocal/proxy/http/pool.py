@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from meshlocal.net.pipe import PlainPipe, is_silent
+from meshlocal.net.pipe import Pipe, PlainPipe, is_silent
 from meshlocal.policy.model import HostPort
+from meshlocal.policy.retry import Failure
 
 if TYPE_CHECKING:
     from meshlocal.net.relay_loop import RelayLoop
@@ -20,6 +21,7 @@ class Upstream:
 
     Attributes:
         pipe: its bytes.
+        sock: the connection's socket, non-blocking.
         number: the socket's file descriptor.
         place: where it leads.
         pool: that has it, while it waits.
@@ -29,10 +31,11 @@ class Upstream:
         ending: its other side closed it, or it failed, or said more than was asked for.
     """
 
-    __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "used", "watched")
+    __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "sock", "used", "watched")
 
     def __init__(self, sock: socket.socket, place: HostPort) -> None:
-        self.pipe = PlainPipe(sock)
+        self.pipe: Pipe = PlainPipe(sock)
+        self.sock = sock
         self.number = sock.fileno()
         self.place = place
         self.pool: Pool | None = None
@@ -41,10 +44,9 @@ class Upstream:
         self.watched = False
         self.ending = False
 
-    @property
-    def sock(self) -> socket.socket:
-        """The connection's socket, non-blocking."""
-        return self.pipe.plain
+    def failed(self) -> Failure:
+        """What its end is for a request of which nothing was answered."""
+        return Failure.STALE if self.used else Failure.NO_RESPONSE
 
     def on_event(self, mask: int) -> None:
         """While it waits for a request nothing may come on it: neither its end nor what nobody asked for."""

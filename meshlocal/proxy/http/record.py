@@ -30,10 +30,11 @@ class HttpRecord(Account):
         status: of the response; 0 while there is none.
         received: bytes of the response's body.
         outcome: how it is counted, should it end now.
+        grpc_status: of the call; -1 while there is none, and where it is none.
         problem: what is wrong with the instance's response; None if nothing is.
     """
 
-    __slots__ = ("body", "head", "idempotent", "outcome", "peer", "problem", "received", "status")
+    __slots__ = ("body", "grpc_status", "head", "idempotent", "outcome", "peer", "problem", "received", "status")
 
     def __init__(self, peer: object, head: RequestHead, started: float, body: RequestBody | None) -> None:
         super().__init__(started)
@@ -43,6 +44,7 @@ class HttpRecord(Account):
         self.idempotent = head.method in IDEMPOTENT_METHODS or head.idempotency_key
         self.status = 0
         self.received = 0
+        self.grpc_status = -1
         self.outcome = Outcome.DRAINED
         self.problem: ProtocolError | None = None
 

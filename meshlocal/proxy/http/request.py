@@ -19,10 +19,12 @@ from meshlocal.proxy.http.ends import End, Expiry
 from meshlocal.proxy.http.record import HttpRecord
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.shared import HttpShared
-from meshlocal.proxy.http.statistics import LATENCY_BUCKETS
+from meshlocal.proxy.http.statistics import LATENCY_BUCKETS, SERVER_FAULTS, STATUS_NAMES
 from meshlocal.proxy.http.streams import ClientStream
+from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import NO_HEAD, RequestHead
+from meshlocal.wire.http2_heads import Http2RequestHead
 
 # Looked up once: an attribute of an enum costs as much as a call, and every request passes here.
 _REQUESTS, _DRAINED, _CUT, _ABORT = Limit.REQUESTS, Outcome.DRAINED, Outcome.CUT, End.ABORT
@@ -85,6 +87,12 @@ class HttpRequest(HttpRecord):
         limit = self.service.state.policy.idle_timeout if self.service is not None else None
         return float("inf") if limit is None else limit
 
+    @property
+    def is_grpc(self) -> bool:
+        """Whether it is a gRPC call, whose status counts."""
+        head = self.head
+        return isinstance(head, Http2RequestHead) and head.grpc
+
     # Its service and its instances.
 
     def find_service(self) -> None:
@@ -99,18 +107,17 @@ class HttpRequest(HttpRecord):
         """Begin, for this service; False, and `refusal` is set, if that is full."""
         self.service = service
         state = service.state
-        if self.begin(state, state.policy.response_deadline, _REQUESTS) is not None:
+        timeout = self.head.timeout  # a call's own (C3)
+        if self.begin(state, state.policy.response_deadline if timeout is None else timeout, _REQUESTS) is not None:
             self.refusal = answers.TOO_MANY_REQUESTS
             return False
         service.budget.request(self.started)
         return True
 
     def payload(self) -> bytes:
-        """The head for an instance, with what is there of the body."""
+        """The head for an instance that speaks HTTP/1.1, with what is there of the body."""
         assert self.service is not None
-        head = self.client.request_head(self.head, self.service.state.key)
-        body = self.body
-        return head + b"".join(body.held) if body is not None and body.held else head
+        return self.client.payload(self.head, self.service.state.key, self.body)
 
     async def read_body(self) -> bytes:
         """The next piece of the body; see `ClientStream.read_body`."""
@@ -151,6 +158,18 @@ class HttpRequest(HttpRecord):
             trio.current_time(), service.budget, sent=sent, idempotent=self.idempotent, held=self._is_held
         )
 
+    def drops_call(self, grpc_status: int) -> bool:
+        """Whether a call's answer without a message is dropped for its status, and the next instance tried; the attempt
+        is settled then. To list a status declares that such calls may be repeated (C3)."""
+        service = self.service
+        assert service is not None
+        listed = service.state.policy.grpc_retry_on
+        return (
+            bool(listed)
+            and STATUS_NAMES[grpc_status] in listed
+            and self.drop_answer(trio.current_time(), service.budget, sent=True, idempotent=True, held=self._is_held)
+        )
+
     def begin_response(self, status: int) -> None:
         """A final head goes to the client, so that all but its response's end is a cut from here on."""
         self.status = status
@@ -179,13 +198,46 @@ class HttpRequest(HttpRecord):
         """The field lines that tell the client how a response came about, if they are wanted (R1)."""
         if not self.shared.settings.config.response_headers:
             return b""
-        lines = f"x-meshlocal-attempts: {self.attempts}\r\n"
+        return b"".join(b"%b: %b\r\n" % field for field in self.explanation_fields())
+
+    def explanation_fields(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The same, name by name."""
+        if not self.shared.settings.config.response_headers:
+            return ()
+        fields = [("attempts", str(self.attempts))]
         pick = self.pick
         if pick is not None:
-            lines += f"x-meshlocal-instance: {pick.instance.key}\r\nx-meshlocal-tier: {self.tier}\r\n"
+            fields += [("instance", str(pick.instance.key)), ("tier", self.tier)]
             if pick.reason is not None:
-                lines += f"x-meshlocal-reason: {pick.reason}\r\n"
-        return lines.encode("latin-1", "replace")
+                fields.append(("reason", pick.reason))
+        return tuple((b"x-meshlocal-" + name.encode(), value.encode("latin-1", "replace")) for name, value in fields)
+
+    # Answers of the proxy's own: what they count as.
+
+    def refuse(self, answer: Answer) -> None:
+        """No instance is tried for it."""
+        self.outcome = Outcome.LIMITED if answer in answers.LIMITED else Outcome.NO_INSTANCE
+        self.shared.refused[answer.reason] += 1
+        if self.service is not None:
+            self.shared.report_failure(self, answer)
+
+    def reject(self, error: ProtocolError) -> Answer:
+        """It is malformed, or too large; gives what to answer."""
+        self.outcome = Outcome.REFUSED
+        self.shared.refused[error.reason] += 1
+        return Answer.to(error)
+
+    def fail(self, answer: Answer, outcome: Outcome) -> None:
+        """Instances were tried in vain (A6)."""
+        self.outcome = outcome
+        self.shared.report_failure(self, answer)
+
+    def why_none(self, unknown: Answer = answers.UNKNOWN_SERVICE) -> Answer:
+        """What to answer where there is no instance to try (A6)."""
+        picker = self.service.state.picker if self.service is not None else None
+        if picker is None:
+            return answers.NO_SNAPSHOT
+        return unknown if picker.snapshot.unknown else answers.NO_INSTANCE
 
     # Its end.
 
@@ -203,7 +255,13 @@ class HttpRequest(HttpRecord):
                 counts.bytes_sent += self.body.size
             pick = self.pick
             reason = (pick.reason or "") if pick is not None else ""
-            statistics.ended[self.tier, reason, self.status // 100] += 1
+            hundreds = self.status // 100
+            if self.grpc_status > 0 and hundreds == 2:
+                # Failures hide behind 200.
+                hundreds = 5 if self.grpc_status in SERVER_FAULTS else 4
+            statistics.ended[self.tier, reason, hundreds] += 1
+            if self.grpc_status >= 0:
+                statistics.calls[self.tier, reason, self.grpc_status] += 1
             seconds = now - self.started
             statistics.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
             statistics.latency_sum += seconds

@@ -12,8 +12,11 @@ import trio
 
 from meshlocal.client.connecting import connect, dial
 from meshlocal.client.statistics import AttemptOutcome, Outcome
+from meshlocal.net.pipe import PlainPipe
 from meshlocal.net.sockets import abort, close
+from meshlocal.policy.model import HostPort
 from meshlocal.policy.picker import Pick
+from meshlocal.policy.protocols import speaks_http2
 from meshlocal.policy.retry import Decision, Failure
 from meshlocal.policy.search import Why
 from meshlocal.proxy.http import answers
@@ -22,12 +25,16 @@ from meshlocal.proxy.http.ends import ClientLeftError, CutError, End
 from meshlocal.proxy.http.h1.pump import drive
 from meshlocal.proxy.http.h1.tunnel import run_tunnel
 from meshlocal.proxy.http.h1.upstream import H1Upstream
+from meshlocal.proxy.http.h2.as_http1 import SharedUpstream
+from meshlocal.proxy.http.h2.client import H2Client
+from meshlocal.proxy.http.h2.tunnel import run_stream_tunnel
+from meshlocal.proxy.http.h2.upstream import H2Upstream
+from meshlocal.proxy.http.links import UpstreamLink
 from meshlocal.proxy.http.pool import Upstream
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
-from meshlocal.wire.http1.rewrite import generated_answer
 
 _ANSWERS = {
     Failure.CONNECT: answers.FAILED,
@@ -35,7 +42,8 @@ _ANSWERS = {
     Failure.NO_RESPONSE: answers.NO_RESPONSE,
     Failure.TIMEOUT: answers.ATTEMPT_TIMEOUT,
     Failure.BROKEN: answers.BROKEN,
-    Failure.REFUSED: answers.NO_RESPONSE,
+    Failure.REFUSED: answers.REFUSED,
+    Failure.RESET: answers.RESET,
     Failure.STATUS: answers.FAILED,
 }
 
@@ -54,7 +62,9 @@ class _Failed(NamedTuple):
     sent: bool
 
 
-async def serve(request: HttpRequest, upstream: H1Upstream | None = None, raised: Exception | None = None) -> End:
+async def serve(
+    request: HttpRequest, upstream: H1Upstream | H2Upstream | None = None, raised: Exception | None = None
+) -> End:
     """Serve a request to its end; its `finish` is the caller's.
 
     Args:
@@ -66,7 +76,7 @@ async def serve(request: HttpRequest, upstream: H1Upstream | None = None, raised
         What becomes of the client's connection.
 
     Raises:
-        ClientLeftError: the client reset its connection.
+        ClientLeftError: the client reset its connection, or its stream.
     """
     try:
         if raised is not None:
@@ -87,12 +97,11 @@ async def serve(request: HttpRequest, upstream: H1Upstream | None = None, raised
         request.outcome = Outcome.CUT if request.response_begun else Outcome.CLIENT_LEFT
         raise
     except CutError:
-        request.outcome = Outcome.CUT
+        if request.outcome is not Outcome.DEADLINE:
+            request.outcome = Outcome.CUT
         return End.ABORT
     except ProtocolError as error:
-        request.outcome = Outcome.REFUSED
-        request.shared.refused[error.reason] += 1
-        return await _answer(request, Answer.to(error))
+        return await _answer(request, request.reject(error))
     except Exception:
         request.outcome = Outcome.ERROR
         raise
@@ -119,14 +128,14 @@ async def _begin_body(request: HttpRequest, service: HttpService) -> None:
     request.deadline = trio.current_time() + policy.response_deadline
 
 
-async def _forward(request: HttpRequest, service: HttpService, upstream: H1Upstream | None) -> End:
+async def _forward(request: HttpRequest, service: HttpService, upstream: H1Upstream | H2Upstream | None) -> End:
     state = service.state
     if request.pick is None and state.picker is None:
         await _await_snapshot(request, service)
     while True:
         # An attempt may have begun without a task.
         if upstream is None and not request.trying and request.try_next(trio.current_time()) is None:
-            return await _refuse(request, _why_none(service))
+            return await _refuse(request, request.why_none())
         failed = await _attempt(request, service, upstream)
         upstream = None
         if request.refusal is not None:
@@ -153,41 +162,69 @@ async def _await_snapshot(request: HttpRequest, service: HttpService) -> None:
         raise ClientLeftError
 
 
-def _why_none(service: HttpService, unknown: Answer = answers.UNKNOWN_SERVICE) -> Answer:
-    """What to answer where there is no instance to try (A6)."""
-    picker = service.state.picker
-    if picker is None:
-        return answers.NO_SNAPSHOT
-    return unknown if picker.snapshot.unknown else answers.NO_INSTANCE
-
-
-async def _attempt(request: HttpRequest, service: HttpService, upstream: H1Upstream | None) -> _Failed | None:
+async def _attempt(
+    request: HttpRequest, service: HttpService, upstream: H1Upstream | H2Upstream | None
+) -> _Failed | None:
     """Try one instance; `upstream` is an attempt that is under way. None: its response went to the client, or there
     is a refusal."""
     pick = request.pick
     assert pick is not None
     if upstream is None:
-        kept = service.reuse(pick, sure=not request.idempotent)
-        if kept is not None:
-            upstream = H1Upstream(request, service, kept)
+        upstream = begin_on_kept(request, service, pick)
     if upstream is not None:
-        failure = await drive(upstream)
+        failure = await _drive(upstream)
         if failure is None:
             return None
         if failure is not Failure.STALE or request.decide(failure, sent=upstream.sent) is not Decision.SAME:
             return _Failed(failure, failure, upstream.sent)
         service.statistics.retries[failure] += 1
     connected = await _connect(request, service, pick)
-    if not isinstance(connected, Upstream):
+    if connected is None or isinstance(connected, _Failed):
         return connected
-    upstream = H1Upstream(request, service, connected)
-    failure = await drive(upstream)
-    return None if failure is None else _Failed(failure, failure, upstream.sent)
+    failure = await _drive(connected)
+    return None if failure is None else _Failed(failure, failure, connected.sent)
 
 
-async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> Upstream | _Failed | None:
-    """A new connection to the instance, or how that failed; None, and a refusal: as many wait as may."""
-    client, state = request.client, service.state
+async def _drive(upstream: H1Upstream | H2Upstream) -> Failure | None:
+    return await (drive(upstream) if isinstance(upstream, H1Upstream) else upstream.drive())
+
+
+def begin_on_kept(request: HttpRequest, service: HttpService, pick: Pick) -> H1Upstream | H2Upstream | None:
+    """An attempt on a connection to the instance that is there already; None if there is none.
+
+    Args:
+        request: what is tried.
+        service: what it is for.
+        pick: the instance.
+    """
+    if not in_http2(request, service, pick):
+        kept = service.reuse(pick, sure=not request.idempotent)
+        return H1Upstream(request, service, kept) if kept is not None else None
+    link = service.links.take(pick.instance.key[:2])
+    if link is None:
+        return None
+    service.statistics.connections_reused += 1
+    return _on_link(request, service, link)
+
+
+def in_http2(request: HttpRequest, service: HttpService, pick: Pick) -> bool:
+    """Whether the instance is spoken to in HTTP/2."""
+    if request.head.upgrade:
+        # There is none in HTTP/2.
+        return False
+    return speaks_http2(pick.instance, service.state.protocol, client=request.client.http2)
+
+
+def _on_link(request: HttpRequest, service: HttpService, link: UpstreamLink) -> H1Upstream | H2Upstream:
+    client = request.client
+    if isinstance(client, H2Client):
+        return H2Upstream(client, request, service, link)
+    return H1Upstream(request, service, SharedUpstream(link, client.shared.settings.heads))
+
+
+async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> H1Upstream | H2Upstream | _Failed | None:
+    """An attempt on a new connection to the instance, or how that failed; None, and a refusal: as many wait as may."""
+    client = request.client
     if client.left:
         # Nothing is connected that nobody would close.
         raise ClientLeftError
@@ -197,20 +234,81 @@ async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> Up
         request.abandoned(answers.TOO_MANY_WAITING.reason)
         return None
     request.began = trio.current_time()
+    made: H1Upstream | H2Upstream | _Failed | None = None
     try:
         with trio.CancelScope(deadline=request.deadline) as scope:
-            dialled = await dial(client, state.policy, pick)
+            if in_http2(request, service, pick):
+                made = await _connect_shared(request, service, pick)
+            else:
+                made = await _dial(request, service, pick)
     finally:
         request.stop_waiting()
     if client.left:
+        if isinstance(made, H1Upstream | H2Upstream):
+            made.release(trio.current_time())
         raise ClientLeftError
     if scope.cancelled_caught:
         return _Failed(Failure.TIMEOUT, AttemptOutcome.TIMEOUT, sent=False)
+    return made
+
+
+async def _dial(request: HttpRequest, service: HttpService, pick: Pick) -> H1Upstream | _Failed | None:
+    dialled = await dial(request.client, service.state.policy, pick)
     if dialled.upstream is None:
-        return _Failed(Failure.CONNECT, dialled.error, sent=False)
+        return None if request.client.left else _Failed(Failure.CONNECT, dialled.error, sent=False)
     service.statistics.connections_made += 1
     request.reached()
-    return Upstream(dialled.upstream, (pick.instance.key.address, pick.instance.key.port))
+    return H1Upstream(request, service, Upstream(dialled.upstream, pick.instance.key[:2]))
+
+
+async def _connect_shared(
+    request: HttpRequest, service: HttpService, pick: Pick
+) -> H1Upstream | H2Upstream | _Failed | None:
+    """As `_dial`, for a connection that others use as well: of those who want one, one makes it, and the others wait.
+
+    How that failed is the failure of those who waited, too: to ask again, one after the other, would take each one's
+    time anew.
+    """
+    links, client, place = service.links, request.client, pick.instance.key[:2]
+    while not _has_left(request):
+        link = links.take(place)
+        if link is not None:
+            return _on_link(request, service, link)
+        if not links.may_connect(place, service.config.http2.connections):
+            error = await _wait_for_others(request, service, place)
+            if error:
+                return _Failed(Failure.CONNECT, error, sent=False)
+            continue
+        error = AttemptOutcome.ABANDONED
+        links.begin_connect(place)
+        try:
+            dialled = await dial(client, service.state.policy, pick)
+            error = dialled.error
+            if dialled.upstream is None:
+                return None if _has_left(request) else _Failed(Failure.CONNECT, error, sent=False)
+            service.statistics.connections_made += 1
+            request.reached()
+            return _on_link(request, service, links.adopt(dialled.upstream, place, service.config))
+        finally:
+            # One that was given up says nothing: another one tries.
+            links.end_connect(place, "" if error == AttemptOutcome.ABANDONED else error)
+    return None
+
+
+def _has_left(request: HttpRequest) -> bool:
+    return request.client.left
+
+
+async def _wait_for_others(request: HttpRequest, service: HttpService, place: HostPort) -> str:
+    """Wait for a stream that is free, or a connection that another makes; gives how that failed, empty if it worked."""
+    error = ""
+
+    async def wait() -> None:
+        nonlocal error
+        error = await service.links.wait_changed(place)
+
+    await request.client.watched(wait)
+    return error
 
 
 # CONNECT
@@ -232,8 +330,12 @@ async def _serve_connect(request: HttpRequest, service: HttpService) -> End:
     whole = False
     request.enter_instance()
     try:
-        opened = b"HTTP/1.1 200 Connection established\r\n" + request.explanation() + b"\r\n"
-        whole = await run_tunnel(request, service.state, found, opened)
+        client = request.client
+        if isinstance(client, H2Client):
+            whole = await run_stream_tunnel(client, request, service.state, PlainPipe(found))
+        else:
+            opened = b"HTTP/1.1 200 Connection established\r\n" + request.explanation() + b"\r\n"
+            whole = await run_tunnel(request, service.state, found, opened)
     finally:
         request.leave_instance()
         (close if whole else abort)(found)
@@ -244,7 +346,7 @@ async def _answer_no_tunnel(request: HttpRequest, service: HttpService, outcome:
     if outcome is Outcome.CLIENT_LEFT:
         raise ClientLeftError
     if outcome is Outcome.NO_INSTANCE:
-        return await _refuse(request, _why_none(service, unknown=answers.CONNECT_FORBIDDEN))
+        return await _refuse(request, request.why_none(answers.CONNECT_FORBIDDEN))
     return await _fail(request, answers.DEADLINE if outcome is Outcome.DEADLINE else answers.FAILED, outcome)
 
 
@@ -259,38 +361,21 @@ async def _answer_failure(request: HttpRequest, failure: Failure) -> End:
 
 async def _refuse(request: HttpRequest, answer: Answer) -> End:
     """Answer a request that no instance is tried for."""
-    request.outcome = Outcome.LIMITED if answer in answers.LIMITED else Outcome.NO_INSTANCE
-    request.shared.refused[answer.reason] += 1
-    if request.service is not None:
-        request.shared.report_failure(request, answer)
+    request.refuse(answer)
     return await _answer(request, answer)
 
 
 async def _fail(request: HttpRequest, answer: Answer, outcome: Outcome) -> End:
     """Answer a request that instances were tried for in vain (A6)."""
-    request.outcome = outcome
-    request.shared.report_failure(request, answer)
+    request.fail(answer, outcome)
     return await _answer(request, answer)
 
 
 async def _answer(request: HttpRequest, answer: Answer) -> End:
     """Send an answer of the proxy's own; tells what becomes of the client's connection."""
-    client, head = request.client, request.head
+    head = request.head
     unread = head.has_body and (request.body is None or not request.body.finished)
-    close = request.closes_client(unread)
-    request.status = answer.status
-    request.error = answer.reason
-    request.response_begun = True
-    await client.send(
-        generated_answer(
-            *answer,
-            extra=request.explanation(),
-            close=close,
-            announce_keep_alive=not close and head.minor == 0,
-            without_body=head.method == b"HEAD",
-        )
-    )
-    if not close:
+    if not await request.client.answer(request, answer):
         return End.KEEP
     request.close_client(unread=unread)
     return request.client_end

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from meshlocal.client.services import ServiceState
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import HostPort, ServiceSnapshot
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import RetryBudget
+from meshlocal.proxy.http.links import SharedLinks, UpstreamLink
 from meshlocal.proxy.http.pool import Pool, Upstream
 from meshlocal.proxy.http.statistics import HttpStatistics
 
@@ -15,18 +18,27 @@ from meshlocal.proxy.http.statistics import HttpStatistics
 class HttpService:
     """A service, as http listeners see it.
 
+    Args:
+        state: see below.
+        config: what holds for http listeners.
+        keep: has a shared connection served, in a task of its own.
+
     Attributes:
         state: its picker, policy and counts, shared with all listeners.
-        pool: unused connections to its instances.
+        config: what holds for http listeners.
+        pool: unused connections to its instances, in HTTP/1.1.
+        links: connections to its instances in HTTP/2, which requests share.
         budget: how many retries after an answer there may be.
         pool_size: unused connections to one instance at most.
         statistics: counts of requests.
     """
 
-    __slots__ = ("budget", "pool", "pool_size", "state", "statistics")
+    __slots__ = ("budget", "config", "links", "pool", "pool_size", "state", "statistics")
 
-    def __init__(self, state: ServiceState, config: HttpConfig) -> None:
+    def __init__(self, state: ServiceState, config: HttpConfig, keep: Callable[[UpstreamLink], None]) -> None:
         self.state = state
+        self.config = config
+        self.links = SharedLinks(current_loop.get(), keep)
         self.pool = Pool(current_loop.get())
         self.pool.on_unasked = self._on_unasked
         self.statistics = HttpStatistics()
@@ -41,6 +53,7 @@ class HttpService:
         refused = self.budget.refused
         self.budget = _budget(config)
         self.budget.refused = refused
+        self.config = config
         self.pool_size = config.pool_size
 
     def reuse(self, pick: Pick, *, sure: bool) -> Upstream | None:
@@ -59,9 +72,12 @@ class HttpService:
         """The service is followed no longer."""
         self.state.changed = None
         self.pool.close()
+        self.links.close()
 
     def _on_snapshot(self, snapshot: ServiceSnapshot) -> None:
-        self.pool.keep_only({key[:2] for key in snapshot.instances})
+        places = {key[:2] for key in snapshot.instances}
+        self.pool.keep_only(places)
+        self.links.keep_only(places)
 
     def _on_unasked(self, place: HostPort) -> None:
         """An instance said something that nobody had asked for. Had it come a moment later, on a connection that waits

@@ -18,11 +18,22 @@ class HttpSettings:
         heads: reads them.
         router: finds a request's service.
         via: the whole Via field line to add; empty for none.
+        via_fields: the same for HTTP/2.
         append_forwarded: X-Forwarded-For and -Proto are added.
         strip_forwarded: they are removed.
     """
 
-    __slots__ = ("_proxy", "append_forwarded", "config", "heads", "limits", "router", "strip_forwarded", "via")
+    __slots__ = (
+        "_proxy",
+        "append_forwarded",
+        "config",
+        "heads",
+        "limits",
+        "router",
+        "strip_forwarded",
+        "via",
+        "via_fields",
+    )
 
     def __init__(self, proxy: ProxyConfig) -> None:
         http = proxy.http
@@ -40,6 +51,7 @@ class HttpSettings:
             named,
         )
         self.via = f"via: 1.1 {http.via}\r\n".encode() if http.via else b""
+        self.via_fields: tuple[tuple[bytes, bytes], ...] = ((b"via", f"2 {http.via}".encode()),) if http.via else ()
         self.append_forwarded = http.x_forwarded == "append"
         self.strip_forwarded = http.x_forwarded == "remove"
 

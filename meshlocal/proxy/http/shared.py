@@ -10,10 +10,12 @@ import trio
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.tried import in_a_row
 from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.sockets import format_address
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.links import UpstreamLink
 from meshlocal.proxy.http.record import HttpRecord, Observer
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.settings import HttpSettings
@@ -42,6 +44,7 @@ class HttpShared:
         draining: connections end with their next response (S1).
         drained: requests that a drain cut (S1).
         observers: who is told of each request's end.
+        nursery: where shared connections to instances live.
     """
 
     def __init__(self, table: ServiceTable, config: ProxyConfig) -> None:
@@ -53,6 +56,8 @@ class HttpShared:
         self.draining = False
         self.drained = 0
         self.observers: tuple[Observer, ...] = ()
+        self.nursery: trio.Nursery | None = None
+        self._broken = RateLimited(_log, logging.WARNING, "http2 connection ended", interval=_WARNING_INTERVAL)
         self._failed = RateLimited(_log, logging.WARNING, "request failed", interval=_WARNING_INTERVAL)
 
     # The service of a request.
@@ -82,8 +87,18 @@ class HttpShared:
         if service is None or service.state is not state:
             if service is not None:
                 service.close()
-            service = self.services[key] = HttpService(state, self.settings.config)
+            service = self.services[key] = HttpService(state, self.settings.config, self._keep_link)
         return service
+
+    def _keep_link(self, link: UpstreamLink) -> None:
+        assert self.nursery is not None
+        self.nursery.start_soon(self._serve_link, link)
+
+    async def _serve_link(self, link: UpstreamLink) -> None:
+        try:
+            await link.serve()
+        except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
+            _log.exception("connection to an instance failed by a fault in the proxy", instance=f"{link.place}")
 
     def find_known(self, fixed: ServiceKey | None, head: RequestHead, now: float) -> HttpService | None:
         """What `find` gives, if the service had a request before, so that nothing has to be begun or told for it."""
@@ -107,6 +122,10 @@ class HttpShared:
             last_error=record.error or None,
             problem=str(record.problem) if record.problem is not None else None,
         )
+
+    def report_broken(self, peer: object, problem: str) -> None:
+        """Say, not too often, that an HTTP/2 connection ended because its client broke a rule or was not heard of."""
+        self._broken(trio.current_time(), client=format_address(peer), problem=problem)
 
     def refuse(self, peer: object, answer: Answer) -> None:
         """Count and log what is no request, or never became one."""

@@ -12,11 +12,37 @@ STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
 """By a status's hundreds; `none` where no response was begun."""
 
 
+STATUS_NAMES = (
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+"""gRPC's statuses by number."""
+
+SERVER_FAULTS = frozenset({2, 4, 8, 12, 13, 14, 15})
+"""Those that say that the server failed, as an HTTP status from 500 on does; the others are the caller's."""
+
+
 class HttpStatistics:
     """Counts of one service's requests.
 
     Attributes:
         ended: requests that ended, by tier, reason (R1), and the hundreds of their response's status; 0 for none.
+        calls: gRPC calls that ended, by tier, reason (R1), and status.
         retries: by cause, a word of `policy.retry.Failure`.
         latency: requests by bucket of the seconds from head to the response's end, and those beyond the last bucket.
         latency_sum: all those seconds.
@@ -25,6 +51,7 @@ class HttpStatistics:
     """
 
     __slots__ = (
+        "calls",
         "connections_made",
         "connections_reused",
         "ended",
@@ -35,6 +62,7 @@ class HttpStatistics:
 
     def __init__(self) -> None:
         self.ended: defaultdict[tuple[str, str, int], int] = defaultdict(int)
+        self.calls: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
         self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
         self.latency_sum = 0.0

@@ -51,14 +51,15 @@ class ChunkedBody:
     """One body, from its first size line to the end of its trailers.
 
     Args:
-        decode: what passes is the data alone, for a recipient that cannot read chunks; trailers are lost then.
+        decode: what passes is the data alone, for a recipient that reads no chunks; trailers are in `trailers` then.
         max_trailers: bytes of the trailer section at most.
 
     Attributes:
         finished: the end of the body came.
+        trailers: with `decode`, the field lines behind it, but for those that no trailer may have.
     """
 
-    __slots__ = ("_decode", "_extensions", "_held", "_left", "_max_trailers", "_state", "finished")
+    __slots__ = ("_decode", "_extensions", "_held", "_left", "_max_trailers", "_state", "finished", "trailers")
 
     def __init__(self, *, decode: bool = False, max_trailers: int = 16384) -> None:
         self._decode = decode
@@ -68,6 +69,7 @@ class ChunkedBody:
         self._held = b""
         self._extensions = 0
         self.finished = False
+        self.trailers = b""
 
     def feed(self, data: bytes) -> tuple[list[Piece], int]:
         """Take what came.
@@ -131,6 +133,7 @@ class ChunkedBody:
                 at += len(section)
                 if self._decode:
                     start = at
+                    self.trailers = without(section[:-2], _NO_TRAILERS) if len(section) > 2 else b""
                 elif len(section) > 2:
                     out.append(view[start : at - len(section)])
                     out.append(without(section[:-2], _NO_TRAILERS) + b"\r\n")

@@ -209,6 +209,30 @@ class ResponseFlow:
             return first
         return first + self.body(rest) if rest else first
 
+    def begin_decoded(self, head: ResponseHead) -> bytes:
+        """As `begin`, for a client whose protocol has a framing of its own: what came of the body, without any.
+
+        Raises:
+            ProtocolError: the body is malformed.
+        """
+        self._framing = framing = head.framing(self._method)
+        if framing is Framing.CHUNKED:
+            self._chunks = ChunkedBody(decode=True)
+        elif framing is Framing.LENGTH:
+            self._left = head.content_length or 0
+        self._keep_alive = head.keep_alive
+        rest, self.rest = bytes(self.rest), b""
+        if framing is Framing.NONE:
+            self.complete = True
+            self.reusable = head.keep_alive and not rest
+            return b""
+        return self.body(rest) if rest else b""
+
+    @property
+    def trailers(self) -> bytes:
+        """The fields of a decoded body's trailer section, once it is complete; empty if there are none."""
+        return self._chunks.trailers if self._chunks is not None else b""
+
     def body(self, data: bytes) -> bytes:
         """What came of the body, as it goes to the client.
 

@@ -69,9 +69,12 @@ class RequestHead:
         expect_continue: the client waits for 100 before it sends the body.
         idempotency_key: it carries one, so that sending it twice does no harm.
         forwarded: it has an X-Forwarded-For or -Proto field.
+        timeout: seconds that its client gives it; None if it does not say. A call's (`meshlocal.wire.http2_heads`).
         onward: what goes to an instance behind the first line, by what it depends on (`rewrite.upstream_head`); shared
             by all heads with these field lines.
     """
+
+    timeout: float | None = None
 
     __slots__ = (
         "as_sent",
@@ -222,7 +225,7 @@ def _read_fields(head: RequestHead, start: int) -> None:
             if head.has_host:
                 raise ProtocolError(400, "bad_host", "more than one Host field")
             head.has_host = True
-            _read_authority(head, value.rstrip(b" \t"))
+            read_authority(head, value.rstrip(b" \t"))
         elif name == b"connection":
             connection.append(value)
         elif name == b"content-length":
@@ -299,7 +302,12 @@ _LONGEST_KNOWN = 260
 """Bytes of an authority that is kept: a name of DNS, and a port."""
 
 
-def _read_authority(head: RequestHead, value: bytes) -> None:
+def read_authority(head: RequestHead, value: bytes) -> None:
+    """Note what a Host field, or its like, says.
+
+    Raises:
+        ProtocolError: it is malformed.
+    """
     head.authority = value
     host = _hosts.get(value)
     if host is None:
@@ -339,7 +347,7 @@ def _read_target(head: RequestHead) -> None:
     if not match[2]:
         raise ProtocolError(400, "bad_target", "the target's host is missing")
     # The target's authority counts, whatever Host says (RFC 9112, 3.2.2).
-    _read_authority(head, match[2])
+    read_authority(head, match[2])
     if not head.host:
         raise ProtocolError(400, "bad_target", "the target's host is missing")
     rest = match[3]

@@ -18,16 +18,6 @@ _CHUNKED = b"transfer-encoding: chunked\r\n"
 _KEPT = 8
 """Ways of passing the same head on that are remembered: most heads have one."""
 
-_DEBUG_DATA = b"HTTP/2 is not served here; use HTTP/1.1"
-HTTP2_REFUSAL = (
-    # An empty SETTINGS frame, which has to come first, then GOAWAY: no stream, HTTP_1_1_REQUIRED (RFC 9113, 6.8).
-    b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-    + (8 + len(_DEBUG_DATA)).to_bytes(3, "big")
-    + b"\x07\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x0d"
-    + _DEBUG_DATA
-)
-"""The answer to an HTTP/2 preface: come back with HTTP/1.1."""
-
 
 def upstream_head(head: RequestHead, extra: bytes = b"", *, host: bytes = b"", strip_forwarded: bool = False) -> bytes:
     """The request's head for an instance, always HTTP/1.1.

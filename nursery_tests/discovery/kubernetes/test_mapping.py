@@ -74,6 +74,13 @@ def test_conditions(conditions: Any, state: Any) -> None:
     assert states(result) == {"10.0.0.1:9000": state}
 
 
+def test_app_protocol_is_a_label_of_its_port_alone() -> None:
+    ports = [TCP | {"appProtocol": "kubernetes.io/h2c"}, {"name": "metrics", "port": 9001}]
+    result = mapped([{"addresses": ["10.0.0.1"]}], ports)
+    found = {key.port: instance.labels.get("app_protocol") for key, instance in result.instances.items()}
+    assert found == {9000: "kubernetes.io/h2c", 9001: None}
+
+
 def test_only_tcp_ports() -> None:
     """UDP and SCTP ports and ports without a number are left out and counted; a missing protocol is TCP."""
     ports = [

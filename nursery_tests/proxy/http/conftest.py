@@ -23,7 +23,7 @@ from meshlocal.net.relay_loop import current_loop, open_relay_loop
 from meshlocal.policy import model
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
-from meshlocal.policy.config_http import HttpConfig
+from meshlocal.policy.config_http import Http2Config, HttpConfig
 from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.proxy.http.forwarder import HttpForwarder
@@ -399,7 +399,10 @@ class Proxy:
         service: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> None:
-        """Apply a configuration: keys of `proxy.attempts`, `proxy.http`, `proxy.services.b`, and `proxy`."""
+        """Apply a configuration: keys of `proxy.attempts`, `proxy.http` and its `http2`, `proxy.services.b`, and
+        `proxy`."""
+        if http and "http2" in http:
+            http = {**http, "http2": Http2Config(**http["http2"])}
         self.config = ProxyConfig(
             listen=self.addresses,
             attempts=AttemptPolicy(**(attempts or {})),

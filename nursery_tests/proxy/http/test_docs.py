@@ -1,4 +1,4 @@
-"""What the page on HTTP shows is so: its configurations, its statuses and reasons."""
+"""What the pages on HTTP show is so: its configurations, its statuses and reasons."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from meshlocal.policy.config_build import Layer, build_config
+from meshlocal.policy.protocols import APP_PROTOCOL
 from meshlocal.proxy.http import answers
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-PAGE = (DOCS / "http.md").read_text()
+PAGE = (DOCS / "http.md").read_text() + (DOCS / "grpc.md").read_text()
 REASONS = {each.reason: each.status for each in vars(answers).values() if isinstance(each, answers.Answer)}
 
 
@@ -26,7 +27,7 @@ def test_its_configurations_are_accepted() -> None:
 @pytest.mark.parametrize("key", sorted(set(re.findall(r"`(?:proxy\.http\.|attempts\.)?([a-z]+_[a-z_]+)`", PAGE))))
 def test_keys_and_reasons_exist(key: str) -> None:
     known = (DOCS / "configuration.md").read_text() + (DOCS / "metrics.md").read_text()
-    assert key in REASONS or re.search(rf"^\| `{key}` \|", known, re.MULTILINE)
+    assert key in (*REASONS, APP_PROTOCOL) or re.search(rf"^\| `{key}` \|", known, re.MULTILINE)
 
 
 def test_statuses_are_those_of_the_code() -> None:

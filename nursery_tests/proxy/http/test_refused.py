@@ -10,7 +10,6 @@ import trio
 from trio.testing import MockClock
 
 from meshlocal.client.statistics import Outcome, RequestKey
-from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL
 from nursery_tests.proxy.http.conftest import B, Client, Proxy, Served, Upstream, forward, stalls, until
 
 HOST = b"host: b\r\n"
@@ -143,19 +142,6 @@ async def test_a_response_must_be_within_the_limits_too(proxy: Proxy, local: Ups
 
     local.behaviour = large
     assert (await proxy.ask()).told == (502, "broken_response")
-
-
-@pytest.mark.parametrize("first", [5, 15, 16, 17, 18, 20, 33])
-async def test_an_http2_preface(proxy: Proxy, local: Upstream, first: int) -> None:
-    """It is answered in HTTP/2, so that the client can say what is wrong: HTTP_1_1_REQUIRED (RFC 9113, 7)."""
-    sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-    async with await proxy.connect() as client:
-        await client.send(sent[:first])
-        # The proxy has read them, and waits for more, unless it has answered already.
-        await until(lambda: proxy.forwarder.shared.refused or [each.has_input() for each in proxy.forwarder] == [False])
-        await client.send(sent[first:])
-        assert await client.rest() == HTTP2_REFUSAL
-    assert proxy.forwarder.shared.refused == {"http2": 1}
 
 
 @pytest.mark.parametrize("kept", [False, True])

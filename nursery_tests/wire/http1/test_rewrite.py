@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from meshlocal.wire.http1.fields import end_to_end
 from meshlocal.wire.http1.request import parse_request
 from meshlocal.wire.http1.response import Framing, parse_response
-from meshlocal.wire.http1.rewrite import HTTP2_REFUSAL, client_head, generated_answer, upstream_head
+from meshlocal.wire.http1.rewrite import client_head, generated_answer, upstream_head
 
 
 def up(raw: bytes, **options: object) -> bytes:
@@ -122,17 +122,3 @@ def test_generated_answer_parses() -> None:
     assert b"x-meshlocal-error: no_instance\r\n" in raw
     assert body.count(b"\n") == 1
     assert generated_answer(408, "x", "y", without_body=True).endswith(b"\r\n\r\n")
-
-
-def test_http2_refusal_is_http2() -> None:
-    """An HTTP/2 client reads it as GOAWAY with HTTP_1_1_REQUIRED."""
-    import h2.config
-    import h2.connection
-    import h2.events
-
-    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-    client.initiate_connection()
-    events = client.receive_data(HTTP2_REFUSAL)
-    (goaway,) = [event for event in events if isinstance(event, h2.events.ConnectionTerminated)]
-    assert goaway.error_code == 0xD
-    assert b"HTTP/1.1" in (goaway.additional_data or b"")

@@ -11,13 +11,15 @@ from meshlocal.client.connecting import Client
 from meshlocal.net.relay_state import RelayCounters
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.ends import ClientLeftError, Expiry
 from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.streams import ServedRequest
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.messages import RequestBody
+from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
-from meshlocal.wire.http1.rewrite import upstream_head
+from meshlocal.wire.http1.response import Framing, ResponseHead
+from meshlocal.wire.http1.rewrite import client_head, generated_answer, upstream_head
 
 CHUNK = 65536
 """Bytes read at once."""
@@ -55,6 +57,8 @@ class H1Client(Client):
         "service",
         "shared",
     )
+
+    http2 = False
 
     def __init__(self, shared: HttpShared, service: ServiceKey | None, sock: socket.socket, peer: object) -> None:
         super().__init__(sock)
@@ -148,14 +152,51 @@ class H1Client(Client):
             self.early += data[used:]
         return piece
 
-    def request_head(self, head: RequestHead, service: ServiceKey) -> bytes:
-        """See `ClientStream.request_head`."""
+    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None) -> bytes:
+        """See `ClientStream.payload`."""
         settings = self.shared.settings
         extra = settings.via
         if settings.append_forwarded:
             extra += self._forwarded_lines(head)
         host = b"" if head.has_host else service.encode()
-        return upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded)
+        raw = upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded)
+        return raw + b"".join(body.held) if body is not None and body.held else raw
+
+    def interim(self, head: ResponseHead) -> bytes:
+        """See `ClientStream.interim`: HTTP/1.0 knows none."""
+        request = self.request
+        return client_head(head, Framing.NONE) if request is not None and request.head.minor == 1 else b""
+
+    def begin_response(
+        self, request: ServedRequest, head: ResponseHead, flow: ResponseFlow, extra: bytes, *, unread: bool
+    ) -> tuple[bytes, bool]:
+        """See `ClientStream.begin_response`."""
+        http10 = request.head.minor == 0
+        close = request.closes_client(unread) or flow.closes_client(head, http10=http10)
+        out = flow.begin(head, http10=http10, close=close, extra=extra, announce=http10 and not close)
+        return out, close
+
+    def end_response(self, flow: ResponseFlow) -> None:
+        """See `ClientStream.end_response`: its last bytes said so."""
+
+    async def answer(self, request: ServedRequest, answer: Answer) -> bool:
+        """See `ClientStream.answer`."""
+        head = request.head
+        unread = head.has_body and (request.body is None or not request.body.finished)
+        close = request.closes_client(unread)
+        request.status = answer.status
+        request.error = answer.reason
+        request.response_begun = True
+        await self.send(
+            generated_answer(
+                *answer,
+                extra=request.explanation(),
+                close=close,
+                announce_keep_alive=not close and head.minor == 0,
+                without_body=head.method == b"HEAD",
+            )
+        )
+        return close
 
     def _forwarded_lines(self, head: RequestHead) -> bytes:
         """The X-Forwarded-For and -Proto fields to append to a request."""

@@ -135,7 +135,7 @@ class H1Upstream:
         try:
             sent = self.pipe.write(payload)
         except OSError:
-            self.failure = Failure.STALE if self.upstream.used else Failure.NO_RESPONSE
+            self.failure = self.upstream.failed()
             return
         self.sent = sent > 0
         if sent < len(payload):
@@ -226,7 +226,7 @@ class H1Upstream:
         if flow.any_byte:
             self.failure = Failure.BROKEN
         else:
-            self.failure = Failure.STALE if self.upstream.used else Failure.NO_RESPONSE
+            self.failure = self.upstream.failed()
         return b""
 
     def _interim(self, head: ResponseHead) -> bytes:
@@ -235,7 +235,7 @@ class H1Upstream:
             self.expecting = False
             if self.scope is not None:
                 self.scope.deadline = math.inf
-        return client_head(head, Framing.NONE) if self.request.head.minor == 1 else b""
+        return self.client.interim(head)
 
     def _begin(self, head: ResponseHead) -> bytes:
         request, flow = self.request, self.flow
@@ -243,11 +243,9 @@ class H1Upstream:
             self.failure = Failure.STATUS
             return b""
         settings = self.client.shared.settings
-        http10 = request.head.minor == 0
         self._unread = request.body is not None and not (request.body.finished and not self.streaming)
-        close = self._close_client = request.closes_client(self._unread) or flow.closes_client(head, http10=http10)
         extra = settings.via + request.explanation() if settings.config.response_headers else settings.via
-        out = flow.begin(head, http10=http10, close=close, extra=extra, announce=http10 and not close)
+        out, self._close_client = self.client.begin_response(request, head, flow, extra, unread=self._unread)
         self.head_came = True
         self.deadline = math.inf
         if self.scope is not None:
@@ -286,6 +284,8 @@ class H1Upstream:
         request = self.request
         request.received += self._size if self._flow is None else self._flow.size
         request.outcome = _SERVED
+        if self._flow is not None:
+            self.client.end_response(self._flow)
         if self._close_client:
             request.close_client(unread=self._unread)
         else:

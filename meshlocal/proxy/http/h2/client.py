@@ -1,0 +1,854 @@
+"""A client's connection in HTTP/2, and the client's end of each of its requests."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from meshlocal.client.statistics import Outcome
+from meshlocal.net.pipe import Pipe
+from meshlocal.net.relay_loop import RelayLoop
+from meshlocal.net.relay_state import RelayCounters
+from meshlocal.net.wakeup import Wakeup
+from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.rates import TokenBucket
+from meshlocal.proxy.http import answers
+from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
+from meshlocal.proxy.http.h2.body import Http2Body
+from meshlocal.proxy.http.link import STOPPED, Link
+from meshlocal.proxy.http.request import HttpRequest
+from meshlocal.proxy.http.shared import HttpShared
+from meshlocal.proxy.http.streams import ServedRequest
+from meshlocal.wire.grpc.metadata import encode_grpc_message
+from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
+from meshlocal.wire.http1.request import RequestHead
+from meshlocal.wire.http1.response import ResponseHead
+from meshlocal.wire.http1.rewrite import upstream_head
+from meshlocal.wire.http2 import (
+    MAX_STREAM_ID,
+    DataReceived,
+    ErrorCode,
+    Event,
+    GoAwayReceived,
+    Headers,
+    Http2Error,
+    Http2Limits,
+    Http2Protocol,
+    PingAcknowledged,
+    PingReceived,
+    RequestReceived,
+    SettingsReceived,
+    StreamClosed,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+from meshlocal.wire.http2_heads import (
+    Http2RequestHead,
+    onward_request,
+    request_head,
+    request_to_http1,
+    response_from_http1,
+    trailers_from_http1,
+    trailers_to_http1,
+)
+
+WAITING = 65_536
+"""Bytes of a response that may wait for the client, from which on its task reads no more of it."""
+
+DRAIN_WAIT = 1.0
+"""Seconds that a client has, when a drain begins, to show that it knows: what it sent before is served."""
+
+_DRAIN = b"mldrain."
+_CUT, _LEFT = Outcome.CUT, Outcome.CLIENT_LEFT
+_INF = math.inf
+_ANY = (2**32, 2**32)
+"""What a client resets is counted here, where it is known what it costs."""
+
+
+class InstanceEnd(Protocol):
+    """The instance's end of a request, when both speak HTTP/2.
+
+    Attributes:
+        started: the request was sent.
+        moved: when something last happened on it, by trio.current_time().
+    """
+
+    started: bool
+    moved: float
+
+    def send(self, piece: bytes, *, end: bool) -> None:
+        """Send a piece of the request's body, which may be empty; `end`: it is the last, and trailers may follow."""
+        ...
+
+    def credit(self, taken: int) -> None:
+        """The client took so many bytes of the response's body, from its beginning on."""
+        ...
+
+    def abandon(self) -> None:
+        """Leave it: nobody wants the response any more."""
+        ...
+
+
+class H2Client:
+    """The client's end of one request: the `ClientStream` of a stream.
+
+    Attributes:
+        link: its connection.
+        id: the stream's number.
+        request: what it asked for.
+        upstream: the instance's end, while one is being tried in the same version of HTTP.
+        answered: this side of the stream ended.
+        queued: bytes of the response's body that were queued.
+        served: its request needs no more than that the client takes the rest.
+    """
+
+    __slots__ = (
+        "_final",
+        "_leaving",
+        "_reading",
+        "_scope",
+        "_stopped",
+        "_writing",
+        "answered",
+        "counters",
+        "deadline",
+        "early",
+        "expired",
+        "expiry",
+        "id",
+        "left",
+        "link",
+        "queued",
+        "request",
+        "served",
+        "upstream",
+    )
+
+    http2 = True
+
+    def __init__(self, link: H2ClientLink, stream_id: int) -> None:
+        self.link = link
+        self.id = stream_id
+        self.request: HttpRequest | None = None
+        self.upstream: InstanceEnd | None = None
+        self.counters: RelayCounters | None = None
+        self.left = False
+        self.early = _NOTHING
+        self.expiry = Expiry.TRANSFER
+        self.expired = False
+        self.deadline = _INF
+        self.answered = False
+        self.queued = 0
+        self.served = False
+        self._stopped = False
+        self._final: Outcome | None = None
+        self._reading: Wakeup | None = None
+        self._writing: Wakeup | None = None
+        self._leaving: trio.CancelScope | None = None
+        self._scope: trio.CancelScope | None = None
+        """Of its task; None while it has none."""
+
+    @property
+    def shared(self) -> HttpShared:
+        """See `ClientStream`."""
+        return self.link.shared
+
+    @property
+    def service(self) -> ServiceKey | None:
+        """See `ClientStream`."""
+        return self.link.service
+
+    @property
+    def peer(self) -> object:
+        """See `ClientStream`."""
+        return self.link.peer
+
+    @property
+    def socket(self) -> socket.socket:
+        """A stream has none of its own."""
+        raise NotImplementedError
+
+    # What the connection calls.
+
+    def data(self, event: DataReceived) -> None:
+        """A piece of the request's body came."""
+        request, piece = self.request, event.data
+        body = request.body if request is not None else None
+        if body is None or self.answered or not isinstance(body, Http2Body):
+            self.link.give(self.id, len(piece))
+            return
+        try:
+            body.put(piece)
+        except ProtocolError as error:
+            self._refuse_body(error)
+            return
+        body.ended = event.end_stream
+        upstream = self.upstream
+        if upstream is not None:
+            body.finished = body.ended
+            upstream.send(piece, end=event.end_stream)
+            return
+        body.fresh.append(piece)
+        self._wake()
+
+    def trailers(self, event: TrailersReceived) -> None:
+        """The request's body ended, with trailers."""
+        request = self.request
+        body = request.body if request is not None else None
+        if isinstance(body, Http2Body):
+            body.ended = True
+            body.trailers = event.headers
+            if self.upstream is not None:
+                body.finished = True
+                self.upstream.send(b"", end=True)
+            else:
+                self._wake()
+
+    def _refuse_body(self, error: ProtocolError) -> None:
+        request = self.request
+        if request is not None and not request.response_begun:
+            self.conclude_with(request.reject(error))
+
+    def conclude_with(self, answer: Answer) -> None:
+        """Answer, whatever is under way for the request, and end it."""
+        request = self.request
+        if request is None or self.answered:
+            return
+        self._drop_upstream()
+        self.answer_now(request, answer)
+        self.over()
+
+    def reset(self, *, stopped: bool = False) -> None:
+        """The client reset the stream (A8); `stopped`: or the proxy ends."""
+        self.left = True
+        self._stopped = stopped
+        request = self.request
+        if request is not None and (not self.served or self in self.link.owing):
+            request.outcome = Outcome.DRAINED if stopped else _CUT if request.response_begun else _LEFT
+        self.link.owing.pop(self, None)
+        self._drop_upstream()
+        self.over()
+
+    def _drop_upstream(self) -> None:
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.abandon()
+
+    def over(self) -> None:
+        """Nothing more comes of the stream: end its task, if it has one, or its request."""
+        self.link.streams.pop(self.id, None)
+        if self.request is not None and self.request.body is not None:
+            self.credit(self.request.body.size)
+        if self._leaving is not None:
+            # Not at once: Trio may be about to sleep, and would not look again before it does.
+            trio.lowlevel.current_trio_token().run_sync_soon(self._leaving.cancel)
+        elif self._scope is not None:
+            trio.lowlevel.current_trio_token().run_sync_soon(self._scope.cancel)
+        elif self.request is not None:
+            self.request.finish(self.link.now())
+        self._wake()
+        self.link.on_stream_over()
+
+    def accepted(self, left: int) -> None:
+        """All but `left` bytes of the response went out to the client."""
+        upstream = self.upstream
+        if upstream is not None:
+            upstream.credit(self.queued - left)
+        if left:
+            return
+        if self.served:
+            self._conclude()
+        else:
+            self._wake()
+
+    def _conclude(self) -> None:
+        """The response went out whole: a client that is still sending need not go on (RFC 9113, 8.1)."""
+        request = self.request
+        link = self.link
+        if request is not None:
+            body = request.body
+            if isinstance(body, Http2Body) and not body.ended:
+                self.credit(body.size)
+                link.protocol.reset(self.id, ErrorCode.NO_ERROR)
+                link.touch()
+            self._final = request.outcome
+            if self._scope is None:
+                request.finish(link.now())
+        link.streams.pop(self.id, None)
+        self._wake()
+        link.on_stream_over()
+
+    def _wake(self) -> None:
+        if self._reading is not None:
+            self._reading.set()
+        if self._writing is not None:
+            self._writing.set()
+
+    async def _wait_input(self) -> None:
+        """Wait for more of the request's body. For one task.
+
+        Raises:
+            ClientLeftError: the client reset the stream.
+        """
+        if self._reading is None:
+            self._reading = self.link.wakeup()
+        await self._reading.wait()
+        if self.left:
+            raise ClientLeftError
+
+    async def _wait_output(self) -> None:
+        """Wait for some of the response to go out. For one task.
+
+        Raises:
+            ClientLeftError: the client reset the stream.
+        """
+        if self._writing is None:
+            self._writing = self.link.wakeup()
+        await self._writing.wait()
+        if self.left:
+            raise ClientLeftError
+
+    # What its request's task calls; see `ClientStream`.
+
+    async def watched(self, wait: Callable[[], Awaitable[object]]) -> None:
+        """See `ClientStream.watched`."""
+        with trio.CancelScope() as self._leaving:
+            await wait()
+        self._leaving = None
+
+    async def watch(self, waiting: trio.CancelScope) -> None:
+        """See `ClientStream.watch`."""
+        try:
+            while not self.left:
+                await self._wait_input()
+        except ClientLeftError:
+            pass
+        waiting.cancel()
+
+    def await_transfer(self) -> None:
+        """See `ClientStream.await_transfer`."""
+        self.expiry = Expiry.TRANSFER
+        limit = self.request.idle_limit if self.request is not None else _INF
+        self.deadline = trio.current_time() + limit
+
+    async def read_body(self, body: RequestBody) -> bytes:
+        """See `ClientStream.read_body`: the next piece as HTTP/1.1 has it, to the last chunk."""
+        assert isinstance(body, Http2Body)
+        if not (body.fresh or body.ended):
+            self.expiry = Expiry.BODY
+            self.deadline = trio.current_time() + self.shared.settings.config.body_timeout
+        piece = await self.next_piece(body)
+        self.deadline = _INF
+        return self._framed(body, piece)
+
+    async def next_piece(self, body: Http2Body) -> bytes:
+        """Wait for a piece of the request's body; empty only at its end.
+
+        Raises:
+            ClientLeftError: the client reset the stream.
+        """
+        while not (body.fresh or body.ended):
+            await self._wait_input()
+        return self._take(body, body.fresh)
+
+    def _take(self, body: Http2Body, pieces: list[bytes]) -> bytes:
+        """All that is there, for an instance."""
+        taken = b"".join(pieces)
+        body.fresh = []
+        body.finished = body.ended
+        self.credit(body.size)
+        return taken
+
+    def _framed(self, body: Http2Body, piece: bytes) -> bytes:
+        """A piece of the body in the framing of the request's HTTP/1.1 head."""
+        if self.request is None or self.request.head.content_length is not None:
+            return piece
+        framed = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+        return framed + trailers_to_http1(body.trailers) if body.finished else framed
+
+    def credit(self, taken: int) -> None:
+        """So much of the request's body, from its beginning on, was taken by an instance, or let go."""
+        request = self.request
+        body = request.body if request is not None else None
+        if isinstance(body, Http2Body) and taken > body.given:
+            self.link.give(self.id, taken - body.given)
+            body.given = taken
+
+    def has_input(self) -> bool:
+        """See `ClientStream.has_input`."""
+        return False
+
+    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None) -> bytes:
+        """See `ClientStream.payload`."""
+        assert isinstance(head, Http2RequestHead)
+        settings = self.shared.settings
+        as_http1 = settings.heads.request(request_to_http1(head) if head.has_host else _with_host(head, service))
+        extra = settings.via
+        if settings.append_forwarded:
+            extra += b"".join(b"%b: %b\r\n" % field for field in self.link.forwarded(head))
+        raw = upstream_head(as_http1, extra, strip_forwarded=settings.strip_forwarded)
+        if not isinstance(body, Http2Body) or body.held is None:
+            return raw
+        return raw + self._framed(body, self._take(body, body.held))
+
+    def fields(self, head: Http2RequestHead, service: ServiceKey) -> Headers:
+        """The request's fields for an instance that speaks HTTP/2."""
+        settings = self.shared.settings
+        extra = settings.via_fields
+        if settings.append_forwarded:
+            extra = (*extra, *self.link.forwarded(head))
+        return onward_request(head, extra, authority=service.encode(), strip_forwarded=settings.strip_forwarded)
+
+    def interim(self, head: ResponseHead) -> bytes:
+        """See `ClientStream.interim`."""
+        self.inform(response_from_http1(head, has_body=False))
+        return b""
+
+    def begin_response(
+        self, request: ServedRequest, head: ResponseHead, flow: ResponseFlow, extra: bytes, *, unread: bool
+    ) -> tuple[bytes, bool]:
+        """See `ClientStream.begin_response`."""
+        rest = flow.begin_decoded(head)
+        has_body = request.head.method != b"HEAD"
+        self.begin(response_from_http1(head, has_body=has_body, extra=extra), end=False)
+        return rest, False
+
+    async def send(self, data: bytes) -> None:
+        """See `ClientStream.send`: a piece of a response's body, decoded."""
+        if self.left:
+            raise ClientLeftError
+        self.pass_on(data, end=False)
+        while self.link.protocol.waiting(self.id) > WAITING:
+            self.await_transfer()
+            await self._wait_output()
+        self.deadline = _INF
+
+    def end_response(self, flow: ResponseFlow) -> None:
+        """See `ClientStream.end_response`."""
+        trailers = trailers_from_http1(flow.trailers)
+        if trailers:
+            self.end_with(trailers)
+        else:
+            self.pass_on(b"", end=True)
+
+    async def run(self, serve: Callable[[], Awaitable[End]]) -> None:
+        """Be served by a task, until all of the response went out, or the client has left, or its time is over."""
+        request = self.request
+        assert request is not None
+        try:
+            with trio.CancelScope() as self._scope:
+                if not self.left:
+                    end = await serve()
+                    if end is End.ABORT:
+                        self.cut(ErrorCode.INTERNAL_ERROR)
+                    while self.served and self.id in self.link.streams:
+                        self.await_transfer()
+                        await self._wait_output()
+        except ClientLeftError:
+            pass
+        finally:
+            self._scope = None
+            if self._final is not None:
+                # Whatever became of the task: the client has all of it.
+                request.outcome = self._final
+            elif self.left and request.outcome is Outcome.DRAINED and not self._stopped:
+                request.outcome = _CUT if request.response_begun else _LEFT
+            request.finish(trio.current_time())
+            if not self.answered:
+                self.cut(ErrorCode.INTERNAL_ERROR)
+            if self.link.streams.pop(self.id, None) is not None:
+                self.link.on_stream_over()
+
+    async def answer(self, request: ServedRequest, answer: Answer) -> bool:
+        """See `ClientStream.answer`."""
+        if self.left:
+            raise ClientLeftError
+        self.answer_now(request, answer)
+        return False
+
+    def answer_now(self, request: ServedRequest, answer: Answer) -> None:
+        """Queue an answer of the proxy's own: in gRPC, of trailers only (C3)."""
+        head = request.head
+        fields: list[tuple[bytes, bytes]]
+        reason = answer.reason.encode()
+        told = request.explanation_fields()
+        if request.is_grpc:
+            status = answers.grpc_status(answer)
+            request.grpc_status = status
+            fields = [
+                (b":status", b"200"),
+                (b"content-type", b"application/grpc"),
+                (b"grpc-status", b"%d" % status),
+                (b"grpc-message", encode_grpc_message(f"meshlocal: {answer.text}")),
+                (b"x-meshlocal-error", reason),
+                *told,
+            ]
+            request.status = 200
+            body = b""
+        else:
+            text = f"meshlocal: {answer.text}\n".encode()
+            fields = [
+                (b":status", b"%d" % answer.status),
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"content-length", b"%d" % len(text)),
+                (b"x-meshlocal-error", reason),
+                *told,
+            ]
+            request.status = answer.status
+            body = b"" if head.method == b"HEAD" else text
+        request.error = answer.reason
+        request.response_begun = True
+        self.begin(fields, end=not body)
+        if body:
+            self.pass_on(body, end=True)
+
+    def refuse(self, answer: Answer) -> None:
+        """Answer to what is no request."""
+        text = f"meshlocal: {answer.text}\n".encode()
+        head = [(b":status", b"%d" % answer.status), (b"content-type", b"text/plain; charset=utf-8")]
+        self.begin([*head, (b"x-meshlocal-error", answer.reason.encode())], end=False)
+        self.pass_on(text, end=True)
+        self.deadline = self.link.now() + self.shared.settings.config.body_timeout
+
+    # What goes to the client. It is queued; the connection sends it at the end of the turn.
+
+    def inform(self, fields: Headers) -> None:
+        """An interim response."""
+        try:
+            self.link.protocol.send_informational(self.id, fields)
+        except Http2Error:
+            return  # the stream is gone, and whoever sends is told
+        self.link.touch()
+
+    def begin(self, fields: Headers, *, end: bool) -> None:
+        """The response's head."""
+        link = self.link
+        try:
+            link.protocol.send_response(self.id, fields, end_stream=end)
+        except Http2Error:
+            return
+        if end:
+            self._ended()
+        link.touch()
+
+    def pass_on(self, data: bytes, *, end: bool) -> None:
+        """A piece of the response's body."""
+        link = self.link
+        try:
+            link.protocol.send_data(self.id, data, end_stream=end)
+        except Http2Error:
+            return
+        self.queued += len(data)
+        if end:
+            self._ended()
+        else:
+            link.owing[self] = None
+        link.touch()
+
+    def end_with(self, trailers: Headers) -> None:
+        """The response's trailers, which end it."""
+        try:
+            self.link.protocol.send_trailers(self.id, trailers)
+        except Http2Error:
+            return
+        self._ended()
+        self.link.touch()
+
+    def _ended(self) -> None:
+        """This side of the stream ended, behind what is queued."""
+        self.answered = self.served = True
+        self.link.owing[self] = None
+
+    def cut(self, code: int) -> None:
+        """The response broke off: so does the stream."""
+        if not self.answered:
+            self.answered = True
+            self.link.protocol.reset(self.id, code)
+            self.link.touch()
+
+    # Time.
+
+    def look(self, now: float) -> None:
+        """End it if it stood still for too long."""
+        request = self.request
+        upstream = self.upstream
+        deadline = self.deadline
+        if request is not None and upstream is not None and upstream.started:
+            limit = request.idle_limit
+            body = request.body
+            waits = isinstance(body, Http2Body) and not body.ended
+            if waits and not request.response_begun and not request.is_grpc:
+                limit = min(limit, self.shared.settings.config.body_timeout)
+                self.expiry = Expiry.BODY
+            else:
+                self.expiry = Expiry.TRANSFER
+            deadline = upstream.moved + limit
+        if deadline <= now:
+            self.expire()
+
+    def expire(self) -> None:
+        """What it waits for did not come in time."""
+        request = self.request
+        self.expired = True
+        if self.expiry is Expiry.BODY and request is not None and not request.response_begun:
+            self._drop_upstream()
+            # What becomes of the request is settled at its end, which knows that it expired.
+            self.answer_now(request, answers.BODY_TIMEOUT)
+        else:
+            self._drop_upstream()
+            self.cut(ErrorCode.CANCEL)
+        self.over()
+
+
+_NOTHING = bytearray()
+"""What came of a stream's body is in its request's body."""
+
+
+def _with_host(head: Http2RequestHead, service: ServiceKey) -> bytes:
+    raw = request_to_http1(head)
+    return raw.replace(b"\r\nhost: \r\n", b"\r\nhost: " + service.encode() + b"\r\n", 1)
+
+
+class Requests(Protocol):
+    """Who serves the requests of HTTP/2 clients."""
+
+    def begin(self, stream: H2Client, request: HttpRequest) -> None:
+        """Serve a request, at once or in a task. May not wait."""
+        ...
+
+    def resume(self, stream: H2Client, request: HttpRequest, upstream: InstanceEnd) -> None:
+        """Go on in a task with a request, whose attempt without one failed. May not wait."""
+        ...
+
+
+class H2ClientLink(Link):
+    """One client's connection in HTTP/2.
+
+    Args:
+        pipe: its bytes.
+        shared: what all http listeners share.
+        service: what all its requests are for; None if each one says its own.
+        peer: the client's address.
+        loop: the relay's loop; None if there is none.
+        requests: serves them.
+
+    Attributes:
+        streams: those that live, by number.
+        requests: as given.
+    """
+
+    __slots__ = (
+        "_controls",
+        "_drain_ends",
+        "_fixed",
+        "_forwarded",
+        "_idle_since",
+        "_resets",
+        "peer",
+        "requests",
+        "service",
+        "shared",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        shared: HttpShared,
+        service: ServiceKey | None,
+        peer: object,
+        loop: RelayLoop | None,
+        requests: Requests,
+    ) -> None:
+        config = shared.settings.config
+        http2 = config.http2
+        limits = Http2Limits(
+            max_streams=http2.max_streams,
+            max_header_list_size=config.max_head,
+            window=http2.window,
+            continuations=http2.continuations,
+            resets=_ANY,
+        )
+        super().__init__(pipe, Http2Protocol(client=False, limits=limits), loop)
+        self.shared = shared
+        self.service = service
+        self.peer = peer
+        self.streams: dict[int, H2Client] = {}
+        self.requests = requests
+        self._drain_ends = _INF
+        self._fixed = False
+        self._idle_since = self.heard
+        self._resets = TokenBucket(http2.resets_per_second, http2.resets, self.heard)
+        self._controls = TokenBucket(http2.control_frames_per_second, http2.control_frames, self.heard)
+        self._forwarded: tuple[tuple[bytes, bytes], ...] = ()
+
+    def now(self) -> float:
+        """By trio.current_time()."""
+        return self._time()
+
+    def wakeup(self) -> Wakeup:
+        """For a task of a stream's."""
+        return Wakeup(self._loop)
+
+    def give(self, stream_id: int, size: int) -> None:
+        """Give the client credit for bytes of a stream."""
+        protocol = self.protocol
+        protocol.acknowledge(stream_id, size)
+        if protocol.wants_write:
+            self.touch()
+
+    def forwarded(self, head: RequestHead) -> tuple[tuple[bytes, bytes], ...]:
+        """The X-Forwarded-For and -Proto fields to append to a request."""
+        if not self._forwarded:
+            host = self.peer[0] if isinstance(self.peer, tuple) else "unknown"
+            self._forwarded = ((b"x-forwarded-for", host.encode()), (b"x-forwarded-proto", b"http"))
+        if isinstance(head, Http2RequestHead) and any(name == b"x-forwarded-proto" for name, _ in head.fields):
+            return self._forwarded[:1]
+        return self._forwarded
+
+    # What came.
+
+    def dispatch(self, events: list[Event]) -> None:
+        """See `Link.dispatch`."""
+        streams = self.streams
+        for event in events:
+            if self.over:
+                return
+            # The engine's types tell apart what one test of each says: the compiler cannot.
+            if isinstance(event, RequestReceived):
+                self._on_request(event)
+            elif isinstance(event, DataReceived):
+                stream = streams.get(event.stream_id)
+                if not event.data and not event.end_stream:
+                    self._count_control("empty DATA")
+                if stream is not None:
+                    stream.data(event)
+                else:
+                    self.give(event.stream_id, len(event.data))
+            elif isinstance(event, WindowUpdated | StreamClosed):
+                stream = streams.get(event.stream_id)
+                if isinstance(event, StreamClosed) and event.error_code and stream is not None:
+                    # The engine's own doing: what came on it broke the rules.
+                    stream.reset()
+            elif isinstance(event, TrailersReceived):
+                stream = streams.get(event.stream_id)
+                if stream is not None:
+                    stream.trailers(event)
+            elif isinstance(event, StreamReset):
+                self._on_reset(event.stream_id)
+            elif isinstance(event, PingReceived):
+                self._count_control("PING")
+            elif isinstance(event, SettingsReceived):
+                self._count_control("SETTINGS")
+            elif isinstance(event, PingAcknowledged) and event.opaque_data == _DRAIN:
+                self._fix_last_stream()
+            elif isinstance(event, GoAwayReceived):
+                # It opens no more streams; those that it has go on (RFC 9113, 6.8).
+                self._drain_ends = min(self._drain_ends, self.now())
+                self.on_stream_over()
+
+    def _on_request(self, event: RequestReceived) -> None:
+        stream_id = event.stream_id
+        stream = self.streams[stream_id] = H2Client(self, stream_id)
+        shared = self.shared
+        try:
+            head = request_head(event.headers, shared.settings.limits, ends=event.end_stream)
+        except ProtocolError as error:
+            self._refuse(stream, Answer.to(error))
+            return
+        stream.request = request = HttpRequest(stream, head, self._time())
+        self.requests.begin(stream, request)
+
+    def _refuse(self, stream: H2Client, answer: Answer) -> None:
+        """Answer to what is no request."""
+        self.shared.refuse(self.peer, answer)
+        stream.refuse(answer)
+
+    def _on_reset(self, stream_id: int) -> None:
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            stream.reset()
+        if not self._resets.take(self.now()):
+            self._calm("too many streams were reset")
+
+    def _count_control(self, what: str) -> None:
+        if not self._controls.take(self.now()):
+            self._calm(f"too many frames of {what}")
+
+    def _calm(self, problem: str) -> None:
+        """The client asks for more than it may: it costs the others their time (CVE-2023-44487 and its kin)."""
+        self.shared.refused["http2_flood"] += 1
+        self.finish(problem, ErrorCode.ENHANCE_YOUR_CALM, self.protocol.highest_inbound_stream_id)
+
+    # Its end.
+
+    def on_stream_over(self) -> None:
+        """A stream ended."""
+        if not self.streams:
+            self._idle_since = self.now()
+            if self._drain_ends <= self._idle_since and not self.over:
+                self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
+
+    def on_over(self) -> None:
+        """See `Link.on_over`."""
+        stopped = self.problem == STOPPED
+        if self.problem and not stopped:
+            self.shared.report_broken(self.peer, self.problem)
+        for stream in list(self.streams.values()):
+            stream.reset(stopped=stopped)
+
+    def drain(self) -> None:
+        """Announce the end; the PING's answer shows that the client knows, and then the last stream is fixed (S1)."""
+        if self._drain_ends == _INF and not self.over:
+            self._drain_ends = self.now() + DRAIN_WAIT
+            self.protocol.send_goaway(MAX_STREAM_ID, debug_data=b"draining")
+            self.protocol.ping(_DRAIN)
+            self.touch()
+
+    def _fix_last_stream(self) -> None:
+        if self._fixed:
+            return
+        self._fixed = True
+        self._drain_ends = self.now()
+        if self.streams:
+            self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, debug_data=b"draining")
+            self.touch()
+        else:
+            self.on_stream_over()
+
+    # Time.
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no streams."""
+        return not self.streams
+
+    def look(self, now: float) -> None:
+        """End what stood still for too long."""
+        config = self.shared.settings.config
+        if self.over:
+            return
+        if self._drain_ends <= now:
+            self._fix_last_stream()
+        if not self.streams:
+            limit = config.keep_alive_timeout if self.protocol.highest_inbound_stream_id else config.header_timeout
+            if self._idle_since + limit <= now:
+                self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
+            return
+        for stream in list(self.streams.values()):
+            stream.look(now)
+        http2 = config.http2
+        if self.pinged:
+            if self.pinged + http2.keepalive_timeout <= now:
+                self.lose(f"nothing came for {http2.keepalive_timeout:g} s after a PING")
+        elif self.heard + http2.keepalive_interval <= now:
+            self.pinged = now
+            self.protocol.ping(b"mlalive.")
+            self.touch()

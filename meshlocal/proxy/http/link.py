@@ -1,0 +1,309 @@
+"""One HTTP/2 connection of the proxy's: its bytes, in the relay's loop or in a task, and what its streams are owed."""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Protocol
+
+import trio
+from trio.lowlevel import checkpoint
+
+from meshlocal.net.pipe import Pipe
+from meshlocal.net.relay_loop import RelayLoop
+from meshlocal.net.wakeup import Wakeup
+from meshlocal.wire.http2 import ErrorCode, Event, Http2Error, Http2Protocol
+
+CHUNK = 65536
+"""Bytes read at once."""
+
+TURN = 4
+"""Full chunks that are read in a row before other connections get their turn."""
+
+WRITE = 262_144
+"""Bytes taken from the engine at once."""
+
+LAST_WORDS = 1.0
+"""Seconds that a peer has, when its connection ends, to take what is left and to end its own side."""
+
+STOPPED = "stopped"
+"""Why a connection ends with the proxy."""
+
+_ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+
+
+class Passing(Protocol):
+    """A stream with bytes on their way out on a link."""
+
+    id: int
+
+    def accepted(self, left: int) -> None:
+        """All but `left` bytes of what was queued went out."""
+        ...
+
+
+class Link:
+    """One HTTP/2 connection. Its class says what events mean, and what its end does.
+
+    Args:
+        pipe: its bytes; closed or cut by `run`.
+        protocol: its frames.
+        loop: the relay's loop; None if there is none.
+
+    Attributes:
+        pipe: as given.
+        protocol: as given.
+        over: it takes nothing more, and ends.
+        problem: why, in a few words; empty for an end in good order.
+        owing: streams with bytes on their way out.
+        heard: when something last came, by trio.current_time().
+        pinged: when a PING was sent that nothing was heard since; 0: none was.
+        writes: how often something was sent.
+    """
+
+    __slots__ = (
+        "_dirty",
+        "_eof",
+        "_fd",
+        "_loop",
+        "_more",
+        "_time",
+        "_unsent",
+        "_wakeup",
+        "heard",
+        "over",
+        "owing",
+        "pinged",
+        "pipe",
+        "problem",
+        "protocol",
+        "writes",
+    )
+
+    def __init__(self, pipe: Pipe, protocol: Http2Protocol, loop: RelayLoop | None) -> None:
+        self.pipe = pipe
+        self.protocol = protocol
+        self._loop = loop if pipe.plain is not None else None
+        self._time = self._loop.time if self._loop is not None else trio.current_time
+        self._wakeup = Wakeup(self._loop)
+        self._fd = pipe.plain.fileno() if pipe.plain is not None else -1
+        self._unsent: bytes | memoryview = b""
+        self._dirty = False
+        self._more = False
+        self._eof = False
+        self.over = False
+        self.problem = ""
+        self.owing: dict[Passing, None] = {}
+        self.heard = self._time()
+        self.pinged = 0.0
+        self.writes = 0
+
+    # What its class says.
+
+    def dispatch(self, events: list[Event]) -> None:
+        """Pass what came on to the streams. May not wait."""
+        raise NotImplementedError
+
+    def on_over(self) -> None:
+        """It is over: end what its streams are for. May not wait."""
+        raise NotImplementedError
+
+    # What its streams call.
+
+    def touch(self) -> None:
+        """There may be something to send: it goes out at the end of the turn."""
+        if not self._dirty:
+            self._dirty = True
+            if self._loop is not None:
+                self._loop.at_end(self.flush)
+            else:
+                self._wakeup.set()
+
+    def flush(self) -> None:
+        """Send what there is, as far as the peer takes it, and give credit for what went out."""
+        self._dirty = False
+        if self._unsent or (self.over and not self.protocol.finished):
+            return
+        data = self.protocol.data_to_send(WRITE)
+        if data:
+            self.writes += 1
+            try:
+                sent = self.pipe.write(data)
+            except OSError as error:
+                self.lose(_why(error))
+                return
+            if sent < len(data):
+                # The task waits for room.
+                self._unsent = memoryview(data)[sent:]
+                self._wakeup.set()
+                return
+            if len(data) >= WRITE:
+                self.touch()
+        if self.owing:
+            self._settle()
+
+    def _settle(self) -> None:
+        waiting = self.protocol.waiting
+        for stream in list(self.owing):
+            left = waiting(stream.id)
+            if not left:
+                del self.owing[stream]
+            stream.accepted(left)
+
+    def finish(self, problem: str = "", code: int = ErrorCode.NO_ERROR, last_stream_id: int = 0) -> None:
+        """End it, and say so to the peer."""
+        if not self.over:
+            self.protocol.send_goaway(last_stream_id, code, problem.encode("ascii", "replace"))
+            self._end(problem)
+
+    def lose(self, problem: str) -> None:
+        """End it: its peer is gone, or hears nothing any more."""
+        if not self.over:
+            self._unsent = b""
+            self._eof = True
+            self._end(problem)
+
+    def _end(self, problem: str) -> None:
+        self.over = True
+        self.problem = problem
+        self.on_over()
+        self._wakeup.set()
+
+    # Reading.
+
+    def on_event(self, mask: int) -> None:
+        """The socket has an event, or may have more than was read."""
+        for _ in range(TURN):
+            if self.over:
+                return
+            try:
+                data = self.pipe.read(CHUNK)
+            except OSError as error:
+                self.lose(_why(error))
+                return
+            if data is None:
+                return
+            if not data:
+                self.lose("")
+                return
+            self.receive(data)
+            if len(data) < CHUNK and not mask & _ENDING:
+                # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
+                return
+        self._more = True
+        self._wakeup.set()
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes that came."""
+        self.heard = self._time()
+        self.pinged = 0.0
+        protocol = self.protocol
+        try:
+            events = protocol.receive(data)
+        except Http2Error as error:
+            self._break(error)
+            return
+        if events:
+            self.dispatch(events)
+        if protocol.wants_write:
+            self.touch()
+
+    def _break(self, error: Http2Error) -> None:
+        """The peer broke the rules: the engine has said so to it."""
+        if not self.over:
+            self._end(f"{ErrorCode.name_of(error.error_code)}: {error}")
+
+    # Its task.
+
+    async def serve(self) -> None:
+        """Move its bytes until it is over, then close it."""
+        clean = False
+        try:
+            await self._serve()
+            clean = True
+        finally:
+            if not self.over:
+                self.lose(STOPPED)
+            self.close(clean=clean)
+
+    def close(self, *, clean: bool) -> None:
+        """Close the connection; cut it if its peer is gone, or did not come to hear of the end."""
+        if self._loop is not None:
+            self._loop.handlers.pop(self._fd, None)
+        if clean and not self._eof:
+            self.pipe.close()
+        else:
+            self.pipe.abort()
+
+    async def _serve(self) -> None:
+        loop = self._loop
+        if loop is not None:
+            assert self.pipe.plain is not None
+            loop.watch(self.pipe.plain)
+            loop.handlers[self._fd] = self.on_event
+            # What came while nobody listened makes no event.
+            self.on_event(0)
+            self.touch()
+            await self._attend()
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read)
+            self.touch()
+            await self._attend()
+            nursery.cancel_scope.cancel()
+
+    async def _read(self) -> None:
+        while not self.over:
+            self.on_event(0)
+            if self._more:
+                self._more = False
+                await checkpoint()
+            else:
+                await self.pipe.wait_readable()
+
+    async def _attend(self) -> None:
+        """Do what has to wait."""
+        while not self.over:
+            await self._wakeup.wait()
+            if self._loop is None and self._dirty:
+                self.flush()
+            if self._unsent:
+                await self._send_rest()
+                self.flush()
+            if self._loop is not None and self._more:
+                self._more = False
+                self.on_event(_ENDING)
+        if not self._eof:
+            with trio.move_on_after(LAST_WORDS):
+                await self._say_goodbye()
+
+    async def _say_goodbye(self) -> None:
+        """Send what is left, and read on for a moment: to close with bytes unread would reset the connection, and its
+        peer might lose what was said last."""
+        if self._loop is not None:
+            self._loop.handlers.pop(self._fd, None)
+        await self._send_rest()
+        self._unsent = self.protocol.data_to_send()
+        await self._send_rest()
+        try:
+            self.pipe.end()
+            while self.pipe.read(CHUNK) != b"":
+                await self.pipe.wait_readable()
+        except OSError:
+            return  # it is gone, and wanted no more
+
+    async def _send_rest(self) -> None:
+        while self._unsent:
+            await self.pipe.wait_writable()
+            if self._eof:
+                return
+            try:
+                self._unsent = memoryview(self._unsent)[self.pipe.write(self._unsent) :]
+            except OSError as error:
+                self._unsent = b""
+                self._eof = True
+                self.lose(_why(error))
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
