@@ -30,7 +30,4 @@ def speaks_http2(instance: Instance, configured: HttpVersion | None, *, client: 
     """
     if configured is not None:
         return configured == "http2"
-    if says_http2(instance.key.port_name):
-        return True
-    label = instance.labels.get(APP_PROTOCOL)
-    return client or (label is not None and says_http2(label))
+    return client or says_http2(instance.key.port_name) or says_http2(instance.labels.get(APP_PROTOCOL, ""))

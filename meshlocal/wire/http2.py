@@ -170,18 +170,19 @@ class Http2Protocol:
             say.
         highest_inbound_stream_id: the highest stream of the peer's that was told of.
         settings_received: it said what it takes.
+        unsent: what the engine had to say to what came last, for `data_to_send`.
         finished: the connection takes and sends nothing more: it broke, or its last stream ended behind a GOAWAY.
     """
 
     __slots__ = (
         "_connection",
-        "_unsent",
         "client",
         "finished",
         "highest_inbound_stream_id",
         "peer_max_header_list_size",
         "peer_max_streams",
         "settings_received",
+        "unsent",
     )
 
     def __init__(self, *, client: bool, limits: Http2Limits) -> None:
@@ -191,7 +192,7 @@ class Http2Protocol:
         self.highest_inbound_stream_id = 0
         self.settings_received = False
         self.finished = False
-        self._unsent = b""
+        self.unsent = b""
         self._connection = Connection(
             Role.CLIENT if client else Role.SERVER,
             Configuration(
@@ -230,7 +231,7 @@ class Http2Protocol:
             events = connection.events()
             if connection.want_write:
                 # That may be the GOAWAY with which the engine ends it all. It tells so only once it wrote that.
-                self._unsent += connection.data_to_send()
+                self.unsent += connection.data_to_send()
                 events += connection.events()
         except NGH2Error as error:
             if self._ended_in_order():
@@ -279,15 +280,10 @@ class Http2Protocol:
             code = ErrorCode.ENHANCE_YOUR_CALM
         if not self.finished:
             self.finished = True
-            self._unsent += goaway(self.highest_inbound_stream_id, code, reason.encode("latin-1", "replace"))
+            self.unsent += goaway(self.highest_inbound_stream_id, code, reason.encode("latin-1", "replace"))
         return Http2Error(reason, code)
 
     # What is sent.
-
-    @property
-    def wants_write(self) -> bool:
-        """Whether there is something to send."""
-        return bool(self._unsent) or self._connection.want_write
 
     def data_to_send(self, most: int | None = None) -> bytes:
         """What there is to be sent, as far as the peer's windows allow. It must be sent, and in this order.
@@ -301,8 +297,8 @@ class Http2Protocol:
             data = b""
             if not self.finished:
                 self._end(str(error) or type(error).__name__)
-        if self._unsent:
-            data, self._unsent = self._unsent + data, b""
+        if self.unsent:
+            data, self.unsent = self.unsent + data, b""
         return data
 
     def send_request(self, headers: Headers, *, end_stream: bool = False) -> int:
@@ -413,7 +409,7 @@ class Http2Protocol:
             if last_stream_id == MAX_STREAM_ID:
                 # Written beside the engine, which would take an idle connection for ended with it. Here it stands
                 # between two frames.
-                self._unsent += self._connection.data_to_send() + goaway(last_stream_id, error_code, debug_data)
+                self.unsent += self._connection.data_to_send() + goaway(last_stream_id, error_code, debug_data)
             else:
                 self._connection.send_goaway(error_code, last_stream_id=last_stream_id, debug_data=debug_data)
         except NGH2Error:

@@ -26,6 +26,10 @@ _METHOD = re.compile(TOKEN + rb"++")
 _FORWARDED = (b"x-forwarded-for", b"x-forwarded-proto")
 _DECISIVE = frozenset(
     {
+        b":authority",
+        b":method",
+        b":path",
+        b":scheme",
         b"content-length",
         b"content-type",
         b"expect",
@@ -36,6 +40,45 @@ _DECISIVE = frozenset(
         b"x-forwarded-proto",
     }
 )
+
+
+MOST = 256
+"""Heads that are kept."""
+
+LONGEST = 32
+"""Fields of a head that is kept."""
+
+
+class KnownCalls:
+    """Heads that were checked before, by their fields; see `meshlocal.wire.http1.known`, of which this is the like.
+
+    Those with a grpc-timeout are not kept: hardly two are the same.
+
+    Args:
+        limits: how large a head may be.
+    """
+
+    __slots__ = ("_known", "limits")
+
+    def __init__(self, limits: HeadLimits) -> None:
+        self.limits = limits
+        self._known: dict[tuple[Fields, bool], Http2RequestHead] = {}
+
+    def request(self, fields: Fields, *, ends: bool) -> Http2RequestHead:
+        """See `request_head`. The head is everybody's.
+
+        Raises:
+            ProtocolError: it is refused.
+        """
+        key = fields, ends
+        head = self._known.get(key)
+        if head is None:
+            head = request_head(fields, self.limits, ends=ends)
+            if head.timeout is None and len(fields) <= LONGEST:
+                if len(self._known) >= MOST:
+                    self._known.clear()
+                self._known[key] = head
+        return head
 
 
 class Http2RequestHead(RequestHead):
@@ -84,18 +127,17 @@ def request_head(fields: Fields, limits: HeadLimits, *, ends: bool) -> Http2Requ
     """
     if len(fields) > limits.fields:
         raise ProtocolError(431, "too_many_headers", f"more than {limits.fields} header fields")
-    size = 0
+    if len(b"".join(map(b"".join, fields))) + 32 * len(fields) > limits.head:
+        raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
     found: dict[bytes, bytes] = {}
     decisive: list[tuple[bytes, bytes]] = []
     for field in fields:
-        name, value = field
-        size += len(name) + len(value)
-        if name[:1] == b":":
-            found[name] = value
-        elif name in _DECISIVE:
-            decisive.append(field)
-    if size + 32 * len(fields) > limits.head:
-        raise ProtocolError(431, "head_too_large", f"the head is larger than {limits.head} bytes")
+        name = field[0]
+        if name in _DECISIVE:
+            if name[0] == 0x3A:  # a colon
+                found[name] = field[1]
+            else:
+                decisive.append(field)
     method = found[b":method"]
     target = found.get(b":path", b"")
     head = Http2RequestHead(method, target, fields, ends=ends)

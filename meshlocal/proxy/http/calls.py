@@ -49,14 +49,14 @@ class Calls:
             limit = None if tunnel else request.shared.settings.config.max_body
             hold = 0 if tunnel else service.state.policy.replay_buffer
             try:
-                request.body = Http2Body(request.head, limit=limit, hold=hold)
+                stream.body = request.body = Http2Body(request.head, limit=limit, hold=hold)
             except ProtocolError as error:
                 stream.conclude_with(request.reject(error))
                 return
         if service.state.picker is None or request.head.method == b"CONNECT":
             self._in_task(stream, request, None)
             return
-        now = stream.link.now()
+        now = stream.link.heard
         pick = request.try_next(now)
         if pick is None:
             self._refuse(stream, request, request.why_none())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import select
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import trio
 from trio.lowlevel import checkpoint
@@ -49,6 +50,7 @@ class Link:
         pipe: its bytes; closed or cut by `run`.
         protocol: its frames.
         loop: the relay's loop; None if there is none.
+        window: bytes of one stream that the peer may send before it is given credit.
 
     Attributes:
         pipe: as given.
@@ -65,8 +67,10 @@ class Link:
         "_dirty",
         "_eof",
         "_fd",
+        "_given",
         "_loop",
         "_more",
+        "_tell",
         "_time",
         "_unsent",
         "_wakeup",
@@ -80,7 +84,7 @@ class Link:
         "writes",
     )
 
-    def __init__(self, pipe: Pipe, protocol: Http2Protocol, loop: RelayLoop | None) -> None:
+    def __init__(self, pipe: Pipe, protocol: Http2Protocol, loop: RelayLoop | None, window: int) -> None:
         self.pipe = pipe
         self.protocol = protocol
         self._loop = loop if pipe.plain is not None else None
@@ -91,6 +95,8 @@ class Link:
         self._dirty = False
         self._more = False
         self._eof = False
+        self._given = 0
+        self._tell = min(window // 8, 8192)
         self.over = False
         self.problem = ""
         self.owing: dict[Passing, None] = {}
@@ -100,15 +106,22 @@ class Link:
 
     # What its class says.
 
-    def dispatch(self, events: list[Event]) -> None:
-        """Pass what came on to the streams. May not wait."""
-        raise NotImplementedError
+    handlers: ClassVar[dict[type[Event], Callable[[Any, Any], None]]] = {}
+    """What is called with the link for each kind of event. May not wait."""
 
     def on_over(self) -> None:
         """It is over: end what its streams are for. May not wait."""
         raise NotImplementedError
 
     # What its streams call.
+
+    def give(self, stream_id: int, size: int) -> None:
+        """Give the peer credit for bytes of a stream. It is told now and then: the engine saves up as well."""
+        self.protocol.acknowledge(stream_id, size)
+        self._given += size
+        if self._given >= self._tell:
+            self._given = 0
+            self.touch()
 
     def touch(self) -> None:
         """There may be something to send: it goes out at the end of the turn."""
@@ -203,9 +216,12 @@ class Link:
         except Http2Error as error:
             self._break(error)
             return
-        if events:
-            self.dispatch(events)
-        if protocol.wants_write:
+        handlers = self.handlers
+        for event in events:
+            handler = handlers.get(type(event))
+            if handler is not None and not self.over:
+                handler(self, event)
+        if protocol.unsent:
             self.touch()
 
     def _break(self, error: Http2Error) -> None:
@@ -245,12 +261,15 @@ class Link:
             self.on_event(0)
             self.touch()
             await self._attend()
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read)
-            self.touch()
-            await self._attend()
-            nursery.cancel_scope.cancel()
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read)
+                self.touch()
+                await self._attend()
+                nursery.cancel_scope.cancel()
+        if not self._eof:
+            with trio.move_on_after(LAST_WORDS):
+                await self._say_goodbye()
 
     async def _read(self) -> None:
         while not self.over:
@@ -273,9 +292,6 @@ class Link:
             if self._loop is not None and self._more:
                 self._more = False
                 self.on_event(_ENDING)
-        if not self._eof:
-            with trio.move_on_after(LAST_WORDS):
-                await self._say_goodbye()
 
     async def _say_goodbye(self) -> None:
         """Send what is left, and read on for a moment: to close with bytes unread would reset the connection, and its

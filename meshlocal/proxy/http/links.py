@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection, Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import trio
 
@@ -17,7 +17,6 @@ from meshlocal.proxy.http.link import Link
 from meshlocal.wire.http2 import (
     DataReceived,
     ErrorCode,
-    Event,
     GoAwayReceived,
     Headers,
     Http2Error,
@@ -29,7 +28,6 @@ from meshlocal.wire.http2 import (
     StreamClosed,
     StreamReset,
     TrailersReceived,
-    WindowUpdated,
 )
 
 
@@ -105,7 +103,7 @@ class UpstreamLink(Link):
             window=http2.window,
             continuations=http2.continuations,
         )
-        super().__init__(PlainPipe(sock), Http2Protocol(client=True, limits=limits), loop)
+        super().__init__(PlainPipe(sock), Http2Protocol(client=True, limits=limits), loop, http2.window)
         self._config = config
         self._links = links
         self._most = http2.upstream_streams
@@ -170,13 +168,6 @@ class UpstreamLink(Link):
         self.touch()
         return True
 
-    def give(self, stream_id: int, size: int) -> None:
-        """Give the instance credit for bytes of a stream."""
-        protocol = self.protocol
-        protocol.acknowledge(stream_id, size)
-        if protocol.wants_write:
-            self.touch()
-
     def leave(self, stream: UpstreamStream, code: int | None = None) -> None:
         """A stream is over; `code`: reset it with that, for it has not ended on both sides."""
         if self.streams.pop(stream.id, None) is None:
@@ -186,7 +177,7 @@ class UpstreamLink(Link):
             self.protocol.reset(stream.id, code)
             self.touch()
         if not self.streams:
-            self.idle_since = self.now()
+            self.idle_since = self.heard
             if self.closing and not self.over:
                 self.finish()
         if self._links.wanted:
@@ -194,44 +185,37 @@ class UpstreamLink(Link):
 
     # What came.
 
-    def dispatch(self, events: list[Event]) -> None:
-        """See `Link.dispatch`."""
-        streams = self.streams
-        for event in events:
-            if isinstance(event, ResponseReceived):
-                stream = streams.get(event.stream_id)
-                self.used = True
-                if stream is not None:
-                    stream.on_head(event.headers, end=event.end_stream)
-            elif isinstance(event, DataReceived):
-                stream = streams.get(event.stream_id)
-                if stream is not None:
-                    stream.on_data(event.data, end=event.end_stream)
-                else:
-                    self.give(event.stream_id, len(event.data))
-            elif isinstance(event, TrailersReceived):
-                stream = streams.get(event.stream_id)
-                if stream is not None:
-                    stream.on_trailers(event.headers)
-            elif isinstance(event, WindowUpdated):
-                continue
-            elif isinstance(event, StreamReset):
-                stream = streams.get(event.stream_id)
-                if stream is not None:
-                    stream.on_reset(event.error_code)
-            elif isinstance(event, StreamClosed):
-                stream = streams.get(event.stream_id) if event.error_code else None
-                if stream is not None:
-                    # For what came on it, or because it is above a GOAWAY's last one.
-                    stream.on_reset(event.error_code)
-            elif isinstance(event, InformationalResponseReceived):
-                stream = streams.get(event.stream_id)
-                if stream is not None:
-                    stream.on_interim(event.headers)
-            elif isinstance(event, SettingsReceived):
-                self._links.freed()
-            elif isinstance(event, GoAwayReceived):
-                self._on_goaway(event)
+    def _on_head(self, event: ResponseReceived) -> None:
+        self.used = True
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            stream.on_head(event.headers, end=event.end_stream)
+
+    def _on_data(self, event: DataReceived) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            stream.on_data(event.data, end=event.end_stream)
+        else:
+            self.give(event.stream_id, len(event.data))
+
+    def _on_trailers(self, event: TrailersReceived) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            stream.on_trailers(event.headers)
+
+    def _on_reset(self, event: StreamReset | StreamClosed) -> None:
+        """By the instance; or by the engine, for what came on it, or because it is above a GOAWAY's last one."""
+        stream = self.streams.get(event.stream_id)
+        if stream is not None and (event.error_code or type(event) is StreamReset):
+            stream.on_reset(event.error_code)
+
+    def _on_interim(self, event: InformationalResponseReceived) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            stream.on_interim(event.headers)
+
+    def _on_settings(self, event: SettingsReceived) -> None:
+        self._links.freed()
 
     def _on_goaway(self, event: GoAwayReceived) -> None:
         """It takes no more streams; those above the last one were not processed (RFC 9113, 6.8)."""
@@ -246,6 +230,17 @@ class UpstreamLink(Link):
         if not self.streams and not self.over:
             self.finish()
         self._links.freed()
+
+    handlers: ClassVar = {
+        ResponseReceived: _on_head,
+        DataReceived: _on_data,
+        TrailersReceived: _on_trailers,
+        StreamReset: _on_reset,
+        StreamClosed: _on_reset,
+        InformationalResponseReceived: _on_interim,
+        SettingsReceived: _on_settings,
+        GoAwayReceived: _on_goaway,
+    }
 
     # Its end.
 

@@ -376,7 +376,8 @@ class H2Instance:
 
                 def begin(stream_id: int) -> None:
                     self.asked.append(wire.streams[stream_id])
-                    nursery.start_soon(self._answer, wire, stream_id)
+                    # What it does from here on is for requests that come from here on.
+                    nursery.start_soon(self.behaviour, self, wire, stream_id)
 
                 wire.on_request = begin
                 while await wire.step():
@@ -386,9 +387,6 @@ class H2Instance:
             pass
         finally:
             self.wires.remove(wire)
-
-    async def _answer(self, wire: H2Wire, stream_id: int) -> None:
-        await self.behaviour(self, wire, stream_id)
 
 
 def names(fields: Sequence[tuple[bytes, bytes]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import trio
 
@@ -34,7 +34,6 @@ from meshlocal.wire.http2 import (
     MAX_STREAM_ID,
     DataReceived,
     ErrorCode,
-    Event,
     GoAwayReceived,
     Headers,
     Http2Error,
@@ -47,12 +46,10 @@ from meshlocal.wire.http2 import (
     StreamClosed,
     StreamReset,
     TrailersReceived,
-    WindowUpdated,
 )
 from meshlocal.wire.http2_heads import (
     Http2RequestHead,
     onward_request,
-    request_head,
     request_to_http1,
     response_from_http1,
     trailers_from_http1,
@@ -103,6 +100,7 @@ class H2Client:
         link: its connection.
         id: the stream's number.
         request: what it asked for.
+        body: of the request; None if it has none.
         upstream: the instance's end, while one is being tried in the same version of HTTP.
         answered: this side of the stream ended.
         queued: bytes of the response's body that were queued.
@@ -117,6 +115,7 @@ class H2Client:
         "_stopped",
         "_writing",
         "answered",
+        "body",
         "counters",
         "deadline",
         "early",
@@ -137,6 +136,7 @@ class H2Client:
         self.link = link
         self.id = stream_id
         self.request: HttpRequest | None = None
+        self.body: Http2Body | None = None
         self.upstream: InstanceEnd | None = None
         self.counters: RelayCounters | None = None
         self.left = False
@@ -177,11 +177,10 @@ class H2Client:
 
     # What the connection calls.
 
-    def data(self, event: DataReceived) -> None:
-        """A piece of the request's body came."""
-        request, piece = self.request, event.data
-        body = request.body if request is not None else None
-        if body is None or self.answered or not isinstance(body, Http2Body):
+    def data(self, piece: bytes, *, end: bool) -> None:
+        """A piece of the request's body came; `end`: the last one."""
+        body = self.body
+        if body is None or self.answered:
             self.link.give(self.id, len(piece))
             return
         try:
@@ -189,22 +188,21 @@ class H2Client:
         except ProtocolError as error:
             self._refuse_body(error)
             return
-        body.ended = event.end_stream
+        body.ended = end
         upstream = self.upstream
         if upstream is not None:
-            body.finished = body.ended
-            upstream.send(piece, end=event.end_stream)
+            body.finished = end
+            upstream.send(piece, end=end)
             return
         body.fresh.append(piece)
         self._wake()
 
-    def trailers(self, event: TrailersReceived) -> None:
+    def trailers(self, fields: tuple[tuple[bytes, bytes], ...]) -> None:
         """The request's body ended, with trailers."""
-        request = self.request
-        body = request.body if request is not None else None
-        if isinstance(body, Http2Body):
+        body = self.body
+        if body is not None:
             body.ended = True
-            body.trailers = event.headers
+            body.trailers = fields
             if self.upstream is not None:
                 body.finished = True
                 self.upstream.send(b"", end=True)
@@ -244,8 +242,8 @@ class H2Client:
     def over(self) -> None:
         """Nothing more comes of the stream: end its task, if it has one, or its request."""
         self.link.streams.pop(self.id, None)
-        if self.request is not None and self.request.body is not None:
-            self.credit(self.request.body.size)
+        if self.body is not None:
+            self.credit(self.body.size)
         if self._leaving is not None:
             # Not at once: Trio may be about to sleep, and would not look again before it does.
             trio.lowlevel.current_trio_token().run_sync_soon(self._leaving.cancel)
@@ -270,20 +268,21 @@ class H2Client:
 
     def _conclude(self) -> None:
         """The response went out whole: a client that is still sending need not go on (RFC 9113, 8.1)."""
-        request = self.request
-        link = self.link
+        request, link, body = self.request, self.link, self.body
+        if body is not None and not body.ended:
+            self.credit(body.size)
+            link.protocol.reset(self.id, ErrorCode.NO_ERROR)
+            link.touch()
+        link.streams.pop(self.id, None)
         if request is not None:
-            body = request.body
-            if isinstance(body, Http2Body) and not body.ended:
-                self.credit(body.size)
-                link.protocol.reset(self.id, ErrorCode.NO_ERROR)
-                link.touch()
             self._final = request.outcome
             if self._scope is None:
-                request.finish(link.now())
-        link.streams.pop(self.id, None)
-        self._wake()
-        link.on_stream_over()
+                upstream = self.upstream
+                request.finish(upstream.moved if upstream is not None else link.now())
+            else:
+                self._wake()
+        if not link.streams:
+            link.on_stream_over()
 
     def _wake(self) -> None:
         if self._reading is not None:
@@ -375,9 +374,8 @@ class H2Client:
 
     def credit(self, taken: int) -> None:
         """So much of the request's body, from its beginning on, was taken by an instance, or let go."""
-        request = self.request
-        body = request.body if request is not None else None
-        if isinstance(body, Http2Body) and taken > body.given:
+        body = self.body
+        if body is not None and taken > body.given:
             self.link.give(self.id, taken - body.given)
             body.given = taken
 
@@ -400,7 +398,9 @@ class H2Client:
 
     def fields(self, head: Http2RequestHead, service: ServiceKey) -> Headers:
         """The request's fields for an instance that speaks HTTP/2."""
-        settings = self.shared.settings
+        settings = self.link.shared.settings
+        if settings.plain and head.has_host:
+            return head.fields
         extra = settings.via_fields
         if settings.append_forwarded:
             extra = (*extra, *self.link.forwarded(head))
@@ -582,8 +582,7 @@ class H2Client:
         deadline = self.deadline
         if request is not None and upstream is not None and upstream.started:
             limit = request.idle_limit
-            body = request.body
-            waits = isinstance(body, Http2Body) and not body.ended
+            waits = self.body is not None and not self.body.ended
             if waits and not request.response_begun and not request.is_grpc:
                 limit = min(limit, self.shared.settings.config.body_timeout)
                 self.expiry = Expiry.BODY
@@ -676,7 +675,7 @@ class H2ClientLink(Link):
             continuations=http2.continuations,
             resets=_ANY,
         )
-        super().__init__(pipe, Http2Protocol(client=False, limits=limits), loop)
+        super().__init__(pipe, Http2Protocol(client=False, limits=limits), loop, http2.window)
         self.shared = shared
         self.service = service
         self.peer = peer
@@ -697,13 +696,6 @@ class H2ClientLink(Link):
         """For a task of a stream's."""
         return Wakeup(self._loop)
 
-    def give(self, stream_id: int, size: int) -> None:
-        """Give the client credit for bytes of a stream."""
-        protocol = self.protocol
-        protocol.acknowledge(stream_id, size)
-        if protocol.wants_write:
-            self.touch()
-
     def forwarded(self, head: RequestHead) -> tuple[tuple[bytes, bytes], ...]:
         """The X-Forwarded-For and -Proto fields to append to a request."""
         if not self._forwarded:
@@ -715,55 +707,47 @@ class H2ClientLink(Link):
 
     # What came.
 
-    def dispatch(self, events: list[Event]) -> None:
-        """See `Link.dispatch`."""
-        streams = self.streams
-        for event in events:
-            if self.over:
-                return
-            # The engine's types tell apart what one test of each says: the compiler cannot.
-            if isinstance(event, RequestReceived):
-                self._on_request(event)
-            elif isinstance(event, DataReceived):
-                stream = streams.get(event.stream_id)
-                if not event.data and not event.end_stream:
-                    self._count_control("empty DATA")
-                if stream is not None:
-                    stream.data(event)
-                else:
-                    self.give(event.stream_id, len(event.data))
-            elif isinstance(event, WindowUpdated | StreamClosed):
-                stream = streams.get(event.stream_id)
-                if isinstance(event, StreamClosed) and event.error_code and stream is not None:
-                    # The engine's own doing: what came on it broke the rules.
-                    stream.reset()
-            elif isinstance(event, TrailersReceived):
-                stream = streams.get(event.stream_id)
-                if stream is not None:
-                    stream.trailers(event)
-            elif isinstance(event, StreamReset):
-                self._on_reset(event.stream_id)
-            elif isinstance(event, PingReceived):
-                self._count_control("PING")
-            elif isinstance(event, SettingsReceived):
-                self._count_control("SETTINGS")
-            elif isinstance(event, PingAcknowledged) and event.opaque_data == _DRAIN:
-                self._fix_last_stream()
-            elif isinstance(event, GoAwayReceived):
-                # It opens no more streams; those that it has go on (RFC 9113, 6.8).
-                self._drain_ends = min(self._drain_ends, self.now())
-                self.on_stream_over()
+    def _on_data(self, event: DataReceived) -> None:
+        data = event.data
+        if not data and not event.end_stream:
+            self._count_control("empty DATA")
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            stream.data(data, end=event.end_stream)
+        else:
+            self.give(event.stream_id, len(data))
+
+    def _on_closed(self, event: StreamClosed) -> None:
+        if event.error_code:
+            # The engine's own doing: what came on it broke the rules.
+            stream = self.streams.get(event.stream_id)
+            if stream is not None:
+                stream.reset()
+
+    def _on_trailers(self, event: TrailersReceived) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is not None:
+            stream.trailers(event.headers)
+
+    def _on_ping_acknowledged(self, event: PingAcknowledged) -> None:
+        if event.opaque_data == _DRAIN:
+            self._fix_last_stream()
+
+    def _on_goaway(self, event: GoAwayReceived) -> None:
+        """It opens no more streams; those that it has go on (RFC 9113, 6.8)."""
+        self._fixed = True
+        self.on_stream_over()
 
     def _on_request(self, event: RequestReceived) -> None:
         stream_id = event.stream_id
         stream = self.streams[stream_id] = H2Client(self, stream_id)
         shared = self.shared
         try:
-            head = request_head(event.headers, shared.settings.limits, ends=event.end_stream)
+            head = shared.settings.calls.request(event.headers, ends=event.end_stream)
         except ProtocolError as error:
             self._refuse(stream, Answer.to(error))
             return
-        stream.request = request = HttpRequest(stream, head, self._time())
+        stream.request = request = HttpRequest(stream, head, self.heard)
         self.requests.begin(stream, request)
 
     def _refuse(self, stream: H2Client, answer: Answer) -> None:
@@ -771,8 +755,8 @@ class H2ClientLink(Link):
         self.shared.refuse(self.peer, answer)
         stream.refuse(answer)
 
-    def _on_reset(self, stream_id: int) -> None:
-        stream = self.streams.get(stream_id)
+    def _on_reset(self, event: StreamReset) -> None:
+        stream = self.streams.get(event.stream_id)
         if stream is not None:
             stream.reset()
         if not self._resets.take(self.now()):
@@ -787,13 +771,25 @@ class H2ClientLink(Link):
         self.shared.refused["http2_flood"] += 1
         self.finish(problem, ErrorCode.ENHANCE_YOUR_CALM, self.protocol.highest_inbound_stream_id)
 
+    handlers: ClassVar = {
+        RequestReceived: _on_request,
+        DataReceived: _on_data,
+        TrailersReceived: _on_trailers,
+        StreamReset: _on_reset,
+        StreamClosed: _on_closed,
+        PingReceived: lambda self, _: self._count_control("PING"),
+        SettingsReceived: lambda self, _: self._count_control("SETTINGS"),
+        PingAcknowledged: _on_ping_acknowledged,
+        GoAwayReceived: _on_goaway,
+    }
+
     # Its end.
 
     def on_stream_over(self) -> None:
         """A stream ended."""
         if not self.streams:
             self._idle_since = self.now()
-            if self._drain_ends <= self._idle_since and not self.over:
+            if self._fixed and not self.over:
                 self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
 
     def on_over(self) -> None:
@@ -816,7 +812,6 @@ class H2ClientLink(Link):
         if self._fixed:
             return
         self._fixed = True
-        self._drain_ends = self.now()
         if self.streams:
             self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, debug_data=b"draining")
             self.touch()

@@ -10,7 +10,6 @@ from meshlocal.client.statistics import Outcome
 from meshlocal.net.wakeup import Wakeup
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import ClientLeftError, CutError, Expiry
-from meshlocal.proxy.http.h2.body import Http2Body
 from meshlocal.proxy.http.h2.client import H2Client
 from meshlocal.proxy.http.links import UpstreamLink
 from meshlocal.proxy.http.request import HttpRequest
@@ -102,7 +101,7 @@ class H2Upstream:
     def start(self, now: float) -> None:
         """Send the request, as far as it is there. Sets `failure` if the connection takes none any more."""
         request, link = self.request, self._link
-        head, body = request.head, request.body
+        head, body = request.head, self.client.body
         assert isinstance(head, Http2RequestHead)
         self.started = True
         self.client.upstream = self
@@ -111,7 +110,6 @@ class H2Upstream:
         fields = self.client.fields(head, self.service.state.key)
         if head.timeout is not None:
             fields = with_timeout(fields, format_timeout(max(request.deadline - now, 0.0)))
-        assert body is None or isinstance(body, Http2Body)
         end = body is None or (body.ended and not body.size and not body.trailers)
         if not link.open(self, fields, end=end):
             self._fail(Failure.STALE)
@@ -134,15 +132,15 @@ class H2Upstream:
 
     def send(self, piece: bytes, *, end: bool) -> None:
         """See `InstanceEnd.send`."""
-        link, body = self._link, self.request.body
-        trailers = body.trailers if end and isinstance(body, Http2Body) else ()
+        link, body = self._link, self.client.body
+        trailers = body.trailers if end and body is not None else ()
         self._queued += len(piece)
         if piece or not trailers:
             link.send(self, piece, end=end and not trailers)
         if trailers:
             link.end_with(self, trailers)
         self._request_ended = end
-        self.moved = link.now()
+        self.moved = self.client.link.heard
 
     def accepted(self, left: int) -> None:
         """See `UpstreamStream.accepted`."""
@@ -152,13 +150,13 @@ class H2Upstream:
 
     def on_interim(self, fields: Headers) -> None:
         """See `UpstreamStream.on_interim`."""
-        self.moved = self._link.now()
+        self.moved = self._link.heard
         self.client.inform(fields)
 
     def on_head(self, fields: Headers, *, end: bool) -> None:
         """See `UpstreamStream.on_head`."""
         request, client = self.request, self.client
-        self.moved = self._link.now()
+        self.moved = self._link.heard
         status = status_of(fields)
         grpc = grpc_status_of(fields) if request.is_grpc and end else None
         if (grpc is not None and request.drops_call(grpc)) or request.drops_answer(status, sent=self.sent):
@@ -166,15 +164,17 @@ class H2Upstream:
             return
         self.head_came = True
         request.shared.patience.waiting.pop(self, None)
-        self._rewind()
+        if self.deadline != _INF:
+            self._rewind()
         request.answered()
         request.begin_response(status)
         # The response may last for hours.
         request.end_search()
         if grpc is not None:
             request.grpc_status = grpc
-        extra = client.shared.settings.via_fields
-        if client.shared.settings.config.response_headers:
+        settings = request.shared.settings
+        extra = settings.via_fields
+        if settings.config.response_headers:
             extra = (*extra, *request.explanation_fields())
         client.begin([*fields, *extra] if extra else fields, end=end)
         if end:
@@ -182,7 +182,7 @@ class H2Upstream:
 
     def on_data(self, data: bytes, *, end: bool) -> None:
         """See `UpstreamStream.on_data`."""
-        self.moved = self._link.now()
+        self.moved = self._link.heard
         self._received += len(data)
         self.client.pass_on(data, end=end)
         if end:
@@ -278,7 +278,9 @@ class H2Upstream:
         self._released = True
         request = self.request
         request.shared.patience.waiting.pop(self, None)
-        self._rewind()
+        if self._reminder is not None:
+            self._reminder.call_off()
+            self._reminder = None
         request.leave_instance()
         if self.failure is not None:
             self.client.upstream = None
@@ -303,15 +305,14 @@ class H2Upstream:
         self._break(ErrorCode.CANCEL, Outcome.DEADLINE, leave=ErrorCode.CANCEL)
 
     def _rewind(self) -> None:
-        """The head came, or nothing comes any more: only a call's own deadline goes on."""
-        head = self.request.head
-        goes_on = self.head_came and not self._done and isinstance(head, Http2RequestHead) and head.timeout is not None
+        """The head came: only a call's own deadline goes on (C3)."""
         reminder, self._reminder = self._reminder, None
         if reminder is not None:
             reminder.call_off()
-        if goes_on:
-            self.deadline = self.request.deadline
-            self._reminder = self.request.shared.patience.ask(self.deadline, self)
+        request = self.request
+        if request.head.timeout is not None:
+            self.deadline = request.deadline
+            self._reminder = request.shared.patience.ask(self.deadline, self)
 
     # With a task.
 
