@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from meshlocal.library.errors import (
         Attempt,
         AttemptsFailedError,
+        CallError,
         DeadlineError,
         LimitedError,
         MeshClosedError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         make_instance,
     )
     from meshlocal.policy.picker import Reason
+    from meshlocal.wire.grpc.status import StatusCode
 
 __all__ = [
     "Attempt",
@@ -48,6 +50,7 @@ __all__ = [
     "AttemptOverrides",
     "AttemptPolicy",
     "AttemptsFailedError",
+    "CallError",
     "Conditions",
     "DeadlineError",
     "EjectionConfig",
@@ -79,6 +82,7 @@ __all__ = [
     "ServiceStatistics",
     "ServiceWatch",
     "SnapshotSink",
+    "StatusCode",
     "TooManyServicesError",
     "make_instance",
     "open_mesh",
@@ -88,8 +92,8 @@ _MODULES = {
     "meshlocal.client.feed": "Feed FeedStatus SnapshotSink",
     "meshlocal.client.statistics": "AttemptOutcome Outcome RequestKey",
     "meshlocal.library.errors": (
-        "Attempt AttemptsFailedError DeadlineError LimitedError MeshClosedError MeshConfigError MeshError"
-        " NoInstanceError NotTrioError ServiceError TooManyServicesError"
+        "Attempt AttemptsFailedError CallError DeadlineError LimitedError MeshClosedError MeshConfigError"
+        " MeshError NoInstanceError NotTrioError ServiceError TooManyServicesError"
     ),
     "meshlocal.library.mesh": "InstanceSource Mesh ServiceWatch open_mesh",
     "meshlocal.library.views": "MeshStatistics PlanStep ServicePlan ServiceStatistics",
@@ -98,6 +102,7 @@ _MODULES = {
     "meshlocal.policy.locality": "LeftOut",
     "meshlocal.policy.model": "Conditions EndpointKey Instance ModelError ServiceKey ServiceSnapshot make_instance",
     "meshlocal.policy.picker": "Reason",
+    "meshlocal.wire.grpc.status": "StatusCode",
 }
 
 

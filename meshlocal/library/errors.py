@@ -10,6 +10,7 @@
         AttemptsFailedError   each one that was tried failed
         DeadlineError         also a TimeoutError: time ran out
         LimitedError          as much as may be was under way
+        CallError             a gRPC call ended with another status than OK
 
 A `ServiceError` carries the attempts that were made; its `__cause__` is what the last of them failed with.
 """
@@ -22,6 +23,7 @@ from typing import NamedTuple
 from meshlocal.client.tried import attempt_text, in_a_row
 from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Reason
+from meshlocal.wire.grpc.status import Metadata, StatusCode
 
 
 class Attempt(NamedTuple):
@@ -111,6 +113,30 @@ class DeadlineError(ServiceError, TimeoutError):
 
 class LimitedError(ServiceError):
     """The request was refused at once: as many as the service's limits allow were under way."""
+
+
+class CallError(ServiceError):
+    """A gRPC call ended with another status than OK: an instance's, or, where none gave one, what stands for that.
+
+    Attributes:
+        code: the status.
+        details: the status's message.
+        trailing: the metadata that came with it.
+    """
+
+    def __init__(
+        self,
+        code: StatusCode,
+        details: str,
+        service: str,
+        attempts: Sequence[Attempt] = (),
+        trailing: Metadata = (),
+    ) -> None:
+        told = f"{service}: {code.name}" + (f": {details}" if details else "")
+        super().__init__(f"{told}: {tried(attempts)}" if attempts else told, service, attempts)
+        self.code = code
+        self.details = details
+        self.trailing = trailing
 
 
 def tried(attempts: Sequence[Attempt]) -> str:

@@ -27,9 +27,12 @@ from meshlocal.net.groups import single
 from meshlocal.policy.config import AttemptPolicy, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.model import NODE, ServiceKey, ServiceSnapshot
+from meshlocal.wire.grpc.framing import DEFAULT_MAX_MESSAGE_SIZE
 
 if TYPE_CHECKING:
     import trio
+
+    from meshlocal.library.grpc_channel import GrpcChannel
 
 
 @runtime_checkable
@@ -81,6 +84,27 @@ class Mesh:
         from meshlocal.library.streams import open_tcp_stream
 
         return await open_tcp_stream(self.core, self.core.key(service))
+
+    def grpc_channel(
+        self, service: str, *, max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE, gzip: bool = False
+    ) -> GrpcChannel:
+        """Call a service over gRPC: each call goes to an instance of this node, else to another one (A1 to A4, C1, C3).
+
+        What it gives has the methods that stubs made by grpcio's compiler call: `GreeterStub(mesh.grpc_channel("b"))`.
+        It needs no closing.
+
+        Args:
+            service: its name.
+            max_message_size: bytes of the largest response that is taken.
+            gzip: compress requests of 1 KiB and more.
+
+        Raises:
+            ValueError: the name can be no service's.
+        """
+        # Imported here: few applications call over gRPC.
+        from meshlocal.library.grpc_channel import open_grpc_channel
+
+        return open_grpc_channel(self.core, self.core.key(service), max_message_size=max_message_size, gzip=gzip)
 
     def plan(self, service: str) -> ServicePlan:
         """The order in which the next request would try the service's instances, and why (R2). Moves no cursor.

@@ -34,8 +34,12 @@ class Http2Config(Section, frozen=True):
         Window, Meta(description="Bytes of one stream that were not passed on yet, at most; either way.")
     ] = 65535
     keepalive_interval: Annotated[
-        Seconds, Meta(description="Seconds of silence, while requests are under way, after which a PING is sent.")
-    ] = 30.0
+        Seconds,
+        Meta(
+            description="Seconds of silence, while requests are under way, after which a PING is sent; gRPC servers end"
+            " a connection that pings more often than every 300."
+        ),
+    ] = 300.0
     keepalive_timeout: Annotated[
         Seconds, Meta(description="Seconds that a PING's answer may take before the connection is given up.")
     ] = 10.0

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PUBLIC = {
     "meshlocal": """
-        Attempt AttemptOutcome AttemptOverrides AttemptPolicy AttemptsFailedError Conditions DeadlineError
+        Attempt AttemptOutcome AttemptOverrides AttemptPolicy AttemptsFailedError CallError Conditions DeadlineError
         EjectionConfig EndpointKey Feed FeedStatus Instance InstanceSource LeftOut LimitedError LimitsConfig Mesh
         MeshClosedError MeshConfigError MeshError MeshStatistics ModelError NoInstanceError NotTrioError Outcome
         PlanStep Reason RequestKey ServiceConfig ServiceError ServiceKey ServicePlan ServiceSnapshot ServiceStatistics
-        ServiceWatch SnapshotSink TooManyServicesError make_instance open_mesh
+        ServiceWatch SnapshotSink StatusCode TooManyServicesError make_instance open_mesh
     """,
     "meshlocal.httpx": """
         HttpBrokenError HttpConnectError HttpDeadlineError HttpLimitedError HttpNoInstanceError HttpReadError

@@ -20,7 +20,7 @@ from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream, adapt
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import encode_metadata, format_timeout
-from meshlocal.wire.grpc.method import Method, Req, Resp
+from meshlocal.wire.grpc.method import CallMethod, Got, Method, Req, Resp, Sent
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.http2 import ErrorCode, GoAwayReceived, Headers, Http2Error, header_list_size
 
@@ -183,12 +183,21 @@ class Channel:
 
     @asynccontextmanager
     async def call(
-        self, method: Method[Req, Resp], metadata: Iterable[tuple[str, str | bytes]] = ()
-    ) -> AsyncIterator[ClientCall[Req, Resp]]:
+        self,
+        method: CallMethod[Sent, Got],
+        metadata: Iterable[tuple[str, str | bytes]] = (),
+        *,
+        deadline: float | None = None,
+    ) -> AsyncIterator[ClientCall[Sent, Got]]:
         """Start a call of any kind. Leaving the block before its end cancels it.
 
-        Waits while the server's limit of concurrent calls is reached. The deadline of the enclosing cancel scope
-        goes along as grpc-timeout.
+        Waits while the server's limit of concurrent calls is reached.
+
+        Args:
+            method: what is called.
+            metadata: what goes along.
+            deadline: what goes along as grpc-timeout, by anyio.current_time(); by default that of the enclosing cancel
+                scope.
 
         Raises:
             GrpcError: no call can start on this channel (UNAVAILABLE, `unprocessed`).
@@ -201,7 +210,9 @@ class Channel:
         if options.gzip:
             headers.append((b"grpc-encoding", b"gzip"))
         try:
-            left = anyio.current_effective_deadline() - anyio.current_time()
+            if deadline is None:
+                deadline = anyio.current_effective_deadline()
+            left = deadline - anyio.current_time()
             if left == -math.inf:
                 await anyio.lowlevel.checkpoint()  # cancelled as it was given its place
             if left != math.inf:

@@ -7,23 +7,22 @@ from typing import Generic
 
 import anyio
 import anyio.lowlevel
-from google.protobuf.message import DecodeError
 
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.wire.grpc.framing import MessageDecoder, check_encoding, encode_message
 from meshlocal.wire.grpc.metadata import decode_grpc_message, decode_metadata, header
-from meshlocal.wire.grpc.method import Method, Req, Resp
+from meshlocal.wire.grpc.method import CallMethod, Got, Sent
 from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode, from_http_status, parse_status
 from meshlocal.wire.http2 import Headers, header_list_size
 
 COMPRESS_FROM = 1024
 
 
-class ClientCall(Generic[Req, Resp]):
+class ClientCall(Generic[Sent, Got]):
     """A call under way, inside `Channel.call`. One task may send while another receives."""
 
-    def __init__(self, stream: Stream, method: Method[Req, Resp], options: GrpcOptions) -> None:
+    def __init__(self, stream: Stream, method: CallMethod[Sent, Got], options: GrpcOptions) -> None:
         self.method = method
         self.initial_metadata: Metadata | None = None
         """The server's metadata, once the first response or the status came."""
@@ -39,7 +38,12 @@ class ClientCall(Generic[Req, Resp]):
         """Bytes of responses that came so far, of one that is not whole yet too."""
         return self._stream.received
 
-    async def send(self, request: Req, *, end: bool = False) -> None:
+    @property
+    def answered(self) -> bool:
+        """Whether the server's first headers came: it is alive, and has the call."""
+        return self._stream.headers is not None
+
+    async def send(self, request: Sent, *, end: bool = False) -> None:
         """Send one request, waiting while the server's windows are full. `end`: no other follows.
 
         Raises:
@@ -47,7 +51,7 @@ class ClientCall(Generic[Req, Resp]):
             anyio.BrokenResourceError: the server ended the call with OK before.
             anyio.ClosedResourceError: after `end`.
         """
-        payload = request.SerializeToString()
+        payload = self.method.serialize(request)
         data = encode_message(payload, compress=self._options.gzip and len(payload) >= COMPRESS_FROM)
         await self._send(data, end=end)
 
@@ -82,7 +86,7 @@ class ClientCall(Generic[Req, Resp]):
             self.initial_metadata = () if trailers_only else decode_metadata(headers)
         return self.initial_metadata
 
-    async def receive(self) -> Resp | None:
+    async def receive(self) -> Got | None:
         """The next response; None after the last, when the server's status was OK.
 
         Raises:
@@ -100,7 +104,7 @@ class ClientCall(Generic[Req, Resp]):
         while True:
             payload = self._decoder.next_message()
             if payload is not None:
-                return _parse(self.method.response_type, payload)
+                return self.method.parse(payload)
             if data := stream.take():
                 self._decoder.feed(data)
             elif stream.peer_ended:
@@ -111,10 +115,10 @@ class ClientCall(Generic[Req, Resp]):
             else:
                 await stream.wait_changed()
 
-    def __aiter__(self) -> AsyncIterator[Resp]:
+    def __aiter__(self) -> AsyncIterator[Got]:
         return self
 
-    async def __anext__(self) -> Resp:
+    async def __anext__(self) -> Got:
         response = await self.receive()
         if response is None:
             raise StopAsyncIteration
@@ -157,10 +161,3 @@ class ClientCall(Generic[Req, Resp]):
             raise GrpcError(code, message, self.trailing_metadata)
         decoder.finish()
         self._finished = True
-
-
-def _parse(kind: type[Resp], payload: bytes) -> Resp:
-    try:
-        return kind.FromString(payload)
-    except DecodeError as error:
-        raise GrpcError(StatusCode.INTERNAL, f"response is no {kind.DESCRIPTOR.full_name}: {error}") from error
