@@ -77,6 +77,7 @@ class HttpRequest(HttpRecord):
         self.attempts = 0
         self.status = 0
         self.received = 0
+        self.grpc_status = -1
         self.outcome = _DRAINED
         self.response_begun = self._counted = self._released = False
         self.client_end = _ABORT

@@ -59,6 +59,9 @@ from meshlocal.wire.http2_heads import (
 WAITING = 65_536
 """Bytes of a response that may wait for the client, from which on its task reads no more of it."""
 
+SPARE = 8
+"""Streams that rest with their connection, at most."""
+
 DRAIN_WAIT = 1.0
 """Seconds that a client has, when a drain begins, to show that it knows: what it sent before is served."""
 
@@ -278,11 +281,33 @@ class H2Client:
             self._final = request.outcome
             if self._scope is None:
                 upstream = self.upstream
-                request.finish(upstream.moved if upstream is not None else link.now())
+                if upstream is None:
+                    request.finish(link.now())
+                else:
+                    request.finish(upstream.moved)
+                    self._rest(request)
             else:
                 self._wake()
         if not link.streams:
             link.on_stream_over()
+
+    def _rest(self, request: HttpRequest) -> None:
+        """The request was served whole, without a task: to begin the next one anew costs more than to go on as that."""
+        if not self.expired and len(self.link.spare) < SPARE:
+            self.upstream = self.body = None
+            request.rest()
+            self.link.spare.append(self)
+
+    def renew(self, stream_id: int, head: Http2RequestHead, now: float) -> HttpRequest:
+        """Become another stream, of the same client; for one that rests."""
+        request = self.request
+        assert request is not None
+        self.id = stream_id
+        self.answered = self.served = False
+        self.queued = 0
+        self._final = None
+        request.renew(head, now, None)
+        return request
 
     def _wake(self) -> None:
         if self._reading is not None:
@@ -640,6 +665,7 @@ class H2ClientLink(Link):
 
     Attributes:
         streams: those that live, by number.
+        spare: those that rest, and become others.
         requests: as given.
     """
 
@@ -654,6 +680,7 @@ class H2ClientLink(Link):
         "requests",
         "service",
         "shared",
+        "spare",
         "streams",
     )
 
@@ -680,6 +707,7 @@ class H2ClientLink(Link):
         self.service = service
         self.peer = peer
         self.streams: dict[int, H2Client] = {}
+        self.spare: list[H2Client] = []
         self.requests = requests
         self._drain_ends = _INF
         self._fixed = False
@@ -740,14 +768,19 @@ class H2ClientLink(Link):
 
     def _on_request(self, event: RequestReceived) -> None:
         stream_id = event.stream_id
-        stream = self.streams[stream_id] = H2Client(self, stream_id)
-        shared = self.shared
         try:
-            head = shared.settings.calls.request(event.headers, ends=event.end_stream)
+            head = self.shared.settings.calls.request(event.headers, ends=event.end_stream)
         except ProtocolError as error:
+            stream = self.streams[stream_id] = H2Client(self, stream_id)
             self._refuse(stream, Answer.to(error))
             return
-        stream.request = request = HttpRequest(stream, head, self.heard)
+        if self.spare:
+            stream = self.spare.pop()
+            request = stream.renew(stream_id, head, self.heard)
+        else:
+            stream = H2Client(self, stream_id)
+            request = stream.request = HttpRequest(stream, head, self.heard)
+        self.streams[stream_id] = stream
         self.requests.begin(stream, request)
 
     def _refuse(self, stream: H2Client, answer: Answer) -> None:
@@ -799,6 +832,7 @@ class H2ClientLink(Link):
             self.shared.report_broken(self.peer, self.problem)
         for stream in list(self.streams.values()):
             stream.reset(stopped=stopped)
+        self.spare.clear()
 
     def drain(self) -> None:
         """Announce the end; the PING's answer shows that the client knows, and then the last stream is fixed (S1)."""
