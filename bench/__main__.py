@@ -1,4 +1,4 @@
-"""The whole comparison: TCP, HTTP, failover and snapshots, in one run. `make bench`."""
+"""The whole comparison: TCP, HTTP, gRPC, failover and snapshots, in one run. `make bench`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import http, load, locality, page, peers, plots, report, rounds, tcp, update
+from bench import grpc, http, load, locality, page, peers, plots, report, rounds, tcp, update
 from bench.machine import ROOT, describe, describe_line, raise_file_limit
 from bench.rounds import OURS, REFERENCE, Measured, Row
 
 IMAGES = ROOT / "docs" / "images"
 _OTHERS = ("HAProxy", "nginx", REFERENCE)
+
+PARTS = ("tcp", "http", "grpc", "failover", "update")
+"""What is measured."""
 
 Goals = list[dict[str, Any]]
 
@@ -22,7 +25,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of less: 3 minutes instead of 15")
     parser.add_argument("--rounds", type=int, help="interleaved rounds [5; quick: 1]")
-    parser.add_argument("--only", choices=["tcp", "http", "failover", "update"], action="append", help="only these")
+    parser.add_argument(
+        "--only", choices=["tcp", "http", "grpc", "failover", "update"], action="append", help="only these"
+    )
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
     parser.add_argument("--document", action="store_true", help="put the figures and plots into docs/performance.md")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing; show a run that was kept")
@@ -42,7 +47,7 @@ def options() -> argparse.Namespace:
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """Run what was asked for."""
-    only = asked.only or ["tcp", "http", "failover", "update"]
+    only = asked.only or PARTS
     figures: dict[str, Any] = {"quick": asked.quick, "rounds": asked.rounds, "versions": load.versions(peers.envoy())}
     start = time.monotonic()
     checks = []
@@ -52,6 +57,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     if "http" in only:
         figures["http"] = http.measure(asked)
         checks += http.checks(asked)
+    if "grpc" in only:
+        figures["grpc"] = grpc.measure(asked)
     figures["checks"] = checks
     if "failover" in only:
         figures["failover"] = locality.failover(asked)
@@ -64,7 +71,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 def tables(figures: dict[str, Any]) -> str:
     """Everything but the goals, in Markdown."""
     parts = []
-    for title, name, rows in (("TCP", "tcp", tcp.ROWS), ("HTTP/1.1", "http", http.ROWS)):
+    for title, name, rows in (("TCP", "tcp", tcp.ROWS), ("HTTP/1.1", "http", http.ROWS), ("gRPC", "grpc", grpc.ROWS)):
         if figures.get(name):
             parts.append(rounds.compare(title, figures[name], rows))
             parts += [f"{line}\n" for line in rounds.errors({**figures[name], "storm": {}})]
@@ -82,7 +89,7 @@ def tables(figures: dict[str, Any]) -> str:
 def goals(figures: dict[str, Any]) -> Goals:
     """What of the project's goals holds in this run; prints it."""
     found: Goals = []
-    measured: Measured = {**figures.get("tcp", {}), **figures.get("http", {})}
+    measured: Measured = {**figures.get("tcp", {}), **figures.get("http", {}), **figures.get("grpc", {})}
     wanted = [
         ("64 B, 1 connection, p50", Row("", "echo-64-1", "p50", "", 1), 0.9, False),
         ("64 B, 32 connections, throughput", Row("", "echo-64-32", "rate", "", 1), 1.3, True),
@@ -93,6 +100,10 @@ def goals(figures: dict[str, Any]) -> Goals:
         ("memory per idle connection", Row("", "memory", "each", "", 1), 0.7, False),
         ("HTTP, 32 connections, throughput", Row("", "http-32", "rate", "", 1), 1.2, True),
         ("HTTP, 1 connection, p50", Row("", "http-1", "p50", "", 1), 0.6, False),
+        ("gRPC, 1 connection, 1 call at once, p50", Row("", "grpc-1-1", "p50", "", 1), 0.6, False),
+        ("gRPC, 1 connection, 32 at once, throughput", Row("", "grpc-1-32", "rate", "", 1), 1.5, True),
+        ("gRPC, 32 connections, 8 at once, throughput", Row("", "grpc-32-8", "rate", "", 1), 2.0, True),
+        ("gRPC, CPU of a call, 1 connection, 32 at once", Row("", "grpc-1-32", "cpu_per_request", "", 1), 0.7, False),
     ]
     for title, row, limit, more in wanted:
         relative = rounds.ratio(measured, row, OURS, REFERENCE)

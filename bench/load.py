@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 PACKAGES = {
     "wrk": "wrk",
     "h2load": "nghttp2-client",
+    "nghttpd": "nghttp2-server",
     "sockperf": "sockperf",
     "iperf3": "iperf3",
     "haproxy": "haproxy",
@@ -113,6 +115,33 @@ def h2load_rate(port: int, connections: int, rate: int, seconds: int) -> float:
     if found is None:
         raise LoadError(f"h2load printed no times: {text}")
     return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
+
+
+def h2load_calls(port: int, connections: int, at_once: int, seconds: int, body: Path, *, path: str) -> Load:
+    """POST requests in HTTP/2 with a body, so many at once on each connection, as gRPC's unary calls are."""
+    fields = ("content-type: application/grpc", "te: trailers")
+    with tempfile.NamedTemporaryFile(prefix="meshlocal-bench-") as log:
+        flags = [
+            "-t1",
+            f"-c{connections}",
+            f"-m{at_once}",
+            f"-D{seconds}",
+            "--warm-up-time=0",
+            f"--log-file={log.name}",
+        ]
+        flags += [f"-d{body}", *(f"-H{field}" for field in fields)]
+        text = _run("h2load", *flags, f"http://127.0.0.1:{port}{path}")
+        # Begun at (µs), status, taken (µs).
+        lines = Path(log.name).read_text().splitlines()
+    times = sorted(int(line.split("\t")[2]) / 1e6 for line in lines)
+    found = re.search(r"finished in ([\d.]+)(us|ms|s),", text)
+    failed = re.search(r"(\d+) failed, \d+ errored", text)
+    if not times or found is None or failed is None:
+        raise LoadError(f"h2load printed no figures: {text}")
+    bad = sum(line.split("\t")[1] != "200" for line in lines)
+    taken = float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
+    shares = (times[min(len(times) * share // 100, len(times) - 1)] for share in (50, 90, 99))
+    return Load(len(times), len(times) / taken, bad + int(failed[1]), *shares)
 
 
 def sockperf_ping(port: int, size: int, seconds: int) -> Load:

@@ -42,11 +42,13 @@ class Job(NamedTuple):
     Attributes:
         services: instances by service, those of the proxy's own node first.
         http: whether it proxies requests rather than connections.
+        http2: and those in HTTP/2, by prior knowledge on both sides.
         checks: active health checks, once a second, where the proxy has them.
     """
 
     services: Mapping[str, Sequence[Instance]]
     http: bool = False
+    http2: bool = False
     checks: bool = False
 
 
@@ -126,11 +128,12 @@ def _haproxy_config(job: Job, ports: Mapping[str, int]) -> str:
     if job.http:
         lines += [" retry-on all-retryable-errors"]
     for service, instances in job.services.items():
-        lines += [f"listen {service}", f" bind 127.0.0.1:{ports[service]} backlog 4096"]
+        proto = " proto h2" if job.http2 else ""
+        lines += [f"listen {service}", f" bind 127.0.0.1:{ports[service]} backlog 4096{proto}"]
         for number, (address, port, node) in enumerate(instances):
             backup = "" if node == OWN_NODE else " backup"
             check = " check inter 1s" if job.checks else ""
-            lines += [f" server s{number} {address}:{port}{check}{backup}"]
+            lines += [f" server s{number} {address}:{port}{check}{backup}{proto}"]
     return "\n".join(lines) + "\n"
 
 
@@ -173,8 +176,12 @@ def _nginx_config(folder: Path, job: Job, ports: Mapping[str, int]) -> str:
         )
         keep = "keepalive 256; keepalive_requests 1000000000; " if job.http else ""
         upstreams.append(f"upstream {service} {{ {''.join(rows)}{keep}}}\n")
-        listen = f"listen 127.0.0.1:{ports[service]} backlog=4096; "
-        if job.http:
+        listen = f"listen 127.0.0.1:{ports[service]} backlog=4096{' http2' if job.http2 else ''}; "
+        if job.http2:
+            servers.append(
+                f"server {{ {listen}http2_max_requests 1000000000; location / {{ grpc_pass grpc://{service}; }} }}\n"
+            )
+        elif job.http:
             headers = 'proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host; '
             servers.append(f"server {{ {listen}location / {{ {headers}proxy_pass http://{service}; }} }}\n")
         else:
@@ -245,6 +252,14 @@ def _envoy_cluster(service: str, instances: Sequence[Instance], job: Job) -> dic
             ]
         },
     }
+    if job.http2:
+        options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+        cluster["typed_extension_protocol_options"] = {
+            options: {
+                "@type": f"type.googleapis.com/{options}",
+                "explicit_http_config": {"http2_protocol_options": {}},
+            }
+        }
     if job.checks:
         cluster["health_checks"] = [
             {
