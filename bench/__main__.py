@@ -26,7 +26,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of less: 3 minutes instead of 15")
     parser.add_argument("--rounds", type=int, help="interleaved rounds [5; quick: 1]")
     parser.add_argument(
-        "--only", choices=["tcp", "http", "grpc", "failover", "update"], action="append", help="only these"
+        "--only", choices=PARTS, action="append", help="only these"
     )
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
     parser.add_argument("--document", action="store_true", help="put the figures and plots into docs/performance.md")
