@@ -25,9 +25,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of less: 3 minutes instead of 15")
     parser.add_argument("--rounds", type=int, help="interleaved rounds [5; quick: 1]")
-    parser.add_argument(
-        "--only", choices=PARTS, action="append", help="only these"
-    )
+    parser.add_argument("--only", choices=PARTS, action="append", help="only these")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
     parser.add_argument("--document", action="store_true", help="put the figures and plots into docs/performance.md")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing; show a run that was kept")
