@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from meshlocal.client.cache import SnapshotCache
     from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
+    from meshlocal.proxy.returning import Lasting
 
 _log = get_log(__name__)
 
@@ -195,8 +196,13 @@ class ProxyProcess:
         from meshlocal.proxy.returning import Returning
 
         self._returning = True
-        returning = Returning(self.services, self.forwarder, self._rng)
+        returning = Returning(self.services, self._lasting, self._rng)
         lifetime.start_soon(self.supervision.keep, "gentle return", returning.run)
+
+    def _lasting(self) -> Iterator[Lasting]:
+        yield from self.forwarder
+        if self.http is not None:
+            yield from self.http.streams()
 
     def _set_busy_poll(self, config: ProxyConfig) -> None:
         if self._loop is not None:

@@ -152,7 +152,10 @@ class ServiceConfig(Section, frozen=True):
     limits: Annotated[LimitsConfig, Meta(description="How much of it is taken on at once.")] = LimitsConfig()
     failback: Annotated[
         FailbackConfig | None,
-        Meta(description="How tcp connections to other nodes end once the local tier is back; null: they stay (F2)."),
+        Meta(
+            description="How tcp connections and HTTP/2 streams to other nodes end once the local tier is back; null:"
+            " they stay (F2)."
+        ),
     ] = None
     spill: Annotated[
         Count | None,

@@ -61,7 +61,8 @@ class HealthCheckConfig(Section, frozen=True):
 
 
 class FailbackConfig(Section, frozen=True):
-    """How tcp connections to other nodes end once the local tier is back, so that their clients come back (F2)."""
+    """How tcp connections and HTTP/2 streams to other nodes end once the local tier is back, so that their clients come
+    back (F2)."""
 
     after: Annotated[
         Seconds,

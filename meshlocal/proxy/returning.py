@@ -1,12 +1,14 @@
-"""Gentle return: tcp connections to other nodes end, one by one, once the local tier is back (behaviour rule F2).
+"""Gentle return: what lasts on other nodes ends, one by one, once the local tier is back (behaviour rule F2).
 
-Only new connections go back to the local tier by themselves (F1). One that stays open for days keeps the instance
-that it got in an outage. TCP has no way to ask a client to come again but to end its connection, so this is only for
-services whose clients bear that, and only connections that are silent are ended: those that were silent longest
-first.
+Only new requests go back to the local tier by themselves (F1). A tcp connection, or an HTTP/2 stream, that stays open
+for days keeps the instance that it got in an outage. There is no way to ask its client to come again but to end it, so
+this is only for services whose clients bear that, and only what is silent is ended: what was silent longest first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import trio
 
@@ -15,30 +17,41 @@ from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.failback import Failback
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.tcp.connection import RETURNED, TcpConnection
-from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
 _log = get_log(__name__)
 
 LOOK = 0.1
-"""Seconds between two looks at the services while a connection may have to return."""
+"""Seconds between two looks at the services while something may have to return."""
 
 LOOK_AT_REST = 1.0
 """The same while there is none."""
 
 
+class Lasting(Protocol):
+    """What may stay where it is for days: a tcp connection, or an HTTP/2 stream."""
+
+    def away_since(self, service: ServiceState) -> float | None:
+        """Since when it was silent, by trio.current_time(), if it is of this service, and with an instance of another
+        tier, and can be ended; else None."""
+        ...
+
+    def send_home(self) -> None:
+        """End it, so that its client comes again."""
+        ...
+
+
 class Returning:
-    """Ends connections of all services that want it.
+    """Ends what lasts on other nodes, of all services that want it.
 
     Args:
         services: the services.
-        forwarder: whose connections end.
+        lasting: gives what may have to return.
         rng: for the jitter.
     """
 
-    def __init__(self, services: ServiceTable, forwarder: TcpForwarder, rng: UniformSource) -> None:
+    def __init__(self, services: ServiceTable, lasting: Callable[[], Iterable[Lasting]], rng: UniformSource) -> None:
         self._services = services
-        self._forwarder = forwarder
+        self._lasting = lasting
         self._rng = rng
         self._paces: dict[ServiceKey, Failback] = {}
 
@@ -49,14 +62,12 @@ class Returning:
             await trio.sleep(LOOK if self._some_away() else LOOK_AT_REST)
 
     def _some_away(self) -> bool:
-        """Whether a connection of such a service is with an instance of another tier."""
-        return any(
-            connection.service.key in self._paces and connection.pick is not None and connection.pick.tier
-            for connection in self._forwarder
-        )
+        """Whether something of such a service is with an instance of another tier."""
+        states = [state for state in self._services if state.key in self._paces]
+        return any(each.away_since(state) is not None for each in self._lasting() for state in states)
 
     def look(self, now: float) -> None:
-        """End one connection of each service for which it is time."""
+        """End one connection or stream of each service for which it is time."""
         for service in self._services:
             config = self._services.config.service(service.key).failback
             pace = self._paces.get(service.key)
@@ -69,23 +80,15 @@ class Returning:
                 longest = self._longest_silent(service, now - config.quiet)
                 if longest is not None:
                     pace.returned(now)
-                    longest.cut = RETURNED
-                    longest.scope.cancel()
+                    longest.send_home()
 
-    def _longest_silent(self, service: ServiceState, before: float) -> TcpConnection | None:
-        """The connection to another tier that was silent longest, if that is long enough."""
-        found: TcpConnection | None = None
-        for connection in self._forwarder:
-            counters, pick = connection.counters, connection.pick
-            if (
-                connection.service is service
-                and counters is not None
-                and pick is not None
-                and pick.tier
-                and counters.last_activity <= before
-                and not connection.cut
-            ):
-                found, before = connection, counters.last_activity
+    def _longest_silent(self, service: ServiceState, before: float) -> Lasting | None:
+        """What was silent longest on another tier, if that is long enough."""
+        found: Lasting | None = None
+        for each in self._lasting():
+            since = each.away_since(service)
+            if since is not None and since <= before:
+                found, before = each, since
         return found
 
 

@@ -65,7 +65,7 @@ async def callers(proxy: Any, upstream: Any, nursery: trio.Nursery, monkeypatch:
     for caller in made:
         nursery.start_soon(caller.run)
     await until(lambda: all(caller.served_by == "remote" for caller in made))
-    nursery.start_soon(Returning(proxy.table, proxy.forwarder, random.Random(0)).run)
+    nursery.start_soon(Returning(proxy.table, lambda: proxy.forwarder, random.Random(0)).run)
     local = await upstream("local", "n1")
     proxy.publish([local, remote])
     return made
@@ -107,7 +107,7 @@ async def test_a_connection_that_is_busy_is_left_alone(proxy: Any, upstream: Any
     proxy.publish([remote])
     async with await proxy.connect() as stream:
         assert await stream.receive_some(64) == b"remote\n"
-        returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+        returning = Returning(proxy.table, lambda: proxy.forwarder, random.Random(0))
         proxy.publish([await upstream("local", "n1"), remote])
         returning.look(trio.current_time())
         (connection,) = proxy.forwarder
@@ -168,7 +168,7 @@ async def test_those_that_were_silent_longest_come_back_first(proxy: Any, upstre
     for number in (1, 2, 0):
         await away[number][0].send_all(b"x")
         assert await away[number][0].receive_some(1) == b"x"
-    returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+    returning = Returning(proxy.table, lambda: proxy.forwarder, random.Random(0))
     now = trio.current_time()
     returning.look(now)
     order = []
@@ -188,7 +188,7 @@ async def test_the_pace_is_kept_between_two_looks(proxy: Any, upstream: Any) -> 
     proxy.publish([remote])
     away = await connected(proxy, b"remote", 2)
     proxy.publish([await upstream("local", "n1"), remote])
-    returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+    returning = Returning(proxy.table, lambda: proxy.forwarder, random.Random(0))
     now = trio.current_time()
 
     def ended_at(seconds: float) -> int:
@@ -208,7 +208,7 @@ async def test_a_reload_begins_the_wait_anew(proxy: Any, upstream: Any, between:
     proxy.publish([remote])
     away = await connected(proxy, b"remote", 1)
     proxy.publish([await upstream("local", "n1"), remote])
-    returning = Returning(proxy.table, proxy.forwarder, random.Random(0))
+    returning = Returning(proxy.table, lambda: proxy.forwarder, random.Random(0))
     now = trio.current_time()
     returning.look(now)
     configure(proxy, between)

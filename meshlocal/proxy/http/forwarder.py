@@ -25,6 +25,7 @@ from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.access_log import HttpAccessLog
 from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.h1.client import DRAIN_GRACE
+from meshlocal.proxy.http.h2.client import H2Client
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.settings import HttpSettings
 from meshlocal.proxy.http.shared import HttpShared
@@ -72,6 +73,12 @@ class HttpForwarder:
 
     def __iter__(self) -> Iterator[ClientConnection]:
         return iter(self._connections)
+
+    def streams(self) -> Iterator[H2Client]:
+        """All streams of clients that speak HTTP/2."""
+        for connection in self._connections:
+            if connection.link is not None:
+                yield from connection.link.streams.values()
 
     @property
     def services(self) -> dict[ServiceKey, HttpService]:

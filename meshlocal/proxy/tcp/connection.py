@@ -103,6 +103,20 @@ class TcpConnection(Account):
             self._scope = trio.CancelScope()
         return self._scope
 
+    # Its return (F2): see `meshlocal.proxy.returning.Lasting`.
+
+    def away_since(self, service: ServiceState) -> float | None:
+        """Since when it was silent on another tier; None if it is not there, or not of the service, or ends already."""
+        pick, counters = self.pick, self.counters
+        if self.service is not service or pick is None or not pick.tier or counters is None or self.cut:
+            return None
+        return counters.last_activity
+
+    def send_home(self) -> None:
+        """End it, so that its client comes again."""
+        self.cut = RETURNED
+        self.scope.cancel()
+
     # What waits for nothing.
 
     def start_relay(self, loop: RelayLoop) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -10,8 +11,9 @@ import pytest
 import trio
 
 from meshlocal.client.statistics import Outcome
-from meshlocal.policy.config_health import LimitsConfig
+from meshlocal.policy.config_health import FailbackConfig, LimitsConfig
 from meshlocal.policy.model import make_instance
+from meshlocal.proxy.returning import Returning
 from meshlocal.wire.http2 import MAX_STREAM_ID, ErrorCode
 from nursery_tests.proxy.http import h2
 from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, Upstreams, decode_chunks, ok, response, until
@@ -1155,6 +1157,37 @@ async def test_what_is_counted_of_calls(proxy: Proxy, near: H2Instance) -> None:
     statistics = proxy.forwarder.services[B].statistics
     assert statistics.calls == {("node", "", 0): 1, ("node", "", 13): 1, ("node", "", 5): 1}
     assert statistics.responses == {("node", "", "2xx"): 2, ("node", "", "5xx"): 1, ("node", "", "4xx"): 1}
+
+
+@pytest.mark.parametrize("grpc", [True, False])
+async def test_streams_that_last_and_are_silent_return_if_asked(
+    proxy: Proxy, both: tuple[H2Instance, H2Instance], nursery: trio.Nursery, grpc: bool
+) -> None:
+    """F2: gRPC with UNAVAILABLE, for its clients call again then; other streams are reset."""
+    near, far = both
+    proxy.configure(service={"failback": FailbackConfig(after=0.02, interval=0.02, quiet=0.05)})
+
+    async def lasts(_: H2Instance, wire: H2Wire, stream_id: int) -> None:
+        wire.peer.send_headers(stream_id, GRPC_OK if grpc else OK)
+        wire.peer.send_data(stream_id, MESSAGE)
+        await wire.flush()
+
+    near.behaviour = far.behaviour = lasts
+    async with await connect(proxy) as client:
+        proxy.publish(far.instance)
+        seen = client.streams[client.open(CALL if grpc else POST)]
+        await client.until(lambda: seen.data)
+        nursery.start_soon(Returning(proxy.table, proxy.forwarder.streams, random.Random(0)).run)
+        proxy.publish(near.instance, far.instance)
+        await client.until(lambda: seen.over)
+        assert (seen.grpc, seen.reset) == ((14, None) if grpc else (None, ErrorCode.CANCEL))
+        await until(lambda: far.asked[0].reset == ErrorCode.CANCEL)
+        again = client.streams[client.open(CALL if grpc else POST)]
+        await client.until(lambda: again.data)
+        assert len(near.asked) == 1
+        await client.reset(max(client.streams))
+    await settled(proxy, 2)
+    assert outcomes(proxy) == {"returned": 1, "cut": 1}
 
 
 async def test_calls_leave_a_node_whose_instance_is_gone_and_return(

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 import trio
 
+from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_loop import RelayLoop
@@ -25,6 +26,7 @@ from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.streams import ServedRequest
 from meshlocal.wire.grpc.metadata import encode_grpc_message
+from meshlocal.wire.grpc.status import StatusCode
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
@@ -58,6 +60,9 @@ from meshlocal.wire.http2_heads import (
 
 WAITING = 65_536
 """Bytes of a response that may wait for the client, from which on its task reads no more of it."""
+
+RETURNED = "returned"
+"""Why a stream ended whose client is to come back to the local tier (F2)."""
 
 SPARE = 8
 """Streams that rest with their connection, at most."""
@@ -597,6 +602,34 @@ class H2Client:
             self.answered = True
             self.link.protocol.reset(self.id, code)
             self.link.touch()
+
+    # Its return (F2): see `meshlocal.proxy.returning.Lasting`.
+
+    def away_since(self, service: ServiceState) -> float | None:
+        """Since when it was silent on another tier; None if it is not there, or not of the service, or ends already."""
+        request, upstream = self.request, self.upstream
+        if request is None or upstream is None or self.answered or not request.response_begun:
+            return None
+        pick = request.pick
+        if pick is None or not pick.tier or request.service is None or request.service.state is not service:
+            return None
+        return upstream.moved
+
+    def send_home(self) -> None:
+        """End it, so that its client calls again: in gRPC with UNAVAILABLE, for its clients do so then."""
+        request = self.request
+        if request is None:
+            return
+        self._drop_upstream()
+        request.outcome = self._final = Outcome.RETURNED
+        request.error = RETURNED
+        if request.is_grpc:
+            request.grpc_status = StatusCode.UNAVAILABLE
+            said = b"meshlocal: the call returns to its own node"
+            self.end_with([(b"grpc-status", b"%d" % StatusCode.UNAVAILABLE), (b"grpc-message", said)])
+        else:
+            self.cut(ErrorCode.CANCEL)
+        self.over()
 
     # Time.
 
