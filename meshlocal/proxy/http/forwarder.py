@@ -147,6 +147,10 @@ class HttpForwarder:
         for connection in nsmallest(SHED_AT_ONCE, idle, key=attrgetter("deadline")):
             if not connection.has_input():
                 connection.expire()
+        left = SHED_AT_ONCE
+        for link in [each.link for each in self._connections if each.link is not None]:
+            if left and link.shed(now - SHED_REST):
+                left -= 1
 
     def reconfigure(self, config: ProxyConfig) -> None:
         """Apply another configuration: requests that begin now go by it (S2)."""

@@ -595,6 +595,8 @@ async def test_a_body_that_does_not_come_is_408(proxy: Proxy, near: H2Instance) 
         await client.until(lambda: seen.over)
         assert (seen.status, seen["x-meshlocal-error"]) == (408, "body_timeout")
     await settled(proxy, 1)
+    assert outcomes(proxy) == {"client_left": 1}
+    assert proxy.forwarder.shared.refused["body_timeout"] == 1
 
 
 async def test_a_response_that_stands_still_is_cut(proxy: Proxy, near: H2Instance) -> None:
@@ -619,6 +621,26 @@ async def test_an_idle_client_is_told_and_closed(proxy: Proxy, near: H2Instance)
         await client.until(lambda: client.closed)
         assert [each.error_code for each in client.goaways] == [ErrorCode.NO_ERROR]
     await proxy.idle()
+
+
+async def test_idle_clients_go_when_descriptors_run_out(
+    proxy: Proxy, near: H2Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others stay."""
+    monkeypatch.setattr("meshlocal.proxy.http.forwarder.SHED_REST", 0.0)
+    async with await connect(proxy) as idle, await connect(proxy) as busy:
+        assert (await idle.ask()).status == 200
+        near.behaviour = h2.stalls
+        busy.open(GET)
+        await busy.flush()
+        await until(lambda: len(near.asked) == 2)
+        proxy.forwarder.shed()
+        await idle.until(lambda: idle.closed)
+        assert [each.error_code for each in idle.goaways] == [ErrorCode.NO_ERROR]
+        await idle.stream.aclose()
+        await until(lambda: len(proxy.forwarder) == 1)
+        await busy.reset(1)
+    await settled(proxy, 2)
 
 
 async def test_an_unused_connection_to_an_instance_is_closed(proxy: Proxy, near: H2Instance) -> None:

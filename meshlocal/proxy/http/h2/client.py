@@ -654,12 +654,12 @@ class H2Client:
         """What it waits for did not come in time."""
         request = self.request
         self.expired = True
+        self._drop_upstream()
         if self.expiry is Expiry.BODY and request is not None and not request.response_begun:
-            self._drop_upstream()
-            # What becomes of the request is settled at its end, which knows that it expired.
+            # Settled first: what it counts as depends on what it was told before.
+            request.finish(self.link.now())
             self.answer_now(request, answers.BODY_TIMEOUT)
         else:
-            self._drop_upstream()
             self.cut(ErrorCode.CANCEL)
         self.over()
 
@@ -887,10 +887,12 @@ class H2ClientLink(Link):
 
     # Time.
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has no streams."""
-        return not self.streams
+    def shed(self, oldest: float) -> bool:
+        """End it if it has had no streams since then: its descriptor is wanted. Tells whether it did."""
+        if self.streams or self.over or self._idle_since > oldest:
+            return False
+        self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
+        return True
 
     def look(self, now: float) -> None:
         """End what stood still for too long."""
