@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meshlocal.net.grpc.server import Handler, Routes, ServerCall
+from meshlocal.net.tls import FileProblemError, ServerContexts, why
 from meshlocal.policy.config import DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.problems import Problem
@@ -33,7 +34,7 @@ class DiscoveryAccess:
     def __init__(self, config: DiscoveryServerConfig) -> None:
         self._config = config
         self.tls = config.tls_certificate_file is not None
-        self._contexts: list[ssl.SSLContext] = []
+        self._contexts: ServerContexts | None = None
         self._tokens: frozenset[bytes] | None = None
         self.reload()
 
@@ -45,22 +46,20 @@ class DiscoveryAccess:
         """
         config = self._config
         tokens = _read_tokens(config.tokens_file) if config.tokens_file is not None else None
-        if self.tls:
-            # First into one that is thrown away: a key that does not fit would spoil those in use.
-            self._load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-            for context in self._contexts:
-                self._load_certificate(context)
+        if config.tls_certificate_file is not None:
+            try:
+                if self._contexts is None:
+                    self._contexts = ServerContexts(config.tls_certificate_file, config.tls_key_file)
+                else:
+                    self._contexts.reload()
+            except FileProblemError as error:
+                key = "tls_certificate_file" if error.file == config.tls_certificate_file else "tls_key_file"
+                raise _problem(key, error.file, error.cause) from None
         self._tokens = tokens
 
     def context(self) -> ssl.SSLContext | None:
         """A TLS context for one server, which follows each reload; None without TLS."""
-        if not self.tls:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._load_certificate(context)
-        self._contexts.append(context)
-        return context
+        return self._contexts.context() if self._contexts is not None else None
 
     def guard(self, handlers: Routes) -> Routes:
         """Handlers like these, for calls with a token only, if there are tokens."""
@@ -83,21 +82,6 @@ class DiscoveryAccess:
         if _digest(sent[len(_SCHEME) :].strip()) not in (self._tokens or ()):
             raise GrpcError(StatusCode.UNAUTHENTICATED, "the token is not known")
 
-    def _load_certificate(self, context: ssl.SSLContext) -> None:
-        config = self._config
-        assert config.tls_certificate_file is not None
-        for key in ("tls_certificate_file", "tls_key_file"):
-            file = getattr(config, key)
-            try:
-                # What ssl says of a file that is missing does not say which.
-                Path(file).open("rb").close()
-            except OSError as error:
-                raise _problem(key, file, error) from None
-        try:
-            context.load_cert_chain(config.tls_certificate_file, config.tls_key_file)
-        except (OSError, ValueError) as error:
-            raise _problem("tls_certificate_file", config.tls_certificate_file, error) from None
-
 
 def _read_tokens(file: str) -> frozenset[bytes]:
     try:
@@ -115,5 +99,4 @@ def _digest(token: str) -> bytes:
 
 
 def _problem(key: str, file: str, error: Exception) -> ConfigError:
-    what = (isinstance(error, OSError) and error.strerror) or str(error)
-    return ConfigError([Problem(f"discovery.{key}", f"{file}: {what}", "")])
+    return ConfigError([Problem(f"discovery.{key}", f"{file}: {why(error)}", "")])

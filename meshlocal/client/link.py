@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
 from meshlocal.net.blocking import BlockedError, Blocking
+from meshlocal.net.tls import ClientContext, why
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
@@ -65,8 +65,7 @@ class Credentials:
         self._ca_file = ca_file
         self._token_file = token_file
         self._files = Blocking()
-        self._context: ssl.SSLContext | None = None
-        self._made_of: object = None
+        self._context = ClientContext(ca_file)
 
     async def context(self) -> ssl.SSLContext:
         """How servers are authenticated. Made anew when the file changed.
@@ -75,19 +74,9 @@ class Credentials:
             GrpcError: the file cannot be used; the text says which and why.
         """
         try:
-            return await self._files.run(self._make_context)
+            return await self._files.run(self._context.get)
         except (OSError, ValueError) as error:
             raise GrpcError(StatusCode.UNAVAILABLE, f"{self._ca_file}: {_said(error)}") from None
-
-    def _make_context(self) -> ssl.SSLContext:
-        made_of: object = ()
-        if self._ca_file is not None:
-            found = os.stat(self._ca_file)
-            made_of = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-        if self._context is None or made_of != self._made_of:
-            self._context = ssl.create_default_context(cafile=self._ca_file)
-            self._made_of = made_of
-        return self._context
 
     async def metadata(self) -> tuple[tuple[str, str], ...]:
         """What is sent along with each call.
@@ -113,6 +102,4 @@ def _read(file: str) -> bytes:
 
 
 def _said(error: Exception) -> str:
-    if isinstance(error, BlockedError):
-        return str(error)
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+    return str(error) if isinstance(error, BlockedError) else why(error)
