@@ -25,6 +25,7 @@ from meshlocal.net.grpc.transport import ByteStream, TrioByteStream
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http2_error
 from meshlocal.wire.http2 import (
+    MAX_FRAME_SIZE,
     DataReceived,
     ErrorCode,
     Event,
@@ -154,7 +155,7 @@ class Connection:
 
     def sendable(self, stream_id: int) -> int:
         """Bytes of DATA that may be queued now."""
-        return 0 if len(self.outgoing) >= SEND_MARK else self.protocol.sendable(stream_id)
+        return 0 if len(self.outgoing) >= SEND_MARK else min(self.protocol.sendable(stream_id), MAX_FRAME_SIZE)
 
     async def wait_sendable(self, stream: Stream) -> None:
         """Wait until `sendable` may have changed, or the stream failed."""

@@ -58,7 +58,7 @@ async def test_access_log(proxy: Proxy, pair: tuple[Upstream, Upstream], caplog:
     assert [line.pop("outcome", None) for line in got] == outcomes
     for line, wanted in zip(got, expected, strict=True):
         if "method" in wanted:
-            wanted = {"attempts": 1, "sent": 0, "received": 0, **wanted}
+            wanted = {"attempts": 1, "sent": 0, "received": 0, "protocol": "1.1", **wanted}
         assert line == wanted
 
 
