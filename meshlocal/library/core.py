@@ -45,6 +45,7 @@ class MeshCore:
         supervision: of the background tasks.
         tasks: where background tasks are started; None before the block of `open_mesh`, and after it.
         listeners: called with each snapshot.
+        connections: to instances, of what keeps some: by its kind and options.
     """
 
     def __init__(self, config: ProxyConfig, rng: random.Random) -> None:
@@ -55,6 +56,7 @@ class MeshCore:
         self.supervision = Supervision(rng)
         self.tasks: TaskGroup | None = None
         self.listeners: dict[Callable[[ServiceSnapshot], None], None] = {}
+        self.connections: dict[object, object] = {}
         self._feed: Feed | None = None
         self._cache: SnapshotCache | None = None
         self._changed: dict[ServiceKey, anyio.Event] = {}

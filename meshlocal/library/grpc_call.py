@@ -148,9 +148,10 @@ class MeshCall(Generic[Sent, Got]):
             anyio.BrokenResourceError: the instance ended the call with OK before.
             anyio.ClosedResourceError: after `end`.
         """
+        # Before it is held: what is held goes to the next instance, if this one fails.
+        call = await self._current()
         self._hold(request)
         self._ended = self._ended or end
-        call = self._current
         try:
             await call.send(request, end=end)
         except GrpcError as error:
@@ -159,8 +160,8 @@ class MeshCall(Generic[Sent, Got]):
 
     async def end(self) -> None:
         """Half-close: no request follows. No error if the instance ended the call before."""
+        call = await self._current()
         self._ended = True
-        call = self._current
         try:
             await call.end()
         except GrpcError as error:
@@ -173,7 +174,7 @@ class MeshCall(Generic[Sent, Got]):
             CallError: the status, or why there is none.
         """
         while True:
-            call = self._current
+            call = await self._current()
             try:
                 response = await call.receive()
             except GrpcError as error:
@@ -194,8 +195,11 @@ class MeshCall(Generic[Sent, Got]):
             raise StopAsyncIteration
         return response
 
-    @property
-    def _current(self) -> ClientCall[Sent, Got]:
+    async def _current(self) -> ClientCall[Sent, Got]:
+        """The call on the instance that has it; while the other task moves it to another one, that is waited for."""
+        if self._call is None and self._recovering is not None:
+            async with self._recovering:
+                pass
         if self._call is None:
             raise anyio.ClosedResourceError
         return self._call

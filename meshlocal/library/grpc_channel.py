@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Iterable
 from typing import Any, Generic
-from weakref import WeakKeyDictionary
 
 import anyio
 
@@ -27,18 +26,15 @@ from meshlocal.wire.grpc.status import StatusCode
 
 MetadataInput = Iterable[tuple[str, str | bytes]]
 
-_channels: WeakKeyDictionary[MeshCore, dict[GrpcOptions, InstanceChannels]] = WeakKeyDictionary()
-"""Connections of each mesh: all its channels with the same options share them."""
-
 
 def open_grpc_channel(core: MeshCore, key: ServiceKey, *, max_message_size: int, gzip: bool) -> GrpcChannel:
     """See `Mesh.grpc_channel`."""
     # gRPC servers end a connection that pings often while nothing is under way; a call has its deadline.
     options = GrpcOptions(max_message_size=max_message_size, gzip=gzip, keepalive_interval=None)
-    of_mesh = _channels.setdefault(core, {})
-    channels = of_mesh.get(options)
-    if channels is None:
-        channels = of_mesh[options] = InstanceChannels(core, options)
+    # All channels of a mesh with the same options share connections.
+    channels = core.connections.get(options)
+    if not isinstance(channels, InstanceChannels):
+        channels = core.connections[options] = InstanceChannels(core, options)
     return GrpcChannel(core, channels, key)
 
 

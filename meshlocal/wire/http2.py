@@ -386,7 +386,7 @@ class Http2Protocol:
         if size:
             try:
                 self._connection.acknowledge_received_data(size, stream_id)
-            except NGH2Error:
+            except (NGH2Error, ValueError):
                 return  # the connection is over: nobody waits for its windows
 
     def reset(self, stream_id: int, error_code: int) -> None:

@@ -36,6 +36,7 @@ _DECISIVE = frozenset(
         b"grpc-timeout",
         b"host",
         b"idempotency-key",
+        b"proxy-authorization",
         b"x-forwarded-for",
         b"x-forwarded-proto",
     }
@@ -197,6 +198,9 @@ def _read_fields(head: Http2RequestHead, decisive: Iterable[tuple[bytes, bytes]]
             head.expect_continue = True
         elif name == b"idempotency-key":
             head.idempotency_key = True
+        elif name == b"proxy-authorization":
+            # For a proxy, and that was this one (RFC 9110, 11.7.2).
+            head.hop_fields = True
         else:
             head.forwarded = True
     if head.ends and head.content_length is None:
@@ -218,6 +222,8 @@ def onward_request(head: Http2RequestHead, extra: Fields, *, authority: bytes, s
     fields = head.fields
     if not head.has_host:
         fields = (*fields[:1], (b":authority", authority), *fields[1:])
+    if head.hop_fields:
+        fields = tuple(field for field in fields if field[0] != b"proxy-authorization")
     if strip_forwarded and head.forwarded:
         fields = tuple(field for field in fields if field[0] not in _FORWARDED)
     return (*fields, *extra) if extra else fields
@@ -235,8 +241,9 @@ def request_from_http1(raw_head: bytes, head: RequestHead) -> Headers:
         raw_head: that request's head, whose fields are all for the next hop.
         head: the same, read.
     """
-    fields = [(b":method", head.method), (b":scheme", b"http"), (b":authority", head.authority)]
-    fields.insert(2, (b":path", head.target))
+    fields = [(b":method", head.method), (b":scheme", b"http"), (b":path", head.target)]
+    if head.authority:
+        fields.append((b":authority", head.authority))
     return fields + _fields_of(raw_head.partition(b"\r\n")[2], (b"host",))
 
 
@@ -284,7 +291,7 @@ def request_to_http1(head: Http2RequestHead) -> bytes:
     for name, value in head.fields:
         if name == b"cookie":
             cookies.append(value)
-        elif name[:1] != b":" and name not in (b"host", b"te"):
+        elif name[:1] != b":" and name not in (b"host", b"proxy-authorization", b"te"):
             lines.append(b"%b: %b" % (name, value))
     if cookies:
         lines.append(b"cookie: " + b"; ".join(cookies))

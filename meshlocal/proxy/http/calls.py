@@ -82,10 +82,19 @@ class Calls:
             self._loop.started(soon=True)
 
     async def _serve(self, stream: H2Client, request: HttpRequest, upstream: H1Upstream | H2Upstream | None) -> None:
+        served = False
+
         async def run() -> End:
+            nonlocal served
+            served = True
             return await serve(request, upstream)
 
         try:
-            await stream.run(run)
+            try:
+                await stream.run(run)
+            finally:
+                if upstream is not None and not served:
+                    # It was over before the task's first step.
+                    upstream.release(trio.current_time())
         except Exception:  # noqa: BLE001 - a fault of ours in one request must not take the others with it
             _log.exception("request failed by a fault in the proxy")

@@ -70,9 +70,13 @@ class Link:
         "_given",
         "_loop",
         "_more",
+        "_room",
+        "_sending",
+        "_settling",
         "_tell",
         "_time",
         "_unsent",
+        "_unsettled",
         "_wakeup",
         "heard",
         "over",
@@ -95,6 +99,10 @@ class Link:
         self._dirty = False
         self._more = False
         self._eof = False
+        self._settling = False
+        self._unsettled = False
+        self._sending: trio.CancelScope | None = None
+        self._room: trio.Event | None = None
         self._given = 0
         self._tell = min(window // 8, 8192)
         self.over = False
@@ -151,17 +159,30 @@ class Link:
                 self._wakeup.set()
                 return
             if len(data) >= WRITE:
+                # The end of what was taken may stand within the frames of a stream.
                 self.touch()
+                return
         if self.owing:
             self._settle()
 
     def _settle(self) -> None:
+        """Tell streams what went out. One that is told may send, and so come here again: then it is gone on with."""
+        self._unsettled = True
+        if self._settling:
+            return
+        self._settling = True
         waiting = self.protocol.waiting
-        for stream in list(self.owing):
-            left = waiting(stream.id)
-            if not left:
-                del self.owing[stream]
-            stream.accepted(left)
+        try:
+            while self._unsettled:
+                self._unsettled = False
+                for stream in list(self.owing):
+                    if stream in self.owing:
+                        left = waiting(stream.id)
+                        if not left:
+                            del self.owing[stream]
+                        stream.accepted(left)
+        finally:
+            self._settling = False
 
     def finish(self, problem: str = "", code: int = ErrorCode.NO_ERROR, last_stream_id: int = 0) -> None:
         """End it, and say so to the peer."""
@@ -181,6 +202,9 @@ class Link:
         self.problem = problem
         self.on_over()
         self._wakeup.set()
+        if self._sending is not None:
+            # Not at once: Trio may be about to sleep, and would not look again before it does.
+            trio.lowlevel.current_trio_token().run_sync_soon(self._sending.cancel)
 
     # Reading.
 
@@ -188,6 +212,10 @@ class Link:
         """The socket has an event, or may have more than was read."""
         for _ in range(TURN):
             if self.over:
+                return
+            if self._unsent:
+                # A peer that takes nothing is not heard either: what it asks for would wait here without bound (P2).
+                self._more = True
                 return
             try:
                 data = self.pipe.read(CHUNK)
@@ -274,11 +302,14 @@ class Link:
     async def _read(self) -> None:
         while not self.over:
             self.on_event(0)
-            if self._more:
+            if not self._more:
+                await self.pipe.wait_readable()
+            elif self._unsent:
+                self._room = trio.Event()
+                await self._room.wait()
+            else:
                 self._more = False
                 await checkpoint()
-            else:
-                await self.pipe.wait_readable()
 
     async def _attend(self) -> None:
         """Do what has to wait."""
@@ -287,8 +318,12 @@ class Link:
             if self._loop is None and self._dirty:
                 self.flush()
             if self._unsent:
-                await self._send_rest()
+                with trio.CancelScope() as self._sending:
+                    await self._send_rest()
+                self._sending = None
                 self.flush()
+                if self._room is not None and not self._unsent:
+                    self._room.set()
             if self._loop is not None and self._more:
                 self._more = False
                 self.on_event(_ENDING)

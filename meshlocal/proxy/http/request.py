@@ -129,7 +129,7 @@ class HttpRequest(HttpRecord):
 
     @property
     def _is_held(self) -> bool:
-        return self.body is None or self.body.held is not None
+        return self.body is None or self.body.is_held
 
     def decide(self, failure: Failure, *, sent: bool) -> Decision:
         """What follows from a failure, as far as the request is concerned (A2 to A4)."""

@@ -135,6 +135,8 @@ async def _forward(request: HttpRequest, service: HttpService, upstream: H1Upstr
     while True:
         # An attempt may have begun without a task.
         if upstream is None and not request.trying and request.try_next(trio.current_time()) is None:
+            if request.head.timeout is not None and request.why(trio.current_time()) is Why.DEADLINE:
+                return await _fail(request, answers.DEADLINE, Outcome.DEADLINE)
             return await _refuse(request, request.why_none())
         failed = await _attempt(request, service, upstream)
         upstream = None
@@ -155,7 +157,7 @@ async def _await_snapshot(request: HttpRequest, service: HttpService) -> None:
     """Wait for the service's first snapshot (A7)."""
     state, client = service.state, request.client
     request.start_waiting(limited=False)
-    with trio.move_on_after(min(state.policy.first_snapshot_wait, state.policy.response_deadline)):
+    with trio.move_on_at(min(trio.current_time() + state.policy.first_snapshot_wait, request.deadline)):
         await client.watched(state.first_snapshot.wait)
     request.stop_waiting()
     if client.left:

@@ -46,6 +46,11 @@ class RequestBody:
         if limit is not None and self._left > limit:
             raise _too_large(limit)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether all that came can be sent to another instance."""
+        return self.held is not None
+
     def feed(self, data: bytes) -> tuple[bytes, int]:
         """Take what came from the client.
 

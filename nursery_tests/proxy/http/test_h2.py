@@ -522,7 +522,68 @@ async def test_a_status_of_grpc_retry_on_goes_to_the_next_instance(
     await settled(proxy, 4)
 
 
+@pytest.mark.parametrize("code", [ErrorCode.INTERNAL_ERROR, ErrorCode.CANCEL])
+async def test_a_post_of_the_clients_first_flight_is_not_sent_twice(
+    proxy: Proxy, both: tuple[H2Instance, H2Instance], code: int
+) -> None:
+    """A3: it is begun outside of the loop's turn, on a connection that another client made."""
+    near, far = both
+    async with await connect(proxy) as warm:
+        assert (await warm.ask()).data == b"near"
+        near.behaviour = h2.refuses(code)
+        async with await connect(proxy) as client:
+            seen = await client.ask(POST)
+            assert (seen.status, seen["x-meshlocal-error"]) == (502, "reset")
+    assert far.asked == []
+    await settled(proxy, 2)
+
+
+async def test_an_interim_head_that_went_to_the_client_is_the_beginning_of_a_response(
+    proxy: Proxy, both: tuple[H2Instance, H2Instance]
+) -> None:
+    """A3: no byte of a response has come, or else it stays where it is."""
+    near, far = both
+
+    async def behave(_: H2Instance, wire: H2Wire, stream_id: int) -> None:
+        wire.peer.send_headers(stream_id, [(b":status", b"103")])
+        await wire.flush()
+        await wire.reset(stream_id, ErrorCode.INTERNAL_ERROR)
+
+    near.behaviour = behave
+    async with await connect(proxy) as client:
+        seen = await client.ask()
+        assert (seen.status, seen["x-meshlocal-error"]) == (502, "broken_response")
+    assert far.asked == []
+    await settled(proxy, 1)
+
+
+async def test_a_body_that_nobody_took_yet_is_held_however_long_it_is(
+    proxy: Proxy, both: tuple[H2Instance, H2Instance]
+) -> None:
+    """A2: nothing was sent to an instance that could not be connected."""
+    proxy.configure(attempts={"replay_buffer": 4})
+    near, far = both
+    near.refuse()
+    async with await connect(proxy) as client:
+        await until(lambda: refused(near.port))
+        stream_id = client.open(POST, end=False)
+        client.peer.send_data(stream_id, b"more than that", end_stream=True)
+        seen = client.streams[stream_id]
+        await client.until(lambda: seen.over)
+        assert (seen.status, bytes(seen.data)) == (200, b"far")
+    assert far.asked[0].data == b"more than that"
+    await settled(proxy, 1)
+
+
 # Time
+
+
+async def test_grpc_timeout_covers_the_wait_for_a_first_snapshot(proxy: Proxy) -> None:
+    """C3."""
+    async with await connect(proxy) as client:
+        seen = await client.call(grpc_timeout="50m")
+        assert (seen.grpc, seen["x-meshlocal-error"]) == (4, "deadline")
+    await settled(proxy, 1)
 
 
 async def test_grpc_timeout_is_the_calls_deadline_and_goes_on_shortened(proxy: Proxy, near: H2Instance) -> None:
@@ -614,6 +675,19 @@ async def test_a_response_that_stands_still_is_cut(proxy: Proxy, near: H2Instanc
     assert outcomes(proxy) == {"cut": 1}
 
 
+async def test_a_request_that_stands_still_on_an_instance_of_http1_is_let_go(proxy: Proxy, upstream: Upstreams) -> None:
+    made = await upstream("old", "n1")
+    made.behaviour = says_http1(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc")
+    proxy.configure(service={"protocol": "http1"}, attempts={"idle_timeout": 0.1})
+    proxy.publish(made)
+    async with await connect(proxy, 1) as client:
+        seen = await client.ask()
+        assert (seen.status, seen.reset) == (200, ErrorCode.CANCEL)
+        await until(lambda: not made.open)
+        await settled(proxy, 1)
+    assert outcomes(proxy) == {"cut": 1}
+
+
 async def test_an_idle_client_is_told_and_closed(proxy: Proxy, near: H2Instance) -> None:
     proxy.configure(http={"keep_alive_timeout": 0.05})
     async with await connect(proxy) as client:
@@ -677,6 +751,23 @@ async def test_a_client_that_resets_its_stream_cancels_the_instances(proxy: Prox
         assert (await client.ask()).status == 200
     await settled(proxy, 2)
     assert outcomes(proxy) == {"served": 1, "cut" if when == "after it" else "client_left": 1}
+
+
+async def test_a_stream_that_is_over_before_its_tasks_first_step(proxy: Proxy, upstream: Upstreams) -> None:
+    """The connection that was taken for it is not lost."""
+    made = await upstream("old", "n1")
+    proxy.configure(service={"protocol": "http1"})
+    proxy.publish(made)
+    async with await connect(proxy, 1) as client:
+        assert (await client.ask()).status == 200
+        await until(lambda: proxy.pooled == 1)
+        stream_id = client.open(GET)
+        client.peer.reset(stream_id, ErrorCode.CANCEL)
+        await client.flush()
+        await until(lambda: proxy.pooled == 0 and not made.open)
+        assert (await client.ask()).status == 200
+    await settled(proxy, 3)
+    assert outcomes(proxy) == {"served": 2, "client_left": 1}
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2"])
@@ -841,6 +932,34 @@ async def test_connect_makes_a_stream_a_stream_of_bytes(proxy: Proxy, upstream: 
         await client.until(lambda: seen.over)
         assert (bytes(seen.data), seen.ended) == (b"one" + b"two" * 10_000, True)
     await settled(proxy, 1)
+    assert outcomes(proxy) == {"served": 1}
+
+
+async def test_a_tunnel_whose_instance_ends_first_goes_on_the_other_way(proxy: Proxy, upstream: Upstreams) -> None:
+    """RFC 9113, 8.5: each half ends by itself."""
+    made = await upstream("old", "n1")
+    heard: list[bytes] = []
+
+    async def end_first(_: Upstream, served: Served) -> bool:
+        await served.send(b"bye")
+        await served.send_eof()
+        while await served.more():
+            pass
+        heard.append(bytes(served.received))
+        return False
+
+    made.greets = end_first
+    proxy.publish(made)
+    async with await connect(proxy) as client:
+        stream_id = client.open(TUNNEL, end=False)
+        seen = client.streams[stream_id]
+        await client.until(lambda: seen.ended)
+        assert (bytes(seen.data), seen.reset) == (b"bye", None)
+        await client.data(stream_id, b"still here")
+        await client.end(stream_id)
+        await until(lambda: heard)
+        assert heard == [b"still here"]
+        await settled(proxy, 1)
     assert outcomes(proxy) == {"served": 1}
 
 
@@ -1030,7 +1149,8 @@ async def test_drain_ends_an_idle_connection(proxy: Proxy, near: H2Instance) -> 
         (asking(GET, x="y" * 66_000), 431, "head_too_large"),
         (asking(GET, _path="/" + "y" * 17_000), 414, "target_too_long"),
         ([*GET, *[(b"x%d" % number, b"y") for number in range(200)]], 431, "too_many_headers"),
-        (asking(CALL, grpc_timeout="soon"), 400, "bad_grpc_timeout"),
+        (asking(CALL, grpc_timeout="soon"), 200, "bad_grpc_timeout"),
+        (asking(GET, _method="HEAD", expect="99"), 417, "bad_expectation"),
         (asking(POST, content_length="100"), 413, "body_too_large"),
     ],
 )
@@ -1045,6 +1165,26 @@ async def test_requests_that_are_refused_cost_themselves_only(
         assert (seen.status, seen["x-meshlocal-error"]) == (status, reason)
         assert (await client.ask()).status == 200
     assert proxy.forwarder.shared.refused[reason] == 1
+
+
+async def test_a_body_that_grows_too_long_behind_the_head_resets_its_stream(proxy: Proxy, near: H2Instance) -> None:
+    proxy.configure(http={"max_body": 50})
+
+    async def behave(_: H2Instance, wire: H2Wire, stream_id: int) -> None:
+        wire.peer.send_headers(stream_id, OK)
+        await wire.flush()
+
+    near.behaviour = behave
+    async with await connect(proxy) as client:
+        stream_id = client.open(POST, end=False)
+        seen = client.streams[stream_id]
+        await client.until(lambda: seen.head)
+        await client.data(stream_id, bytes(60))
+        await client.until(lambda: seen.over)
+        assert seen.reset == ErrorCode.CANCEL
+        await until(lambda: near.asked[0].reset == ErrorCode.CANCEL)
+    await settled(proxy, 1)
+    assert outcomes(proxy) == {"cut": 1}
 
 
 async def test_a_body_that_grows_too_long_is_413(proxy: Proxy, near: H2Instance) -> None:
@@ -1148,6 +1288,13 @@ async def test_streams_over_the_limit_are_refused(proxy: Proxy, near: H2Instance
         await until(lambda: len(near.asked) == 2)
         assert [client.streams[each].reset for each in streams] == [None, None, 7, 7]
     await settled(proxy, 2)
+
+
+async def test_what_is_for_this_proxy_goes_no_further(proxy: Proxy, near: H2Instance) -> None:
+    async with await connect(proxy) as client:
+        await client.ask(asking(GET, proxy_authorization="secret", x="y"))
+    assert near.asked[0]["proxy-authorization"] is None
+    assert near.asked[0]["x"] == "y"
 
 
 async def test_headers_that_tell_how_a_response_came_about(proxy: Proxy, both: tuple[H2Instance, H2Instance]) -> None:

@@ -18,6 +18,7 @@ class Http2Body(RequestBody):
     Attributes:
         fresh: pieces that nobody took yet.
         ended: all of it came. It is `finished` once all of it was taken, too.
+        taken: some of it was, by an instance that was tried.
         given: bytes of it for which the client was given credit.
         trailers: the section behind it, as fields; empty if there is none.
 
@@ -25,14 +26,20 @@ class Http2Body(RequestBody):
         ProtocolError: it is announced to be longer than `limit`.
     """
 
-    __slots__ = ("ended", "fresh", "given", "trailers")
+    __slots__ = ("ended", "fresh", "given", "taken", "trailers")
 
     def __init__(self, head: RequestHead, *, limit: int | None, hold: int) -> None:
         super().__init__(head, limit=limit, hold=hold)
         self.fresh: list[bytes] = []
         self.ended = self.finished
+        self.taken = False
         self.given = 0
         self.trailers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def is_held(self) -> bool:
+        """See `RequestBody.is_held`: what nobody took yet is there, however much it is."""
+        return self.held is not None or not self.taken
 
     def put(self, piece: bytes) -> None:
         """Take what came.

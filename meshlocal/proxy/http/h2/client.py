@@ -117,6 +117,7 @@ class H2Client:
 
     __slots__ = (
         "_final",
+        "_half_closed",
         "_leaving",
         "_reading",
         "_scope",
@@ -156,6 +157,7 @@ class H2Client:
         self.queued = 0
         self.served = False
         self._stopped = False
+        self._half_closed = False
         self._final: Outcome | None = None
         self._reading: Wakeup | None = None
         self._writing: Wakeup | None = None
@@ -183,12 +185,27 @@ class H2Client:
         """A stream has none of its own."""
         raise NotImplementedError
 
+    @property
+    def is_live(self) -> bool:
+        """Whether something can still come of it."""
+        return self.link.streams.get(self.id) is self
+
+    @property
+    def _is_tunnel(self) -> bool:
+        """Whether its two halves end each by itself."""
+        return self.request is not None and self.request.head.method == b"CONNECT"
+
+    @property
+    def _is_going_out(self) -> bool:
+        """Whether some of the response has yet to go out."""
+        return self.served and self.is_live and not self._half_closed
+
     # What the connection calls.
 
     def data(self, piece: bytes, *, end: bool) -> None:
         """A piece of the request's body came; `end`: the last one."""
         body = self.body
-        if body is None or self.answered:
+        if body is None or (self.answered and not self._is_tunnel):
             self.link.give(self.id, len(piece))
             return
         try:
@@ -199,6 +216,7 @@ class H2Client:
         body.ended = end
         upstream = self.upstream
         if upstream is not None:
+            body.taken = True
             body.finished = end
             upstream.send(piece, end=end)
             return
@@ -219,8 +237,15 @@ class H2Client:
 
     def _refuse_body(self, error: ProtocolError) -> None:
         request = self.request
-        if request is not None and not request.response_begun:
+        if request is None:
+            return
+        if not request.response_begun:
             self.conclude_with(request.reject(error))
+            return
+        request.error = error.reason
+        self._drop_upstream()
+        self.cut(ErrorCode.CANCEL)
+        self.over()
 
     def conclude_with(self, answer: Answer) -> None:
         """Answer, whatever is under way for the request, and end it."""
@@ -252,7 +277,7 @@ class H2Client:
         self.link.streams.pop(self.id, None)
         if self.body is not None:
             self.credit(self.body.size)
-        if self._leaving is not None:
+        if self.left and self._leaving is not None:
             # Not at once: Trio may be about to sleep, and would not look again before it does.
             trio.lowlevel.current_trio_token().run_sync_soon(self._leaving.cancel)
         elif self._scope is not None:
@@ -277,6 +302,12 @@ class H2Client:
     def _conclude(self) -> None:
         """The response went out whole: a client that is still sending need not go on (RFC 9113, 8.1)."""
         request, link, body = self.request, self.link, self.body
+        if request is not None and self._is_tunnel:
+            # The other half may go on: its task ends it.
+            self._half_closed = True
+            self._final = request.outcome
+            self._wake()
+            return
         if body is not None and not body.ended:
             self.credit(body.size)
             link.protocol.reset(self.id, ErrorCode.NO_ERROR)
@@ -348,9 +379,11 @@ class H2Client:
 
     async def watched(self, wait: Callable[[], Awaitable[object]]) -> None:
         """See `ClientStream.watched`."""
-        with trio.CancelScope() as self._leaving:
-            await wait()
-        self._leaving = None
+        try:
+            with trio.CancelScope() as self._leaving:
+                await wait()
+        finally:
+            self._leaving = None
 
     async def watch(self, waiting: trio.CancelScope) -> None:
         """See `ClientStream.watch`."""
@@ -391,6 +424,7 @@ class H2Client:
         """All that is there, for an instance."""
         taken = b"".join(pieces)
         body.fresh = []
+        body.taken = True
         body.finished = body.ended
         self.credit(body.size)
         return taken
@@ -429,7 +463,7 @@ class H2Client:
     def fields(self, head: Http2RequestHead, service: ServiceKey) -> Headers:
         """The request's fields for an instance that speaks HTTP/2."""
         settings = self.link.shared.settings
-        if settings.plain and head.has_host:
+        if settings.plain and head.has_host and not head.hop_fields:
             return head.fields
         extra = settings.via_fields
         if settings.append_forwarded:
@@ -474,11 +508,11 @@ class H2Client:
         assert request is not None
         try:
             with trio.CancelScope() as self._scope:
-                if not self.left:
+                if self.is_live:
                     end = await serve()
                     if end is End.ABORT:
                         self.cut(ErrorCode.INTERNAL_ERROR)
-                    while self.served and self.id in self.link.streams:
+                    while self._is_going_out:
                         self.await_transfer()
                         await self._wait_output()
         except ClientLeftError:
@@ -510,16 +544,8 @@ class H2Client:
         reason = answer.reason.encode()
         told = request.explanation_fields()
         if request.is_grpc:
-            status = answers.grpc_status(answer)
-            request.grpc_status = status
-            fields = [
-                (b":status", b"200"),
-                (b"content-type", b"application/grpc"),
-                (b"grpc-status", b"%d" % status),
-                (b"grpc-message", encode_grpc_message(f"meshlocal: {answer.text}")),
-                (b"x-meshlocal-error", reason),
-                *told,
-            ]
+            request.grpc_status = answers.grpc_status(answer)
+            fields = [*_trailers_only(answer), *told]
             request.status = 200
             body = b""
         else:
@@ -539,13 +565,18 @@ class H2Client:
         if body:
             self.pass_on(body, end=True)
 
-    def refuse(self, answer: Answer) -> None:
-        """Answer to what is no request."""
-        text = f"meshlocal: {answer.text}\n".encode()
-        head = [(b":status", b"%d" % answer.status), (b"content-type", b"text/plain; charset=utf-8")]
-        self.begin([*head, (b"x-meshlocal-error", answer.reason.encode())], end=False)
-        self.pass_on(text, end=True)
+    def refuse(self, answer: Answer, asked: Headers) -> None:
+        """Answer to what is no request; `asked`: its fields."""
+        named = dict(asked)
         self.deadline = self.link.now() + self.shared.settings.config.body_timeout
+        if (named.get(b"content-type") or b"").startswith(b"application/grpc"):
+            self.begin([*_trailers_only(answer)], end=True)
+            return
+        text = b"" if named.get(b":method") == b"HEAD" else f"meshlocal: {answer.text}\n".encode()
+        head = [(b":status", b"%d" % answer.status), (b"content-type", b"text/plain; charset=utf-8")]
+        self.begin([*head, (b"x-meshlocal-error", answer.reason.encode())], end=not text)
+        if text:
+            self.pass_on(text, end=True)
 
     # What goes to the client. It is queued; the connection sends it at the end of the turn.
 
@@ -628,6 +659,10 @@ class H2Client:
             said = b"meshlocal: the call returns to its own node"
             self.end_with([(b"grpc-status", b"%d" % StatusCode.UNAVAILABLE), (b"grpc-message", said)])
         else:
+            if self in self.link.owing:
+                # What is queued goes nowhere, and keeps its place among the client's streams.
+                self.answered = False
+                del self.link.owing[self]
             self.cut(ErrorCode.CANCEL)
         self.over()
 
@@ -662,6 +697,17 @@ class H2Client:
         else:
             self.cut(ErrorCode.CANCEL)
         self.over()
+
+
+def _trailers_only(answer: Answer) -> Headers:
+    """An answer of the proxy's own in gRPC (C3)."""
+    return [
+        (b":status", b"200"),
+        (b"content-type", b"application/grpc"),
+        (b"grpc-status", b"%d" % answers.grpc_status(answer)),
+        (b"grpc-message", encode_grpc_message(f"meshlocal: {answer.text}")),
+        (b"x-meshlocal-error", answer.reason.encode()),
+    ]
 
 
 _NOTHING = bytearray()
@@ -708,6 +754,7 @@ class H2ClientLink(Link):
         "_fixed",
         "_forwarded",
         "_idle_since",
+        "_max_streams",
         "_resets",
         "peer",
         "requests",
@@ -740,6 +787,7 @@ class H2ClientLink(Link):
         self.service = service
         self.peer = peer
         self.streams: dict[int, H2Client] = {}
+        self._max_streams = http2.max_streams
         self.spare: list[H2Client] = []
         self.requests = requests
         self._drain_ends = _INF
@@ -805,7 +853,13 @@ class H2ClientLink(Link):
             head = self.shared.settings.calls.request(event.headers, ends=event.end_stream)
         except ProtocolError as error:
             stream = self.streams[stream_id] = H2Client(self, stream_id)
-            self._refuse(stream, Answer.to(error))
+            self.shared.refuse(self.peer, Answer.to(error))
+            stream.refuse(Answer.to(error), event.headers)
+            return
+        if len(self.streams) >= self._max_streams:
+            # The engine counts those as over whose response waits here.
+            self.protocol.reset(stream_id, ErrorCode.REFUSED_STREAM)
+            self.touch()
             return
         if self.spare:
             stream = self.spare.pop()
@@ -815,11 +869,6 @@ class H2ClientLink(Link):
             request = stream.request = HttpRequest(stream, head, self.heard)
         self.streams[stream_id] = stream
         self.requests.begin(stream, request)
-
-    def _refuse(self, stream: H2Client, answer: Answer) -> None:
-        """Answer to what is no request."""
-        self.shared.refuse(self.peer, answer)
-        stream.refuse(answer)
 
     def _on_reset(self, event: StreamReset) -> None:
         stream = self.streams.get(event.stream_id)

@@ -41,6 +41,7 @@ class H2Upstream:
     """
 
     __slots__ = (
+        "_any_byte",
         "_cut",
         "_done",
         "_given",
@@ -84,6 +85,7 @@ class H2Upstream:
         self._received = 0
         self._given = 0
         self._opened = -1
+        self._any_byte = False
         self._request_ended = False
         self._released = False
         self._done = False
@@ -111,10 +113,12 @@ class H2Upstream:
         if head.timeout is not None:
             fields = with_timeout(fields, format_timeout(max(request.deadline - now, 0.0)))
         end = body is None or (body.ended and not body.size and not body.trailers)
+        # Before: outside of the loop's turn it is sent at once.
+        self._opened = link.writes
         if not link.open(self, fields, end=end):
+            self._opened = -1
             self._fail(Failure.STALE)
             return
-        self._opened = link.writes
         self._request_ended = end
         limit = self.service.state.policy.attempt_timeout
         # A quiet stream sends no head before its first message: without a grpc-timeout the call is not bounded (C3).
@@ -125,6 +129,7 @@ class H2Upstream:
             pieces = body.held if body.held is not None else body.fresh
             piece = b"".join(pieces) if len(pieces) > 1 else pieces[0] if pieces else b""
             body.fresh = []
+            body.taken = True
             body.finished = body.ended
             if piece or body.ended:
                 self.send(piece, end=body.ended)
@@ -151,6 +156,7 @@ class H2Upstream:
     def on_interim(self, fields: Headers) -> None:
         """See `UpstreamStream.on_interim`."""
         self.moved = self._link.heard
+        self._any_byte = True
         self.client.inform(fields)
 
     def on_head(self, fields: Headers, *, end: bool) -> None:
@@ -176,24 +182,24 @@ class H2Upstream:
         extra = settings.via_fields
         if settings.config.response_headers:
             extra = (*extra, *request.explanation_fields())
-        client.begin([*fields, *extra] if extra else fields, end=end)
         if end:
             self._complete()
+        client.begin([*fields, *extra] if extra else fields, end=end)
 
     def on_data(self, data: bytes, *, end: bool) -> None:
         """See `UpstreamStream.on_data`."""
         self.moved = self._link.heard
         self._received += len(data)
-        self.client.pass_on(data, end=end)
         if end:
             self._complete()
+        self.client.pass_on(data, end=end)
 
     def on_trailers(self, fields: Headers) -> None:
         """See `UpstreamStream.on_trailers`."""
         if self.request.is_grpc:
             self.request.grpc_status = grpc_status_of(fields)
-        self.client.end_with(fields)
         self._complete()
+        self.client.end_with(fields)
 
     def on_reset(self, code: int) -> None:
         """See `UpstreamStream.on_reset`."""
@@ -201,6 +207,8 @@ class H2Upstream:
         if self.head_came:
             self.request.error = f"reset by the instance with {ErrorCode.name_of(code)}"
             self._break(code)
+        elif self._any_byte:
+            self._fail(Failure.BROKEN)
         elif code == ErrorCode.REFUSED_STREAM:
             self._fail(Failure.REFUSED)
         else:
@@ -212,7 +220,7 @@ class H2Upstream:
             self.request.error = self._link.problem or "the instance ended the connection"
             self._break(ErrorCode.CANCEL if self.request.is_grpc else ErrorCode.INTERNAL_ERROR)
         else:
-            self._fail(failure)
+            self._fail(Failure.BROKEN if self._any_byte else failure)
 
     # Credit.
 
@@ -233,7 +241,8 @@ class H2Upstream:
     # Ends.
 
     def _complete(self) -> None:
-        """All of the response is queued for the client."""
+        """All of the response came. Said before the client is given its end: outside of the loop's turn it has that at
+        once, and its stream is over then."""
         self.request.outcome = Outcome.SERVED
         self._finish(None if self._request_ended else ErrorCode.NO_ERROR)
 
