@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-locality bench-versions bench-latency bench-scale bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-locality bench-versions bench-latency bench-scale bench-restart \
 	bench-neighbours bench-resend \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
@@ -65,6 +65,10 @@ bench-quick: $(VENV)/bench.stamp
 # The same as bench, and its figures and plots put into docs/performance.md.
 bench-document: $(VENV)/bench.stamp
 	$(BIN)/python -m bench --document
+
+# gRPC calls alone, likewise.
+bench-grpc: $(VENV)/bench.stamp
+	$(BIN)/python -m bench --only grpc --document
 
 # What a change costs, or gives: this checkout in turns with another one, BEFORE; 4 minutes.
 bench-versions: $(VENV)/bench.stamp

@@ -139,8 +139,13 @@ def _no_worse(measured: Measured, row: Row, others: tuple[str, ...] | list[str])
     return all(relative >= 1 if row.more else relative <= 1 for relative in found)
 
 
+def name_of(only: list[str] | None) -> str:
+    """What a run is kept as: one of a part does not take the place of one of the whole."""
+    return "-".join(["compare", *(part for part in PARTS if part in only)] if only else ["compare"])
+
+
 def document(kept: dict[str, Any]) -> None:
-    """Put a run's figures, goals and plots into the documentation."""
+    """Put a run's figures, goals and plots into the documentation; one of a part into a section of its own."""
     machine = kept["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
     minutes = kept["seconds"] / 60
@@ -148,7 +153,11 @@ def document(kept: dict[str, Any]) -> None:
         f"{describe_line(machine)}. {versions}. {kept['rounds']} rounds, {minutes:.0f} minutes, {kept['at'][:10]}.\n\n"
     )
     text += tables(kept)
-    page.write({"goals": page.verdicts(kept["goals"]), "figures": text})
+    judged = page.verdicts(kept["goals"])
+    if kept["benchmark"] != "compare":
+        page.write({kept["benchmark"]: f"{judged}\n{text}"})
+        return
+    page.write({"goals": judged, "figures": text})
     if lacking := plots.missing():
         print(f"without plots: {lacking}")
         return
@@ -166,7 +175,7 @@ def main() -> None:
     print("\n" + tables(kept))
     kept["goals"] = goals(kept)
     if asked.render is None:
-        report.write("compare", kept["machine"], kept, asked.output)
+        report.write(name_of(asked.only), kept["machine"], kept, asked.output)
     if asked.document:
         document(kept)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench import load, peers, report, rounds
-from bench.__main__ import goals
+from bench.__main__ import goals, name_of
 from bench.generator import Generator
 from bench.rounds import Row, Workload
 
@@ -55,7 +55,12 @@ def test_what_is_missing_is_run_without(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "without HTTP: " in done.stdout
     assert "wrk: apt-get install wrk" in done.stdout
-    assert json.loads((tmp_path / "compare.json").read_text())["http"] == {}
+    assert json.loads((tmp_path / "compare-http.json").read_text())["http"] == {}
+
+
+def test_a_run_of_a_part_is_kept_beside_one_of_the_whole() -> None:
+    assert name_of(None) == "compare"
+    assert name_of(["http", "tcp", "http"]) == "compare-tcp-http"
 
 
 def test_contestants_take_turns_in_each_round() -> None:

@@ -7,7 +7,7 @@ import pytest
 from bench import page, report
 
 
-@pytest.mark.parametrize("name", ["goals", "figures", "locality"])
+@pytest.mark.parametrize("name", ["goals", "figures", "compare-grpc", "locality"])
 def test_the_page_has_a_place_for_each_section(name: str) -> None:
     before = page.PAGE.read_text()
     after = page.insert(before, name, "| new |\n")
