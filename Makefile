@@ -31,7 +31,7 @@ test-versions-quick: $(VENV)/dev.stamp
 	$(BIN)/python tools/test_versions.py --quick
 
 # The fuzz tests with new examples, 2,000 for each test; the quick one 100, as in CI.
-FUZZ := nursery_tests/fuzz $(shell find nursery_tests -name test_fuzz.py)
+FUZZ := nursery_tests/fuzz $(shell find nursery_tests -name "test_*fuzz.py")
 fuzz: $(VENV)/dev.stamp
 	MESHLOCAL_TESTS_PROFILE=fuzz $(BIN)/pytest $(FUZZ)
 
