@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from meshlocal.wire.grpc.metadata import parse_timeout
+from meshlocal.wire.grpc.metadata import is_grpc, parse_timeout
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.fields import TOKEN, end_to_end
@@ -177,7 +177,7 @@ def _read_connect(head: Http2RequestHead, authority: bytes | None) -> None:
 def _read_fields(head: Http2RequestHead, decisive: Iterable[tuple[bytes, bytes]]) -> None:
     for name, value in decisive:
         if name == b"content-type":
-            head.grpc = value.startswith(b"application/grpc") and value[16:17] in (b"", b"+", b";")
+            head.grpc = is_grpc(value)
         elif name == b"content-length":
             head.content_length = parse_content_length(value)
         elif name == b"grpc-timeout":

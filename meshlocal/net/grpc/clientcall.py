@@ -11,7 +11,7 @@ import anyio.lowlevel
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.wire.grpc.framing import MessageDecoder, check_encoding, encode_message
-from meshlocal.wire.grpc.metadata import decode_grpc_message, decode_metadata, header
+from meshlocal.wire.grpc.metadata import decode_grpc_message, decode_metadata, header, is_grpc
 from meshlocal.wire.grpc.method import CallMethod, Got, Sent
 from meshlocal.wire.grpc.status import GrpcError, Metadata, StatusCode, from_http_status, parse_status
 from meshlocal.wire.http2 import Headers, header_list_size
@@ -136,7 +136,7 @@ class ClientCall(Generic[Sent, Got]):
             code = from_http_status(int(text)) if text.isdecimal() else StatusCode.UNKNOWN
             raise GrpcError(code, f"HTTP status {text}")
         content_type = header(headers, b"content-type")
-        if content_type is None or not content_type.startswith(b"application/grpc"):
+        if content_type is None or not is_grpc(content_type):
             raise GrpcError(StatusCode.UNKNOWN, f"content-type {content_type!r} is not gRPC's")
 
     def _end_headers(self) -> Headers:

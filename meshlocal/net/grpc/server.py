@@ -22,7 +22,7 @@ from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
-from meshlocal.wire.grpc.metadata import header
+from meshlocal.wire.grpc.metadata import header, is_grpc
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.http2 import MAX_STREAM_ID, ErrorCode, GoAwayReceived, Headers, header_list_size
@@ -139,9 +139,7 @@ def _refusal(headers: Headers) -> list[tuple[bytes, bytes]] | None:
     """The HTTP answer to what is no gRPC request at all."""
     if header(headers, b":method") != b"POST":
         return [(b":status", b"405"), (b"allow", b"POST")]
-    content_type = header(headers, b"content-type") or b""
-    kind = content_type.split(b";")[0].strip()
-    if kind != b"application/grpc" and not kind.startswith(b"application/grpc+"):
+    if not is_grpc(header(headers, b"content-type") or b""):
         return [(b":status", b"415"), (b"accept", b"application/grpc"), (b"grpc-accept-encoding", ACCEPT_ENCODING)]
     return None
 

@@ -107,6 +107,12 @@ def _decode_binary(key: str, value: bytes) -> bytes:
         raise GrpcError(StatusCode.INTERNAL, f"metadata {key!r} is no base64 text") from None
 
 
+def is_grpc(content_type: bytes) -> bool:
+    """Whether a content type is gRPC's: `application/grpc`, alone or with a suffix or parameters (gRPC over HTTP/2,
+    "Requests"). gRPC-Web's are not."""
+    return content_type.startswith(b"application/grpc") and content_type[16:17] in (b"", b"+", b";", b" ")
+
+
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The value of the first field of this (lower-case) name."""
     for key, value in headers:

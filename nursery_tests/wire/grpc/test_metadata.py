@@ -16,6 +16,7 @@ from meshlocal.wire.grpc.metadata import (
     encode_metadata,
     format_timeout,
     header,
+    is_grpc,
     parse_timeout,
 )
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -111,3 +112,20 @@ def test_the_first_field_of_a_name() -> None:
     headers = [(b"a", b"1"), (b"b", b"2"), (b"a", b"3")]
     assert header(headers, b"a") == b"1"
     assert header(headers, b"c") is None
+
+
+@pytest.mark.parametrize(
+    ("content_type", "expected"),
+    [
+        (b"application/grpc", True),
+        (b"application/grpc+proto", True),
+        (b"application/grpc;charset=utf-8", True),
+        (b"application/grpc ; charset=utf-8", True),
+        (b"application/grpc-web+proto", False),
+        (b"application/grpcish", False),
+        (b"application/json", False),
+        (b"", False),
+    ],
+)
+def test_content_types_of_grpc(content_type: bytes, expected: bool) -> None:
+    assert is_grpc(content_type) is expected

@@ -25,7 +25,7 @@ from meshlocal.proxy.http.link import STOPPED, Link
 from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.streams import ServedRequest
-from meshlocal.wire.grpc.metadata import encode_grpc_message
+from meshlocal.wire.grpc.metadata import encode_grpc_message, is_grpc
 from meshlocal.wire.grpc.status import StatusCode
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
@@ -540,23 +540,15 @@ class H2Client:
     def answer_now(self, request: ServedRequest, answer: Answer) -> None:
         """Queue an answer of the proxy's own: in gRPC, of trailers only (C3)."""
         head = request.head
-        fields: list[tuple[bytes, bytes]]
-        reason = answer.reason.encode()
         told = request.explanation_fields()
         if request.is_grpc:
             request.grpc_status = answers.grpc_status(answer)
-            fields = [*_trailers_only(answer), *told]
+            fields: Headers = [*_trailers_only(answer), *told]
             request.status = 200
             body = b""
         else:
-            text = f"meshlocal: {answer.text}\n".encode()
-            fields = [
-                (b":status", b"%d" % answer.status),
-                (b"content-type", b"text/plain; charset=utf-8"),
-                (b"content-length", b"%d" % len(text)),
-                (b"x-meshlocal-error", reason),
-                *told,
-            ]
+            fields, text = _plain(answer)
+            fields = [*fields, *told]
             request.status = answer.status
             body = b"" if head.method == b"HEAD" else text
         request.error = answer.reason
@@ -569,13 +561,13 @@ class H2Client:
         """Answer to what is no request; `asked`: its fields."""
         named = dict(asked)
         self.deadline = self.link.now() + self.shared.settings.config.body_timeout
-        if (named.get(b"content-type") or b"").startswith(b"application/grpc"):
-            self.begin([*_trailers_only(answer)], end=True)
+        if is_grpc(named.get(b"content-type") or b""):
+            self.begin(_trailers_only(answer), end=True)
             return
-        text = b"" if named.get(b":method") == b"HEAD" else f"meshlocal: {answer.text}\n".encode()
-        head = [(b":status", b"%d" % answer.status), (b"content-type", b"text/plain; charset=utf-8")]
-        self.begin([*head, (b"x-meshlocal-error", answer.reason.encode())], end=not text)
-        if text:
+        fields, text = _plain(answer)
+        without_body = named.get(b":method") == b"HEAD"
+        self.begin(fields, end=without_body)
+        if not without_body:
             self.pass_on(text, end=True)
 
     # What goes to the client. It is queued; the connection sends it at the end of the turn.
@@ -697,6 +689,18 @@ class H2Client:
         else:
             self.cut(ErrorCode.CANCEL)
         self.over()
+
+
+def _plain(answer: Answer) -> tuple[Headers, bytes]:
+    """An answer of the proxy's own where it is not gRPC: its fields, and its body (A6)."""
+    text = f"meshlocal: {answer.text}\n".encode()
+    fields = [
+        (b":status", b"%d" % answer.status),
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", b"%d" % len(text)),
+        (b"x-meshlocal-error", answer.reason.encode()),
+    ]
+    return fields, text
 
 
 def _trailers_only(answer: Answer) -> Headers:
