@@ -28,7 +28,7 @@ class _Held:
         channel: once it is made.
         error: why it could not be made; None if it could.
         calls: under way on it.
-        used: it carried a call that was answered.
+        retired: it takes no more calls, and ends with the last one.
         idle_since: when its last call ended.
         scope: its cancellation closes it.
     """
@@ -38,7 +38,6 @@ class _Held:
         self.error: GrpcError | None = None
         self.known = anyio.Event()
         self.calls = 0
-        self.used = False
         self.retired = False
         self.idle_since = now
         self.scope = anyio.CancelScope()

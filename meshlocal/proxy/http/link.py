@@ -30,6 +30,7 @@ LAST_WORDS = 1.0
 STOPPED = "stopped"
 """Why a connection ends with the proxy."""
 
+_ALIVE = b"mlalive."
 _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -205,6 +206,17 @@ class Link:
         if self._sending is not None:
             # Not at once: Trio may be about to sleep, and would not look again before it does.
             trio.lowlevel.current_trio_token().run_sync_soon(self._sending.cancel)
+
+    def keep_alive(self, now: float, interval: float, timeout: float) -> None:
+        """See that the peer is there: a PING when nothing came for `interval` seconds, and the end when nothing comes
+        for `timeout` seconds after it (RFC 9113, 6.7)."""
+        if self.pinged:
+            if self.pinged + timeout <= now:
+                self.lose(f"nothing came for {timeout:g} s after a PING")
+        elif self.heard + interval <= now:
+            self.pinged = now
+            self.protocol.ping(_ALIVE)
+            self.touch()
 
     # Reading.
 

@@ -260,13 +260,7 @@ class UpstreamLink(Link):
             if self.idle_since + config.pool_idle_timeout <= now:
                 self.retire()
             return
-        if self.pinged:
-            if self.pinged + config.http2.keepalive_timeout <= now:
-                self.lose(f"nothing came for {config.http2.keepalive_timeout:g} s after a PING")
-        elif self.heard + config.http2.keepalive_interval <= now:
-            self.pinged = now
-            self.protocol.ping(b"mlalive.")
-            self.touch()
+        self.keep_alive(now, config.http2.keepalive_interval, config.http2.keepalive_timeout)
 
 
 class _Waiter:

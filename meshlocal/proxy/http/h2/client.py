@@ -961,11 +961,4 @@ class H2ClientLink(Link):
             return
         for stream in list(self.streams.values()):
             stream.look(now)
-        http2 = config.http2
-        if self.pinged:
-            if self.pinged + http2.keepalive_timeout <= now:
-                self.lose(f"nothing came for {http2.keepalive_timeout:g} s after a PING")
-        elif self.heard + http2.keepalive_interval <= now:
-            self.pinged = now
-            self.protocol.ping(b"mlalive.")
-            self.touch()
+        self.keep_alive(now, config.http2.keepalive_interval, config.http2.keepalive_timeout)
