@@ -220,6 +220,8 @@ class Http2Protocol:
     def receive(self, data: bytes) -> list[Event]:
         """Feed bytes from the peer; gives what they say.
 
+        Answers to PINGs come last: who waits for one has then heard of every stream that the peer opened before it.
+
         Raises:
             Http2Error: they break the protocol. What they said before is lost with the connection.
         """
@@ -237,14 +239,19 @@ class Http2Protocol:
             if self._ended_in_order():
                 return []
             raise self._end(str(error) or type(error).__name__) from error
+        answered = False
         for event in events:
             kind = type(event)
             if kind is RequestReceived:
                 self.highest_inbound_stream_id = event.stream_id  # type: ignore[attr-defined] # a RequestReceived
             elif kind is SettingsReceived:
                 self._read_settings(event)  # type: ignore[arg-type] # a SettingsReceived
+            elif kind is PingAcknowledged:
+                answered = True
             elif kind is ConnectionClosed:
                 self._finish(event)  # type: ignore[arg-type] # a ConnectionClosed
+        if answered:
+            events.sort(key=_is_answer)
         return events
 
     def _read_settings(self, event: SettingsReceived) -> None:
@@ -414,6 +421,10 @@ class Http2Protocol:
                 self._connection.send_goaway(error_code, last_stream_id=last_stream_id, debug_data=debug_data)
         except NGH2Error:
             return
+
+
+def _is_answer(event: Event) -> bool:
+    return type(event) is PingAcknowledged
 
 
 def goaway(last_stream_id: int, error_code: int, debug_data: bytes = b"") -> bytes:

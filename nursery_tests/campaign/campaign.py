@@ -22,6 +22,9 @@ MEMORY = 32 * 2**20
 BROKEN = ("reset", "ended", "cut")
 """How a tcp request fails whose instance failed after it was connected (A5)."""
 
+LOST = ("unavailable", "cut", "reset")
+"""How a call fails whose instance failed after it got it: before anything came back, or behind half of a message."""
+
 
 class Allowance(NamedTuple):
     kinds: Collection[str]
@@ -151,9 +154,9 @@ def _judge(scene: Scene, over: float, executed: list[str]) -> list[str]:
     if late := Counter((each.kind, each.how) for each in load.failures if each.began >= over):
         problems.append(f"after it was over, requests failed: {dict(late)}")
     if twice := [id for id, count in Counter(executed).items() if count > 1]:
-        problems.append(f"POSTs came to instances more than once: {twice[:5]}")
+        problems.append(f"POSTs or calls came to instances more than once: {twice[:5]}")
     if lost := set(load.done) - set(executed):
-        problems.append(f"POSTs were answered that no instance got: {sorted(lost)[:5]}")
+        problems.append(f"POSTs or calls were answered that no instance got: {sorted(lost)[:5]}")
     resent = sum(tally.resent for tally in load.tallies.values())
     if resent and not scene.may_resend:
         problems.append(f"the proxy ended {resent} kept-alive connections")

@@ -12,7 +12,9 @@ import trio
 
 from nursery_tests.campaign.campaign import Fault, Scene
 from nursery_tests.campaign.fleet import CONNECTIONS
+from nursery_tests.campaign.grpc import HEADER_LIST, STREAM, STREAMS, call_headers, message
 from nursery_tests.campaign.load import LIMIT
+from nursery_tests.h2_peer import H2Peer
 
 MISBEHAVING = 5
 """Clients of each kind at a time."""
@@ -24,6 +26,23 @@ _TCP_REPAIR = 19  # linux/tcp.h
 
 HEAD = b"POST /bad HTTP/1.1\r\nHost: get\r\nContent-Length: 100\r\n\r\n"
 """To the service of GETs, so that nobody looks for it among the load's POSTs."""
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def _calls(said: bytes, *, whole: bool, count: int = 1) -> bytes:
+    """What a client sends on a fresh connection, with so many calls; what each says may be a part of a message."""
+    client = H2Peer(client=True, max_streams=STREAMS, max_header_list_size=HEADER_LIST)
+    for _ in range(count):
+        stream_id = client.next_stream_id()
+        client.send_headers(stream_id, call_headers("call", STREAM))
+        client.send_data(stream_id, said, end_stream=whole)
+    return bytes(client.outgoing)
+
+
+CALL = _calls(message(b"bad"), whole=True)
+HALF_CALL = _calls(message(b"bad")[:6], whole=False)
+MANY_CALLS = _calls(message(b"bad") * 10, whole=False, count=STREAMS // 2)
 
 Act = Callable[[Scene, trio.SocketStream, bytes], Awaitable[None]]
 
@@ -48,7 +67,12 @@ async def _misbehave(scene: Scene, act: Act, said: dict[str, list[bytes]]) -> No
                         nursery.start_soon(come, kind, data)
 
 
-_PARTS = {"tcp": [b"", b"half"], "replay": [b"", b"half"], "get": [b"", HEAD[:20], HEAD, HEAD + b"half"]}
+_PARTS = {
+    "tcp": [b"", b"half"],
+    "replay": [b"", b"half"],
+    "get": [b"", HEAD[:20], HEAD, HEAD + b"half"],
+    "call": [_PREFACE[:10], CALL[: len(_PREFACE) + 5], CALL[:-20], HALF_CALL],
+}
 
 
 async def stall(scene: Scene) -> None:
@@ -66,16 +90,20 @@ async def trickle(scene: Scene) -> None:
             await trio.sleep(0.03)
 
     slowly = HEAD + b"x" * 50
-    await _misbehave(scene, act, {"tcp": [b"a line that takes its time"], "replay": [b"likewise"], "get": [slowly]})
+    said = {"tcp": [b"a line that takes its time"], "replay": [b"likewise"], "get": [slowly], "call": [CALL]}
+    await _misbehave(scene, act, said)
 
 
 async def never_read(scene: Scene) -> None:
     async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
-        while True:
+        await stream.send_all(data)
+        while data is not MANY_CALLS:
             await stream.send_all(data)
+        await trio.sleep_forever()
 
     get = b"GET /bad HTTP/1.1\r\nHost: get\r\n\r\n" * 20
-    await _misbehave(scene, act, {"tcp": [b"a line\n" * 200], "replay": [b"a line\n" * 200], "get": [get]})
+    lines = [b"a line\n" * 200]
+    await _misbehave(scene, act, {"tcp": lines, "replay": lines, "get": [get], "call": [MANY_CALLS]})
 
 
 async def half_close(scene: Scene) -> None:
@@ -94,8 +122,8 @@ async def half_close(scene: Scene) -> None:
         answered += 1
 
     get = b"GET /bad HTTP/1.1\r\nHost: get\r\n\r\n"
-    await _misbehave(scene, act, {"tcp": [b"bad\n"], "replay": [b"bad\n"], "get": [get]})
-    assert answered >= MISBEHAVING * 3
+    await _misbehave(scene, act, {"tcp": [b"bad\n"], "replay": [b"bad\n"], "get": [get], "call": [CALL]})
+    assert answered >= MISBEHAVING * 4
 
 
 async def resets(scene: Scene) -> None:
@@ -129,18 +157,23 @@ async def flood(scene: Scene) -> None:
         await member.tell(f"slow {SLOW}")
     scene.allow("tcp", ["reset"], math.inf, "are more than there may be")
     scene.allow("get", ["503"], math.inf, "are more than there may be")
+    scene.allow("call stream", ["exhausted"], math.inf, "are more than there may be")
     get = b"GET /bad HTTP/1.1\r\nHost: get\r\n\r\n"
 
     async def act(_: Scene, stream: trio.SocketStream, data: bytes) -> None:
         await stream.send_all(data)
         while await stream.receive_some(65536):
-            await stream.send_all(get)
+            if data is get:
+                await stream.send_all(get)
 
+    said = {"tcp": [b"bad"] * (FLOOD // MISBEHAVING), "get": [get] * 6, "call": [MANY_CALLS]}
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_misbehave, scene, act, {"tcp": [b"bad"] * (FLOOD // MISBEHAVING), "get": [get] * 6})
+        nursery.start_soon(_misbehave, scene, act, said)
         metrics = await fleet.place.measured(
             fleet.admin,
-            lambda metrics: min(metrics("limit_refused_total", service=service) for service in ("tcp", "get")) > 0,
+            lambda metrics: (
+                min(metrics("limit_refused_total", service=service) for service in ("tcp", "get", "call")) > 0
+            ),
         )
         assert metrics("connections_open", service="tcp") <= CONNECTIONS
     for member in fleet.members.values():

@@ -8,8 +8,9 @@ from signal import SIGCONT, SIGSTOP
 
 import trio
 
-from nursery_tests.campaign.campaign import BROKEN, Fault, Scene
+from nursery_tests.campaign.campaign import BROKEN, LOST, Fault, Scene
 from nursery_tests.campaign.fleet import DISCOVERY, Fleet
+from nursery_tests.campaign.load import WORKERS
 
 
 async def killed(scene: Scene) -> None:
@@ -71,6 +72,7 @@ async def empty(scene: Scene) -> None:
     assert fleet.discovery is not None
     scene.allow("tcp replay held", BROKEN, math.inf, "there is no instance")
     scene.allow("get post", ["503"], math.inf, "there is no instance")
+    scene.allow("call", ["unimplemented"], math.inf, "no registry knows the service (C3)")
     talking = await fleet.place.connect(fleet.target.host, fleet.target.ports["tcp"])
     await _talk(talking)
     await fleet.discovery.killed()
@@ -166,7 +168,7 @@ async def _restart(fleet: Fleet) -> None:
 
 def _allow_restart(scene: Scene) -> None:
     scene.may_resend = True
-    scene.allow("tcp replay get post held", ["refused", *BROKEN], math.inf, "the proxy is restarted")
+    scene.allow(" ".join(WORKERS), ["refused", *BROKEN, *LOST], math.inf, "the proxy is restarted")
 
 
 async def absent_at_start(scene: Scene) -> None:
@@ -175,6 +177,7 @@ async def absent_at_start(scene: Scene) -> None:
     _allow_restart(scene)
     # Each waits for first_snapshot_wait, and fails with a reason (A7).
     scene.allow("get post", ["503"], math.inf, "nothing is known yet")
+    scene.allow("call stream", ["unavailable"], math.inf, "nothing is known yet")
     await fleet.discovery.killed()
     await _restart(fleet)
     assert "nothing heard yet of" in await fleet.ready()

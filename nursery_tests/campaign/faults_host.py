@@ -53,7 +53,7 @@ async def no_descriptors(scene: Scene) -> None:
         assert metrics("descriptors_open") <= DESCRIPTORS
         assert metrics("ejections_total") == 0
     seconds = trio.current_time() - began
-    for kind in ("tcp", "replay", "get", "post"):
+    for kind in ("tcp", "replay", "get", "post", "call"):
         each = 1 + int(seconds / PATIENCE)
         scene.allow(kind, ["timeout"], WORKERS[kind] * each, "waited in the listener's queue")
 

@@ -7,12 +7,14 @@ from signal import SIGCONT, SIGSTOP
 
 import trio
 
-from nursery_tests.campaign.campaign import BROKEN, Fault, Scene
+from nursery_tests.campaign.campaign import BROKEN, LOST, Fault, Scene
 from nursery_tests.campaign.fleet import LOCAL, Member
 from nursery_tests.campaign.load import PATIENCE, WORKERS
 
 SLOW = 0.15
 FLAP = 0.1
+CALLS = WORKERS["call"] + WORKERS["stream"]
+"""That one connection from the proxy to an instance may carry, all of which end with it."""
 
 
 def _one(scene: Scene) -> Member:
@@ -28,6 +30,7 @@ async def refused(scene: Scene) -> None:
     await _one(scene).tell("close")
     # The kernel may have accepted one more, between the last accept and the end of the listener.
     scene.allow_under_way("tcp post", [*BROKEN, "502"])
+    scene.allow_under_way("call stream", LOST)
     await scene.hold()
     await _one(scene).tell("open")
 
@@ -39,6 +42,7 @@ async def _killed(scene: Scene, names: frozenset[str]) -> None:
             nursery.start_soon(member.kill)
     scene.allow_under_way("tcp held", BROKEN, len(members))
     scene.allow_under_way("post", [*BROKEN, "502"], len(members))
+    scene.allow_under_way("call stream", LOST, len(members))
     # What was sent to one of them and half answered goes no further; that is rare, and shows as a cut.
     scene.allow_under_way("get replay", ["cut"], len(members))
     await scene.hold()
@@ -58,12 +62,13 @@ async def all_local(scene: Scene) -> None:
 async def every(scene: Scene) -> None:
     scene.allow("tcp replay held", BROKEN, math.inf, "nobody is there")
     scene.allow("get post", ["502", "504"], math.inf, "nobody is there")
+    scene.allow("call stream", LOST, math.inf, "nobody is there")
     await _killed(scene, frozenset(scene.fleet.members))
 
 
 async def resets(scene: Scene) -> None:
     counted = await _counts(scene, "line-reset")
-    http = await _counts(scene, "http-reset")
+    http, grpc = await _counts(scene, "http-reset"), await _counts(scene, "grpc-reset")
     began = trio.current_time()
     await _one(scene).tell("reset")
     await scene.hold()
@@ -76,12 +81,14 @@ async def resets(scene: Scene) -> None:
     scene.allow("tcp held", BROKEN, min(made, most), "were reset, until it was ejected")
     made = await _counts(scene, "http-reset") - http
     scene.allow("post", ["502"], min(made, 3 + WORKERS["post"] + ejections), "may not be sent twice")
+    made = await _counts(scene, "grpc-reset") - grpc
+    scene.allow("call stream", LOST, CALLS * min(made, 3 + CALLS + ejections), "may not be made twice")
 
 
 def _allow_silence(scene: Scene, seconds: float) -> None:
     # What connected stays (A5), and gets its answer late; or gives up first.
     each = 1 + int(seconds / PATIENCE)
-    for kind in ("tcp", "held", "post"):
+    for kind in ("tcp", "held", "post", "call", "stream"):
         scene.allow(kind, ["timeout"], WORKERS[kind] * each, "waited for longer than they can")
 
 
@@ -139,14 +146,15 @@ async def half_cut(scene: Scene) -> None:
     await _one(scene).tell("cut")
     await scene.hold()
     await _one(scene).tell("work")
-    line, http = await _counts(scene, "line-cut"), await _counts(scene, "http-cut")
-    assert min(line, http) > 0, "it cut nothing"
+    line, http, grpc = [await _counts(scene, f"{kind}-cut") for kind in ("line", "http", "grpc")]
+    assert min(line, http, grpc) > 0, "it cut nothing"
     scene.allow("tcp replay held", BROKEN, line, "were answered by half")
     scene.allow("get post", BROKEN, http, "were answered by half")
+    scene.allow("call stream", LOST, CALLS * grpc, "were answered by half, or on the same connection")
 
 
 async def flapping(scene: Scene) -> None:
-    line, http = await _counts(scene, "line-reset"), await _counts(scene, "http-reset")
+    line, http, grpc = [await _counts(scene, f"{kind}-reset") for kind in ("line", "http", "grpc")]
     await _one(scene).tell(f"flap {FLAP}")
     await scene.hold()
     await _one(scene).tell("steady")
@@ -154,6 +162,8 @@ async def flapping(scene: Scene) -> None:
     flaps = await _counts(scene, "flaps")
     scene.allow("tcp replay held", BROKEN, await _counts(scene, "line-reset") - line + flaps, "were reset by it")
     scene.allow("post", ["502"], await _counts(scene, "http-reset") - http + flaps, "may not be sent twice")
+    made = await _counts(scene, "grpc-reset") - grpc + flaps
+    scene.allow("call stream", LOST, CALLS * made, "may not be made twice")
 
 
 FAULTS = (
@@ -165,12 +175,12 @@ FAULTS = (
     ),
     Fault(
         "a local instance resets what it accepts",
-        "tcp without replay, and POSTs, fail until it is ejected (H1); nothing else",
+        "tcp without replay, POSTs and calls fail until it is ejected (H1); nothing else",
         resets,
     ),
     Fault(
         "a local instance is silent",
-        "tcp without replay waits for it (A5), as POSTs do (A3); others move on",
+        "tcp without replay waits for it (A5), as POSTs and calls do (A3); others move on",
         silent,
     ),
     Fault("a local instance is frozen", "likewise: its kernel still accepts", frozen),

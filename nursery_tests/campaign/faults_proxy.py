@@ -31,9 +31,9 @@ async def term(scene: Scene) -> None:
         await _moment(scene)
         assert fleet.proxy is not None
         fleet.proxy.signal(SIGTERM)
-        # Held connections do not end by themselves: they are cut at the end of drain.timeout.
+        # What is held does not end by itself: it is cut at the end of drain.timeout.
         assert await fleet.proxy.exited() in (0, 1)
-        scene.allow_under_way("held", BROKEN)
+        scene.allow_under_way("held stream", BROKEN)
         await fleet.start_proxy()
 
 
@@ -86,7 +86,7 @@ FAULTS = (
     Fault("the proxy stands still, and goes on", "nothing fails", asleep),
     Fault(
         "the proxy is stopped (SIGTERM) and restarted",
-        "HTTP loses nothing, tcp what is still open after `drain.timeout` (S1); nobody listens meanwhile",
+        "HTTP loses nothing, tcp and streams what is still open after `drain.timeout` (S1); nobody listens meanwhile",
         term,
     ),
     Fault("the proxy is killed (SIGKILL) and restarted", "what was under way fails; nobody listens meanwhile", kill),

@@ -12,23 +12,26 @@ from typing import NamedTuple
 import trio
 import trustme
 
+from nursery_tests.campaign.instance import KINDS
 from nursery_tests.campaign.load import LIMIT, Target
 from nursery_tests.e2e.running import Metrics, Place, Processes, Program
 from nursery_tests.ports import free_port
+
+ROOT = Path(__file__).parents[2]
 
 NODES = {"n1a": "n1", "n1b": "n1", "n2": "n2", "n3": "n3"}
 """Each instance's node."""
 
 LOCAL = frozenset(name for name, node in NODES.items() if node == "n1")
 
-SERVICES = {"tcp": "line", "replay": "line", "get": "http", "post": "http"}
+SERVICES = {"tcp": "line", "replay": "line", "get": "http", "post": "http", "call": "grpc"}
 """Each service's protocol; every instance serves them all."""
 
 CONNECTIONS = 20
 """Connections that the service `tcp` takes, where there are limits."""
 
 REQUESTS = 8
-"""Requests that the service `get` takes at once, likewise."""
+"""Requests that the services `get` and `call` take at once, likewise."""
 
 _INSTANCES = "127.0.7."
 DISCOVERY = ("127.0.7.20", "127.0.7.21")
@@ -39,7 +42,7 @@ _PROXY = "127.0.7.30"
 CONFIG = """\
 proxy:
   node_name: n1
-  listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}{listen}]
+  listen: [tcp://{host}:{tcp}=tcp, tcp://{host}:{replay}=replay, http://{host}:{get}, http://{host}:{call}=call{listen}]
   admin: 127.0.0.1:0
   access_log: {access_log}
   workers: {workers}
@@ -51,6 +54,7 @@ proxy:
   services:
     replay: {{attempts: {{replay: true, replay_wait: 0.4}}}}
     get: {{attempts: {{attempt_timeout: 0.4}}{http_policy}}}
+    call: {{{grpc_policy}}}
     tcp: {{{policy}}}
 """
 """Times are short, so that what follows from a fault does so while somebody watches."""
@@ -71,15 +75,17 @@ class Member:
         self._fleet = fleet
         self.name = name
         self.address = address
-        self.ports = (0, 0)
+        self.ports = (0,) * len(KINDS)
         self.program: Program | None = None
 
     async def start(self) -> None:
-        script = str(Path(__file__).with_name("instance.py"))
-        command = [sys.executable, script, self.name, self.address, *map(str, self.ports), str(self._fleet.posts)]
-        self.program = await self._fleet.processes.start([*self._fleet.place.prefix, *command], talk=True)
-        found = await self.program.printed(r"listening (\d+) (\d+)", "out")
-        self.ports = (int(found[1]), int(found[2]))
+        module = f"{__package__}.instance"
+        command = [sys.executable, "-m", module, self.name, self.address, *map(str, self.ports), str(self._fleet.posts)]
+        self.program = await self._fleet.processes.start(
+            [*self._fleet.place.prefix, *command], {"PYTHONPATH": str(ROOT)}, talk=True
+        )
+        found = await self.program.printed(r"listening ([\d ]+)\n", "out")
+        self.ports = tuple(map(int, found[1].split()))
 
     async def kill(self) -> None:
         assert self.program is not None
@@ -148,7 +154,7 @@ class Fleet:
         environment: of the proxy and the discovery server.
         prefix: of the proxy's command.
         cache: the proxy keeps a cache file.
-        limits: the services `tcp` and `get` have low limits.
+        limits: the services `tcp`, `get` and `call` have low limits.
         idle: the proxy's limit for silent connections, in seconds.
         trust: discovery is asked over TLS, and wants a token; `Trust` has the files.
         access_log: the proxy logs each request.
@@ -182,7 +188,7 @@ class Fleet:
         self.trust = Trust(self.folder) if trust else None
         self._access_log = access_log
         self._workers = workers
-        self._ports = {key: self._free_port(_PROXY) for key in ("tcp", "replay", "get")}
+        self._ports = {key: self._free_port(_PROXY) for key in ("tcp", "replay", "get", "call")}
         self.members = {name: Member(self, name, f"{_INSTANCES}{number}") for number, name in enumerate(NODES, start=1)}
         self.discovery: Program | None = None
         self.discovery_ports = tuple(self._free_port(host) for host in DISCOVERY)
@@ -200,7 +206,7 @@ class Fleet:
         for service, kind in SERVICES.items():
             lines.append(f"  {service}:")
             for member in self.members.values():
-                port = member.ports[kind == "http"]
+                port = member.ports[KINDS.index(kind)]
                 node = NODES[member.name]
                 lines.append(f"    - {{address: {member.address}, port: {port}, labels: {{node: {node}}}}}")
         return "\n".join(lines) + "\n"
@@ -208,7 +214,7 @@ class Fleet:
     @property
     def target(self) -> Target:
         ports = self._ports
-        return Target(_PROXY, {**ports, "post": ports["get"], "held": ports["tcp"]})
+        return Target(_PROXY, {**ports, "post": ports["get"], "held": ports["tcp"], "stream": ports["call"]})
 
     async def start(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -247,6 +253,7 @@ class Fleet:
             listen=f", tcp://{_PROXY}:0=post" if more else "",
             policy=f"limits: {{connections: {CONNECTIONS if self._limits else 500}}}" if more or self._limits else "",
             http_policy=f", limits: {{requests: {REQUESTS}}}" if self._limits else "",
+            grpc_policy=f"limits: {{requests: {REQUESTS}}}" if self._limits else "",
             **self._ports,
         )
         self.processes.write("proxy.yaml", text)
@@ -290,12 +297,13 @@ class Fleet:
         return await self.taken()
 
     def executed(self) -> list[str]:
-        """The IDs of all POSTs that instances got."""
+        """The IDs of all POSTs and unary calls that instances got."""
         return self.posts.read_text().split()
 
 
 def _taken(metrics: Metrics) -> Taken:
     """Without what is kept for the next requests, and bounded."""
-    tasks = metrics("tasks") - metrics("connection_tasks_kept")
-    descriptors = metrics("descriptors_open") - metrics("http_pool_connections")
+    shared = metrics("http2_connections")
+    tasks = metrics("tasks") - metrics("connection_tasks_kept") - shared
+    descriptors = metrics("descriptors_open") - metrics("http_pool_connections") - shared
     return Taken(int(tasks), int(descriptors), int(metrics("memory_bytes")))

@@ -1,9 +1,11 @@
 """An instance, as a process, that fails when it is told to.
 
-instance.py NAME ADDRESS LINE_PORT HTTP_PORT POSTS
+python -m nursery_tests.campaign.instance NAME ADDRESS LINE_PORT HTTP_PORT GRPC_PORT POSTS
 
-It answers each line `ID` with `NAME ID`, and each HTTP request with a body that begins so; a POST's ID it first adds to
-the file POSTS. Commands come as lines on standard input, and each is answered with a line once it is done.
+It answers each line `ID` with `NAME ID`, and each HTTP request with a body that begins so, and each message of a gRPC
+call likewise; the ID of a POST, and of a unary call, it first adds to the file POSTS.
+
+Commands come as lines on standard input, and each is answered with a line once it is done.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ import socket
 import struct
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import trio
 
+from nursery_tests.campaign.grpc import UNARY, GrpcInstance, Send, message
+from nursery_tests.h2_peer import H2PeerError
+
+KINDS = ("line", "http", "grpc")
+"""Protocols, in the order of the ports."""
+
 BACKLOG = 512
 BODY = 2000
-"""Bytes of an HTTP response's body: what is cut is half of it."""
-
-Handler = Callable[["Connection"], Awaitable[None]]
+"""Bytes of an HTTP response's body, and of a gRPC message: what is cut is half of it."""
 
 
 class Connection:
@@ -63,14 +68,14 @@ class Connection:
 
 
 class Instance:
-    """Both servers.
+    """All servers.
 
     Attributes:
         mode: `work`; `reset` what is accepted; `silent`; `slow`; `cut` every second response half-way.
         counts: connections that it reset, and responses that it cut, by protocol.
     """
 
-    def __init__(self, name: str, address: str, ports: tuple[int, int], posts: str) -> None:
+    def __init__(self, name: str, address: str, ports: tuple[int, ...], posts: str) -> None:
         self.name = name
         self.address = address
         self.ports = list(ports)
@@ -89,7 +94,7 @@ class Instance:
     async def run(self) -> None:
         async with trio.open_nursery() as self._nursery:
             self.open()
-            sys.stdout.write(f"listening {self.ports[0]} {self.ports[1]}\n")
+            sys.stdout.write(f"listening {' '.join(map(str, self.ports))}\n")
             sys.stdout.flush()
             commands = trio.lowlevel.FdStream(os.dup(0))
             buffer = b""
@@ -147,7 +152,7 @@ class Instance:
     def close(self) -> None:
         """Listen no longer. What the kernel accepted before is served."""
         self._stop_accepting()
-        for kind, listener in zip(("line", "http"), self._listeners, strict=True):
+        for kind, listener in zip(KINDS, self._listeners, strict=True):
             with socket.fromfd(listener.fileno(), listener.family, listener.type) as same, suppress(BlockingIOError):
                 same.setblocking(False)
                 while True:
@@ -203,7 +208,7 @@ class Instance:
     async def _accept(self, scope: trio.CancelScope) -> None:
         with scope:
             async with trio.open_nursery() as nursery:
-                for kind, listener in zip(("line", "http"), self._listeners, strict=True):
+                for kind, listener in zip(KINDS, self._listeners, strict=True):
                     nursery.start_soon(self._accept_one, kind, listener)
 
     async def _accept_one(self, kind: str, listener: trio.socket.SocketType) -> None:
@@ -214,6 +219,7 @@ class Instance:
                 self._serve(kind, sock)
 
     def _serve(self, kind: str, sock: trio.socket.SocketType) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(kind, sock)
         if self.mode == "reset":
             self.counts[f"{kind}-reset"] += 1
@@ -226,9 +232,10 @@ class Instance:
     async def _converse(self, connection: Connection) -> None:
         try:
             with connection.scope:
-                while await (self._line(connection) if connection.kind == "line" else self._http(connection)):
+                serve = {"line": self._line, "http": self._http, "grpc": self._grpc}[connection.kind]
+                while await serve(connection):
                     pass
-        except (OSError, trio.ClosedResourceError):
+        except* (OSError, trio.ClosedResourceError, H2PeerError):
             pass
         finally:
             self._connections.discard(connection)
@@ -238,7 +245,7 @@ class Instance:
         line = await connection.until(b"\n")
         if line is None:
             return False
-        return await self._answer(connection, b"", f"{self.name} ".encode() + line)
+        return await self._answer(connection, connection.send, b"", f"{self.name} ".encode() + line)
 
     async def _http(self, connection: Connection) -> bool:
         head = await connection.until(b"\r\n\r\n")
@@ -255,9 +262,27 @@ class Instance:
         if method == "POST":
             os.write(self._posts, f"{target[1:]}\n".encode())
         body = f"{self.name} {target[1:]}\n".encode().ljust(BODY, b".")
-        return await self._answer(connection, b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body), body)
+        head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+        return await self._answer(connection, connection.send, head, body)
 
-    async def _answer(self, connection: Connection, head: bytes, body: bytes) -> bool:
+    async def _grpc(self, connection: Connection) -> bool:
+        """All calls of a connection."""
+
+        async def answer(path: str, id: bytes, send: Send) -> bool:
+            if path == UNARY:
+                os.write(self._posts, id + b"\n")
+            body = f"{self.name} {id.decode()}\n".encode().ljust(BODY, b".")
+            return await self._answer(connection, send, b"", message(body))
+
+        async def receive() -> bytes:
+            return await connection.sock.recv(65536)
+
+        async with trio.open_nursery() as nursery:
+            await GrpcInstance(receive, connection.send, answer).run(nursery)
+            nursery.cancel_scope.cancel()
+        return False
+
+    async def _answer(self, connection: Connection, send: Send, head: bytes, body: bytes) -> bool:
         await self.speaking.wait()
         if self.mode == "slow":
             await trio.sleep(self.delay)
@@ -265,13 +290,13 @@ class Instance:
             self.counts["answers"] += 1
             if self.counts["answers"] % 2:
                 self.counts[f"{connection.kind}-cut"] += 1
-                await connection.send(head + body[: len(body) // 2])
+                await send(head + body[: len(body) // 2])
                 connection.reset()
                 return False
-        await connection.send(head + body)
+        await send(head + body)
         return True
 
 
 if __name__ == "__main__":
-    name, address, line_port, http_port, posts = sys.argv[1:]
-    trio.run(Instance(name, address, (int(line_port), int(http_port)), posts).run)
+    name, address, *ports, posts = sys.argv[1:]
+    trio.run(Instance(name, address, tuple(map(int, ports)), posts).run)

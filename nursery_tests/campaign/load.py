@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 
 import trio
 
+from nursery_tests.campaign.grpc import CallError, GrpcClient
+
 LIMIT = 20.0
 """Seconds within which what must happen has to; reached only by a failure."""
 
@@ -21,13 +23,21 @@ PATIENCE = 10.0
 PAUSE = 0.01
 """Seconds between a worker's requests."""
 
-WORKERS: Final = {"tcp": 2, "replay": 2, "get": 2, "post": 1, "held": 2}
+WORKERS: Final = {"tcp": 2, "replay": 2, "get": 2, "post": 1, "held": 2, "call": 2, "stream": 2}
 """How many clients there are of each kind.
 
 tcp, replay: each request is a connection of its own, to a service with the defaults and to one with `replay`.
 get, post: HTTP/1.1 on connections that are kept alive; every tenth is left for a fresh one.
 held: a tcp connection that stays; each exchange on it is a request.
+call: unary gRPC calls on a connection that is kept; every tenth is left for a fresh one.
+stream: a gRPC call that stays; each message and its answer are a request.
 """
+
+LASTING = ("held", "stream")
+"""What stays where it is (A5), for as long as it can."""
+
+ONCE = ("post", "call")
+"""What may come to an instance once only (A3)."""
 
 GATHER = 10
 """Requests of a kind in a row that show where it goes."""
@@ -68,7 +78,7 @@ class Load:
         target: where they connect.
         tallies: by kind, since `restart`.
         failures: each one, since `restart`.
-        done: IDs of POSTs that were answered, since `restart`.
+        done: IDs of POSTs and unary calls that were answered, since `restart`.
     """
 
     def __init__(self, target: Target, connect: Callable[[str, int], Awaitable[trio.SocketStream]]) -> None:
@@ -110,8 +120,7 @@ class Load:
         self._last = {kind: [] for kind in WORKERS}
         await self._until(
             lambda: all(
-                # A connection that is held stays where it is (A5).
-                kind == "held" or (len(last) >= GATHER and set(last[-GATHER:]) == names)
+                kind in LASTING or (len(last) >= GATHER and set(last[-GATHER:]) == names)
                 for kind, last in self._last.items()
             ),
             f"not all go to {sorted(names)} again",
@@ -142,7 +151,7 @@ class Load:
                     connection = None
                 await resume.wait()
             number += 1
-            keep = kind == "held" or (kind in ("get", "post") and number % 10 != 0)
+            keep = kind in LASTING or (kind in ("get", "post", "call") and number % 10 != 0)
             tally, began = self.tallies[kind], trio.current_time()
             tally.sent += 1
             self._busy += 1
@@ -173,8 +182,7 @@ class Load:
                 try:
                     answer = await connection.ask(id)
                 except ClientError as error:
-                    # As RFC 9110, 9.2.2 allows: the connection was closed, not this request refused.
-                    if not (reused and kind == "get" and str(error) in ("reset", "ended")):
+                    if not (reused and connection.may_resend(str(error))):
                         raise
                     tally.resent += 1
                     await self._leave(connection)
@@ -191,7 +199,7 @@ class Load:
             if isinstance(error, trio.TooSlowError):
                 raise ClientError("timeout") from None
             raise
-        if kind == "post":
+        if kind in ONCE:
             self.done.append(id)
         self._last[kind] = [*self._last[kind][1 - GATHER :], name]
         if keep and not connection.closing:
@@ -221,6 +229,16 @@ class Client:
         self.kind = kind
         self.stream = stream
         self.closing = False
+        self._grpc = GrpcClient(stream, "call", keep=kind in LASTING) if kind in ("call", "stream") else None
+
+    def may_resend(self, how: str) -> bool:
+        """Whether a request that failed on a connection that is not fresh may be sent again on one that is.
+
+        As RFC 9110, 9.2.2, and RFC 9113, 6.8, allow: the connection was closed, not this request refused.
+        """
+        if self._grpc is not None:
+            return self._grpc.unprocessed
+        return self.kind == "get" and how in ("reset", "ended")
 
     async def ask(self, id: str) -> str:
         """What answers `id`: a name and the ID.
@@ -228,10 +246,20 @@ class Client:
         Raises:
             ClientError: there was no answer, not all of it, or it tells of an error.
         """
+        if self._grpc is not None:
+            return await self._ask_grpc(self._grpc, id)
         if self.kind in ("get", "post"):
             return await self._ask_http(id)
         data = await self._exchange(f"{id}\n".encode(), lambda data: data.endswith(b"\n"))
         return data.decode().strip()
+
+    async def _ask_grpc(self, client: GrpcClient, id: str) -> str:
+        try:
+            return await client.ask(id)
+        except CallError as error:
+            raise ClientError(str(error)) from None
+        finally:
+            self.closing = client.closing
 
     async def _ask_http(self, id: str) -> str:
         length = 0

@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from nursery_tests.campaign.campaign import Row
 
-GROUPS = {"tcp": ("tcp", "held"), "tcp, replay": ("replay",), "HTTP/1.1": ("get", "post")}
+GROUPS = {
+    "tcp": ("tcp", "held"),
+    "tcp, replay": ("replay",),
+    "HTTP/1.1": ("get", "post"),
+    "gRPC": ("call",),
+    "gRPC streams": ("stream",),
+}
 """Columns, and the kinds of requests that each sums up."""
 
 BEGIN = "<!-- campaign: begin; `make soak-document` writes it again -->"

@@ -634,6 +634,25 @@ async def test_drain_announces_first_and_fixes_the_last_stream_after_the_answer(
     assert server.connections == 0
 
 
+async def test_drain_serves_what_comes_with_the_answer_to_its_ping(autojump_clock: object, raw_peer: Any) -> None:
+    """S1."""
+    ours, theirs = memory_stream_pair()
+    peer = raw_peer(ours, client=True)
+    server = GrpcServer({ECHO: unary(echo)})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_stream, theirs)
+        await peer.settle()
+        nursery.start_soon(server.drain)
+        await wait_all_tasks_blocked()  # its GOAWAY and PING have left, and were not read yet
+        answers = peer.protocol.receive(await ours.receive_some())
+        assert [event.last_stream_id for event in answers if isinstance(event, GoAway)] == [MAX_STREAM_ID]
+        peer.protocol.send_headers(1, REQUEST)
+        peer.protocol.send_data(1, HI, end_stream=True)
+        await peer.settle()
+        assert [header(event.headers, b"grpc-status") for event in peer.seen(TrailersReceived)] == [b"0"]
+        assert peer.closed
+
+
 async def test_drain_lets_calls_end_and_refuses_new_ones(connect: Any, autojump_clock: object) -> None:
     async def slow(request: StringValue, call: ServerCall[StringValue, StringValue]) -> StringValue:
         await trio.sleep(5)

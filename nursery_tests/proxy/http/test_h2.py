@@ -15,6 +15,7 @@ from meshlocal.policy.config_health import FailbackConfig, LimitsConfig
 from meshlocal.policy.model import make_instance
 from meshlocal.proxy.returning import Returning
 from meshlocal.wire.http2 import MAX_STREAM_ID, ErrorCode
+from nursery_tests.h2_peer import GoAway
 from nursery_tests.proxy.http import h2
 from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, Upstreams, decode_chunks, ok, response, until
 from nursery_tests.proxy.http.conftest import says as says_http1
@@ -1122,6 +1123,24 @@ async def test_drain_says_goaway_twice_and_lets_streams_finish(proxy: Proxy, nea
         answer.set()
         await client.until(lambda: client.closed)
         assert [bytes(client.streams[each].data) for each in (first, late)] == [b"near", b"near"]
+    await settled(proxy, 2)
+    await proxy.idle()
+
+
+async def test_drain_serves_what_comes_with_the_answer_to_its_ping(proxy: Proxy, near: H2Instance) -> None:
+    """S1: the last stream is fixed behind what the client had sent before it knew."""
+    async with await connect(proxy) as client:
+        assert (await client.ask()).status == 200
+        proxy.forwarder.drain()
+        while not client.goaways:
+            for event in client.peer.receive(await client.stream.receive_some(65_536)):
+                if isinstance(event, GoAway):
+                    client.goaways.append(event)
+        # The engine's answer to the PING waits to be sent, and this goes with it.
+        late = client.open(GET)
+        await client.until(lambda: client.closed)
+        assert [each.last_stream_id for each in client.goaways] == [MAX_STREAM_ID, late]
+        assert bytes(client.streams[late].data) == b"near"
     await settled(proxy, 2)
     await proxy.idle()
 
