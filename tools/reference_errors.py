@@ -95,7 +95,7 @@ The label `reason`; empty while it did not ([R1](rules.md#reasons)): {_listed(Re
 
 ## Why an instance is never tried
 
-In `explain` and `/services`: {_listed(LeftOut)} ([L4, L6](rules.md#locality)).
+In `explain` and `/services`: {_listed(LeftOut)} ([L4, L6](rules.md#locality)). `protocol`: its port is not a TCP port.
 
 ## How fit an instance is
 
