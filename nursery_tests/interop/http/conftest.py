@@ -99,7 +99,8 @@ class Proxy(Process):
     """A meshlocal proxy on node n1 with an http listener that goes by Host, and one for each service named in `fixed`.
 
     Args:
-        instances: addresses by service; the first instance of each is on the proxy's own node.
+        instances: addresses by service, with a port if it is not `PORT`; the first instance of each is on the proxy's
+            own node.
         settings: YAML below `proxy:`.
     """
 
@@ -134,8 +135,9 @@ class Proxy(Process):
         for service, addresses in instances.items():
             lines.append(f"  {service}:")
             lines += [
-                f"    - {{address: {address}, port: {PORT}, labels: {{node: n{number}}}}}"
+                f"    - {{address: {host}, port: {port or PORT}, labels: {{node: n{number}}}}}"
                 for number, address in enumerate(addresses, start=1)
+                for host, _, port in [address.partition(":")]
             ]
         fresh = self.file.with_suffix(".new")
         fresh.write_text("\n".join(lines) + "\n")

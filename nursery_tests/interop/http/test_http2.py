@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from bench.machine import ROOT
+from bench.peers import ENVOY, Instance, Job
 from nursery_tests.interop.http.conftest import (
     HERE,
     PORT,
@@ -37,6 +40,15 @@ class Greeter(Process):
 
     def __init__(self, folder: Path, address: str, name: str) -> None:
         super().__init__([sys.executable, f"{HERE}/greeter.py", address, str(PORT), name], folder, f"greeter-{name}")
+        self.address = address
+        wait_until(lambda: listens(address), f"{name} listens\n{self.log}")
+
+
+class NodeGreeter(Process):
+    """@grpc/grpc-js as an instance."""
+
+    def __init__(self, command: Sequence[str], modules: str, folder: Path, address: str, name: str) -> None:
+        super().__init__([*command, "serve", address, str(PORT), name], folder, f"greeter-{name}", NODE_PATH=modules)
         self.address = address
         wait_until(lambda: listens(address), f"{name} listens\n{self.log}")
 
@@ -97,9 +109,68 @@ def channel(port: int) -> Iterator[grpc.Channel]:
         yield made
 
 
-@pytest.fixture
-def greeter(proxy: Proxy) -> Iterator[grpc.Channel]:
-    with channel(proxy.fixed["greeter"]) as made:
+@pytest.fixture(scope="module")
+def grpcio_behind(proxy: Proxy) -> int:
+    return proxy.fixed["greeter"]
+
+
+@pytest.fixture(scope="module")
+def envoy(folder: Path, running: ExitStack) -> Callable[[str, str, int], int]:
+    """Starts Envoy before something; gives Envoy's port."""
+    if missing := ENVOY.missing(Job({}, http=True, http2=True)):
+        pytest.skip(missing)
+
+    def start(name: str, address: str, port: int) -> int:
+        place = folder / name
+        place.mkdir()
+        job = Job({"greeter": [Instance(address, port)]}, http=True, http2=True)
+        started = running.enter_context(ENVOY.start(place, job))
+        return started.ports["greeter"]  # type: ignore[no-any-return]  # Peer.start is of any kind
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def envoy_in_front(envoy: Callable[[str, str, int], int], proxy: Proxy) -> int:
+    """Client → Envoy → proxy → grpcio."""
+    return envoy("envoy-front", "127.0.0.1", proxy.fixed["greeter"])
+
+
+@pytest.fixture(scope="module")
+def envoy_behind(
+    envoy: Callable[[str, str, int], int], folder: Path, running: ExitStack, greeters: Sequence[Greeter]
+) -> int:
+    """Client → proxy → Envoy → grpcio."""
+    port = envoy("envoy-behind", greeters[0].address, PORT)
+    started = Proxy(folder, {"greeter": [new_address(), f"127.0.0.1:{port}"]}, fixed=["greeter"], name="before-envoy")
+    running.callback(started.kill)
+    return started.fixed["greeter"]
+
+
+@pytest.fixture(scope="module")
+def grpc_js(program: Callable[[str], str]) -> tuple[Sequence[str], str]:
+    """How greeter.js is run: the command, and what NODE_PATH is."""
+    modules = ROOT / ".venv" / "node" / "node_modules"
+    if not (modules / "@grpc" / "grpc-js").is_dir():
+        pytest.skip("needs @grpc/grpc-js, which make installs where there is npm")
+    return [program("node"), f"{HERE}/greeter.js"], str(modules)
+
+
+@pytest.fixture(scope="module")
+def grpc_js_behind(folder: Path, running: ExitStack, grpc_js: tuple[Sequence[str], str]) -> int:
+    """Client → proxy → @grpc/grpc-js."""
+    command, modules = grpc_js
+    instance = NodeGreeter(command, modules, folder, new_address(), "js")
+    running.callback(instance.kill)
+    started = Proxy(folder, {"greeter": [new_address(), instance.address]}, fixed=["greeter"], name="before-js")
+    running.callback(started.kill)
+    return started.fixed["greeter"]
+
+
+@pytest.fixture(params=["grpcio_behind", "envoy_in_front", "envoy_behind", "grpc_js_behind"])
+def greeter(request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
+    """A client of grpcio's, of each greeter in turn."""
+    with channel(request.getfixturevalue(request.param)) as made:
         yield made
 
 
@@ -228,7 +299,9 @@ def test_calls_leave_a_node_and_return_on_one_connection(folder: Path, running: 
     here, there = new_address(), new_address()
     local, far = Greeter(folder, here, f"local-{how}"), Greeter(folder, there, f"far-{how}")
     running.callback(far.kill)
-    made = Proxy(folder, {"g": [here, there]}, fixed=["g"], name=f"leaving-{how}", access_log=False)
+    # A call that comes while grpcio stops it may answer with CANCELLED itself.
+    settings = "services: {g: {attempts: {grpc_retry_on: [CANCELLED]}}}" if how == "SIGTERM" else ""
+    made = Proxy(folder, {"g": [here, there]}, settings, fixed=["g"], name=f"leaving-{how}", access_log=False)
     running.callback(made.kill)
     with Calls(made.fixed["g"]) as calls:
         for _ in range(2):
@@ -293,7 +366,7 @@ def test_h2load_while_two_of_three_instances_are_killed_and_started_again(
     assert [int(each) for each in statuses.groups()[1:]] == [0, 0, 0], told
 
 
-# curl, hypercorn, nginx
+# Other programs
 
 
 @pytest.mark.parametrize("service", ["asgi", "nginx"])
@@ -359,6 +432,33 @@ def test_node(proxy: Proxy, program: Callable[[str], str], folder: Path) -> None
         [program("node"), str(script), url, "200"], check=True, capture_output=True, text=True, timeout=LIMIT
     ).stdout
     assert told == "bad 0\n"
+
+
+@pytest.mark.parametrize("way", ["grpcio_behind", "envoy_behind", "grpc_js_behind"])
+def test_grpc_js(request: pytest.FixtureRequest, grpc_js: tuple[Sequence[str], str], way: str) -> None:
+    """@grpc/grpc-js as a client: calls of each kind, status details, 4 MiB, a deadline, a cancellation, 300 streams."""
+    command, modules = grpc_js
+    port = request.getfixturevalue(way)
+    done = subprocess.run(
+        [*command, "call", "127.0.0.1", str(port)],
+        env={"PATH": os.environ["PATH"], "NODE_PATH": modules},
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT,
+        check=True,
+    )
+    told = json.loads(done.stdout)
+    assert told["echo"]["messages"] == ["hi"]
+    assert told["echo"]["head"]["x-back"] == "and back"
+    assert told["count"]["messages"] == ["0", "1", "2", "3", "4"]
+    assert told["total"]["messages"] == ["3"]
+    assert told["chat"]["messages"] == ["a!", "b!"]
+    assert (told["fail"]["code"], told["fail"]["details"]) == (10, "höchst 100% ärgerlich\n")
+    assert bytes(told["fail"]["trailer"]["grpc-status-details-bin"]["data"]) == DETAILS
+    assert told["large"] == [0, 4 << 20]
+    assert (told["late"], told["leftLate"]) == (4, ["yes"])
+    assert (told["cancelled"], told["leftCancelled"]) == (1, ["yes"])
+    assert told["many"] == 300
 
 
 def test_what_was_counted(proxy: Proxy) -> None:
