@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-locality bench-versions bench-latency bench-scale bench-restart \
-	bench-neighbours bench-resend \
+	bench-neighbours bench-attacks bench-resend \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
 demo: $(VENV)/run.stamp
@@ -94,6 +94,10 @@ bench-restart: $(VENV)/run.stamp
 # What one user of a proxy makes its neighbours pay, against goals.
 bench-neighbours: $(VENV)/run.stamp
 	$(BIN)/python -m bench.neighbours
+
+# What a client that attacks over HTTP/2 makes others pay, against a goal.
+bench-attacks: $(VENV)/run.stamp
+	$(BIN)/python -m bench.attacks
 
 # A discovery server sends a large service whole to 2,000 readers.
 bench-resend: $(VENV)/run.stamp

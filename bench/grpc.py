@@ -1,7 +1,7 @@
 """gRPC calls side by side: direct, HAProxy, nginx, Envoy and meshlocal in turn, over the same nghttpd, one worker each.
 
 A call is what gRPC makes of a unary one: HEADERS, a message, half-close; HEADERS, a message, trailers. nghttpd answers
-whatever it is sent with a file, and a trailer.
+whatever it is sent with a file, and a trailer. Calls that are streamed to are `bench.streamer`'s.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import load
+from bench import load, streamer
 from bench.generator import idle
 from bench.machine import memory_kb
 from bench.peers import PEERS, Instance, Job, Running, max_connections, present, started
-from bench.processes import free_port, listening
+from bench.processes import free_port, listening, module
 from bench.rounds import DIRECT, Measured, Metrics, Row, Workload, of_load, take_turns
 
 SHAPES = ((1, 1), (1, 32), (32, 8))
 """Connections, and calls at once on each."""
+
+RATES = (1000, 2000)
+"""Calls a second, on one connection."""
 
 SMALL, LARGE = 59, 65531
 """Bytes of a message, which its prefix makes 64 and 64 KiB."""
@@ -37,6 +40,14 @@ ROWS = [
     Row("gRPC, 32 connections, 8 at once", "grpc-32-8", "rate", "1000/s", 1e-3, more=True, closed=True),
     Row("gRPC, 32 connections, 8 at once, p99", "grpc-32-8", "p99", "ms", 1e3),
     Row("gRPC, messages of 64 KiB, 1 connection, 8 at once", "grpc-large", "rate", "1000/s", 1e-3, more=True),
+    *(
+        Row(f"gRPC, {rate:,} calls a second, {metric}", f"grpc-rate-{rate}", metric, "µs", 1e6)
+        for rate in RATES
+        for metric in ("p50", "p99")
+    ),
+    Row(
+        "gRPC, messages to 1 client, 8 calls at once", "grpc-stream", "messages", "1000/s", 1e-3, more=True, closed=True
+    ),
     Row("CPU of a call, 1 connection, 32 at once", "grpc-1-32", "cpu_per_request", "µs", 1e6),
     Row("CPU of a call, 32 connections, 8 at once", "grpc-32-8", "cpu_per_request", "µs", 1e6),
     Row("memory, idle", "grpc-memory", "idle", "MB", 1e-6),
@@ -62,15 +73,34 @@ def upstreams(folder: Path) -> Iterator[tuple[Job, Running]]:
     with (
         listening([*command, "--address=127.0.0.1", str(near)], folder / "log", [near]) as process,
         listening([*command, "--address=127.0.0.2", str(other)], folder / "other.log", []),
+        module("bench.streamer") as (_, (streams,)),
     ):
-        services = {"b": [Instance("127.0.0.1", near), Instance("127.0.0.2", other, "n2")]}
-        yield Job(services, http=True, http2=True), Running(DIRECT, process.pid, {"b": near})
+        services = {
+            "b": [Instance("127.0.0.1", near), Instance("127.0.0.2", other, "n2")],
+            "s": [Instance("127.0.0.1", streams)],
+        }
+        yield Job(services, http=True, http2=True), Running(DIRECT, process.pid, {"b": near, "s": streams})
 
 
-def calls(port: int, folder: Path, connections: int, at_once: int, seconds: int, *, message: str = "small") -> Metrics:
-    """Unary calls, so many at once on each connection."""
+def calls(
+    port: int,
+    folder: Path,
+    connections: int,
+    at_once: int,
+    seconds: int,
+    *,
+    message: str = "small",
+    rate: int | None = None,
+) -> Metrics:
+    """Unary calls, so many at once on each connection; with `rate`, so many a second."""
     body = folder / "up" / "files" / message
-    return of_load(load.h2load_calls(port, connections, at_once, seconds, body, path=f"/{message}"))
+    return of_load(load.h2load_calls(port, connections, at_once, seconds, body, path=f"/{message}", rate=rate))
+
+
+def streamed(port: int, folder: Path, seconds: int) -> Metrics:
+    """Calls that are answered with many messages each."""
+    found = calls(port, folder, 1, 8, seconds)
+    return {**found, "messages": found["rate"] * streamer.MESSAGES}
 
 
 def workloads(asked: argparse.Namespace, folder: Path) -> list[Workload]:
@@ -84,7 +114,11 @@ def workloads(asked: argparse.Namespace, folder: Path) -> list[Workload]:
         for connections, at_once in SHAPES
     ]
     large = partial(calls, folder=folder, connections=1, at_once=8, seconds=asked.seconds, message="large")
-    return [*found, Workload("grpc-large", "b", large)]
+    found.append(Workload("grpc-large", "b", large))
+    for rate in RATES:
+        run = partial(calls, folder=folder, connections=1, at_once=32, seconds=round(asked.rate_seconds), rate=rate)
+        found.append(Workload(f"grpc-rate-{rate}", "b", run))
+    return [*found, Workload("grpc-stream", "s", partial(streamed, folder=folder, seconds=asked.seconds))]
 
 
 def memory(contestant: Running, count: int) -> Metrics:

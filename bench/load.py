@@ -117,8 +117,13 @@ def h2load_rate(port: int, connections: int, rate: int, seconds: int) -> float:
     return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
 
 
-def h2load_calls(port: int, connections: int, at_once: int, seconds: int, body: Path, *, path: str) -> Load:
-    """POST requests in HTTP/2 with a body, so many at once on each connection, as gRPC's unary calls are."""
+def h2load_calls(
+    port: int, connections: int, at_once: int, seconds: int, body: Path, *, path: str, rate: int | None = None
+) -> Load:
+    """POST requests in HTTP/2 with a body, so many at once on each connection, as gRPC's unary calls are.
+
+    With `rate`, so many a second over all connections, and no more at once than that; times count from the sending.
+    """
     fields = ("content-type: application/grpc", "te: trailers")
     with tempfile.NamedTemporaryFile(prefix="meshlocal-bench-") as log:
         flags = [
@@ -129,6 +134,8 @@ def h2load_calls(port: int, connections: int, at_once: int, seconds: int, body: 
             "--warm-up-time=0",
             f"--log-file={log.name}",
         ]
+        if rate is not None:
+            flags.append(f"--rps={rate / connections}")
         flags += [f"-d{body}", *(f"-H{field}" for field in fields)]
         text = _run("h2load", *flags, f"http://127.0.0.1:{port}{path}")
         # Begun at (µs), status, taken (µs).

@@ -150,6 +150,16 @@ class RelayLoop(Flows, trio.abc.Instrument):
         else:
             call()
 
+    def as_turn(self, call: Callable[[], None]) -> None:
+        """Call this from a task as a turn calls a handler: what it leaves to `at_end` is called once, behind it."""
+        self._turning = True
+        try:
+            call()
+        finally:
+            if self._last:
+                self._end_round()
+            self._turning = False
+
     def listen(self, listener: socket.socket, handler: Callable[[int], None]) -> None:
         """Call the handler once a turn while connections wait to be accepted, until `unlisten`.
 

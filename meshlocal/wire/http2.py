@@ -221,6 +221,8 @@ class Http2Protocol:
         """Feed bytes from the peer; gives what they say.
 
         Answers to PINGs come last: who waits for one has then heard of every stream that the peer opened before it.
+        Frames of one stream's data that come one behind the other are one event: where they end means nothing
+        (RFC 9113, 8.1), and each costs its way through all that handles it.
 
         Raises:
             Http2Error: they break the protocol. What they said before is lost with the connection.
@@ -239,10 +241,15 @@ class Http2Protocol:
             if self._ended_in_order():
                 return []
             raise self._end(str(error) or type(error).__name__) from error
-        answered = False
+        answered = joinable = False
+        data_of = 0
         for event in events:
             kind = type(event)
-            if kind is RequestReceived:
+            if kind is DataReceived:
+                stream_id = event.stream_id  # type: ignore[attr-defined] # a DataReceived
+                joinable = joinable or stream_id == data_of
+                data_of = stream_id
+            elif kind is RequestReceived:
                 self.highest_inbound_stream_id = event.stream_id  # type: ignore[attr-defined] # a RequestReceived
             elif kind is SettingsReceived:
                 self._read_settings(event)  # type: ignore[arg-type] # a SettingsReceived
@@ -250,6 +257,8 @@ class Http2Protocol:
                 answered = True
             elif kind is ConnectionClosed:
                 self._finish(event)  # type: ignore[arg-type] # a ConnectionClosed
+        if joinable:
+            events = _join_data(events)
         if answered:
             events.sort(key=_is_answer)
         return events
@@ -421,6 +430,30 @@ class Http2Protocol:
                 self._connection.send_goaway(error_code, last_stream_id=last_stream_id, debug_data=debug_data)
         except NGH2Error:
             return
+
+
+def _join_data(events: Sequence[Event]) -> list[Event]:
+    """The same, with neighbouring pieces of a stream's data as one. Empty ones stay, to be counted, but for an end."""
+    joined = []
+    at = 0
+    while at < len(events):
+        event = events[at]
+        at += 1
+        if isinstance(event, DataReceived) and event.data and not event.end_stream:
+            pieces, end = [event.data], False
+            while at < len(events) and not end:
+                next_one = events[at]
+                if not isinstance(next_one, DataReceived) or next_one.stream_id != event.stream_id:
+                    break
+                end = next_one.end_stream
+                if not next_one.data and not end:
+                    break
+                pieces.append(next_one.data)
+                at += 1
+            if len(pieces) > 1:
+                event = DataReceived(event.stream_id, b"".join(pieces), end)
+        joined.append(event)
+    return joined
 
 
 def _is_answer(event: Event) -> bool:

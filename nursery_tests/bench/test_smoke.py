@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bench.attacks import ATTACKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -129,3 +132,13 @@ def test_neighbours(tmp_path: Any) -> None:
         assert made["bytes"] > 1000
         assert 0 < made["beside"]["p50"] <= made["beside"]["most"]
     assert printed.count("(goal ≤") == len(figures["verdicts"]) == 6
+
+
+def test_attacks(tmp_path: Any, program: Callable[[str], str]) -> None:
+    """GETs are served beside each."""
+    program("nghttpd")
+    printed, figures = run("attacks", tmp_path, "--seconds", "0.3", "--rounds", "1")
+    assert set(figures["rounds"]) == {"alone", *ATTACKS}
+    for (made,) in figures["rounds"].values():
+        assert 0 < made["p50"] <= made["p99"] <= made["most"]
+    assert printed.count("(goal ≤") == 1

@@ -708,6 +708,29 @@ async def test_what_is_done_at_the_end_of_a_turn_may_add_to_it() -> None:
         assert told == [0, 1, 2]
 
 
+async def test_a_task_may_do_something_as_a_turn_does() -> None:
+    """What is put off comes once, behind it; also behind what fails."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        told: list[str] = []
+
+        def handler() -> None:
+            loop.at_end(lambda: told.append("end"))
+            told.append("event")
+
+        def fails() -> None:
+            handler()
+            raise RuntimeError("a fault")
+
+        loop.as_turn(handler)
+        assert told == ["event", "end"]
+        with pytest.raises(RuntimeError, match="a fault"):
+            loop.as_turn(fails)
+        assert told == ["event", "end"] * 2
+        loop.at_end(lambda: told.append("at once"))
+        assert told[-1] == "at once"
+
+
 @pytest.mark.parametrize("ends", [True, False])
 async def test_a_fault_in_a_handler_costs_its_connection_only(*, ends: bool, caplog: pytest.LogCaptureFixture) -> None:
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -224,6 +225,32 @@ def test_windows_bound_what_is_sent_until_it_is_given_back() -> None:
     seen, _ = exchange(client, server)
     assert [event.stream_id for event in seen if isinstance(event, WindowUpdated)] == [stream_id]
     assert client.sendable(stream_id) == DEFAULT_WINDOW
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 3]), st.binary(max_size=3)), max_size=20),
+    st.sampled_from([None, "data", "empty"]),
+)
+def test_neighbouring_frames_of_a_streams_data_are_one_event(pieces: list[tuple[int, bytes]], end: str | None) -> None:
+    """What each stream gets is the same, in the same order; only what is empty and ends nothing stays by itself."""
+    client, server = pair()
+    for _ in range(2):
+        client.send_request(REQUEST)
+    exchange(client, server)
+    sent = b"".join(frame(DATA, 0, stream_id, data) for stream_id, data in pieces)
+    last = b"end" if end == "data" else b""
+    if end is not None:
+        sent += frame(DATA, END_STREAM, 3, last)
+    seen = [event for event in server.receive(sent) if isinstance(event, DataReceived)]
+    for stream_id in (1, 3):
+        own = b"".join(data for each, data in pieces if each == stream_id)
+        own += last if stream_id == 3 else b""
+        assert b"".join(event.data for event in seen if event.stream_id == stream_id) == own
+    assert [event.stream_id for event in seen if event.end_stream] == ([3] if end else [])
+    for first, second in itertools.pairwise(seen):
+        joined = first.stream_id == second.stream_id and first.data and (second.data or second.end_stream)
+        assert not joined
+    assert sum(not event.data and not event.end_stream for event in seen) == sum(not data for _, data in pieces)
 
 
 def test_what_the_window_does_not_allow_waits_and_is_counted() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import trio
@@ -15,11 +16,11 @@ from meshlocal.net.relay_loop import RelayLoop
 from meshlocal.net.wakeup import Wakeup
 from meshlocal.wire.http2 import ErrorCode, Event, Http2Error, Http2Protocol
 
-CHUNK = 65536
+CHUNK = 65_536
 """Bytes read at once."""
 
-TURN = 4
-"""Full chunks that are read in a row before other connections get their turn."""
+TURN = 262_144
+"""Bytes that are read in a row before other connections get their turn."""
 
 WRITE = 262_144
 """Bytes taken from the engine at once."""
@@ -58,6 +59,7 @@ class Link:
         protocol: as given.
         over: it takes nothing more, and ends.
         problem: why, in a few words; empty for an end in good order.
+        late: what came and has its turn yet to come; nothing is read before.
         owing: streams with bytes on their way out.
         heard: when something last came, by trio.current_time().
         pinged: when a PING was sent that nothing was heard since; 0: none was.
@@ -69,6 +71,7 @@ class Link:
         "_eof",
         "_fd",
         "_given",
+        "_handled",
         "_loop",
         "_more",
         "_room",
@@ -80,6 +83,7 @@ class Link:
         "_unsettled",
         "_wakeup",
         "heard",
+        "late",
         "over",
         "owing",
         "pinged",
@@ -105,9 +109,11 @@ class Link:
         self._sending: trio.CancelScope | None = None
         self._room: trio.Event | None = None
         self._given = 0
+        self._handled = 0
         self._tell = min(window // 8, 8192)
         self.over = False
         self.problem = ""
+        self.late: Sequence[Event] = ()
         self.owing: dict[Passing, None] = {}
         self.heard = self._time()
         self.pinged = 0.0
@@ -117,6 +123,15 @@ class Link:
 
     handlers: ClassVar[dict[type[Event], Callable[[Any, Any], None]]] = {}
     """What is called with the link for each kind of event. May not wait."""
+
+    chunk: ClassVar[int] = CHUNK
+    """Bytes that are read at once."""
+
+    batch: ClassVar[int] = 1024
+    """Events that are handled in a row before other connections get their turn."""
+
+    def on_caught_up(self) -> None:
+        """What was late was handled. May not wait."""
 
     def on_over(self) -> None:
         """It is over: end what its streams are for. May not wait."""
@@ -200,6 +215,7 @@ class Link:
 
     def _end(self, problem: str) -> None:
         self.over = True
+        self.late = ()
         self.problem = problem
         self.on_over()
         self._wakeup.set()
@@ -222,15 +238,23 @@ class Link:
 
     def on_event(self, mask: int) -> None:
         """The socket has an event, or may have more than was read."""
-        for _ in range(TURN):
+        self._handled = 0
+        for _ in range(TURN // self.chunk):
             if self.over:
                 return
             if self._unsent:
                 # A peer that takes nothing is not heard either: what it asks for would wait here without bound (P2).
                 self._more = True
                 return
+            if self._handled >= self.batch:
+                break
+            if self.late:
+                self._handle(self.late)
+                if not self.late:
+                    self.on_caught_up()
+                continue
             try:
-                data = self.pipe.read(CHUNK)
+                data = self.pipe.read(self.chunk)
             except OSError as error:
                 self.lose(_why(error))
                 return
@@ -240,7 +264,9 @@ class Link:
                 self.lose("")
                 return
             self.receive(data)
-            if len(data) < CHUNK and not mask & _ENDING:
+            if self.late:
+                continue
+            if len(data) < self.chunk and not mask & _ENDING:
                 # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
                 return
         self._more = True
@@ -256,13 +282,20 @@ class Link:
         except Http2Error as error:
             self._break(error)
             return
+        self._handle(events)
+        if protocol.unsent:
+            self.touch()
+
+    def _handle(self, events: Sequence[Event]) -> None:
+        self.late = ()
+        if len(events) > self.batch:
+            self.late, events = events[self.batch :], events[: self.batch]
+        self._handled += len(events)
         handlers = self.handlers
         for event in events:
             handler = handlers.get(type(event))
             if handler is not None and not self.over:
                 handler(self, event)
-        if protocol.unsent:
-            self.touch()
 
     def _break(self, error: Http2Error) -> None:
         """The peer broke the rules: the engine has said so to it."""
@@ -298,7 +331,7 @@ class Link:
             loop.watch(self.pipe.plain)
             loop.handlers[self._fd] = self.on_event
             # What came while nobody listened makes no event.
-            self.on_event(0)
+            loop.as_turn(partial(self.on_event, 0))
             self.touch()
             await self._attend()
         else:
@@ -338,7 +371,7 @@ class Link:
                     self._room.set()
             if self._loop is not None and self._more:
                 self._more = False
-                self.on_event(_ENDING)
+                self._loop.as_turn(partial(self.on_event, _ENDING))
 
     async def _say_goodbye(self) -> None:
         """Send what is left, and read on for a moment: to close with bytes unread would reset the connection, and its
@@ -350,7 +383,7 @@ class Link:
         await self._send_rest()
         try:
             self.pipe.end()
-            while self.pipe.read(CHUNK) != b"":
+            while self.pipe.read(self.chunk) != b"":
                 await self.pipe.wait_readable()
         except OSError:
             return  # it is gone, and wanted no more

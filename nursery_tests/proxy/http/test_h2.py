@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -1142,6 +1143,22 @@ async def test_drain_serves_what_comes_with_the_answer_to_its_ping(proxy: Proxy,
         assert [each.last_stream_id for each in client.goaways] == [MAX_STREAM_ID, late]
         assert bytes(client.streams[late].data) == b"near"
     await settled(proxy, 2)
+    await proxy.idle()
+
+
+async def test_drain_answers_more_than_one_turn_takes(proxy: Proxy, near: H2Instance) -> None:
+    """S1: what came, and has its turn yet to come, is not forgotten when all streams before it have ended."""
+    async with await connect(proxy) as client:
+        assert (await client.ask()).status == 200
+        proxy.forwarder.drain()
+        while not client.goaways:
+            for event in client.peer.receive(await client.stream.receive_some(65_536)):
+                if isinstance(event, GoAway):
+                    client.goaways.append(event)
+        late = [client.open(asking(GET, _scheme="ftp")) for _ in range(90)] + [client.open(GET) for _ in range(9)]
+        await client.until(lambda: client.closed)
+        assert client.goaways[-1].last_stream_id == late[-1]
+        assert Counter(client.streams[each].status for each in late) == {400: 90, 200: 9}
     await proxy.idle()
 
 

@@ -902,11 +902,24 @@ class H2ClientLink(Link):
         GoAwayReceived: _on_goaway,
     }
 
+    # What a client floods it with costs time in the engine, too, before anything of it can be refused.
+    chunk: ClassVar = 16_384
+    batch: ClassVar = 128
+
     # Its end.
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no streams, and what came opens none."""
+        return not self.streams and not self.late
+
+    def on_caught_up(self) -> None:
+        """See `Link.on_caught_up`."""
+        self.on_stream_over()
 
     def on_stream_over(self) -> None:
         """A stream ended."""
-        if not self.streams:
+        if self.is_idle:
             self._idle_since = self.now()
             if self._fixed and not self.over:
                 self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
@@ -932,17 +945,17 @@ class H2ClientLink(Link):
         if self._fixed:
             return
         self._fixed = True
-        if self.streams:
+        if self.is_idle:
+            self.on_stream_over()
+        else:
             self.protocol.send_goaway(self.protocol.highest_inbound_stream_id, debug_data=b"draining")
             self.touch()
-        else:
-            self.on_stream_over()
 
     # Time.
 
     def shed(self, oldest: float) -> bool:
         """End it if it has had no streams since then: its descriptor is wanted. Tells whether it did."""
-        if self.streams or self.over or self._idle_since > oldest:
+        if self.over or not self.is_idle or self._idle_since > oldest:
             return False
         self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
         return True
@@ -954,7 +967,7 @@ class H2ClientLink(Link):
             return
         if self._drain_ends <= now:
             self._fix_last_stream()
-        if not self.streams:
+        if self.is_idle:
             limit = config.keep_alive_timeout if self.protocol.highest_inbound_stream_id else config.header_timeout
             if self._idle_since + limit <= now:
                 self.finish(last_stream_id=self.protocol.highest_inbound_stream_id)
