@@ -38,9 +38,11 @@ from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
+from meshlocal.net.tls import FileProblemError
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
+from meshlocal.policy.problems import Problem
 from meshlocal.proxy.listeners import Listeners, Server
 from meshlocal.proxy.tcp.forwarder import TcpForwarder
 
@@ -51,8 +53,12 @@ if TYPE_CHECKING:
     from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.returning import Lasting
+    from meshlocal.proxy.tls import ListenerTls, PipeServer, ProxyTls, TlsServer
 
 _log = get_log(__name__)
+
+TLS_FILES_INTERVAL = 5.0
+"""Seconds between two looks at the files of certificates."""
 
 CONFIG_LIMIT = 30.0
 """Seconds that reading the configuration again may take."""
@@ -117,12 +123,19 @@ class ProxyProcess:
         self._servers: dict[str, Server] = {"tcp": self.forwarder}
         self.listeners = Listeners(self._servers, shared=bool(worker), supervision=self.supervision)
         self.http: HttpForwarder | None = None
+        self.tls: ProxyTls | None = None
+        self.tls_servers: dict[str, TlsServer] = {}
         self._lifetime: trio.Nursery | None = None
         self._loop: RelayLoop | None = None
         self._rng = rng
         self._checking = False
         self._returning = False
         import_parts(proxy)
+        try:
+            self._use_tls(make_tls(proxy))
+        except FileProblemError as error:
+            raise ConfigError([Problem("proxy", str(error), "")]) from None
+        self.services.reconfigure(proxy, self.services.locality)
         self._serve_http(proxy)
         self.cache = self._open_cache(proxy)
         held = self.cache.load() if self.cache is not None else []
@@ -148,21 +161,67 @@ class ProxyProcess:
 
         busy_poll = self._loop.busy_poll if self._loop is not None else None
         return [
-            ProxyCollector(self.services, self.forwarder, self.listeners, self.feed.status, self.readiness, busy_poll),
+            ProxyCollector(
+                self.services,
+                self.forwarder,
+                self.listeners,
+                self.feed.status,
+                self.readiness,
+                busy_poll,
+                self.tls_servers,
+            ),
             HttpCollector(lambda: self.http),
             ProcessCollector(self.supervision),
         ]
 
     def _serve_http(self, config: ProxyConfig) -> None:
         """Make what serves http listeners once there is one."""
-        if self.http is not None or all(listen.scheme != "http" for listen in config.listen):
+        if self.http is not None or not any(listen.is_http for listen in config.listen):
             return
         # Imported here: a proxy without http listeners holds no HTTP code.
         from meshlocal.proxy.http.forwarder import HttpForwarder
 
         self.http = self._servers["http"] = HttpForwarder(self.services, config, self.supervision)
+        self._serve_tls("https", self.http)
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
+
+    def _use_tls(self, tls: ProxyTls | None) -> None:
+        """Have what is connected from now on speak TLS as this says, once the services are configured again."""
+        self.tls = tls
+        self.services.security_of = tls.security if tls is not None else lambda key: None
+        self._serve_tls("tls", self.forwarder)
+        if self.http is not None:
+            self._serve_tls("https", self.http)
+
+    def _serve_tls(self, scheme: str, inner: PipeServer) -> None:
+        """Make what serves listeners of a kind, once there is one."""
+        if self.tls is None or scheme in self._servers:
+            return
+        # Imported here: a proxy without TLS holds no code for it.
+        from meshlocal.proxy.tls import TlsServer
+
+        def configured() -> ListenerTls:
+            assert self.tls is not None
+            return self.tls.listeners[scheme]
+
+        self._servers[scheme] = self.tls_servers[scheme] = TlsServer(configured, inner)
+
+    async def _follow_tls_files(self) -> None:
+        """Have new connections go by files that changed (T3)."""
+        files = Blocking()
+        while True:
+            await trio.sleep(TLS_FILES_INTERVAL)
+            if self.tls is None:
+                continue
+            try:
+                made, problems = await files.run(self.tls.look)
+            except BlockedError as error:
+                made, problems = 0, [str(error)]
+            for problem in problems:
+                _log.error("certificate not read again", problem=problem)
+            if made:
+                _log.info("certificates read again")
 
     def _open_cache(self, config: ProxyConfig) -> SnapshotCache | None:
         # An instances file is there after a restart as it was before.
@@ -247,6 +306,7 @@ class ProxyProcess:
                     lifetime.start_soon(self._watch_loop, self._loop)
                 if self.cache is not None:
                     lifetime.start_soon(keep, "cache file", self.cache.run)
+                lifetime.start_soon(keep, "tls files", self._follow_tls_files)
                 lifetime.start_soon(keep, "discovery", self.feed.run)
                 lifetime.start_soon(partial(keep, "idle sweep", self.forwarder.sweep_idle, vital=True))
                 self._check_health(lifetime, config)
@@ -326,11 +386,12 @@ class ProxyProcess:
         """`apply`, after what the configuration needs was imported: an import reads files, and so may hang (P1)."""
         try:
             await self._files.run(import_parts, config.proxy)
-        except BlockedError as error:
+            tls = await self._files.run(make_tls, config.proxy)
+        except (BlockedError, FileProblemError) as error:
             return [str(error)]
-        return self.apply(config)
+        return self.apply(config, tls)
 
-    def apply(self, config: Config) -> list[str]:
+    def apply(self, config: Config, tls: ProxyTls | None) -> list[str]:
         """Apply a configuration that `read_again` let pass; returns what prevents it, empty if it holds now."""
         if self.stop.requested.is_set():
             return ["draining"]
@@ -342,6 +403,7 @@ class ProxyProcess:
         self.config = config
         configure_logging(config.log.level, config.log.format)
         before = self.services.locality
+        self._use_tls(tls)
         self.services.reconfigure(proxy, locality_of(proxy))
         if self.services.locality.unknown != before.unknown:
             self._tell_unknown_labels()
@@ -390,7 +452,7 @@ def tell_unused(config: ProxyConfig, environment: Mapping[str, str]) -> None:
 
 def import_parts(config: ProxyConfig) -> None:
     """Import what this configuration needs, and others do not."""
-    if any(listen.scheme == "http" for listen in config.listen):
+    if any(listen.is_http for listen in config.listen):
         import meshlocal.proxy.http.forwarder
     if any(service.health_check is not None for service in config.services.values()):
         import meshlocal.proxy.checks
@@ -398,6 +460,21 @@ def import_parts(config: ProxyConfig) -> None:
         meshlocal.proxy.checks.import_checkers(config)
     if any(service.failback is not None for service in config.services.values()):
         import meshlocal.proxy.returning
+
+
+def make_tls(config: ProxyConfig) -> ProxyTls | None:
+    """What a configuration needs of TLS; None if nothing. It reads files.
+
+    Raises:
+        FileProblemError: one cannot be used.
+    """
+    services = (service.tls for service in config.services.values())
+    if not any(listen.is_tls for listen in config.listen) and all(tls is None for tls in services):
+        return None
+    # Imported here: a proxy without TLS holds no code for it.
+    from meshlocal.proxy.tls import ProxyTls
+
+    return ProxyTls(config)
 
 
 def freeze_garbage_collector() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import trio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,6 +17,9 @@ from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.net.slices import pieces
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp.forwarder import KEPT_TASKS, TcpForwarder
+
+if TYPE_CHECKING:
+    from meshlocal.proxy.tls import TlsServer
 
 SERVICES = 8
 CONNECTIONS = 512
@@ -32,6 +36,7 @@ class ProxyCollector(Collector):
         feed: how discovery is doing.
         readiness: whether the proxy may be sent work.
         busy_poll: what it spent awake; None if it always sleeps.
+        tls: what shakes hands with clients, by the listeners' scheme.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class ProxyCollector(Collector):
         feed: FeedStatus,
         readiness: Readiness,
         busy_poll: BusyPoll | None,
+        tls: Mapping[str, TlsServer],
     ) -> None:
         self._services = services
         self._forwarder = forwarder
@@ -49,6 +55,7 @@ class ProxyCollector(Collector):
         self._feed = feed
         self._readiness = readiness
         self._busy_poll = busy_poll
+        self._tls = tls
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
@@ -79,6 +86,15 @@ class ProxyCollector(Collector):
         for listener in self._listeners.current:
             errors.add_metric([str(listener.configured)], listener.accept_errors)
         yield errors
+        handshakes = CounterMetricFamily(
+            "meshlocal_tls_handshakes",
+            "TLS handshakes of clients: ok, failed, timeout, not_allowed, limited.",
+            labels=["scheme", "outcome"],
+        )
+        for scheme, server in self._tls.items():
+            for outcome, count in server.handshakes.items():
+                handshakes.add_metric([scheme, outcome], count)
+        yield handshakes
         awake = CounterMetricFamily(
             "meshlocal_busy_poll_seconds",
             "Time by the clock spent looking for something to do instead of sleeping, until there was, or in vain.",

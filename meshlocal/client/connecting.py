@@ -18,9 +18,10 @@ from typing import NamedTuple, Protocol
 import trio
 
 from meshlocal.client.account import Account
+from meshlocal.client.security import Security
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error
-from meshlocal.net.pipe import PlainPipe
+from meshlocal.net.pipe import Pipe, PlainPipe, TlsError
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import Decision, Failure
@@ -48,25 +49,20 @@ class Client:
     """A client that waits for an instance.
 
     Args:
-        sock: its connection.
+        pipe: the bytes of its connection.
 
     Attributes:
-        pipe: the bytes of its connection.
+        pipe: as given.
         early: what it sent while it was watched; it goes to the instance first.
         left: it reset its connection (A8).
     """
 
     __slots__ = ("early", "left", "pipe")
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.pipe = PlainPipe(sock)
+    def __init__(self, pipe: Pipe) -> None:
+        self.pipe = pipe
         self.early = bytearray()
         self.left = False
-
-    @property
-    def socket(self) -> socket.socket:
-        """The connected socket."""
-        return self.pipe.plain
 
     async def watched(self, wait: Callable[[], Awaitable[object]]) -> None:
         """Wait for something, but no longer than until the client has left.
@@ -98,33 +94,35 @@ class Dialled(NamedTuple):
     """How one attempt to connect ended.
 
     Attributes:
-        upstream: the connected socket, which is the holder's to close; None if there is none.
+        upstream: the connection, which is the holder's to close; None if there is none.
         error: how it failed, in a word; empty if it did not, or the client has left.
         errno: the system's number for the failure; 0 where the system gave none.
     """
 
-    upstream: socket.socket | None
+    upstream: Pipe | None
     error: str
     errno: int
 
 
-async def connect(client: Waiting, account: Account) -> socket.socket | Outcome:
+async def connect(client: Waiting, account: Account) -> Pipe | Outcome:
     """Find an instance for a client, and connect to it.
 
     Called again for the same account, it goes on where it was: with the rest of the plan, and of the time.
 
     Returns:
-        The connected socket, which is the caller's to close; or why there is none.
+        The connection, which is the caller's to close; or why there is none.
     """
     begun = connect_at_once(client, account)
-    return begun if isinstance(begun, socket.socket) else await connect_waiting(client, account, begun)
+    if begun is None or isinstance(begun, Connecting):
+        return await connect_waiting(client, account, begun)
+    return begun
 
 
-def connect_at_once(client: Waiting, account: Account) -> Connecting | socket.socket | None:
+def connect_at_once(client: Waiting, account: Account) -> Connecting | Pipe | None:
     """The part of `connect` that waits for nothing: an instance on this host answers at once.
 
     Returns:
-        The connected socket; or an attempt that has begun, if there is one, which is for `connect_waiting`.
+        The connection; or an attempt that has begun, if there is one, which is for `connect_waiting`.
     """
     assert account.state is not None
     if account.state.picker is None or client.left:
@@ -132,11 +130,11 @@ def connect_at_once(client: Waiting, account: Account) -> Connecting | socket.so
     return _begin_next(account)
 
 
-async def connect_waiting(client: Waiting, account: Account, connecting: Connecting | None) -> socket.socket | Outcome:
+async def connect_waiting(client: Waiting, account: Account, connecting: Connecting | None) -> Pipe | Outcome:
     """The other part of `connect`: all that has to be waited for."""
     state = account.state
     assert state is not None
-    upstream: socket.socket | None = None
+    upstream: Pipe | None = None
     with trio.move_on_at(account.deadline) as deadline:
         if state.picker is None:
             with trio.move_on_after(state.policy.first_snapshot_wait):
@@ -150,7 +148,7 @@ async def connect_waiting(client: Waiting, account: Account, connecting: Connect
     return Outcome.DEADLINE if deadline.cancelled_caught else Outcome(account.why(trio.current_time()))
 
 
-async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connecting | None) -> socket.socket | None:
+async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connecting | None) -> Pipe | None:
     """Attempt until one has connected; `connecting` is an attempt that has begun."""
     state = account.state
     assert state is not None
@@ -161,7 +159,7 @@ async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connec
                 await trio.lowlevel.checkpoint()
             before = account.attempts
             begun = _begin_next(account)
-            if isinstance(begun, socket.socket):
+            if begun is not None and not isinstance(begun, Connecting):
                 return begun
             if account.attempts == before:
                 return None
@@ -172,7 +170,7 @@ async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connec
         assert pick is not None
         dialled: Dialled | None = None
         try:
-            dialled = await finish_dial(client, state.policy, pick, connecting)
+            dialled = await finish_dial(client, state.policy, pick, connecting, state.security)
         finally:
             # One that was cancelled, by the deadline or because its client left, counts too.
             _settle(account, dialled)
@@ -181,16 +179,18 @@ async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connec
         connecting = None
 
 
-def _begin_next(account: Account) -> Connecting | socket.socket | None:
+def _begin_next(account: Account) -> Connecting | Pipe | None:
     """Begin with the next instance, if there is to be one.
 
     Returns:
-        The connected socket, or what has to be waited for; None if it failed at once.
+        The connection, or what has to be waited for; None if it failed at once.
     """
     pick = account.try_next(trio.current_time())
     if pick is None:
         return None
-    begun = begin_dial(pick)
+    state = account.state
+    assert state is not None
+    begun = begin_dial(pick, state.security)
     if not isinstance(begun, Dialled):
         return begun
     _settle(account, begun)
@@ -208,20 +208,32 @@ def _settle(account: Account, dialled: Dialled | None) -> None:
         assert decision is not Decision.SAME
 
 
-async def dial(client: Waiting, policy: AttemptPolicy, pick: Pick) -> Dialled:
-    """Connect to one instance, within its time (A1), and no longer than until the client has left."""
-    begun = begin_dial(pick)
-    return begun if isinstance(begun, Dialled) else await finish_dial(client, policy, pick, begun)
+async def dial(
+    client: Waiting, policy: AttemptPolicy, pick: Pick, security: Security | None, protocol: str | None
+) -> Dialled:
+    """Connect to one instance, within its time (A1), and no longer than until the client has left.
+
+    Args:
+        client: who wants it.
+        policy: has the time.
+        pick: the instance.
+        security: of the connection; None: there is none.
+        protocol: what will be spoken, as ALPN calls it (RFC 7301).
+    """
+    begun = begin_dial(pick, security)
+    if isinstance(begun, Dialled):
+        return begun
+    return await finish_dial(client, policy, pick, begun, security, protocol)
 
 
-def begin_dial(pick: Pick) -> Connecting | Dialled:
+def begin_dial(pick: Pick, security: Security | None) -> Connecting | Dialled:
     """Begin to connect to an instance: what came of it at once; or what has to be waited for."""
     key = pick.instance.key
     try:
-        connecting = Connecting(key.address, key.port)
+        connecting = Connecting(key.address, key.port if security is None else security.port(pick))
     except OSError as error:
         return Dialled(None, classify_connect_error(error), error.errno or 0)
-    return connecting if connecting.pending else _finish(connecting)
+    return connecting if connecting.pending or security is not None else _finish(connecting)
 
 
 def _finish(connecting: Connecting) -> Dialled:
@@ -230,22 +242,59 @@ def _finish(connecting: Connecting) -> Dialled:
     except OSError as error:
         connecting.socket.close()
         return Dialled(None, classify_connect_error(error), error.errno or 0)
-    return Dialled(connecting.socket, "", 0)
+    return Dialled(PlainPipe(connecting.socket), "", 0)
 
 
-async def finish_dial(client: Waiting, policy: AttemptPolicy, pick: Pick, connecting: Connecting) -> Dialled:
+async def finish_dial(
+    client: Waiting,
+    policy: AttemptPolicy,
+    pick: Pick,
+    connecting: Connecting,
+    security: Security | None,
+    protocol: str | None = None,
+) -> Dialled:
     """The rest of `dial`, for what `begin_dial` gave."""
     limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
+    began = trio.current_time()
     connected = False
     try:
-        await _wait_connected(client, connecting.socket, limit)
+        if connecting.pending:
+            await _wait_connected(client, connecting.socket, limit)
         connected = not client.left
     except TimeoutError:
         return Dialled(None, AttemptOutcome.TIMEOUT, 0)
     finally:
         if not connected:
             connecting.socket.close()
-    return _finish(connecting) if connected else Dialled(None, "", 0)
+    dialled = _finish(connecting) if connected else Dialled(None, "", 0)
+    if security is None or dialled.upstream is None:
+        return dialled
+    return await _secure(client, pick, connecting.socket, security, protocol, began + limit)
+
+
+async def _secure(
+    client: Waiting, pick: Pick, connected: socket.socket, security: Security, protocol: str | None, deadline: float
+) -> Dialled:
+    """Shake hands, within what is left of the attempt's time (T1)."""
+    made: Dialled | None = None
+
+    async def secure() -> None:
+        nonlocal made
+        try:
+            made = Dialled(await security.secure(connected, pick, protocol), "", 0)
+        except TlsError as error:
+            made = Dialled(None, AttemptOutcome.TLS, error.errno or 0)
+        except OSError as error:
+            made = Dialled(None, classify_connect_error(error), error.errno or 0)
+
+    with trio.move_on_at(deadline) as scope:
+        await client.watched(secure)
+    if client.left and made is not None and made.upstream is not None:
+        made.upstream.abort()
+        made = None
+    if made is not None:
+        return made
+    return Dialled(None, AttemptOutcome.TIMEOUT if scope.cancelled_caught else "", 0)
 
 
 async def _wait_connected(client: Waiting, upstream: socket.socket, limit: float) -> None:

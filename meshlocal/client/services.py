@@ -15,6 +15,7 @@ from typing import Protocol
 import anyio
 
 from meshlocal.client.fitness import Fitness
+from meshlocal.client.security import Security
 from meshlocal.client.statistics import ServiceStatistics
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.policy.backoff import UniformSource
@@ -56,6 +57,7 @@ class ServiceState:
         key: its name in the registry.
         policy: how its requests are tried.
         protocol: which version of HTTP its instances are spoken to in; None: as they say, or as the client does.
+        security: how connections to its instances are secured; None: not at all.
         picker: what the latest snapshot says; None before the first (A7).
         cursors: where its rotations stand; they outlive pickers (O3).
         fitness: what was found out about its instances; it outlives pickers too.
@@ -84,6 +86,7 @@ class ServiceState:
         "picker",
         "policy",
         "protocol",
+        "security",
         "selector",
         "statistics",
     )
@@ -102,6 +105,7 @@ class ServiceState:
         self.key = key
         self.policy = policy
         self.protocol = config.protocol
+        self.security: Security | None = None
         self.selector = selector
         self.picker: Picker | None = None
         self.cursors = Cursors(rng)
@@ -206,6 +210,8 @@ class ServiceTable:
             not call it.
         on_failing: called with a service of which every attempt has failed for a while (D5).
         is_away: whether discovery is, so that nothing could be fetched again.
+        security_of: how connections to a service's instances are secured; asked for each service at `reconfigure`, and
+            once it is followed.
         circuit: how much is under way in all, and may be.
     """
 
@@ -221,6 +227,7 @@ class ServiceTable:
         self.on_followed: Callable[[list[ServiceKey]], None] | None = None
         self.on_failing: Callable[[ServiceKey], None] | None = None
         self.is_away: Callable[[], bool] = lambda: False
+        self.security_of: Callable[[ServiceKey], Security | None] = lambda key: None
         self.locality = locality
         self.reconfigure(config, locality)
 
@@ -326,6 +333,7 @@ class ServiceTable:
             service = config.service(key)
             selector = Selector(locality, service.port_name)
             state.reselect(selector, config.attempts_for(key), config.ejection, service)
+            state.security = self.security_of(key)
         for key in wanted:
             if key not in self._states:
                 self._states[key] = self._make(key)
@@ -344,6 +352,7 @@ class ServiceTable:
             config,
             self.circuit,
         )
+        state.security = self.security_of(key)
         state.fitness.on_failing = self._tell_failing
         return state
 

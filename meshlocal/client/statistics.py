@@ -47,6 +47,8 @@ class AttemptOutcome(StrEnum):
     """HTTP: the instance began a response that went to the client."""
     TIMEOUT = "timeout"
     """The attempt's time ran out."""
+    TLS = "tls"
+    """The instance was connected, and did not prove who it is, or speaks no TLS (T1)."""
     ABANDONED = "abandoned"
     """The request's deadline came first, or its client left, or the proxy stopped."""
 

@@ -69,7 +69,8 @@ async def open_tcp_stream(core: MeshCore, key: ServiceKey) -> trio.SocketStream:
         if isinstance(found, Outcome):
             outcome = found
         else:
-            upstream = found
+            upstream = found.plain
+            assert upstream is not None
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(upstream))
             outcome = Outcome.SERVED
     except LimitedError:

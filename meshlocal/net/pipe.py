@@ -11,6 +11,7 @@ calls without one of Python's own around each.
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import Protocol
 
@@ -19,8 +20,20 @@ from trio.lowlevel import notify_closing, wait_readable, wait_writable
 from meshlocal.net.sockets import abort, close
 
 
+class TlsError(OSError):
+    """A TLS handshake failed, or what the other side sent cannot be read (T1). The text says why."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EPROTO, why)
+
+
 class Pipe(Protocol):
     """A stream of bytes both ways."""
+
+    @property
+    def identity(self) -> str:
+        """Who the other side proved to be; empty if it proved nothing."""
+        ...
 
     @property
     def plain(self) -> socket.socket | None:
@@ -55,6 +68,10 @@ class Pipe(Protocol):
         """Have those who wait get trio.ClosedResourceError, though it is not closed."""
         ...
 
+    def stop_reading(self) -> None:
+        """Have `read` give what came, and then the end, or that there is none."""
+        ...
+
     async def wait_readable(self) -> None:
         """Wait until `read` may give something."""
         ...
@@ -75,6 +92,8 @@ class PlainPipe:
     """
 
     __slots__ = ("plain",)
+
+    identity = ""
 
     def __init__(self, sock: socket.socket) -> None:
         self.plain: socket.socket = sock
@@ -115,6 +134,10 @@ class PlainPipe:
     def interrupt(self) -> None:
         """See `Pipe.interrupt`."""
         notify_closing(self.plain)
+
+    def stop_reading(self) -> None:
+        """See `Pipe.stop_reading`."""
+        self.plain.shutdown(socket.SHUT_RD)
 
     async def wait_readable(self) -> None:
         """See `Pipe.wait_readable`."""

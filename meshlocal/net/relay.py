@@ -12,7 +12,7 @@ A relay that ended in one of the latter two is *failed*. Its caller resets the o
 instead of closing it, so that a truncated stream never looks like one that ended.
 
 Backpressure: a direction holds at most what one read gave, and reads again only when all of it is written. Memory:
-nothing is held per direction while it waits for data; the buffer is one per trio run, used only between two awaits.
+nothing is held per direction while it waits for data.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import socket
 from contextlib import suppress
 
 import trio
-from trio.lowlevel import RunVar, checkpoint, wait_readable, wait_writable
+from trio.lowlevel import checkpoint
 
+from meshlocal.net.pipe import Pipe, PlainPipe
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState, Side
 
@@ -32,8 +33,6 @@ CHUNK = 65536
 
 TURN = 16
 """Full chunks that one direction moves in a row before other tasks get their turn."""
-
-_scratch: RunVar[bytearray] = RunVar("meshlocal.relay.scratch")
 
 
 async def relay(
@@ -50,69 +49,64 @@ async def relay(
     loop = current_loop.get()
     if loop is not None:
         return await loop.relay(client, upstream, counters, early)
+    return await copy(PlainPipe(client), PlainPipe(upstream), counters, early)
+
+
+async def relay_pipes(
+    client: Pipe, upstream: Pipe, counters: RelayCounters, early: bytes | bytearray = b""
+) -> RelayResult:
+    """`relay` for what may be no plain sockets, as with TLS: by tasks, unless both are."""
+    if client.plain is not None and upstream.plain is not None:
+        return await relay(client.plain, upstream.plain, counters, early)
     return await copy(client, upstream, counters, early)
 
 
-async def copy(
-    client: socket.socket, upstream: socket.socket, counters: RelayCounters, early: bytes | bytearray = b""
-) -> RelayResult:
-    """`relay` with a task for each direction: plain Trio, where there is no relay loop."""
-    scratch = _shared_scratch()
+async def copy(client: Pipe, upstream: Pipe, counters: RelayCounters, early: bytes | bytearray = b"") -> RelayResult:
+    """`relay` with a task for each direction: plain Trio, where there is no relay loop, or no plain socket."""
     state = RelayState(counters)
     async with trio.open_nursery() as nursery:
         scope = nursery.cancel_scope
-        nursery.start_soon(_pump, client, upstream, "client", state, scratch, early, scope)
-        await _pump(upstream, client, "upstream", state, scratch, b"", scope)
+        nursery.start_soon(_pump, client, upstream, "client", state, early, scope)
+        await _pump(upstream, client, "upstream", state, b"", scope)
     return state.result()
 
 
-async def copy_back(client: socket.socket, upstream: socket.socket, counters: RelayCounters) -> RelayResult:
+async def copy_back(client: Pipe, upstream: Pipe, counters: RelayCounters) -> RelayResult:
     """What is left of `relay` for a client that has ended its stream, which the upstream was told: the way back."""
     state = RelayState(counters)
     state.first_end = "client"
     async with trio.open_nursery() as nursery:
-        await _pump(upstream, client, "upstream", state, _shared_scratch(), b"", nursery.cancel_scope)
+        await _pump(upstream, client, "upstream", state, b"", nursery.cancel_scope)
     return state.result()
 
 
-def _shared_scratch() -> bytearray:
-    try:
-        return _scratch.get()
-    except LookupError:
-        scratch = bytearray(CHUNK)
-        _scratch.set(scratch)
-        return scratch
-
-
 async def _pump(
-    source: socket.socket,
-    sink: socket.socket,
+    source: Pipe,
+    sink: Pipe,
     side: Side,
     state: RelayState,
-    scratch: bytearray,
     early: bytes | bytearray,
     scope: trio.CancelScope,
 ) -> None:
     """One direction: from `side` to the other."""
     other: Side = "upstream" if side == "client" else "client"
     full_chunks = 0
-    if early and not await _write(sink, early, len(early), side, other, state):
+    if early and not await _write(sink, bytes(early), side, other, state):
         return
     try:
         while True:
-            try:
-                size = source.recv_into(scratch)
-            except BlockingIOError:
-                await wait_readable(source)
+            data = source.read(CHUNK)
+            if data is None:
+                await source.wait_readable()
                 continue
-            if not size:
+            if not data:
                 break
-            if not await _write(sink, scratch, size, side, other, state):
+            if not await _write(sink, data, side, other, state):
                 return
-            if size < CHUNK:
-                # The source is most likely empty now: waiting at once spares a recv that would say so.
+            if len(data) < CHUNK and source.plain is not None:
+                # The source is most likely empty now: waiting at once spares a read that would say so.
                 full_chunks = 0
-                await wait_readable(source)
+                await source.wait_readable()
             elif (full_chunks := full_chunks + 1) >= TURN:
                 full_chunks = 0
                 await checkpoint()
@@ -125,29 +119,21 @@ async def _pump(
         return
     state.first_end = state.first_end or side
     try:
-        sink.shutdown(socket.SHUT_WR)
+        sink.end()
     except OSError as error:
         _fail_sink(sink, other, state, error)
 
 
-async def _write(
-    sink: socket.socket, scratch: bytes | bytearray, size: int, side: Side, other: Side, state: RelayState
-) -> bool:
-    """Write the first `size` bytes of `scratch`; False if the sink is dead."""
+async def _write(sink: Pipe, data: bytes, side: Side, other: Side, state: RelayState) -> bool:
+    """Write all of it; False if the sink is dead."""
     try:
-        try:
-            sent = sink.send(memoryview(scratch)[:size])
-        except BlockingIOError:
-            sent = 0
-        # Only here is a chunk held across an await, in a copy of its own: `scratch` belongs to all relays.
-        rest = b"" if sent == size else bytes(memoryview(scratch)[sent:size])
+        sent = sink.write(data)
         _count(state.counters, side, sent)
+        rest = memoryview(data)[sent:]
         while rest:
-            await wait_writable(sink)
-            try:
-                sent = sink.send(rest)
-            except BlockingIOError:
-                continue
+            if not sent:
+                await sink.wait_writable()
+            sent = sink.write(rest)
             rest = rest[sent:]
             _count(state.counters, side, sent)
     except (OSError, trio.ClosedResourceError) as error:
@@ -156,12 +142,12 @@ async def _write(
     return True
 
 
-def _fail_sink(sink: socket.socket, side: Side, state: RelayState, error: OSError | trio.ClosedResourceError) -> None:
+def _fail_sink(sink: Pipe, side: Side, state: RelayState, error: OSError | trio.ClosedResourceError) -> None:
     state.fail(side, _number(error))
     # A dead socket gives what it received and then its end. Should this one be alive after all (the system
     # had no memory for it), it is made to do the same.
     with suppress(OSError):
-        sink.shutdown(socket.SHUT_RD)
+        sink.stop_reading()
 
 
 def _number(error: OSError | trio.ClosedResourceError) -> int:

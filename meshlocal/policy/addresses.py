@@ -16,6 +16,10 @@ from meshlocal.policy.problems import quote
 _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _PORT = re.compile(r"[0-9]{1,5}")
+_HTTP_SCHEMES = ("http", "https")
+TLS_SCHEMES = ("tls", "https")
+"""Of listeners that speak TLS."""
+
 _SERVER_SCHEMES = ("grpc", "grpcs", "ws", "wss")
 
 
@@ -47,8 +51,8 @@ class ListenAddress(msgspec.Struct, frozen=True):
     """A listener of the proxy: where it listens (`SocketAddress`), and whose instances its traffic goes to.
 
     Attributes:
-        scheme: `tcp` or `http`.
-        service: None for an http listener that finds the service of each request in the request.
+        scheme: `tcp` or `http`; over TLS `tls` or `https`.
+        service: None for an http or https listener that finds the service of each request in the request.
     """
 
     scheme: str
@@ -65,22 +69,33 @@ class ListenAddress(msgspec.Struct, frozen=True):
         """Where it listens."""
         return SocketAddress(self.host, self.port)
 
+    @property
+    def is_http(self) -> bool:
+        """Whether requests are picked for one by one, rather than connections."""
+        return self.scheme in _HTTP_SCHEMES
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether it speaks TLS."""
+        return self.scheme in TLS_SCHEMES
+
     @classmethod
     def parse(cls, text: str) -> ListenAddress:
-        """Read `tcp://HOST:PORT=SERVICE`, `http://HOST:PORT=SERVICE` or `http://HOST:PORT`.
+        """Read `tcp://HOST:PORT=SERVICE`, `http://HOST:PORT=SERVICE` or `http://HOST:PORT`; likewise with `tls` and
+        `https`.
 
         Raises:
             AddressError: it is written otherwise.
         """
-        form = "tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE]"
+        form = "tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https)"
         scheme, separator, rest = text.partition("://")
         if not separator:
             raise AddressError(f"expected {form}, got {quote(text)}")
         scheme = scheme.lower()
-        if scheme not in ("tcp", "http"):
+        if scheme not in ("tcp", "tls", *_HTTP_SCHEMES):
             raise AddressError(f"unknown scheme {quote(scheme)}; expected {form}")
         where, separator, service = rest.partition("=")
-        if not service and (separator or scheme == "tcp"):
+        if not service and (separator or scheme not in _HTTP_SCHEMES):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
         host, port = _split_host_port(where.removesuffix("/") if not separator else where, form, text)
         try:

@@ -17,6 +17,7 @@ from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddres
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
+from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
 from meshlocal.policy.config_types import (
     Bytes,
     Count,
@@ -143,6 +144,10 @@ class ServiceConfig(Section, frozen=True):
             " says so, else what the client speaks."
         ),
     ] = None
+    tls: Annotated[
+        UpstreamTlsConfig | None,
+        Meta(description="How its instances are spoken to over TLS; null: in plaintext."),
+    ] = None
     attempts: Annotated[AttemptOverrides, Meta(description="What the service does otherwise than proxy.attempts.")] = (
         AttemptOverrides()
     )
@@ -246,7 +251,7 @@ class ProxyConfig(Section, frozen=True):
         tuple[ListenAddress, ...],
         Meta(
             description="Listeners: tcp://HOST:PORT=SERVICE, http://HOST:PORT=SERVICE, or http://HOST:PORT, which"
-            " routes by host. Port 0: any free one. An IPv6 address in brackets."
+            " routes by host; over TLS tls:// and https://. Port 0: any free one. An IPv6 address in brackets."
         ),
     ] = ()
     admin: Annotated[
@@ -275,6 +280,9 @@ class ProxyConfig(Section, frozen=True):
     ] = EjectionConfig()
     limits: Annotated[LimitsConfig, Meta(description="How much the whole proxy takes on at once.")] = LimitsConfig()
     http: Annotated[HttpConfig, Meta(description="What holds for http listeners.")] = HttpConfig()
+    tls: Annotated[TlsConfig, Meta(description="The proxy's certificate, and whom tls and https listeners let in.")] = (
+        TlsConfig()
+    )
     access_log: Annotated[
         bool, Meta(description="One log line for each connection (tcp) or request (http), at its end.")
     ] = False

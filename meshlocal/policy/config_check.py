@@ -10,6 +10,8 @@ from meshlocal.policy.addresses import SocketAddress
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
 from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.config_http import HttpConfig
+from meshlocal.policy.config_tls import UpstreamTlsConfig
+from meshlocal.policy.identity import IdentityError, IdentityPattern, placeholders
 from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
 from meshlocal.policy.problems import KeyPath, format_path, quote
 
@@ -70,15 +72,53 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
         sockets.append(((at, "admin"), proxy.admin))
     yield from _check_sockets(sockets)
     yield from _check_routes(proxy.http)
+    yield from _check_tls(proxy)
     for key in proxy.services:
         try:
             parse_service_key(key)
         except ModelError as error:
             yield (at, "services", key), error.what
-        yield from _check_health_check((at, "services", key, "health_check"), proxy.services[key].health_check)
+        yield from _check_upstream_tls((at, "services", key, "tls"), proxy.services[key].tls)
+        check = proxy.services[key].health_check
+        yield from _check_health_check((at, "services", key, "health_check"), check)
+        if check is not None and check.kind != "tcp" and check.port is None and proxy.services[key].tls is not None:
+            message = f"a check of kind {check.kind} speaks plaintext, and the instances TLS: give it a port of its own"
+            yield (at, "services", key, "health_check", "kind"), message
         if proxy.namespace and f"{key}.{proxy.namespace}" in proxy.services:
             other = format_path((at, "services", f"{key}.{proxy.namespace}"))
             yield (at, "services", key), f"is the same service as {other}"
+
+
+def _check_tls(proxy: ProxyConfig) -> Iterator[Finding]:
+    tls, at = proxy.tls, ("proxy", "tls")
+    for position, listener in enumerate(proxy.listen):
+        if listener.is_tls and tls.certificate_file is None:
+            yield ("proxy", "listen", position), "takes proxy.tls.certificate_file"
+    if tls.key_file is not None and tls.certificate_file is None:
+        yield (*at, "key_file"), "takes proxy.tls.certificate_file too"
+    for position, pattern in enumerate(tls.allow):
+        try:
+            IdentityPattern(pattern)
+        except IdentityError as error:
+            yield (*at, "allow", position), str(error)
+    if tls.allow and tls.client_ca_file is None:
+        yield (*at, "allow"), "takes proxy.tls.client_ca_file: without it no client proves who it is"
+    if tls.allow and tls.client_certificate == "optional":
+        yield (*at, "allow"), "lets in nobody without a certificate: proxy.tls.client_certificate must be required"
+
+
+def _check_upstream_tls(at: KeyPath, tls: UpstreamTlsConfig | None) -> Iterator[Finding]:
+    if tls is None:
+        return
+    if tls.server_name is None and tls.identity is None:
+        yield at, "has neither server_name nor identity: any certificate of the authority would do"
+    if tls.identity is not None:
+        try:
+            placeholders(tls.identity)
+        except IdentityError as error:
+            yield (*at, "identity"), str(error)
+    if tls.key_file is not None and tls.certificate_file is None:
+        yield (*at, "key_file"), "takes certificate_file too"
 
 
 def _check_health_check(at: KeyPath, check: HealthCheckConfig | None) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ def log_request(
     now: float,
     *,
     peer: object,
+    identity: str = "",
     sent: int,
     received: int,
     asked: Mapping[str, object] | None = None,
@@ -30,6 +31,7 @@ def log_request(
         outcome: how it ended.
         now: when it did, by the clock of its start.
         peer: the client's address.
+        identity: who the client proved to be; empty if it proved nothing.
         sent: bytes of it that went to the instance.
         received: bytes that came from there.
         asked: fields that say what it asked for.
@@ -40,6 +42,7 @@ def log_request(
         "request",
         service=account.state.key if account.state is not None else None,
         client=format_address(peer),
+        **({"identity": identity} if identity else {}),
         **(asked or {}),
         instance=str(pick.instance.key) if pick is not None else None,
         node=(pick.instance.node or None) if pick is not None else None,

@@ -148,7 +148,7 @@ def test_variables_that_are_no_keys_can_be_named() -> None:
         (
             "PROXY__LISTEN",
             "x",
-            "proxy.listen[0]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'x'",
+            "proxy.listen[0]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https), got 'x'",
         ),
         ("PROXY__LISTEN", "[", "proxy.listen: while parsing a flow node, did not find expected node content"),
         ("PROXY__DRAIN__DELAY", "5s", "proxy.drain.delay: expected a number of seconds, got the text '5s'"),

@@ -20,6 +20,7 @@ from meshlocal.client.account import Account, FailedAttempt
 from meshlocal.client.connecting import Client
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
+from meshlocal.net.pipe import PlainPipe
 from meshlocal.policy import model
 from meshlocal.policy.config import AttemptPolicy, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
@@ -72,7 +73,7 @@ async def connect(client: Client, state: ServiceState, result: Connected) -> Non
     if isinstance(found, Outcome):
         result.outcome = found
     else:
-        result.upstream = found
+        result.upstream = found.plain
 
 
 def service(*instances: Instance, **policy: Any) -> ServiceState:
@@ -106,7 +107,7 @@ def client() -> Iterator[tuple[Client, socket.socket]]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        yield Client(ours), theirs
+        yield Client(PlainPipe(ours)), theirs
 
 
 async def test_for_a_client_that_has_left_nothing_is_begun() -> None:
@@ -114,7 +115,7 @@ async def test_for_a_client_that_has_left_nothing_is_begun() -> None:
     state = ServiceState(B, Selector(Locality({"node": "n1"})), AttemptPolicy(), random.Random(1))
     state.publish(ServiceSnapshot(B, "v", model.index([make_instance("127.0.0.1", 1, labels={"node": "n1"})])))
     with socket.socket() as sock:
-        client = Client(sock)
+        client = Client(PlainPipe(sock))
         client.left = True
         result = Connected()
         await connect(client, state, result)
@@ -133,7 +134,7 @@ async def test_a_plan_goes_on_with_the_tiers_that_it_began_with() -> None:
         ]
         state.publish(ServiceSnapshot(B, "v", model.index(instances)))
         with socket.socket() as sock:
-            client, result = Client(sock), Connected()
+            client, result = Client(PlainPipe(sock)), Connected()
             tiers = []
             for _ in range(2):
                 await connect(client, state, result)

@@ -438,15 +438,17 @@ async def test_an_idle_relay_keeps_no_buffer() -> None:
 
 
 class Endless:
-    """A socket that always has data and always takes it: it never makes anybody wait."""
+    """A pipe that always has data and always takes it: it never makes anybody wait."""
+
+    plain = None
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def recv_into(self, _: bytearray) -> int:
-        return self.size
+    def read(self, size: int) -> bytes:
+        return bytes(min(size, self.size))
 
-    def send(self, data: memoryview) -> int:
+    def write(self, data: memoryview) -> int:
         return len(data)
 
 
@@ -464,7 +466,7 @@ async def test_a_busy_pair_lets_others_run_and_sees_cancellation() -> None:
 
             nursery.start_soon(watch)
             client, upstream = Endless(CHUNK), Endless(CHUNK)
-            # recv_into and send are all that this relay uses of a socket that never blocks.
+            # read and write are all that this relay uses of a pipe that never blocks.
             await copy(client, upstream, counters)  # type: ignore[arg-type]  # scripted streams
     assert scope.cancelled_caught
     assert len(seen) == 5

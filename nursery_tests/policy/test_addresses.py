@@ -69,27 +69,27 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
         (
             ListenAddress,
             "127.0.0.1:80=b",
-            "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got '127.0.0.1:80=b'",
+            "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https), got '127.0.0.1:80=b'",
         ),
         (
             ListenAddress,
             "http://127.0.0.1:80=",
-            "names no service; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'http://127.0.0.1:80='",
+            "names no service; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https), got 'http://127.0.0.1:80='",
         ),
         (
             ListenAddress,
             "udp://127.0.0.1:80=b",
-            "unknown scheme 'udp'; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE]",
+            "unknown scheme 'udp'; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https)",
         ),
         (
             ListenAddress,
             "tcp://127.0.0.1:80",
-            "names no service; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'tcp://127.0.0.1:80'",
+            "names no service; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https), got 'tcp://127.0.0.1:80'",
         ),
         (
             ListenAddress,
             "tcp://127.0.0.1:80=",
-            "names no service; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'tcp://127.0.0.1:80='",
+            "names no service; expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https), got 'tcp://127.0.0.1:80='",
         ),
         (
             ListenAddress,
@@ -100,7 +100,7 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
         (
             ListenAddress,
             "tcp://127.0.0.1=b",
-            "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'tcp://127.0.0.1=b'",
+            "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https), got 'tcp://127.0.0.1=b'",
         ),
         (DiscoveryUrl, "", "expected grpc://HOST:PORT (or grpcs, ws, wss) or file:PATH, got ''"),
         (

@@ -26,8 +26,11 @@ from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import Http2Config, HttpConfig, RouteConfig
+from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.sources import FileOptions, SourceUrl
+
+LISTENERS = "expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE] (or tls, https)"
 
 FULL: dict[str, Any] = {
     "proxy": {
@@ -97,12 +100,30 @@ FULL: dict[str, Any] = {
                 "continuations": 11,
             },
         },
+        "tls": {
+            "certificate_file": "own.pem",
+            "key_file": "own.key",
+            "client_ca_file": "clients.pem",
+            "client_certificate": "required",
+            "allow": ["spiffe://td/ns/*", "*.example"],
+            "min_version": "1.2",
+            "handshake_timeout": 1,
+        },
         "ejection": {"failures": 1, "time": 2, "max_time": 3},
         "limits": {"connections": 1, "requests": 2, "waiting": 3},
         "services": {
             "b": {
                 "port_name": "grpc",
                 "protocol": "http2",
+                "tls": {
+                    "ca_file": "b.pem",
+                    "server_name": "b.example",
+                    "identity": "spiffe://td/{namespace}",
+                    "certificate_file": "to-b.pem",
+                    "key_file": "to-b.key",
+                    "port": 8443,
+                    "min_version": "1.2",
+                },
                 "attempts": {"deadline": 1, "max_attempts": None},
                 "limits": {"connections": 4},
                 "spill": 5,
@@ -240,6 +261,15 @@ def test_every_key() -> None:
             services={
                 ServiceKey("b"): ServiceConfig(
                     port_name="grpc",
+                    tls=UpstreamTlsConfig(
+                        ca_file="b.pem",
+                        server_name="b.example",
+                        identity="spiffe://td/{namespace}",
+                        certificate_file="to-b.pem",
+                        key_file="to-b.key",
+                        port=8443,
+                        min_version="1.2",
+                    ),
                     protocol="http2",
                     attempts=AttemptOverrides(deadline=1.0, max_attempts=None),
                     limits=LimitsConfig(connections=4),
@@ -251,6 +281,14 @@ def test_every_key() -> None:
             limits=LimitsConfig(connections=1, requests=2, waiting=3),
             workers=2,
             busy_poll=20,
+            tls=TlsConfig(
+                certificate_file="own.pem",
+                key_file="own.key",
+                client_ca_file="clients.pem",
+                allow=("spiffe://td/ns/*", "*.example"),
+                min_version="1.2",
+                handshake_timeout=1.0,
+            ),
             access_log=True,
             drain=DrainConfig(delay=1.0, timeout=2.0),
         ),
@@ -331,6 +369,38 @@ def test_numbers_are_floats_where_they_are_times() -> None:
         ({"proxy": {"labels": {"zone": True}}}, "proxy.labels.zone: expected text, got true; put it between quotes"),
         ({"proxy": {"labels": {"zone": None}}}, "proxy.labels.zone: expected text, got nothing (null)"),
         ({"proxy": {"labels": {"node": "n1"}}}, "proxy.labels.node: is set by proxy.node_name"),
+        ({"proxy": {"listen": ["tls://127.0.0.1:1=b"]}}, "proxy.listen[0]: takes proxy.tls.certificate_file"),
+        ({"proxy": {"listen": ["https://127.0.0.1:1"]}}, "proxy.listen[0]: takes proxy.tls.certificate_file"),
+        ({"proxy": {"tls": {"key_file": "k"}}}, "proxy.tls.key_file: takes proxy.tls.certificate_file too"),
+        (
+            {"proxy": {"tls": {"allow": ["a.example"]}}},
+            "proxy.tls.allow: takes proxy.tls.client_ca_file: without it no client proves who it is",
+        ),
+        (
+            {"proxy": {"tls": {"client_ca_file": "c", "client_certificate": "optional", "allow": ["a.example"]}}},
+            "proxy.tls.allow: lets in nobody without a certificate: proxy.tls.client_certificate must be required",
+        ),
+        (
+            {"proxy": {"tls": {"client_ca_file": "c", "allow": ["a b"]}}},
+            "proxy.tls.allow[0]: expected a URI or a DNS name, got 'a b'",
+        ),
+        (
+            {"proxy": {"services": {"b": {"tls": {"ca_file": "c"}}}}},
+            "proxy.services.b.tls: has neither server_name nor identity: any certificate of the authority would do",
+        ),
+        (
+            {"proxy": {"services": {"b": {"tls": {"identity": "spiffe://td/{"}}}}},
+            "proxy.services.b.tls.identity: braces stand around a label's name: 'spiffe://td/{'",
+        ),
+        (
+            {"proxy": {"services": {"b": {"tls": {"server_name": "b", "key_file": "k"}}}}},
+            "proxy.services.b.tls.key_file: takes certificate_file too",
+        ),
+        (
+            {"proxy": {"services": {"b": {"tls": {"server_name": "b"}, "health_check": {"kind": "http"}}}}},
+            "proxy.services.b.health_check.kind: a check of kind http speaks plaintext, and the instances TLS: give it"
+            " a port of its own",
+        ),
         ({"proxy": {"labels": {"": "n1"}}}, "proxy.labels.: empty name, or longer than 1024 characters"),
         ({"proxy": {"labels": {"a": "x" * 1024}}}, "proxy.labels.a: empty name, or longer than 1024 characters"),
         ({"proxy": {"labels": {f"l{i}": "" for i in range(65)}}}, "proxy.labels: 65 of them; at most 64"),
@@ -519,8 +589,8 @@ def test_all_mistakes_are_told_at_once_each_with_its_origin() -> None:
     assert refused(flags, file) == [
         "flag: log.level: expected one of debug, error, info, warning, got the text 'x'",
         "config.yaml:2: log.level: expected one of debug, error, info, warning, got the number 3",
-        "config.yaml:3: proxy.listen[0]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'b'",
-        "config.yaml:3: proxy.listen[2]: expected tcp://HOST:PORT=SERVICE or http://HOST:PORT[=SERVICE], got 'c'",
+        f"config.yaml:3: proxy.listen[0]: {LISTENERS}, got 'b'",
+        f"config.yaml:3: proxy.listen[2]: {LISTENERS}, got 'c'",
     ]
 
 

@@ -13,6 +13,7 @@ import trio.testing
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.listen import ListenError
+from meshlocal.net.pipe import Pipe
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.locality import Locality
@@ -135,10 +136,10 @@ async def test_who_waits_in_the_queue_of_a_listener_that_goes_is_served(
     served: list[object] = []
     gone = trio.Event()
 
-    async def serve(_: object, service: object, client: socket.socket, peer: object) -> None:
+    async def serve(_: object, service: object, client: Pipe, peer: object) -> None:
         served.append(service)
         await gone.wait()
-        client.send(b"served")
+        client.write(b"served")
         client.close()
 
     monkeypatch.setattr(HttpForwarder, "serve", serve)

@@ -475,7 +475,7 @@ async def test_a_kept_task_holds_nothing_of_its_last_connection(proxy: Any, upst
     assert await stream.receive_some(64) == b"first\n"
     await trio.sleep(2 * DEFERRAL)
     (connection,) = proxy.forwarder
-    held = [weakref.ref(connection.client.socket), weakref.ref(connection.upstream)]
+    held = [weakref.ref(connection.client.pipe.plain), weakref.ref(connection.upstream.plain)]
     del connection
     await stream.aclose()
     await finish(proxy)

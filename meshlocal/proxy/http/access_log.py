@@ -20,6 +20,7 @@ class HttpAccessLog:
             record.outcome,
             now,
             peer=record.peer,
+            identity=record.identity,
             asked={
                 "method": head.method.decode("ascii"),
                 "host": head.authority.decode("ascii") or None,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import socket
 
 import trio
 
+from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
@@ -36,8 +36,8 @@ class ClientConnection(H1Client):
 
     __slots__ = ("link",)
 
-    def __init__(self, shared: HttpShared, service: ServiceKey | None, sock: socket.socket, peer: object) -> None:
-        super().__init__(shared, service, sock, peer)
+    def __init__(self, shared: HttpShared, service: ServiceKey | None, pipe: Pipe, peer: object) -> None:
+        super().__init__(shared, service, pipe, peer)
         self.link: H2ClientLink | None = None
 
     async def run(self) -> None:

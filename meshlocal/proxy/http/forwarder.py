@@ -16,6 +16,7 @@ import trio
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.listen import CAPACITY_PAUSE, Started
 from meshlocal.net.log import get_log
+from meshlocal.net.pipe import Pipe, PlainPipe
 from meshlocal.net.sockets import format_address
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy.config import ProxyConfig
@@ -96,12 +97,12 @@ class HttpForwarder:
         self, connections: trio.Nursery, service: ServiceKey | None, client: socket.socket, peer: object
     ) -> Started:
         """See `Server.take`."""
-        connections.start_soon(self.serve, service, client, peer)
+        connections.start_soon(self.serve, service, PlainPipe(client), peer)
         return Started.NOW
 
-    async def serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
-        """Serve one accepted connection to its end; the socket is closed or reset then."""
-        connection = ClientConnection(self.shared, service, client, peer)
+    async def serve(self, service: ServiceKey | None, pipe: Pipe, peer: object) -> None:
+        """See `PipeServer.serve`."""
+        connection = ClientConnection(self.shared, service, pipe, peer)
         state = self._table.get(service) if service is not None else None
         circuit = state.circuit if state is not None else self._table.circuit
         if not circuit.enter(Limit.CONNECTIONS):

@@ -25,6 +25,7 @@ import trio
 from trio.lowlevel import Abort, checkpoint, current_task, wait_task_rescheduled
 
 from meshlocal.client.statistics import Outcome
+from meshlocal.net.pipe import PlainPipe
 from meshlocal.policy.retry import Failure
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
 from meshlocal.proxy.http.h1.client import CHUNK, H1Client
@@ -64,6 +65,7 @@ class Lane:
         "_loop",
         "_more",
         "_patience",
+        "_pipe",
         "_registered",
         "_reminder",
         "_sent_in",
@@ -80,7 +82,9 @@ class Lane:
         self._shared = client.shared
         self._patience = client.shared.patience
         self._loop = loop
-        self._fd = client.socket.fileno()
+        assert isinstance(client.pipe, PlainPipe)
+        self._pipe = client.pipe
+        self._fd = client.pipe.plain.fileno()
         self._registered = False
         self._more = False
         self._handed_over = False
@@ -98,7 +102,7 @@ class Lane:
         self.request = self.upstream = self.raised = self.end = None
         loop = self._loop
         if not self._registered:
-            loop.watch(self._client.socket)
+            loop.watch(self._pipe.plain)
             self._registered = True
         loop.handlers[self._fd] = self.on_client
         self._handed_over = False
@@ -204,7 +208,7 @@ class Lane:
         """Read, and begin with what came; `more`: there may be something behind it."""
         self._more = more
         try:
-            received = self._client.socket.recv(CHUNK)
+            received = self._pipe.plain.recv(CHUNK)
         except BlockingIOError:
             self._more = False
             return
@@ -273,6 +277,9 @@ class Lane:
         if kept is None:
             return False
         self.upstream = H1Upstream(request, service, kept)
+        if kept.sock is None:
+            # Its bytes are not the socket's: a task goes on with it.
+            return False
         self._loop.handlers[kept.number] = self.on_upstream
         self._patience.add(self, now)
         self._loop.at_end(self._send_request)
@@ -316,6 +323,7 @@ class Lane:
         upstream, client = self.upstream, self._client
         assert upstream is not None
         sock = upstream.upstream.sock
+        assert sock is not None
         for _ in range(LANE_TURN):
             try:
                 data = sock.recv(CHUNK)
@@ -336,7 +344,7 @@ class Lane:
                 return
             if out:
                 try:
-                    sent = client.socket.send(out)
+                    sent = self._pipe.plain.send(out)
                 except BlockingIOError:
                     sent = 0
                 except OSError:
@@ -363,7 +371,7 @@ class Lane:
             return
         out = upstream.out
         try:
-            sent = self._client.socket.send(out) if out else 0
+            sent = self._pipe.plain.send(out) if out else 0
         except BlockingIOError:
             sent = 0
         except OSError:

@@ -51,7 +51,7 @@ class Link:
     Args:
         pipe: its bytes; closed or cut by `run`.
         protocol: its frames.
-        loop: the relay's loop; None if there is none.
+        loop: the relay's loop, which moves its bytes if they are a socket's; None if there is none.
         window: bytes of one stream that the peer may send before it is given credit.
 
     Attributes:
@@ -81,6 +81,7 @@ class Link:
         "_time",
         "_unsent",
         "_unsettled",
+        "_wakes",
         "_wakeup",
         "heard",
         "late",
@@ -98,7 +99,9 @@ class Link:
         self.protocol = protocol
         self._loop = loop if pipe.plain is not None else None
         self._time = self._loop.time if self._loop is not None else trio.current_time
-        self._wakeup = Wakeup(self._loop)
+        # Its tasks may be wanted from within the loop all the same: by the other ends of its streams.
+        self._wakes = loop
+        self._wakeup = Wakeup(loop)
         self._fd = pipe.plain.fileno() if pipe.plain is not None else -1
         self._unsent: bytes | memoryview = b""
         self._dirty = False
@@ -123,9 +126,6 @@ class Link:
 
     handlers: ClassVar[dict[type[Event], Callable[[Any, Any], None]]] = {}
     """What is called with the link for each kind of event. May not wait."""
-
-    chunk: ClassVar[int] = CHUNK
-    """Bytes that are read at once."""
 
     batch: ClassVar[int] = 1024
     """Events that are handled in a row before other connections get their turn."""
@@ -239,7 +239,7 @@ class Link:
     def on_event(self, mask: int) -> None:
         """The socket has an event, or may have more than was read."""
         self._handled = 0
-        for _ in range(TURN // self.chunk):
+        for _ in range(TURN // CHUNK):
             if self.over:
                 return
             if self._unsent:
@@ -254,7 +254,7 @@ class Link:
                     self.on_caught_up()
                 continue
             try:
-                data = self.pipe.read(self.chunk)
+                data = self.pipe.read(CHUNK)
             except OSError as error:
                 self.lose(_why(error))
                 return
@@ -266,8 +266,8 @@ class Link:
             self.receive(data)
             if self.late:
                 continue
-            if len(data) < self.chunk and not mask & _ENDING:
-                # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
+            if len(data) < CHUNK and not mask & _ENDING and self.pipe.plain is not None:
+                # Behind a short read of a socket there is nothing, and more makes another event (epoll(7), Q9).
                 return
         self._more = True
         self._wakeup.set()
@@ -383,7 +383,7 @@ class Link:
         await self._send_rest()
         try:
             self.pipe.end()
-            while self.pipe.read(self.chunk) != b"":
+            while self.pipe.read(CHUNK) != b"":
                 await self.pipe.wait_readable()
         except OSError:
             return  # it is gone, and wanted no more

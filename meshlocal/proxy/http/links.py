@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Collection, Iterator
 from typing import ClassVar, Protocol
 
 import trio
 
-from meshlocal.net.pipe import PlainPipe
+from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_loop import RelayLoop
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.model import HostPort
@@ -77,7 +76,7 @@ class UpstreamLink(Link):
     """One connection to an instance.
 
     Args:
-        sock: the connected socket.
+        pipe: the connection's bytes.
         place: where it leads.
         config: what holds for http listeners.
         loop: the relay's loop; None if there is none.
@@ -94,7 +93,7 @@ class UpstreamLink(Link):
     __slots__ = ("_config", "_links", "_most", "closing", "idle_since", "place", "streams", "used")
 
     def __init__(
-        self, sock: socket.socket, place: HostPort, config: HttpConfig, loop: RelayLoop | None, links: SharedLinks
+        self, pipe: Pipe, place: HostPort, config: HttpConfig, loop: RelayLoop | None, links: SharedLinks
     ) -> None:
         http2 = config.http2
         limits = Http2Limits(
@@ -103,7 +102,7 @@ class UpstreamLink(Link):
             window=http2.window,
             continuations=http2.continuations,
         )
-        super().__init__(PlainPipe(sock), Http2Protocol(client=True, limits=limits), loop, http2.window)
+        super().__init__(pipe, Http2Protocol(client=True, limits=limits), loop, http2.window)
         self._config = config
         self._links = links
         self._most = http2.upstream_streams
@@ -331,9 +330,9 @@ class SharedLinks:
             waiter.error = error
         self.freed()
 
-    def adopt(self, sock: socket.socket, place: HostPort, config: HttpConfig) -> UpstreamLink:
+    def adopt(self, pipe: Pipe, place: HostPort, config: HttpConfig) -> UpstreamLink:
         """Share a connection that was made."""
-        link = UpstreamLink(sock, place, config, self._loop, self)
+        link = UpstreamLink(pipe, place, config, self._loop, self)
         if self._closed or (self._places is not None and place not in self._places):
             # It serves who made it, and no other (H2).
             link.closing = True

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import select
-import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
-from meshlocal.net.pipe import Pipe, PlainPipe, is_silent
+from meshlocal.net.pipe import Pipe, is_silent
 from meshlocal.policy.model import HostPort
 from meshlocal.policy.retry import Failure
 
@@ -21,8 +20,8 @@ class Upstream:
 
     Attributes:
         pipe: its bytes.
-        sock: the connection's socket, non-blocking.
-        number: the socket's file descriptor.
+        sock: the connection's socket, non-blocking; None if its bytes are not plain.
+        number: the socket's file descriptor; -1 likewise.
         place: where it leads.
         pool: that has it, while it waits.
         used: it had a response already (A4).
@@ -33,10 +32,10 @@ class Upstream:
 
     __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "sock", "used", "watched")
 
-    def __init__(self, sock: socket.socket, place: HostPort) -> None:
-        self.pipe: Pipe = PlainPipe(sock)
-        self.sock = sock
-        self.number = sock.fileno()
+    def __init__(self, pipe: Pipe, place: HostPort) -> None:
+        self.pipe = pipe
+        self.sock = sock = pipe.plain
+        self.number = sock.fileno() if sock is not None else -1
         self.place = place
         self.pool: Pool | None = None
         self.used = False
@@ -116,7 +115,7 @@ class Pool:
             upstream = idle.pop()
             # The loop goes on to call `on_event`, which does nothing from here on, until another handler is set.
             upstream.pool = None
-            if self._loop is not None and not sure:
+            if upstream.watched and not sure:
                 return upstream
             if upstream.is_silent():
                 return upstream
@@ -146,7 +145,7 @@ class Pool:
         upstream.idle_since = now
         upstream.pool = self
         idle.append(upstream)
-        if self._loop is not None:
+        if self._loop is not None and upstream.sock is not None:
             self._loop.handlers[upstream.number] = upstream.on_event
             if not (watched and upstream.watched):
                 # What happened while the loop did not look makes an event now.
@@ -185,15 +184,20 @@ class Pool:
                 idle.popleft().pipe.close()
             if not idle:
                 del self._idle[place]
-            for upstream in idle:
-                waiting[upstream.sock.fileno()] = None
-                poll.register(upstream.sock, select.POLLIN)
+            for upstream in list(idle):
+                if upstream.sock is not None:
+                    waiting[upstream.number] = None
+                    poll.register(upstream.sock, select.POLLIN)
+                elif not upstream.is_silent():
+                    # What came may be TLS's own, and say nothing of the stream within.
+                    idle.remove(upstream)
+                    self._close(upstream, spoke=upstream.spoke())
         if not waiting:
             return
         ended = {number for number, _ in poll.poll(0)}
         if not ended:
             return
         for idle in self._idle.values():
-            for upstream in [each for each in idle if each.sock.fileno() in ended]:
+            for upstream in [each for each in idle if each.number in ended]:
                 idle.remove(upstream)
                 self._close(upstream, spoke=upstream.spoke())

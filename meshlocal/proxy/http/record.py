@@ -49,6 +49,11 @@ class HttpRecord(Account):
         self.problem: ProtocolError | None = None
 
     @property
+    def identity(self) -> str:
+        """Who the client proved to be; empty if it proved nothing."""
+        return ""
+
+    @property
     def sent(self) -> int:
         """Bytes of its body that came from the client."""
         return self.body.size if self.body is not None else 0

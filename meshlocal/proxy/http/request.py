@@ -61,6 +61,11 @@ class HttpRequest(HttpRecord):
         self.response_begun = False
         self.client_end = End.ABORT
 
+    @property
+    def identity(self) -> str:
+        """See `HttpRecord.identity`."""
+        return self.client.identity
+
     def rest(self) -> None:
         """Let go of what an idle client must not hold: the request is over, and kept for its client's next one."""
         self.plan = self.pick = self.body = self.state = self.service = None

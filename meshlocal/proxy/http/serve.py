@@ -12,8 +12,6 @@ import trio
 
 from meshlocal.client.connecting import connect, dial
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.net.pipe import PlainPipe
-from meshlocal.net.sockets import abort, close
 from meshlocal.policy.model import HostPort
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.protocols import speaks_http2
@@ -255,7 +253,7 @@ async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> H1
 
 
 async def _dial(request: HttpRequest, service: HttpService, pick: Pick) -> H1Upstream | _Failed | None:
-    dialled = await dial(request.client, service.state.policy, pick)
+    dialled = await dial(request.client, service.state.policy, pick, service.state.security, "http/1.1")
     if dialled.upstream is None:
         return None if request.client.left else _Failed(Failure.CONNECT, dialled.error, sent=False)
     service.statistics.connections_made += 1
@@ -284,7 +282,7 @@ async def _connect_shared(
         error = AttemptOutcome.ABANDONED
         links.begin_connect(place)
         try:
-            dialled = await dial(client, service.state.policy, pick)
+            dialled = await dial(client, service.state.policy, pick, service.state.security, "h2")
             error = dialled.error
             if dialled.upstream is None:
                 return None if _has_left(request) else _Failed(Failure.CONNECT, error, sent=False)
@@ -334,13 +332,16 @@ async def _serve_connect(request: HttpRequest, service: HttpService) -> End:
     try:
         client = request.client
         if isinstance(client, H2Client):
-            whole = await run_stream_tunnel(client, request, service.state, PlainPipe(found))
+            whole = await run_stream_tunnel(client, request, service.state, found)
         else:
             opened = b"HTTP/1.1 200 Connection established\r\n" + request.explanation() + b"\r\n"
             whole = await run_tunnel(request, service.state, found, opened)
     finally:
         request.leave_instance()
-        (close if whole else abort)(found)
+        if whole:
+            found.close()
+        else:
+            found.abort()
     return request.client_end
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import trio
 
+from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_state import RelayCounters
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import Answer
@@ -95,7 +95,12 @@ class ClientStream(Protocol):
         ...
 
     @property
-    def socket(self) -> socket.socket:
+    def identity(self) -> str:
+        """Who the client proved to be; empty if it proved nothing."""
+        ...
+
+    @property
+    def pipe(self) -> Pipe:
         """What a tunnel goes over."""
         ...
 

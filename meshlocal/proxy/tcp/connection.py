@@ -11,7 +11,6 @@ connections are watched until they have lived for a while.
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,7 +19,9 @@ from meshlocal.client.account import Account
 from meshlocal.client.connecting import Client, connect_at_once, connect_waiting
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.relay import copy_back, relay
+from meshlocal.net.dial import Connecting
+from meshlocal.net.pipe import Pipe
+from meshlocal.net.relay import copy_back, relay_pipes
 from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
 from meshlocal.policy.limits import Limit
@@ -28,7 +29,6 @@ from meshlocal.policy.retry import Decision, Failure
 from meshlocal.proxy.tcp.replay import Heard, Replay
 
 if TYPE_CHECKING:
-    from meshlocal.net.dial import Connecting
     from meshlocal.net.flows import Pair
     from meshlocal.net.relay_loop import RelayLoop
     from meshlocal.net.task_pool import KeptTask
@@ -45,17 +45,17 @@ class TcpConnection(Account):
 
     Args:
         service: what it is for.
-        sock: the client's socket.
+        pipe: the client's bytes.
         peer: the client's address.
         started: when it was accepted, by trio.current_time().
 
     Attributes:
         service: what it is for.
-        client: who made it, and the socket.
+        client: who made it, and its bytes.
         peer: the client's address.
         counters: bytes moved; None until an instance is connected.
         cut: why the proxy ended it; empty if it did not.
-        upstream: the instance's socket; None while it has none.
+        upstream: the instance's bytes; None while it has none.
         outcome: why it has none, and will have none; None as long as that is not known.
         relay: is under way with its instance, or was; None if its task relays.
         kept: its task, if that was kept from another connection and has not begun yet.
@@ -79,14 +79,14 @@ class TcpConnection(Account):
         "upstream",
     )
 
-    def __init__(self, service: ServiceState, sock: socket.socket, peer: object, started: float) -> None:
+    def __init__(self, service: ServiceState, pipe: Pipe, peer: object, started: float) -> None:
         super().__init__(started)
         self.service = service
-        self.client = Client(sock)
+        self.client = Client(pipe)
         self.peer = peer
         self.counters: RelayCounters | None = None
         self.cut = ""
-        self.upstream: socket.socket | None = None
+        self.upstream: Pipe | None = None
         self.outcome: Outcome | None = None
         self.relay: Pair | None = None
         self.kept: KeptTask[TcpConnection] | None = None
@@ -126,8 +126,11 @@ class TcpConnection(Account):
             if self.upstream is None or self.service.policy.replay or self._is_doubted:
                 return False
             assert self.counters is not None
+            client, upstream = self.client.pipe.plain, self.upstream.plain
+            if client is None or upstream is None:
+                return False
             self.end_search()
-            self.relay = loop.begin(self.client.socket, self.upstream, self.counters)
+            self.relay = loop.begin(client, upstream, self.counters)
         except Exception as error:  # noqa: BLE001 - here is no place to raise; the task does
             self.fault = error
             return False
@@ -155,13 +158,13 @@ class TcpConnection(Account):
             self.outcome = Outcome.LIMITED
             return
         begun = connect_at_once(self.client, self)
-        if isinstance(begun, socket.socket):
-            self._have_instance(begun)
-        else:
+        if begun is None or isinstance(begun, Connecting):
             self._connecting = begun
             self.start_waiting()
+        else:
+            self._have_instance(begun)
 
-    def _have_instance(self, upstream: socket.socket) -> None:
+    def _have_instance(self, upstream: Pipe) -> None:
         self.upstream = upstream
         # After what its connect showed, so that what becomes of it counts as well (H1).
         self.began = now = trio.current_time()
@@ -203,7 +206,7 @@ class TcpConnection(Account):
             assert self.counters is not None
             if heard.ended:
                 self.end_search()
-                return self._outcome(await copy_back(self.client.socket, self.upstream, self.counters))
+                return self._outcome(await copy_back(self.client.pipe, self.upstream, self.counters))
             return self._outcome(await self._relay(self.client.early[heard.sent :]))
 
     async def _connect(self) -> bool:
@@ -241,7 +244,7 @@ class TcpConnection(Account):
                 Failure.NO_RESPONSE, self.started, heard.failed, sent=True, idempotent=True, held=True
             )
             assert decision is not Decision.SAME
-            abort(self.upstream)
+            self.upstream.abort()
             self.upstream = None
         return heard
 
@@ -257,10 +260,10 @@ class TcpConnection(Account):
             elif self._is_doubted:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._settle_soon)
-                    ended = await relay(self.client.socket, self.upstream, self.counters, early=early)
+                    ended = await relay_pipes(self.client.pipe, self.upstream, self.counters, early=early)
                     nursery.cancel_scope.cancel()
             else:
-                ended = await relay(self.client.socket, self.upstream, self.counters, early=early)
+                ended = await relay_pipes(self.client.pipe, self.upstream, self.counters, early=early)
         finally:
             self._judge(ended)
         assert ended is not None
@@ -305,12 +308,20 @@ class TcpConnection(Account):
             super().begin(self.service, 0.0)
         self._lose_instance()
         self.end(outcome)
-        end = close if outcome is Outcome.SERVED else abort
-        # Nobody waits for them any more.
-        end(self.client.socket, awaited=False)
+        _end(self.client.pipe, whole=outcome is Outcome.SERVED)
         if self.upstream is not None:
-            end(self.upstream, awaited=False)
+            _end(self.upstream, whole=outcome is Outcome.SERVED)
         counters = self.counters
         if counters is not None:
             self.service.statistics.bytes_sent += counters.client_to_upstream
             self.service.statistics.bytes_received += counters.upstream_to_client
+
+
+def _end(pipe: Pipe, *, whole: bool) -> None:
+    """Close it, or cut it. Nobody waits for it any more."""
+    if pipe.plain is not None:
+        (close if whole else abort)(pipe.plain, awaited=False)
+    elif whole:
+        pipe.close()
+    else:
+        pipe.abort()

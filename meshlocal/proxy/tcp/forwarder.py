@@ -25,6 +25,7 @@ from meshlocal.client.statistics import Outcome
 from meshlocal.client.tried import in_a_row
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.pipe import Pipe, PlainPipe
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.net.sockets import abort
 from meshlocal.net.task_pool import TaskPool
@@ -95,7 +96,8 @@ class TcpForwarder:
             abort(sock)
             return Started.NOTHING
         loop = current_loop.get()
-        connection = TcpConnection(service, sock, peer, trio.current_time() if loop is None else loop.time())
+        now = trio.current_time() if loop is None else loop.time()
+        connection = TcpConnection(service, PlainPipe(sock), peer, now)
         if loop is None:
             nursery.start_soon(self._serve, connection)
             self._connections[connection] = None
@@ -115,6 +117,16 @@ class TcpForwarder:
             return Started.LATER
         loop.defer(kept)
         return Started.NOTHING
+
+    async def serve(self, key: ServiceKey | None, pipe: Pipe, peer: object) -> None:
+        """See `PipeServer.serve`."""
+        service = self._services.get(key) if key is not None else None
+        if service is None:
+            pipe.abort()
+            return
+        connection = TcpConnection(service, pipe, peer, trio.current_time())
+        self._connections[connection] = None
+        await self._serve(connection)
 
     def _conclude(self, connection: TcpConnection) -> None:
         """A relay ended before the connection's task has made a step, which it need not make then."""
@@ -168,6 +180,7 @@ class TcpForwarder:
                 outcome,
                 trio.current_time(),
                 peer=connection.peer,
+                identity=connection.client.pipe.identity,
                 sent=counters.client_to_upstream if counters is not None else 0,
                 received=counters.upstream_to_client if counters is not None else 0,
                 problem={"cut": connection.cut or None},

@@ -8,14 +8,13 @@ it is.
 
 from __future__ import annotations
 
-import socket
 from typing import NamedTuple
 
 import trio
 
 from meshlocal.client.connecting import EARLY_LIMIT, Client
 from meshlocal.net.dial import classify_connect_error
-from meshlocal.net.pipe import Pipe, PlainPipe
+from meshlocal.net.pipe import Pipe
 from meshlocal.policy.config import AttemptPolicy
 
 
@@ -54,16 +53,15 @@ class Replay:
         self._passed_end = False
         self._stays = False
 
-    async def wait_heard(self, upstream: socket.socket) -> Heard:
+    async def wait_heard(self, upstream: Pipe) -> Heard:
         """Pass the client's words on, from the first, until this instance speaks or fails; notes a client that left."""
         self._sent = 0
         self._failed = ""
         self._spoke = self._passed_end = self._stays = False
-        pipe = PlainPipe(upstream)
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
-            nursery.start_soon(self._speak, pipe, scope)
-            await self._listen(pipe)
+            nursery.start_soon(self._speak, upstream, scope)
+            await self._listen(upstream)
             scope.cancel()
         if not (self._stays or self._failed or self._client.left):
             self._failed = "timeout"

@@ -102,6 +102,7 @@ class Proxy(Process):
         instances: addresses by service, with a port if it is not `PORT`; the first instance of each is on the proxy's
             own node.
         settings: YAML below `proxy:`.
+        listen: further listeners, whose ports are in `ports` by their scheme and service (`tls=b`).
     """
 
     def __init__(
@@ -111,21 +112,27 @@ class Proxy(Process):
         settings: str = "",
         *,
         fixed: Sequence[str] = (),
+        listen: Sequence[str] = (),
         name: str = "proxy",
         access_log: bool = True,
     ) -> None:
         self.file = folder / f"{name}-instances.yaml"
         self.write(instances)
         config = folder / f"{name}.yaml"
-        listen = "".join(f"    - http://127.0.0.1:0{suffix}\n" for suffix in ("", *(f"={each}" for each in fixed)))
+        plain = [f"http://127.0.0.1:0{suffix}" for suffix in ("", *(f"={each}" for each in fixed))]
+        lines = "".join(f"    - {each}\n" for each in (*plain, *listen))
         indented = "".join(f"  {line}\n" for line in settings.strip("\n").split("\n")) if settings else ""
         config.write_text(
             f"proxy:\n  node_name: n1\n  admin: 127.0.0.1:0\n  access_log: {str(access_log).lower()}\n"
-            f"  listen:\n{listen}{indented}  discovery: {{urls: ['file:{self.file}']}}\nlog: {{format: text}}\n"
+            f"  listen:\n{lines}{indented}  discovery: {{urls: ['file:{self.file}']}}\nlog: {{format: text}}\n"
         )
         super().__init__([sys.executable, "-m", "meshlocal", "proxy", "--config", str(config)], folder, name)
         ready = self.printed(r"meshlocal proxy ready: .*")[0]
         self.port, *others = map(int, re.findall(r" http://127\.0\.0\.1:(\d+)", ready))
+        self.ports = {
+            f"{scheme}{service or ''}": int(port)
+            for scheme, port, service in re.findall(r" (tls|https|tcp)://127\.0\.0\.1:(\d+)(=\S+)?", ready)
+        }
         self.fixed = dict(zip(fixed, others, strict=True))
         self.admin = int(re.search(r"admin=http://127\.0\.0\.1:(\d+)", ready)[1])  # type: ignore[index]  # it is there, or the test fails
         self.url = f"http://127.0.0.1:{self.port}"

@@ -1,4 +1,4 @@
-"""An instance that speaks gRPC: grpcio, with calls of each kind, as a process. ADDRESS PORT NAME"""
+"""An instance that speaks gRPC: grpcio, with calls of each kind, as a process. ADDRESS PORT NAME [CERTIFICATE KEY]"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 
@@ -76,7 +77,11 @@ def serve(address: str, port: int) -> None:
         handlers=[grpc.method_handlers_generic_handler("test.Greeter", handlers)],
         options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)],
     )
-    server.add_insecure_port(f"{address}:{port}")
+    if len(sys.argv) > 4:
+        certificate, key = (Path(file).read_bytes() for file in sys.argv[4:6])
+        server.add_secure_port(f"{address}:{port}", grpc.ssl_server_credentials([(key, certificate)]))
+    else:
+        server.add_insecure_port(f"{address}:{port}")
     server.start()
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())

@@ -360,7 +360,7 @@ async def test_a_client_that_is_cut_has_no_request_sent_for_it(proxy: Any, upstr
     assert (await client.get()).status == 200
     (connection,) = proxy.forwarder
     connection.expire()
-    handler = proxy.loop.handlers.get(connection.socket.fileno()) if proxy.loop is not None else None
+    handler = proxy.loop.handlers.get(connection.pipe.plain.fileno()) if proxy.loop is not None else None
     assert handler is None
     await client.rest()
     assert len(one.heads) == 1
@@ -376,7 +376,7 @@ async def test_what_was_read_for_a_task_counts_as_input(proxy: Any, upstream: An
     (connection,) = proxy.forwarder
     client.stream.socket._sock.send(b"GET / HTTP/1.1\r\nhost")
     if proxy.loop is not None:
-        proxy.loop.handlers[connection.socket.fileno()](select.EPOLLIN)
+        proxy.loop.handlers[connection.pipe.plain.fileno()](select.EPOLLIN)
     assert connection.has_input()
     await client.send(b": b\r\n\r\n")
     await until(lambda: len(one.heads) == 2)

@@ -344,7 +344,8 @@ async def test_no_more_requests_than_the_limit(proxy: Proxy, local: Upstream, me
 class Stingy:
     """A socket whose next `send` takes less than all, or fails."""
 
-    def __init__(self, sock: socket.socket, send: Callable[[socket.socket, bytes], int]) -> None:
+    def __init__(self, sock: socket.socket | None, send: Callable[[socket.socket, bytes], int]) -> None:
+        assert sock is not None
         self._sock = sock
         self._send: Callable[[socket.socket, bytes], int] | None = send
 
@@ -377,7 +378,7 @@ async def test_an_instance_that_does_not_take_all(
         await client.get()
         await until(lambda: proxy.pooled == 1)
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
-        monkeypatch.setattr(upstream.pipe, "plain", Stingy(upstream.sock, send))
+        monkeypatch.setattr(upstream.pipe, "plain", Stingy(upstream.pipe.plain, send))
         assert (await client.get("/second")).body == b"local"
         assert [head.partition(b" HTTP")[0] for head in local.heads] == [b"GET /", b"GET /second"]
         # And it is as good for the next one as any other.
@@ -411,7 +412,7 @@ async def test_a_client_that_does_not_take_all(
         local.behaviour = answers
         await until(lambda: proxy.pooled == 1)
         (connection,) = proxy.forwarder
-        monkeypatch.setattr(connection.pipe, "plain", Stingy(connection.socket, send))
+        monkeypatch.setattr(connection.pipe, "plain", Stingy(connection.pipe.plain, send))
         if send is is_dead:
             await client.send(f"{method} / HTTP/1.1\r\nhost: b\r\n\r\n".encode())
             assert await client.is_reset()
@@ -563,14 +564,15 @@ async def test_a_request_that_a_stop_cuts_is_an_attempt(
     assert proxy.loop is None or not proxy.loop.handlers
 
 
-async def test_a_trial_whose_client_left_is_over(proxy: Proxy, local: Upstream) -> None:
+async def test_a_trial_whose_client_left_is_over(
+    proxy: Proxy, local: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """H1: it brought no verdict, so that the next request may try."""
     health = proxy.table[B].fitness.health
 
     async def interim(_: Upstream, served: Served) -> bool:
         (connection,) = proxy.forwarder
-        monkey = Stingy(connection.socket, is_dead)
-        connection.pipe.plain = monkey  # type: ignore[assignment]  # a socket but for its next send
+        monkeypatch.setattr(connection.pipe, "plain", Stingy(connection.pipe.plain, is_dead))
         await served.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
         return await stalls(local, served)
 

@@ -20,7 +20,8 @@ from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, forwar
 class Wrapped:
     """A socket that sends in another way."""
 
-    def __init__(self, sock: socket.socket, send: Callable[[socket.socket, bytes], int]) -> None:
+    def __init__(self, sock: socket.socket | None, send: Callable[[socket.socket, bytes], int]) -> None:
+        assert sock is not None
         self._sock = sock
         self._send = send
 
@@ -381,7 +382,7 @@ async def test_an_instance_that_takes_no_more_of_a_body_is_heard(
         await client.get()
         await until(lambda: proxy.pooled == 1)
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
-        monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.sock, takes_the_head))
+        monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.pipe.plain, takes_the_head))
         local.behaviour = answers_late
         await client.send(b"PUT / HTTP/1.1\r\nhost: b\r\ncontent-length: 500\r\n\r\nsome")
         answer = await client.response()
@@ -540,7 +541,7 @@ async def test_upgrade_that_an_instance_takes_in_pieces(
         await client.get()
         await until(lambda: proxy.pooled == 1)
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
-        monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.sock, takes_half))
+        monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.pipe.plain, takes_half))
         local.behaviour = switch
         await client.send(UPGRADE)
         await until(lambda: len(local.heads) == 2)
@@ -609,7 +610,7 @@ async def test_a_long_response_keeps_nobody_waiting(
     async with await proxy.connect() as client, trio.open_nursery() as nursery:
         await client.get()
         (connection,) = proxy.forwarder
-        monkeypatch.setattr(connection.pipe, "plain", Wrapped(connection.socket, counts))
+        monkeypatch.setattr(connection.pipe, "plain", Wrapped(connection.pipe.plain, counts))
         nursery.start_soon(look)
         local.behaviour = says(response(bytes(size)))
         assert (await client.get()).body == bytes(size)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import trio
 
+from meshlocal.net.pipe import PlainPipe
 from meshlocal.net.relay_loop import open_relay_loop
 from meshlocal.proxy.http.pool import Pool
 from meshlocal.proxy.http.pool import Upstream as Pooled
@@ -141,7 +142,7 @@ def connected() -> Iterator[tuple[Pooled, socket.socket]]:
         far, _ = listener.accept()
     with near, far:
         near.setblocking(False)
-        yield Pooled(near, near.getpeername()), far
+        yield Pooled(PlainPipe(near), near.getpeername()), far
 
 
 @pytest.mark.parametrize("looped", [False, True])
@@ -153,6 +154,7 @@ async def test_what_may_not_be_sent_again_goes_on_a_connection_that_was_looked_a
         # No checkpoint on the way: nobody else has had a look.
         far.close()
         assert pool.take(upstream.place, sure=True) is None
+        assert upstream.sock is not None
         assert upstream.sock.fileno() == -1
 
 
@@ -161,4 +163,5 @@ async def test_a_connection_that_is_given_back_after_the_end_is_closed() -> None
     with connected() as (upstream, _):
         pool.close()
         pool.put(upstream, 0.0, 5)
+        assert upstream.sock is not None
         assert upstream.sock.fileno() == -1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import socket
 
 import trio
 
 from meshlocal.client.connecting import Client
+from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_state import RelayCounters
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
@@ -60,8 +60,8 @@ class H1Client(Client):
 
     http2 = False
 
-    def __init__(self, shared: HttpShared, service: ServiceKey | None, sock: socket.socket, peer: object) -> None:
-        super().__init__(sock)
+    def __init__(self, shared: HttpShared, service: ServiceKey | None, pipe: Pipe, peer: object) -> None:
+        super().__init__(pipe)
         self.shared = shared
         self.service = service
         self.peer = peer
@@ -73,6 +73,11 @@ class H1Client(Client):
         self.request: ServedRequest | None = None
         self.counters: RelayCounters | None = None
         self._forwarded = b""
+
+    @property
+    def identity(self) -> str:
+        """See `ClientStream`."""
+        return self.pipe.identity
 
     @property
     def is_idle(self) -> bool:
@@ -205,7 +210,8 @@ class H1Client(Client):
             self._forwarded = f"x-forwarded-for: {host}\r\n".encode()
         if head.forwarded and b"\r\nx-forwarded-proto:" in head.raw.lower():
             return self._forwarded
-        return self._forwarded + b"x-forwarded-proto: http\r\n"
+        scheme = b"http" if self.pipe.plain is not None else b"https"
+        return self._forwarded + b"x-forwarded-proto: " + scheme + b"\r\n"
 
     async def send(self, data: bytes) -> None:
         """Send bytes to the client.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-
 import trio
 
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.relay import relay
+from meshlocal.net.pipe import Pipe
+from meshlocal.net.relay import relay_pipes
 from meshlocal.net.relay_state import RelayCounters
 from meshlocal.proxy.http.ends import End
 from meshlocal.proxy.http.request import HttpRequest
 
 
-async def run_tunnel(request: HttpRequest, state: ServiceState, upstream: socket.socket, first: bytes) -> bool:
+async def run_tunnel(request: HttpRequest, state: ServiceState, upstream: Pipe, first: bytes) -> bool:
     """Send `first` to the client, then move bytes until both sides ended; tells whether that was in good order.
 
     The upstream stays the caller's. The request's outcome and end are set.
@@ -29,7 +28,7 @@ async def run_tunnel(request: HttpRequest, state: ServiceState, upstream: socket
     counters = client.counters = RelayCounters(trio.current_time())
     state.statistics.open += 1
     try:
-        ended = await relay(client.socket, upstream, counters, early=early)
+        ended = await relay_pipes(client.pipe, upstream, counters, early=early)
     finally:
         state.statistics.open -= 1
         client.counters = None

@@ -348,7 +348,7 @@ class H1Upstream:
         request.answered()
         request.begin_response(101)
         first = client_head(head, Framing.NONE, extra=request.explanation()) + bytes(self.flow.rest)
-        self.flow.complete = await run_tunnel(request, self.service.state, self.upstream.sock, first)
+        self.flow.complete = await run_tunnel(request, self.service.state, self.upstream.pipe, first)
 
     async def _receive(self) -> bytes:
         """Wait for bytes from the instance; empty at its end, or a reset.

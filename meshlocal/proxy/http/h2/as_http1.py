@@ -230,6 +230,12 @@ class Http1Stream:
             await self._readable.wait()
             self._check_interrupted()
 
+    identity = ""
+
+    def stop_reading(self) -> None:
+        """See `Pipe.stop_reading`: nothing is relayed over a stream."""
+        raise NotImplementedError
+
     def interrupt(self) -> None:
         """See `Pipe.interrupt`."""
         self._interrupted = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Awaitable, Callable
 from typing import ClassVar, Protocol
 
@@ -181,7 +180,12 @@ class H2Client:
         return self.link.peer
 
     @property
-    def socket(self) -> socket.socket:
+    def identity(self) -> str:
+        """See `ClientStream`."""
+        return self.link.pipe.identity
+
+    @property
+    def pipe(self) -> Pipe:
         """A stream has none of its own."""
         raise NotImplementedError
 
@@ -807,13 +811,14 @@ class H2ClientLink(Link):
 
     def wakeup(self) -> Wakeup:
         """For a task of a stream's."""
-        return Wakeup(self._loop)
+        return Wakeup(self._wakes)
 
     def forwarded(self, head: RequestHead) -> tuple[tuple[bytes, bytes], ...]:
         """The X-Forwarded-For and -Proto fields to append to a request."""
         if not self._forwarded:
             host = self.peer[0] if isinstance(self.peer, tuple) else "unknown"
-            self._forwarded = ((b"x-forwarded-for", host.encode()), (b"x-forwarded-proto", b"http"))
+            scheme = b"http" if self.pipe.plain is not None else b"https"
+            self._forwarded = ((b"x-forwarded-for", host.encode()), (b"x-forwarded-proto", scheme))
         if isinstance(head, Http2RequestHead) and any(name == b"x-forwarded-proto" for name, _ in head.fields):
             return self._forwarded[:1]
         return self._forwarded
@@ -902,8 +907,6 @@ class H2ClientLink(Link):
         GoAwayReceived: _on_goaway,
     }
 
-    # What a client floods it with costs time in the engine, too, before anything of it can be refused.
-    chunk: ClassVar = 16_384
     batch: ClassVar = 128
 
     # Its end.

@@ -6,7 +6,7 @@ import trio
 
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.pipe import PlainPipe
+from meshlocal.net.pipe import Pipe
 from meshlocal.proxy.http.ends import ClientLeftError
 from meshlocal.proxy.http.h2.body import Http2Body
 from meshlocal.proxy.http.h2.client import H2Client
@@ -15,7 +15,7 @@ from meshlocal.proxy.http.request import HttpRequest
 from meshlocal.wire.http2 import ErrorCode
 
 
-async def run_stream_tunnel(client: H2Client, request: HttpRequest, state: ServiceState, pipe: PlainPipe) -> bool:
+async def run_stream_tunnel(client: H2Client, request: HttpRequest, state: ServiceState, pipe: Pipe) -> bool:
     """Say that it is open, then move bytes until both sides ended; tells whether that was in good order.
 
     The pipe stays the caller's. The request's outcome is set.

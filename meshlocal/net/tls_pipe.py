@@ -1,0 +1,283 @@
+"""TLS over a socket, as a `Pipe` (RFC 8446; rules T1, T2).
+
+Theory of operation. OpenSSL has no socket of ours: what comes is put into one memory BIO, and what is to go out taken
+from another, so that a handshake, a record and an alert each cost the system calls that they need and no more.
+
+What was encrypted and is not sent yet is held here, one call's worth at most, and what it was made of counts as not
+written: who writes comes again with the same bytes, as with a socket that took none of them. An end without the other
+side's close_notify is a failure (RFC 8446, 6.1): a stream that was cut must not look complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
+
+from meshlocal.net.pipe import TlsError
+from meshlocal.net.sockets import abort, close
+
+CHUNK = 65_536
+"""Bytes that are taken from the socket, or encrypted, at once."""
+
+
+class TlsPipe:
+    """A `Pipe` that is TLS over a connected, non-blocking socket. `handshake` comes first.
+
+    Args:
+        sock: the socket, whose holder this is from here on.
+        context: with which certificate, and who is believed.
+        server: which side this is.
+        server_name: a client's: the name that is asked for (SNI), and, where the context checks names, must be proved.
+        session: a client's: of an earlier connection made with this context, to be resumed.
+        on_session: a client's: called with the session that the server gave, to be resumed by another.
+
+    Attributes:
+        identity: who the other side is, once somebody has found out; empty: not known.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_came",
+        "_dry",
+        "_going",
+        "_object",
+        "_on_session",
+        "_pending",
+        "_sock",
+        "_taken",
+        "identity",
+    )
+
+    plain = None
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        server: bool = False,
+        server_name: str | None = None,
+        session: ssl.SSLSession | None = None,
+        on_session: Callable[[ssl.SSLSession], None] | None = None,
+    ) -> None:
+        self._sock = sock
+        self._came = ssl.MemoryBIO()
+        self._going = ssl.MemoryBIO()
+        self._object = context.wrap_bio(
+            self._came, self._going, server_side=server, server_hostname=server_name, session=session
+        )
+        self._pending: bytes | memoryview = b""
+        self._taken = 0
+        self._ahead = b""
+        self._dry = False
+        self._on_session = on_session
+        self.identity = ""
+
+    # What was agreed on.
+
+    @property
+    def certificate(self) -> Mapping[str, object]:
+        """The other side's, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked."""
+        return self._object.getpeercert() or {}
+
+    @property
+    def protocol(self) -> str | None:
+        """What is spoken inside, as ALPN settled it (RFC 7301); None: nothing was said of it."""
+        return self._object.selected_alpn_protocol()
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier session was."""
+        return bool(self._object.session_reused)
+
+    @property
+    def version(self) -> str:
+        """Of TLS."""
+        return self._object.version() or ""
+
+    # The handshake.
+
+    async def handshake(self) -> None:
+        """Shake hands. The caller's cancel scope is the deadline; the pipe stays the caller's, to be aborted.
+
+        Raises:
+            TlsError: the other side proved nothing, or nothing that was wanted, or spoke no TLS. It was told so.
+            OSError: the connection failed.
+        """
+        while True:
+            try:
+                self._object.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._send()
+            except ssl.SSLError as error:
+                self._pending = self._going.read()
+                with suppress(OSError):
+                    self._flush()
+                raise TlsError(why(error)) from None
+            else:
+                await self._send()
+                return
+            await wait_readable(self._sock)
+            if self._receive() == 0:
+                raise TlsError("the other side ended the connection in the handshake")
+
+    async def _send(self) -> None:
+        self._pending = self._going.read()
+        while not self._flush():
+            await wait_writable(self._sock)
+
+    # Bytes.
+
+    def read(self, size: int) -> bytes | None:
+        """See `Pipe.read`."""
+        self._dry = False
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+            return data
+        while True:
+            try:
+                data = self._object.read(size)
+            except ssl.SSLWantReadError:
+                self._answer()
+                if self._receive() is None:
+                    self._dry = True
+                    return None
+            except ssl.SSLEOFError:
+                raise ConnectionResetError(errno.ECONNRESET, "ended without close_notify") from None
+            except ssl.SSLZeroReturnError:
+                return b""
+            except ssl.SSLError as error:
+                self._answer()
+                raise TlsError(why(error)) from None
+            else:
+                if self._on_session is not None and data:
+                    self._tell_session(self._on_session)
+                # Data, or close_notify. What it may have to be answered with, a change of keys, goes out with it.
+                self._answer()
+                return data
+
+    def _tell_session(self, on_session: Callable[[ssl.SSLSession], None]) -> None:
+        """With the first bytes: in TLS 1.3 the server gives it behind the handshake, before what it says itself."""
+        self._on_session = None
+        session = self._object.session
+        if session is not None:
+            on_session(session)
+
+    def _receive(self) -> int | None:
+        """Take what came from the socket: how many bytes, 0 at its end; None if nothing came."""
+        try:
+            data = self._sock.recv(CHUNK)
+        except BlockingIOError:
+            return None
+        if data:
+            self._came.write(data)
+        else:
+            self._came.write_eof()
+        return len(data)
+
+    def _answer(self) -> None:
+        """Send what TLS has to say by itself, unless what goes before it is still held: then with that."""
+        if self._going.pending and not self._pending:
+            self._pending = self._going.read()
+            with suppress(OSError):
+                # That nothing can be sent is no reason not to read; who writes is told.
+                self._flush()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """See `Pipe.write`. What is given after 0 begins with what was given before."""
+        if self._pending:
+            if not self._flush():
+                return 0
+            taken, self._taken = self._taken, 0
+            if taken:
+                return taken
+        if not data:
+            return 0
+        try:
+            taken = self._object.write(memoryview(data)[:CHUNK])
+        except ssl.SSLError as error:
+            raise BrokenPipeError(errno.EPIPE, why(error)) from None
+        self._pending = self._going.read()
+        if self._flush():
+            return taken
+        self._taken = taken
+        return 0
+
+    def _flush(self) -> bool:
+        """Send what is held; whether all of it is gone."""
+        while self._pending:
+            try:
+                sent = self._sock.send(self._pending)
+            except BlockingIOError:
+                return False
+            self._pending = memoryview(self._pending)[sent:]
+        self._pending = b""
+        return True
+
+    def peek(self, size: int) -> bytes | None:
+        """See `Pipe.peek`."""
+        if not self._ahead:
+            data = self.read(CHUNK)
+            if not data:
+                return data
+            self._ahead = data
+        return self._ahead[:size]
+
+    # Its end.
+
+    def end(self) -> None:
+        """See `Pipe.end`: close_notify (RFC 8446, 6.1). What comes from the other side can still be read."""
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        with suppress(ssl.SSLError):
+            # It asks for the other side's, which is waited for by who reads.
+            self._object.unwrap()
+        self._pending = bytes(self._pending) + self._going.read()
+        self._flush()
+
+    def close(self) -> None:
+        """See `Pipe.close`."""
+        if self._sock.fileno() != -1:
+            with suppress(OSError):
+                self._say_goodbye()
+            close(self._sock)
+
+    def abort(self) -> None:
+        """See `Pipe.abort`."""
+        abort(self._sock)
+
+    def interrupt(self) -> None:
+        """See `Pipe.interrupt`."""
+        notify_closing(self._sock)
+
+    def stop_reading(self) -> None:
+        """See `Pipe.stop_reading`."""
+        self._sock.shutdown(socket.SHUT_RD)
+
+    async def wait_readable(self) -> None:
+        """See `Pipe.wait_readable`."""
+        if self._dry and not self._ahead:
+            await wait_readable(self._sock)
+        else:
+            # What came of the socket may hold more than the last `read` gave.
+            await checkpoint()
+
+    async def wait_writable(self) -> None:
+        """See `Pipe.wait_writable`."""
+        await wait_writable(self._sock)
+
+
+def why(error: ssl.SSLError) -> str:
+    """What went wrong, in OpenSSL's words without its numbers."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if error.reason:
+        return error.reason.lower().replace("_", " ")
+    return error.strerror or os.strerror(errno.EPROTO)

@@ -1,0 +1,105 @@
+"""Identities that a certificate proves, and patterns of them (rule T4).
+
+An identity is a URI of a certificate's subjectAltName, such as a SPIFFE ID (SPIFFE-ID, 2), or a DNS name of it. A
+pattern is an identity in which, of a URI, any segment of the path may be `*`, and of a name the first label.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+_URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/*\s]+)((?:/[^/\s]+)*)")
+_NAME = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+class IdentityError(ValueError):
+    """A text that is no identity, or no pattern of one. Its text says why."""
+
+
+class IdentityPattern:
+    """Which identities are meant.
+
+    Args:
+        text: a URI, each segment of whose path may be `*`; or a DNS name, whose first label may be `*`.
+
+    Raises:
+        IdentityError: it is neither.
+    """
+
+    __slots__ = ("_segments", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._segments: tuple[str, ...] | None = None
+        if "://" in text:
+            if _URI.fullmatch(text) is None:
+                raise IdentityError(f"expected a URI such as spiffe://example/ns/*/sa/web, got {text!r}")
+            segments = text.split("/")
+            if any("*" in segment and segment != "*" for segment in segments):
+                raise IdentityError(f"a * stands for a whole segment of the path: {text!r}")
+            self._segments = tuple(segments)
+        elif _NAME.fullmatch(text) is None:
+            raise IdentityError(f"expected a URI or a DNS name, got {text!r}")
+
+    def __str__(self) -> str:
+        return self.text
+
+    def matches(self, identity: str) -> bool:
+        """Whether an identity is meant."""
+        if self._segments is None:
+            return "://" not in identity and _name_matches(self.text.lower(), identity.lower())
+        given = identity.split("/")
+        return len(given) == len(self._segments) and all(
+            wanted in ("*", own) and own != "" if position > 2 else wanted == own
+            for position, (wanted, own) in enumerate(zip(self._segments, given, strict=True))
+        )
+
+
+def _name_matches(pattern: str, name: str) -> bool:
+    if not pattern.startswith("*."):
+        return pattern == name
+    label, _, rest = name.partition(".")
+    return bool(label) and rest == pattern[2:]
+
+
+def identities(certificate: Mapping[str, object]) -> tuple[str, ...]:
+    """The URIs and DNS names that a certificate proves, URIs first.
+
+    Args:
+        certificate: as `ssl.SSLObject.getpeercert` gives it.
+    """
+    names = certificate.get("subjectAltName", ())
+    assert isinstance(names, tuple)
+    return tuple(value for wanted in ("URI", "DNS") for kind, value in names if kind == wanted)
+
+
+def allowed(patterns: Iterable[IdentityPattern], proved: Iterable[str]) -> bool:
+    """Whether one of the identities is one of those that are meant."""
+    proved = tuple(proved)
+    return any(pattern.matches(identity) for pattern in patterns for identity in proved)
+
+
+def placeholders(template: str) -> list[str]:
+    """The labels that a template of an identity names in braces.
+
+    Raises:
+        IdentityError: a brace stands alone, or it would be no identity.
+    """
+    names = _PLACEHOLDER.findall(template)
+    filled = _PLACEHOLDER.sub("x", template)
+    if "{" in filled or "}" in filled or not all(names):
+        raise IdentityError(f"braces stand around a label's name: {template!r}")
+    if "*" in filled:
+        raise IdentityError(f"an instance has one identity, not a pattern: {template!r}")
+    IdentityPattern(filled)
+    return names
+
+
+def fill(template: str, labels: Mapping[str, str]) -> str | None:
+    """The identity that an instance must prove; None: it lacks a label, or one is no part of an identity."""
+    values = {name: labels.get(name, "") for name in _PLACEHOLDER.findall(template)}
+    if not all(re.fullmatch(r"[A-Za-z0-9._-]+", value) for value in values.values()):
+        return None
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], template)

@@ -1,0 +1,294 @@
+"""TLS at the proxy's two ends: clients of tls and https listeners, and instances (rules T1 to T4).
+
+`ProxyTls` is what a configuration makes of its files; making it, and looking at the files again, is for a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from meshlocal.net.listen import Started
+from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.pipe import Pipe, TlsError
+from meshlocal.net.sockets import abort, format_address
+from meshlocal.net.tls import FileProblemError, FollowedContext, client_context, server_context
+from meshlocal.net.tls_pipe import TlsPipe
+from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
+from meshlocal.policy.identity import IdentityPattern, allowed, fill, identities
+from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.picker import Pick
+
+if TYPE_CHECKING:
+    import ssl
+
+_log = get_log(__name__)
+
+_WARNING_INTERVAL = 5.0
+
+HANDSHAKES = 1024
+"""Handshakes with clients that are under way at once, at most. Who comes beyond is refused at once."""
+
+SESSIONS = 1024
+"""Sessions of one service that are kept to be resumed, at most."""
+
+HTTP_PROTOCOLS = ("h2", "http/1.1")
+
+
+class PipeServer(Protocol):
+    """What serves connections whatever carries their bytes."""
+
+    async def serve(self, service: ServiceKey | None, pipe: Pipe, peer: object) -> None:
+        """Serve one connection to its end; the pipe is closed or cut then.
+
+        Args:
+            service: what it is for; None if each of its requests says its own.
+            pipe: its bytes.
+            peer: the client's address.
+        """
+        ...
+
+    def accepting(self) -> AbstractContextManager[None]:
+        """Entered for as long as there may be more connections."""
+        ...
+
+    def shed(self) -> None:
+        """Close what is idle: descriptors ran out."""
+        ...
+
+
+class ListenerTls:
+    """What listeners of one kind speak TLS with.
+
+    Args:
+        config: the proxy's section `tls`.
+        protocols: what is spoken inside (ALPN).
+
+    Raises:
+        FileProblemError: a file cannot be used.
+    """
+
+    def __init__(self, config: TlsConfig, protocols: tuple[str, ...]) -> None:
+        assert config.certificate_file is not None
+        self.config = config
+        self.allow = tuple(map(IdentityPattern, config.allow))
+        make = partial(
+            server_context,
+            config.certificate_file,
+            config.key_file,
+            client_ca_file=config.client_ca_file,
+            required=config.client_certificate == "required",
+            minimum=config.min_version,
+            protocols=protocols,
+        )
+        self.followed = FollowedContext((config.certificate_file, config.key_file, config.client_ca_file), make)
+
+
+class UpstreamTls:
+    """A service's `Security`.
+
+    Args:
+        config: the service's section `tls`.
+        own: the proxy's, whose certificate stands in for one of its own.
+
+    Raises:
+        FileProblemError: a file cannot be used.
+    """
+
+    def __init__(self, config: UpstreamTlsConfig, own: TlsConfig) -> None:
+        self._config = config
+        certificate_file, key_file = config.certificate_file, config.key_file
+        if certificate_file is None:
+            certificate_file, key_file = own.certificate_file, own.key_file
+        files = (config.ca_file, certificate_file, key_file)
+        self.followed: Mapping[str | None, FollowedContext] = {
+            protocol: FollowedContext(
+                files,
+                partial(
+                    client_context,
+                    *files,
+                    check_name=config.identity is None,
+                    minimum=config.min_version,
+                    protocols=(protocol,) if protocol is not None else (),
+                ),
+            )
+            for protocol in (None, *HTTP_PROTOCOLS)
+        }
+        self._sessions: OrderedDict[tuple[object, ...], ssl.SSLSession] = OrderedDict()
+
+    def port(self, pick: Pick) -> int:
+        """See `Security.port`."""
+        return self._config.port or pick.instance.key.port
+
+    async def secure(self, sock: socket.socket, pick: Pick, protocol: str | None) -> Pipe:
+        """See `Security.secure`."""
+        config = self._config
+        followed = self.followed[protocol]
+        # A session is of no use to another context.
+        place = (pick.instance.key[:2], protocol, followed.number)
+        pipe: TlsPipe | None = None
+        proved = False
+        try:
+            wanted = fill(config.identity, pick.instance.labels) if config.identity is not None else None
+            if config.identity is not None and wanted is None:
+                raise TlsError("the instance lacks a label of the identity that it must prove")
+            pipe = TlsPipe(
+                sock,
+                followed.context,
+                server_name=config.server_name,
+                session=self._sessions.get(place),
+                on_session=partial(self._keep, place),
+            )
+            await pipe.handshake()
+            if wanted is not None and not allowed((IdentityPattern(wanted),), identities(pipe.certificate)):
+                raise TlsError("the instance proves another identity")
+            if protocol == "h2" and pipe.protocol != "h2":
+                raise TlsError("the instance speaks no HTTP/2 over TLS")
+            proved = True
+            return pipe
+        finally:
+            if not proved:
+                self._sessions.pop(place, None)
+                abort(sock)
+
+    def _keep(self, place: tuple[object, ...], session: ssl.SSLSession) -> None:
+        self._sessions[place] = session
+        self._sessions.move_to_end(place)
+        if len(self._sessions) > SESSIONS:
+            self._sessions.popitem(last=False)
+
+
+class ProxyTls:
+    """What a configuration needs of TLS. To make it reads files.
+
+    Args:
+        config: the proxy's section.
+
+    Raises:
+        FileProblemError: a file cannot be used.
+
+    Attributes:
+        listeners: by scheme.
+        services: by name, as the configuration has it.
+    """
+
+    def __init__(self, config: ProxyConfig) -> None:
+        kinds = {"tls": (), "https": HTTP_PROTOCOLS}
+        schemes = {listen.scheme for listen in config.listen}
+        self._config = config
+        self.listeners = {
+            scheme: ListenerTls(config.tls, protocols) for scheme, protocols in kinds.items() if scheme in schemes
+        }
+        self.services = {
+            config.service_key(key): UpstreamTls(service.tls, config.tls)
+            for key, service in config.services.items()
+            if service.tls is not None
+        }
+        self._problems: dict[str, None] = {}
+
+    def security(self, key: ServiceKey) -> UpstreamTls | None:
+        """A service's; None: its instances are spoken to in plaintext."""
+        return self.services.get(key)
+
+    def _followed(self) -> Iterator[FollowedContext]:
+        for listener in self.listeners.values():
+            yield listener.followed
+        for service in self.services.values():
+            yield from service.followed.values()
+
+    def look(self) -> tuple[int, list[str]]:
+        """Look at the files again: how many contexts are new, and what is wrong that was not before."""
+        made = 0
+        problems: dict[str, None] = {}
+        for followed in self._followed():
+            try:
+                made += followed.look()
+            except FileProblemError as error:
+                problems[str(error)] = None
+        fresh = [problem for problem in problems if problem not in self._problems]
+        self._problems = problems
+        return made, fresh
+
+
+class TlsServer:
+    """Shakes hands with the clients of listeners of one kind, and has those served that may be. A `Server`.
+
+    Args:
+        tls: with which certificate, and who may be; looked up for each connection.
+        inner: serves them.
+
+    Attributes:
+        handshakes: how many came to which end: `ok`, `failed`, `timeout`, `not_allowed`, `limited`.
+    """
+
+    def __init__(self, tls: Callable[[], ListenerTls], inner: PipeServer) -> None:
+        self._tls = tls
+        self._inner = inner
+        self._under_way = 0
+        self.handshakes: Counter[str] = Counter()
+        self._refused = RateLimited(_log, logging.WARNING, "tls connection refused", interval=_WARNING_INTERVAL)
+
+    def take(
+        self, connections: trio.Nursery, service: ServiceKey | None, client: socket.socket, peer: object
+    ) -> Started:
+        """See `Server.take`."""
+        if self._under_way >= HANDSHAKES:
+            self._refuse("limited", f"{HANDSHAKES} handshakes are under way", peer)
+            abort(client)
+            return Started.NOTHING
+        self._under_way += 1
+        connections.start_soon(self._serve, service, client, peer)
+        return Started.NOW
+
+    async def _serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
+        pipe: TlsPipe | None = None
+        try:
+            pipe = await self._shake_hands(self._tls(), client, peer)
+        except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
+            _log.exception("connection failed by a fault in the proxy", client=format_address(peer))
+        finally:
+            self._under_way -= 1
+            if pipe is None:
+                abort(client)
+        if pipe is not None:
+            await self._inner.serve(service, pipe, peer)
+
+    async def _shake_hands(self, tls: ListenerTls, client: socket.socket, peer: object) -> TlsPipe | None:
+        """What the client is served over; None: it is refused, and was told so as far as TLS can."""
+        pipe = TlsPipe(client, tls.followed.context, server=True)
+        with trio.move_on_after(tls.config.handshake_timeout) as limit:
+            try:
+                await pipe.handshake()
+            except OSError as error:
+                self._refuse("failed", error.strerror or str(error), peer)
+                return None
+        if limit.cancelled_caught:
+            self._refuse("timeout", f"no handshake in {tls.config.handshake_timeout:g} s", peer)
+            return None
+        proved = identities(pipe.certificate)
+        if tls.allow and not allowed(tls.allow, proved):
+            self._refuse("not_allowed", f"{', '.join(proved) or 'no identity'} is not in proxy.tls.allow", peer)
+            return None
+        pipe.identity = proved[0] if proved else ""
+        self.handshakes["ok"] += 1
+        return pipe
+
+    def _refuse(self, how: str, problem: str, peer: object) -> None:
+        self.handshakes[how] += 1
+        self._refused(trio.current_time(), client=format_address(peer), problem=problem)
+
+    def accepting(self) -> AbstractContextManager[None]:
+        """See `Server.accepting`."""
+        return self._inner.accepting()
+
+    def shed(self) -> None:
+        """See `Server.shed`."""
+        self._inner.shed()

@@ -1,0 +1,550 @@
+"""TLS at the proxy's two ends (T1 to T4), with other people's programs: curl, openssl, nginx, nghttpd, grpcio."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from meshlocal.policy.identity import identities
+from nursery_tests.certificates import Authority, Pair
+from nursery_tests.interop.http.conftest import HERE, PORT, Nginx, Process, Proxy, listens, new_address, wait_until
+
+LIMIT = 20.0
+WEB = "spiffe://td/ns/shop/sa/web"
+OTHER = "spiffe://td/ns/shop/sa/other"
+
+
+class Certificates:
+    """Everybody's certificates, and another authority's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.authority = Authority(folder)
+        self.stranger = Authority(folder, "stranger")
+        self.proxy = self.authority.issue("proxy", ["proxy.example", "localhost"], ["spiffe://td/proxy"])
+        self.web = self.authority.issue("web", uris=[WEB])
+        self.other = self.authority.issue("other", uris=[OTHER])
+        self.foreign = self.stranger.issue("foreign", uris=[WEB])
+        self.late = self.authority.issue("late", uris=[WEB], begin=-10, end=-1)
+        self.instance = self.authority.issue("instance", ["b.example"], ["spiffe://td/node/n2"])
+
+
+class TlsInstance:
+    """An instance that echoes what it hears inside TLS, and says whom it heard.
+
+    Attributes:
+        heard: connections whose handshake ended well, by what the client proved.
+        resumed: how many of them resumed a session.
+    """
+
+    def __init__(self, address: str, pair: Pair | None, authority: str | None = None) -> None:
+        self.address = address
+        self.heard: list[Mapping[str, object]] = []
+        self.resumed = 0
+        self.plaintext = b""
+        self._context: ssl.SSLContext | None = None
+        if pair is not None:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.load_cert_chain(*pair)
+            if authority is not None:
+                self._context.load_verify_locations(authority)
+                self._context.verify_mode = ssl.CERT_REQUIRED
+        self._listener = socket.create_server((address, PORT), backlog=128)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        sock.settimeout(LIMIT)
+        with sock, contextlib.suppress(OSError):
+            if self._context is None:
+                self.plaintext += sock.recv(65536)
+                sock.sendall(b"I speak no TLS\n")
+                return
+            with self._context.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as stream:
+                self.heard.append(stream.getpeercert() or {})
+                self.resumed += bool(stream.session_reused)
+                while data := stream.recv(65536):
+                    stream.sendall(data)
+                # An end of the client's was close_notify, and ours is, too.
+                stream.unwrap()
+
+
+@pytest.fixture(scope="module")
+def certificates(folder: Path) -> Certificates:
+    return Certificates(folder)
+
+
+def settings(made: Certificates, *, allow: Sequence[str] = (), services: str = "", asks: bool = True) -> str:
+    """YAML below `proxy:`: its own certificate, and whom it lets in."""
+    clients = f", client_ca_file: {made.authority.file}" if asks else ""
+    allowed = f", allow: [{', '.join(allow)}]" if allow else ""
+    own = f"tls: {{certificate_file: {made.proxy.certificate}, key_file: {made.proxy.key}{clients}{allowed}}}"
+    return f"{own}\nservices: {{{services}}}" if services else own
+
+
+def client_context(made: Certificates, pair: Pair | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=made.authority.file)
+    if pair is not None:
+        context.load_cert_chain(*pair)
+    return context
+
+
+@contextlib.contextmanager
+def connected(port: int, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    with (
+        socket.create_connection(("127.0.0.1", port), LIMIT) as sock,
+        context.wrap_socket(sock, server_hostname="proxy.example", suppress_ragged_eofs=False) as stream,
+    ):
+        yield stream
+
+
+def exchanged(port: int, context: ssl.SSLContext, said: bytes = b"hello") -> bytes:
+    """What comes back for a few bytes, up to a proper end."""
+    with connected(port, context) as stream:
+        stream.sendall(said)
+        got = b""
+        while len(got) < len(said):
+            data = stream.recv(65536)
+            if not data:
+                break
+            got += data
+        return got
+
+
+# Clients
+
+
+class Echo(Process):
+    """A plain instance that sends back what it hears."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        script = (
+            "import socketserver\n"
+            "class H(socketserver.BaseRequestHandler):\n"
+            "    def handle(self):\n"
+            "        while data := self.request.recv(65536): self.request.sendall(data)\n"
+            "class S(socketserver.ThreadingTCPServer): allow_reuse_address, daemon_threads = True, True\n"
+            f"S(('{address}', {PORT}), H).serve_forever()\n"
+        )
+        super().__init__([sys.executable, "-c", script], folder, "echo")
+        self.address = address
+        wait_until(lambda: listens(address), "the echo listens")
+
+
+@pytest.fixture(scope="module")
+def echo(folder: Path, running: ExitStack) -> Echo:
+    made = Echo(folder, new_address())
+    running.callback(made.kill)
+    return made
+
+
+@pytest.fixture(scope="module")
+def proxy(folder: Path, running: ExitStack, certificates: Certificates, echo: Echo, nginx: Nginx) -> Proxy:
+    """It asks clients for a certificate, and lets in those of one service account."""
+    started = Proxy(
+        folder,
+        {"echo": [echo.address], "nginx": [nginx.address]},
+        # nginx speaks HTTP/1.1 in plaintext.
+        settings(certificates, allow=["spiffe://td/ns/*/sa/web"], services="nginx: {protocol: http1}"),
+        listen=["tls://127.0.0.1:0=echo", "https://127.0.0.1:0=nginx"],
+        name="tls-proxy",
+    )
+    running.callback(started.kill)
+    return started
+
+
+def test_tcp_inside_tls(proxy: Proxy, certificates: Certificates) -> None:
+    large = bytes(range(256)) * 4096
+    context = client_context(certificates, certificates.web)
+    assert exchanged(proxy.ports["tls=echo"], context) == b"hello"
+    with connected(proxy.ports["tls=echo"], context) as stream:
+        writer = threading.Thread(target=stream.sendall, args=(large,))
+        writer.start()
+        got = b""
+        while len(got) < len(large):
+            got += stream.recv(65536)
+        writer.join()
+        assert got == large
+        # The end is passed on, and comes back as one (T2).
+        stream.unwrap()
+    proxy.printed(rf"access request service=echo client=\S+ identity={WEB} ")
+
+
+@pytest.mark.parametrize(
+    ("who", "problem"),
+    [
+        ("other", "spiffe://td/ns/shop/sa/other is not in proxy.tls.allow"),
+        ("foreign", "unable to get local issuer certificate"),
+        ("late", "certificate has expired"),
+        (None, "peer did not return a certificate"),
+    ],
+)
+def test_who_is_not_allowed_is_refused(proxy: Proxy, certificates: Certificates, who: str | None, problem: str) -> None:
+    """T4: before a byte of it reaches an instance, with a reason."""
+    served = proxy.measured("requests_total", service="echo")
+    with pytest.raises(OSError, match=r"(?i)alert|reset|eof|ended|pipe"):
+        exchanged(proxy.ports["tls=echo"], client_context(certificates, getattr(certificates, who) if who else None))
+    outcome = "not_allowed" if who == "other" else "failed"
+    wait_until(lambda: proxy.measured("tls_handshakes_total", scheme="tls", outcome=outcome) >= 1, outcome)
+    assert proxy.measured("requests_total", service="echo") == served
+
+
+def test_the_reason_is_in_the_log(folder: Path, certificates: Certificates, echo: Echo, running: ExitStack) -> None:
+    """One line in five seconds: of a proxy that refuses for the first time."""
+    made = Proxy(
+        folder,
+        {"echo": [echo.address]},
+        settings(certificates, allow=[WEB]),
+        listen=["tls://127.0.0.1:0=echo"],
+        name="tls-reason",
+    )
+    running.callback(made.kill)
+    with pytest.raises(OSError, match=r"(?i)alert|reset|eof|ended|pipe"):
+        exchanged(made.ports["tls=echo"], client_context(certificates, certificates.other))
+    made.printed(rf"tls connection refused client=127\.0\.0\.1:\d+ problem=.{OTHER} is not in proxy\.tls\.allow")
+    made.kill()
+
+
+@pytest.mark.parametrize("what", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"\xff" * 5000])
+def test_what_is_no_tls_costs_that_connection_only(proxy: Proxy, certificates: Certificates, what: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.ports["tls=echo"]), LIMIT) as sock:
+        sock.sendall(what)
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(65536):
+                pass
+    assert exchanged(proxy.ports["tls=echo"], client_context(certificates, certificates.web)) == b"hello"
+    assert "fault in the proxy" not in proxy.log
+
+
+@pytest.mark.parametrize(("flag", "version"), [("--http1.1", "1.1"), ("--http2", "2")])
+def test_curl_over_https(
+    proxy: Proxy, certificates: Certificates, program: Callable[[str], str], flag: str, version: str
+) -> None:
+    """HTTP/1.1 and HTTP/2 by ALPN."""
+    command = [program("curl"), "-sS", flag, "--cacert", certificates.authority.file, "--max-time", "20"]
+    command += ["--cert", certificates.web.certificate, "--key", certificates.web.key, "-w", "%{http_version}"]
+    url = f"https://localhost:{proxy.ports['https=nginx']}/hello"
+    told = subprocess.run([*command, url], capture_output=True, text=True, check=False)
+    assert told.stdout == f"hello\n{version}", told.stderr
+
+
+def test_openssl(proxy: Proxy, certificates: Certificates, program: Callable[[str], str]) -> None:
+    told = subprocess.run(
+        [
+            *(program("openssl"), "s_client", "-connect", f"127.0.0.1:{proxy.ports['tls=echo']}", "-brief"),
+            *("-verify_return_error", "-CAfile", certificates.authority.file),
+            *("-cert", certificates.web.certificate, "-key", certificates.web.key),
+        ],
+        input="hello\n",
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert "Protocol version: TLSv1.3" in told.stderr, told.stderr
+    assert "Verification: OK" in told.stderr
+
+
+def test_an_older_tls_is_refused(proxy: Proxy, certificates: Certificates) -> None:
+    context = client_context(certificates, certificates.web)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError, match=r"(?i)protocol version"):
+        exchanged(proxy.ports["tls=echo"], context)
+
+
+# Instances
+
+
+@pytest.fixture
+def instances() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def upstream(made: Certificates, what: str) -> str:
+    """A service's section."""
+    return f"b: {{tls: {{ca_file: {made.authority.file}, {what}}}}}"
+
+
+@pytest.mark.parametrize("wrong", ["plaintext", "foreign", "late", "name", "label", "silent"])
+def test_an_instance_that_does_not_prove_itself_is_left_for_the_next(
+    folder: Path, instances: ExitStack, certificates: Certificates, wrong: str
+) -> None:
+    """T1: never in plaintext; its failure has the cause `tls`, or `timeout`."""
+    near, far = new_address(), new_address()
+    identity = wrong in ("name", "label")
+    pair: Pair | None = {
+        "plaintext": None,
+        "foreign": certificates.stranger.issue("foreign-b", ["b.example"]),
+        "late": certificates.authority.issue("late-b", ["b.example"], begin=-10, end=-1),
+        "name": certificates.authority.issue("wrong-b", ["b.example"], ["spiffe://td/node/n7"]),
+        "label": certificates.authority.issue("label-b", ["b.example"], ["spiffe://td/node/n2"]),
+        "silent": None,
+    }[wrong]
+    bad: TlsInstance | None = None
+    if wrong == "silent":
+        instances.enter_context(socket.create_server((near, PORT)))
+    else:
+        bad = TlsInstance(near, pair)
+        instances.callback(bad.close)
+    good = TlsInstance(far, certificates.instance)
+    instances.callback(good.close)
+    what = "identity: 'spiffe://td/node/{node}'" if identity else "server_name: b.example"
+    made = Proxy(
+        folder,
+        {"b": [near, far]},
+        settings(certificates, services=upstream(certificates, what), asks=False),
+        listen=["tcp://127.0.0.1:0=b"],
+        name=f"tls-{wrong}",
+    )
+    instances.callback(made.kill)
+    with socket.create_connection(("127.0.0.1", made.ports["tcp=b"]), LIMIT) as sock:
+        sock.sendall(b"secret")
+        assert sock.recv(100) == b"secret"
+    outcome = "timeout" if wrong == "silent" else "tls"
+    assert made.measured("attempts_total", outcome=outcome, tier="node") == 1
+    assert bad is None or b"secret" not in bad.plaintext
+    assert len(good.heard) == 1
+
+
+def test_the_proxy_proves_itself_to_instances_and_resumes_sessions(
+    folder: Path, instances: ExitStack, certificates: Certificates
+) -> None:
+    """Mutual TLS onward with the proxy's own certificate; a second connection resumes the first one's session."""
+    place = new_address()
+    instance = TlsInstance(place, certificates.instance, certificates.authority.file)
+    instances.callback(instance.close)
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates, services=upstream(certificates, "server_name: b.example"), asks=False),
+        listen=["tcp://127.0.0.1:0=b", "tls://127.0.0.1:0=b"],
+        name="tls-mutual",
+    )
+    instances.callback(made.kill)
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", made.ports["tcp=b"]), LIMIT) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+            sock.shutdown(socket.SHUT_WR)
+            # Half-close inside TLS, and back: an end, not a cut (T2).
+            assert sock.recv(100) == b""
+    # TLS on both sides.
+    assert exchanged(made.ports["tls=b"], client_context(certificates)) == b"hello"
+    assert identities(instance.heard[0])[0] == "spiffe://td/proxy"
+    assert instance.resumed >= 2
+
+
+def test_a_cut_inside_tls_does_not_look_like_an_end(
+    folder: Path, instances: ExitStack, certificates: Certificates
+) -> None:
+    """T2, in both directions: a plain client gets a reset for what its instance cut, a client over TLS no
+    close_notify."""
+    place = new_address()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificates.instance)
+    listener = instances.enter_context(socket.create_server((place, PORT)))
+
+    def serve() -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            with sock, contextlib.suppress(OSError):
+                stream = context.wrap_socket(sock, server_side=True)
+                stream.sendall(stream.recv(100) + b" half")
+                # Without close_notify.
+                os.close(stream.detach())
+
+    threading.Thread(target=serve, daemon=True).start()
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates, services=upstream(certificates, "server_name: b.example"), asks=False),
+        listen=["tcp://127.0.0.1:0=b"],
+        name="tls-cut",
+    )
+    instances.callback(made.kill)
+    with socket.create_connection(("127.0.0.1", made.ports["tcp=b"]), LIMIT) as sock:
+        sock.sendall(b"hello")
+
+        def rest() -> bytes:
+            got = b""
+            while data := sock.recv(100):
+                got += data
+            return got
+
+        with pytest.raises(ConnectionResetError):
+            rest()
+    listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("protocol", ["http1", "http2"])
+def test_http_to_instances_over_tls(
+    folder: Path,
+    instances: ExitStack,
+    certificates: Certificates,
+    program: Callable[[str], str],
+    protocol: str,
+) -> None:
+    """nginx in HTTP/1.1 and nghttpd in HTTP/2 inside TLS; connections are kept."""
+    place = new_address()
+    files = folder / f"files-{protocol}"
+    files.mkdir()
+    (files / "hello").write_text("hello\n")
+    if protocol == "http1":
+        server = (
+            f"    listen {place}:8443 ssl;\n    ssl_certificate {certificates.instance.certificate};\n"
+            f"    ssl_certificate_key {certificates.instance.key};\n    ssl_protocols TLSv1.3;\n"
+            f"    location /hello {{ root {files}; }}"
+        )
+        nginx = Nginx(program("nginx"), folder, place, server, "nginx-tls")
+        instances.callback(nginx.kill)
+        port = "port: 8443, "
+    else:
+        command = [program("nghttpd"), f"--address={place}", "-d", str(files), str(PORT)]
+        nghttpd = Process(
+            [*command, certificates.instance.key, certificates.instance.certificate], folder, "nghttpd-tls"
+        )
+        instances.callback(nghttpd.kill)
+        wait_until(lambda: listens(place), "nghttpd listens")
+        port = ""
+    service = upstream(certificates, f"{port}server_name: b.example").replace("b: {", f"b: {{protocol: {protocol}, ", 1)
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates, services=service, asks=False),
+        fixed=["b"],
+        listen=["https://127.0.0.1:0=b"],
+        name=f"tls-{protocol}",
+    )
+    instances.callback(made.kill)
+    with made.connect("b") as wire:
+        for _ in range(5):
+            wire.send(b"GET /hello HTTP/1.1\r\nHost: b\r\n\r\n")
+            assert wire.response()[::2] == (200, b"hello\n")
+    told = subprocess.run(
+        [
+            *(program("curl"), "-sS", "--http2", "--cacert", certificates.authority.file, "--max-time", "20"),
+            f"https://localhost:{made.ports['https=b']}/hello",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stdout == "hello\n", told.stderr
+    assert made.measured("http_pool_connections_made_total", service="b") == 1
+
+
+def test_grpc_with_credentials(folder: Path, instances: ExitStack, certificates: Certificates) -> None:
+    """grpcio → TLS → proxy → TLS → grpcio."""
+    place = new_address()
+    pair = certificates.instance
+    greeter = Process(
+        [sys.executable, f"{HERE}/greeter.py", place, str(PORT), "tls", pair.certificate, pair.key],
+        folder,
+        "greeter-tls",
+    )
+    instances.callback(greeter.kill)
+    wait_until(lambda: listens(place), "the greeter listens")
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates, services=upstream(certificates, "server_name: b.example"), allow=[WEB]),
+        listen=["https://127.0.0.1:0=b"],
+        name="tls-grpc",
+    )
+    instances.callback(made.kill)
+    web = certificates.web
+    credentials = grpc.ssl_channel_credentials(
+        Path(certificates.authority.file).read_bytes(), Path(web.key).read_bytes(), Path(web.certificate).read_bytes()
+    )
+    options = [("grpc.ssl_target_name_override", "proxy.example"), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(f"127.0.0.1:{made.ports['https=b']}", credentials, options) as channel:
+        assert channel.unary_unary("/test.Greeter/Echo")(b"hi", timeout=LIMIT) == b"hi"
+        large = bytes(range(256)) * 8_192
+        assert channel.unary_unary("/test.Greeter/Echo")(large, timeout=LIMIT) == large
+        assert list(channel.stream_stream("/test.Greeter/Chat")(iter([b"a", b"b"]), timeout=LIMIT)) == [b"a!", b"b!"]
+    made.printed(rf"access request service=b client=\S+ identity={WEB} method=POST")
+
+
+# Files
+
+
+def test_a_file_that_cannot_be_used_is_named(
+    folder: Path, instances: ExitStack, certificates: Certificates, echo: Echo
+) -> None:
+    """At the start, and when the configuration is read again, which changes nothing then (S2)."""
+    own = certificates.authority.issue("reloaded", ["proxy.example"])
+    config = f"tls: {{certificate_file: {own.certificate}, key_file: {own.key}}}"
+    made = Proxy(folder, {"echo": [echo.address]}, config, listen=["tls://127.0.0.1:0=echo"], name="tls-reload")
+    instances.callback(made.kill)
+    Path(own.key).unlink()
+    os.kill(made.pid, signal.SIGHUP)
+    made.printed(r"config not applied problem=.*reloaded\.key: No such file or directory")
+    assert exchanged(made.ports["tls=echo"], client_context(certificates)) == b"hello"
+    certificates.authority.issue("reloaded", ["proxy.example"])
+    os.kill(made.pid, signal.SIGHUP)
+    made.printed("config applied")
+    assert exchanged(made.ports["tls=echo"], client_context(certificates)) == b"hello"
+    Path(own.certificate).write_text("nothing\n")
+    with pytest.raises(AssertionError, match=r"reloaded\.pem"):
+        Proxy(folder, {"echo": [echo.address]}, config, listen=["tls://127.0.0.1:0=echo"], name="tls-never")
+
+
+def test_a_certificate_that_changes_is_for_new_connections(
+    folder: Path, instances: ExitStack, certificates: Certificates, echo: Echo
+) -> None:
+    """T3: what is open goes on; a pair that does not fit changes nothing, and is reported."""
+    own = certificates.authority.issue("changing", ["proxy.example", "first.example"])
+    made = Proxy(
+        folder,
+        {"echo": [echo.address]},
+        f"tls: {{certificate_file: {own.certificate}, key_file: {own.key}}}",
+        listen=["tls://127.0.0.1:0=echo"],
+        name="tls-changes",
+    )
+    instances.callback(made.kill)
+    context = client_context(certificates)
+
+    def names() -> set[str]:
+        with connected(made.ports["tls=echo"], context) as stream:
+            return set(identities(stream.getpeercert() or {}))
+
+    with connected(made.ports["tls=echo"], context) as held:
+        assert "first.example" in names()
+        key = Path(own.key).read_text()
+        Path(own.key).write_text("no key\n")
+        made.printed(r"certificate not read again problem=.*changing\.pem")
+        assert "first.example" in names()
+        Path(own.key).write_text(key)
+        certificates.authority.issue("changing", ["proxy.example", "second.example"])
+        made.printed("certificates read again")
+        wait_until(lambda: "second.example" in names(), "the second certificate is shown")
+        held.sendall(b"still here")
+        assert held.recv(100) == b"still here"
