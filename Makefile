@@ -114,6 +114,7 @@ bench-policy: $(VENV)/run.stamp
 # Every fault under load, each for SOAK seconds; soak-document also puts the table into docs/reliability.md.
 SOAK ?= 10
 soak: $(VENV)/dev.stamp
+	MESHLOCAL_TESTS_KILLING=60 $(BIN)/pytest -k while_two_of_three nursery_tests/interop/http
 	$(BIN)/python -m nursery_tests.campaign --seconds $(SOAK)
 
 soak-document: $(VENV)/dev.stamp

@@ -287,12 +287,15 @@ async def _secure(
         except OSError as error:
             made = Dialled(None, classify_connect_error(error), error.errno or 0)
 
-    with trio.move_on_at(deadline) as scope:
-        await client.watched(secure)
-    if client.left and made is not None and made.upstream is not None:
-        made.upstream.abort()
-        made = None
-    if made is not None:
+    wanted = False
+    try:
+        with trio.move_on_at(deadline) as scope:
+            await client.watched(secure)
+        wanted = not client.left
+    finally:
+        if not wanted and made is not None and made.upstream is not None:
+            made.upstream.abort()
+    if wanted and made is not None:
         return made
     return Dialled(None, AttemptOutcome.TIMEOUT if scope.cancelled_caught else "", 0)
 

@@ -53,7 +53,12 @@ class Pipe(Protocol):
         ...
 
     def end(self) -> None:
-        """End our side of the stream, after all that was written."""
+        """End our side of the stream, after all that was written. If `is_unsent` then, a `write` goes on with it."""
+        ...
+
+    @property
+    def is_unsent(self) -> bool:
+        """Whether something that was taken waits for room; `write` sends it, also one of nothing."""
         ...
 
     def close(self) -> None:
@@ -119,6 +124,8 @@ class PlainPipe:
         except BlockingIOError:
             return None
 
+    is_unsent = False
+
     def end(self) -> None:
         """See `Pipe.end`."""
         self.plain.shutdown(socket.SHUT_WR)
@@ -146,6 +153,18 @@ class PlainPipe:
     async def wait_writable(self) -> None:
         """See `Pipe.wait_writable`."""
         await wait_writable(self.plain)
+
+
+async def finish_writing(pipe: Pipe) -> None:
+    """End our side of the stream, and wait until that is sent.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    pipe.end()
+    while pipe.is_unsent:
+        await pipe.wait_writable()
+        pipe.write(b"")
 
 
 def is_silent(pipe: Pipe) -> bool:

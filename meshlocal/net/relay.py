@@ -24,7 +24,7 @@ from contextlib import suppress
 import trio
 from trio.lowlevel import checkpoint
 
-from meshlocal.net.pipe import Pipe, PlainPipe
+from meshlocal.net.pipe import Pipe, PlainPipe, finish_writing
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState, Side
 
@@ -119,8 +119,8 @@ async def _pump(
         return
     state.first_end = state.first_end or side
     try:
-        sink.end()
-    except OSError as error:
+        await finish_writing(sink)
+    except (OSError, trio.ClosedResourceError) as error:
         _fail_sink(sink, other, state, error)
 
 

@@ -235,6 +235,11 @@ class TlsPipe:
         """See `Pipe.end`: close_notify (RFC 8446, 6.1). What comes from the other side can still be read."""
         self._say_goodbye()
 
+    @property
+    def is_unsent(self) -> bool:
+        """See `Pipe.is_unsent`."""
+        return bool(self._pending)
+
     def _say_goodbye(self) -> None:
         with suppress(ssl.SSLError):
             # It asks for the other side's, which is waited for by who reads.

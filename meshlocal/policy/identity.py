@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 
 _URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/*\s]+)((?:/[^/\s]+)*)")
 _NAME = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_SEGMENT = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]+")
+"""Of a path, as SPIFFE-ID, 2.2 has it."""
+
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -100,6 +103,6 @@ def placeholders(template: str) -> list[str]:
 def fill(template: str, labels: Mapping[str, str]) -> str | None:
     """The identity that an instance must prove; None: it lacks a label, or one is no part of an identity."""
     values = {name: labels.get(name, "") for name in _PLACEHOLDER.findall(template)}
-    if not all(re.fullmatch(r"[A-Za-z0-9._-]+", value) for value in values.values()):
+    if not all(_SEGMENT.fullmatch(value) for value in values.values()):
         return None
     return _PLACEHOLDER.sub(lambda found: values[found[1]], template)

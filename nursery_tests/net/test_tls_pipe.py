@@ -13,7 +13,7 @@ import trio
 import trio.testing
 import trustme
 
-from meshlocal.net.pipe import Pipe, TlsError, is_silent
+from meshlocal.net.pipe import Pipe, TlsError, finish_writing, is_silent
 from meshlocal.net.tls_pipe import CHUNK, TlsPipe
 
 LIMIT = 10.0
@@ -154,6 +154,26 @@ async def test_an_end_is_passed_on_and_the_other_way_goes_on(shake: Shake) -> No
     far.end()
     assert await received(near, 100) == b"answer"
     assert near.read(10) == b""
+
+
+async def test_an_end_that_finds_no_room_is_sent_once_there_is(shake: Shake) -> None:
+    near, far = await shake()
+    taken = 0
+    while size := near.write(bytes(CHUNK)):
+        taken += size
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(finish_writing, near)
+        await trio.testing.wait_all_tasks_blocked()
+        assert near.is_unsent
+        got = 0
+        with trio.fail_after(LIMIT):
+            while (data := far.read(CHUNK)) != b"":
+                if data is None:
+                    await far.wait_readable()
+                else:
+                    got += len(data)
+    assert got >= taken
+    assert not near.is_unsent
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -82,7 +82,7 @@ def test_an_instances_identity_is_built_from_its_labels() -> None:
     assert fill("db.example", {}) == "db.example"
 
 
-@pytest.mark.parametrize("value", ["", " ", "a/b", "*", "a b", "../x", "a\n", "{x}"])
+@pytest.mark.parametrize("value", ["", " ", ".", "..", "a/b", "*", "a b", "../x", "a\n", "{x}"])
 def test_a_label_is_no_more_than_a_segment(value: str) -> None:
     """A registry that lies could name another identity otherwise."""
     assert fill("spiffe://td/ns/{namespace}", {"namespace": value}) is None

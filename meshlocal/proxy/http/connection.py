@@ -6,7 +6,7 @@ import math
 
 import trio
 
-from meshlocal.net.pipe import Pipe
+from meshlocal.net.pipe import Pipe, finish_writing
 from meshlocal.net.relay_loop import current_loop
 from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
@@ -225,7 +225,7 @@ class ClientConnection(H1Client):
         To close with bytes unread would reset the connection, and the client might lose the answer (RFC 9112, 9.6).
         """
         try:
-            self.pipe.end()
+            await finish_writing(self.pipe)
         except OSError:
             raise ClientLeftError from None
         while await self.receive():

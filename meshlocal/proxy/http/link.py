@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import trio
 from trio.lowlevel import checkpoint
 
-from meshlocal.net.pipe import Pipe
+from meshlocal.net.pipe import Pipe, finish_writing
 from meshlocal.net.relay_loop import RelayLoop
 from meshlocal.net.wakeup import Wakeup
 from meshlocal.wire.http2 import ErrorCode, Event, Http2Error, Http2Protocol
@@ -382,7 +382,7 @@ class Link:
         self._unsent = self.protocol.data_to_send()
         await self._send_rest()
         try:
-            self.pipe.end()
+            await finish_writing(self.pipe)
             while self.pipe.read(CHUNK) != b"":
                 await self.pipe.wait_readable()
         except OSError:

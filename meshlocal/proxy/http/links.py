@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 import trio
 
+from meshlocal.client.security import Security
 from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_loop import RelayLoop
 from meshlocal.policy.config_http import HttpConfig
@@ -81,19 +82,27 @@ class UpstreamLink(Link):
         config: what holds for http listeners.
         loop: the relay's loop; None if there is none.
         links: has it.
+        security: that it was made with; None: it is in plaintext.
 
     Attributes:
         place: as given.
+        security: as given.
         streams: those that live, by number.
         closing: it takes no more streams.
         used: a response came on it (A4).
         idle_since: when its last stream ended, by trio.current_time().
     """
 
-    __slots__ = ("_config", "_links", "_most", "closing", "idle_since", "place", "streams", "used")
+    __slots__ = ("_config", "_links", "_most", "closing", "idle_since", "place", "security", "streams", "used")
 
     def __init__(
-        self, pipe: Pipe, place: HostPort, config: HttpConfig, loop: RelayLoop | None, links: SharedLinks
+        self,
+        pipe: Pipe,
+        place: HostPort,
+        config: HttpConfig,
+        loop: RelayLoop | None,
+        links: SharedLinks,
+        security: Security | None,
     ) -> None:
         http2 = config.http2
         limits = Http2Limits(
@@ -107,6 +116,7 @@ class UpstreamLink(Link):
         self._links = links
         self._most = http2.upstream_streams
         self.place = place
+        self.security = security
         self.streams: dict[int, UpstreamStream] = {}
         self.closing = False
         self.used = False
@@ -286,11 +296,23 @@ class SharedLinks:
         wanted: how many wait for a stream that is free, or for a connection that another makes.
     """
 
-    __slots__ = ("_changed", "_closed", "_connecting", "_links", "_loop", "_places", "_run", "_waiting", "wanted")
+    __slots__ = (
+        "_changed",
+        "_closed",
+        "_connecting",
+        "_links",
+        "_loop",
+        "_places",
+        "_run",
+        "_waiting",
+        "security",
+        "wanted",
+    )
 
     def __init__(self, loop: RelayLoop | None, run: Callable[[UpstreamLink], None]) -> None:
         self._loop = loop
         self._run = run
+        self.security: Security | None = None
         self._links: dict[HostPort, list[UpstreamLink]] = {}
         self._places: Collection[HostPort] | None = None
         self._connecting: set[HostPort] = set()
@@ -330,11 +352,12 @@ class SharedLinks:
             waiter.error = error
         self.freed()
 
-    def adopt(self, pipe: Pipe, place: HostPort, config: HttpConfig) -> UpstreamLink:
-        """Share a connection that was made."""
-        link = UpstreamLink(pipe, place, config, self._loop, self)
-        if self._closed or (self._places is not None and place not in self._places):
-            # It serves who made it, and no other (H2).
+    def adopt(self, pipe: Pipe, place: HostPort, config: HttpConfig, security: Security | None) -> UpstreamLink:
+        """Share a connection that was made, with this security."""
+        link = UpstreamLink(pipe, place, config, self._loop, self, security)
+        gone = self._closed or (self._places is not None and place not in self._places)
+        if gone or security is not self.security:
+            # It serves who made it, and no other (H2, T1).
             link.closing = True
         self._links.setdefault(place, []).append(link)
         self._run(link)
@@ -380,6 +403,12 @@ class SharedLinks:
         for link in self:
             if link.place not in places:
                 link.retire()
+
+    def renew(self, security: Security | None) -> None:
+        """Share only what is made with this from now on (T1)."""
+        self.security = security
+        for link in self:
+            link.retire()
 
     def close(self) -> None:
         """The service is followed no longer: connections end with their last stream."""

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
+from meshlocal.client.security import Security
 from meshlocal.net.pipe import Pipe, is_silent
 from meshlocal.policy.model import HostPort
 from meshlocal.policy.retry import Failure
@@ -23,6 +24,7 @@ class Upstream:
         sock: the connection's socket, non-blocking; None if its bytes are not plain.
         number: the socket's file descriptor; -1 likewise.
         place: where it leads.
+        security: that it was made with; None: it is in plaintext.
         pool: that has it, while it waits.
         used: it had a response already (A4).
         idle_since: when it was put back.
@@ -30,13 +32,14 @@ class Upstream:
         ending: its other side closed it, or it failed, or said more than was asked for.
     """
 
-    __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "sock", "used", "watched")
+    __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "security", "sock", "used", "watched")
 
-    def __init__(self, pipe: Pipe, place: HostPort) -> None:
+    def __init__(self, pipe: Pipe, place: HostPort, security: Security | None) -> None:
         self.pipe = pipe
         self.sock = sock = pipe.plain
         self.number = sock.fileno() if sock is not None else -1
         self.place = place
+        self.security = security
         self.pool: Pool | None = None
         self.used = False
         self.idle_since = 0.0
@@ -86,13 +89,15 @@ class Pool:
 
     Attributes:
         on_unasked: told of an instance that said something while nobody had asked it.
+        security: that connections are made with now (T1); those of another are not kept.
     """
 
-    __slots__ = ("_idle", "_loop", "_places", "on_unasked")
+    __slots__ = ("_idle", "_loop", "_places", "on_unasked", "security")
 
     def __init__(self, loop: RelayLoop | None = None) -> None:
         self._loop = loop
         self.on_unasked: Callable[[HostPort], None] | None = None
+        self.security: Security | None = None
         self._idle: dict[HostPort, deque[Upstream]] = {}
         self._places: Collection[HostPort] | None = None
 
@@ -132,6 +137,9 @@ class Pool:
             watched: the loop had it all the time.
         """
         place = upstream.place
+        if upstream.security is not self.security:
+            upstream.pipe.close()
+            return
         idle = self._idle.get(place)
         if idle is None:
             if self._places is not None and place not in self._places:
@@ -168,6 +176,13 @@ class Pool:
         """Close the connections to all other places, now and when they are given back (H2)."""
         self._places = places
         for place in [place for place in self._idle if place not in places]:
+            for upstream in self._idle.pop(place):
+                upstream.pipe.close()
+
+    def renew(self, security: Security | None) -> None:
+        """Keep only what is made with this from now on (T1)."""
+        self.security = security
+        for place in list(self._idle):
             for upstream in self._idle.pop(place):
                 upstream.pipe.close()
 

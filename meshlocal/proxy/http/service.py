@@ -41,6 +41,7 @@ class HttpService:
         self.links = SharedLinks(current_loop.get(), keep)
         self.pool = Pool(current_loop.get())
         self.pool.on_unasked = self._on_unasked
+        self._renew()
         self.statistics = HttpStatistics()
         self.budget = _budget(config)
         self.pool_size = config.pool_size
@@ -55,6 +56,12 @@ class HttpService:
         self.budget.refused = refused
         self.config = config
         self.pool_size = config.pool_size
+        if self.state.security is not self.pool.security:
+            self._renew()
+
+    def _renew(self) -> None:
+        self.pool.renew(self.state.security)
+        self.links.renew(self.state.security)
 
     def reuse(self, pick: Pick, *, sure: bool) -> Upstream | None:
         """A connection to the instance that waits for a request; None if there is none. It is the caller's.

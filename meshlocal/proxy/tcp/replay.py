@@ -14,7 +14,7 @@ import trio
 
 from meshlocal.client.connecting import EARLY_LIMIT, Client
 from meshlocal.net.dial import classify_connect_error
-from meshlocal.net.pipe import Pipe
+from meshlocal.net.pipe import Pipe, finish_writing
 from meshlocal.policy.config import AttemptPolicy
 
 
@@ -104,7 +104,7 @@ class Replay:
                 if self._wait is not None:
                     scope.deadline = trio.current_time() + self._wait
             if self._ended:
-                upstream.end()
+                await finish_writing(upstream)
                 self._passed_end = True
                 if self._wait is not None:
                     scope.deadline = trio.current_time() + self._wait

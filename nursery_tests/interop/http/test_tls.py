@@ -493,6 +493,61 @@ def test_grpc_with_credentials(folder: Path, instances: ExitStack, certificates:
     made.printed(rf"access request service=b client=\S+ identity={WEB} method=POST")
 
 
+def test_an_identity_is_proved_by_a_resumed_session_too(
+    folder: Path, instances: ExitStack, certificates: Certificates
+) -> None:
+    near, far = new_address(), new_address()
+    instance = TlsInstance(far, certificates.instance)
+    instances.callback(instance.close)
+    what = "server_name: b.example, identity: 'spiffe://td/node/{node}'"
+    made = Proxy(
+        folder,
+        {"b": [near, far]},
+        settings(certificates, services=upstream(certificates, what), asks=False),
+        listen=["tcp://127.0.0.1:0=b"],
+        name="tls-resumed",
+    )
+    instances.callback(made.kill)
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", made.ports["tcp=b"]), LIMIT) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+    assert instance.resumed == 2
+
+
+@pytest.mark.parametrize("protocol", ["http1", "http2"])
+def test_a_service_that_gets_tls_keeps_no_plaintext_connection(
+    folder: Path, instances: ExitStack, certificates: Certificates, program: Callable[[str], str], protocol: str
+) -> None:
+    """T1: what was made before SIGHUP is for nobody behind it."""
+    place = new_address()
+    files = folder / f"plain-{protocol}"
+    files.mkdir()
+    (files / "hello").write_text("hello\n")
+    if protocol == "http2":
+        command = [program("nghttpd"), "--no-tls", f"--address={place}", "-d", str(files), str(PORT)]
+        nghttpd = Process(command, folder, "nghttpd-plain")
+        instances.callback(nghttpd.kill)
+        wait_until(lambda: listens(place), "nghttpd listens")
+    else:
+        nginx = Nginx(program("nginx"), folder, place, f"    location /hello {{ root {files}; }}", "nginx-plain")
+        instances.callback(nginx.kill)
+    name = f"tls-comes-{protocol}"
+    made = Proxy(folder, {"b": [place]}, f"services: {{b: {{protocol: {protocol}}}}}", fixed=["b"], name=name)
+    instances.callback(made.kill)
+    with made.connect("b") as wire:
+        wire.send(b"GET /hello HTTP/1.1\r\nHost: b\r\n\r\n")
+        assert wire.response()[::2] == (200, b"hello\n")
+        config = folder / f"{name}.yaml"
+        tls = f"tls: {{ca_file: {certificates.authority.file}, server_name: b.example}}"
+        config.write_text(config.read_text().replace(f"protocol: {protocol}", f"protocol: {protocol}, {tls}"))
+        os.kill(made.pid, signal.SIGHUP)
+        made.printed("config applied")
+        wire.send(b"GET /hello HTTP/1.1\r\nHost: b\r\n\r\n")
+        assert wire.response()[0] == 502
+    assert made.measured("attempts_total", service="b", outcome="tls") == 1
+
+
 # Files
 
 

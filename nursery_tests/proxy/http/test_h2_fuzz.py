@@ -81,7 +81,7 @@ class Both:
         self.socket, self._other = socket.socketpair()
         made: Any = shared.find(B, NO_HEAD, time.monotonic())
         made.links._run = lambda link: None
-        self.upstream: UpstreamLink = made.links.adopt(PlainPipe(self.socket), instance.key[:2], made.config)
+        self.upstream: UpstreamLink = made.links.adopt(PlainPipe(self.socket), instance.key[:2], made.config, None)
         self.client = H2ClientLink(Pipe(), shared, B, ("127.0.0.1", 1), None, Calls(nursery, None))  # type: ignore[arg-type] # what is used of it
         self.upstream.pipe = Pipe()
         self.instance = Http2Protocol(client=False, limits=Http2Limits())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -142,7 +143,7 @@ def connected() -> Iterator[tuple[Pooled, socket.socket]]:
         far, _ = listener.accept()
     with near, far:
         near.setblocking(False)
-        yield Pooled(PlainPipe(near), near.getpeername()), far
+        yield Pooled(PlainPipe(near), near.getpeername(), None), far
 
 
 @pytest.mark.parametrize("looped", [False, True])
@@ -165,3 +166,15 @@ async def test_a_connection_that_is_given_back_after_the_end_is_closed() -> None
         pool.put(upstream, 0.0, 5)
         assert upstream.sock is not None
         assert upstream.sock.fileno() == -1
+
+
+async def test_what_was_made_with_another_security_is_not_kept() -> None:
+    """T1: nothing goes on in plaintext once TLS is configured, also what was in use meanwhile."""
+    secured: Any = object()
+    pool = Pool()
+    with connected() as (idle, _), connected() as (used, _):
+        pool.put(idle, 0.0, 5)
+        pool.renew(secured)
+        pool.put(used, 0.0, 5)
+        assert len(pool) == 0
+        assert [each.sock is not None and each.sock.fileno() for each in (idle, used)] == [-1, -1]

@@ -231,6 +231,7 @@ class Http1Stream:
             self._check_interrupted()
 
     identity = ""
+    is_unsent = False
 
     def stop_reading(self) -> None:
         """See `Pipe.stop_reading`: nothing is relayed over a stream."""
@@ -284,6 +285,7 @@ class SharedUpstream(Upstream):
         self.pipe = self._stream
         self.number = -1
         self.place = link.place
+        self.security = link.security
         self.pool = None
         self.used = link.used
         self.idle_since = 0.0

@@ -6,7 +6,7 @@ import trio
 
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
-from meshlocal.net.pipe import Pipe
+from meshlocal.net.pipe import Pipe, finish_writing
 from meshlocal.proxy.http.ends import ClientLeftError
 from meshlocal.proxy.http.h2.body import Http2Body
 from meshlocal.proxy.http.h2.client import H2Client
@@ -46,7 +46,7 @@ async def run_stream_tunnel(client: H2Client, request: HttpRequest, state: Servi
                     piece = piece[pipe.write(piece) :]
                     if piece:
                         await pipe.wait_writable()
-            pipe.end()
+            await finish_writing(pipe)
         except OSError as error:
             failed = f"upstream {error.strerror}"
             nursery.cancel_scope.cancel()
