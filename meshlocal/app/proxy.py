@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.returning import Lasting
-    from meshlocal.proxy.tls import ListenerTls, PipeServer, ProxyTls, TlsServer
+    from meshlocal.proxy.tls import PipeServer, ProxyTls, TlsServer
 
 _log = get_log(__name__)
 
@@ -195,17 +195,18 @@ class ProxyProcess:
             self._serve_tls("https", self.http)
 
     def _serve_tls(self, scheme: str, inner: PipeServer) -> None:
-        """Make what serves listeners of a kind, once there is one."""
-        if self.tls is None or scheme in self._servers:
+        """Have what serves listeners of a kind go by the configuration, once there is one."""
+        listening = self.tls.listeners.get(scheme) if self.tls is not None else None
+        if listening is None:
             return
         # Imported here: a proxy without TLS holds no code for it.
         from meshlocal.proxy.tls import TlsServer
 
-        def configured() -> ListenerTls:
-            assert self.tls is not None
-            return self.tls.listeners[scheme]
-
-        self._servers[scheme] = self.tls_servers[scheme] = TlsServer(configured, inner)
+        server = self.tls_servers.get(scheme)
+        if server is not None:
+            server.tls = listening
+        else:
+            self._servers[scheme] = self.tls_servers[scheme] = TlsServer(listening, inner)
 
     async def _follow_tls_files(self) -> None:
         """Have new connections go by files that changed (T3)."""

@@ -230,7 +230,7 @@ def begin_dial(pick: Pick, security: Security | None) -> Connecting | Dialled:
     """Begin to connect to an instance: what came of it at once; or what has to be waited for."""
     key = pick.instance.key
     try:
-        connecting = Connecting(key.address, key.port if security is None else security.port(pick))
+        connecting = Connecting(key.address, key.port if security is None else security.port(pick.instance))
     except OSError as error:
         return Dialled(None, classify_connect_error(error), error.errno or 0)
     return connecting if connecting.pending or security is not None else _finish(connecting)

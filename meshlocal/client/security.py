@@ -6,13 +6,14 @@ import socket
 from typing import Protocol
 
 from meshlocal.net.pipe import Pipe
+from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Pick
 
 
 class Security(Protocol):
     """How connections to the instances of a service are secured (T1)."""
 
-    def port(self, pick: Pick) -> int:
+    def port(self, instance: Instance) -> int:
         """Where an instance speaks TLS."""
         ...
 

@@ -49,7 +49,11 @@ class Pipe(Protocol):
         ...
 
     def peek(self, size: int) -> bytes | None:
-        """What `read` would give, which stays there."""
+        """What `read` would give, which stays there. For who reads, or while nobody does."""
+        ...
+
+    def has_input(self) -> bool:
+        """Whether something came that was not read. It takes nothing: another task may wait for that."""
         ...
 
     def end(self) -> None:
@@ -125,6 +129,10 @@ class PlainPipe:
             return None
 
     is_unsent = False
+
+    def has_input(self) -> bool:
+        """See `Pipe.has_input`."""
+        return bool(self.peek(1))
 
     def end(self) -> None:
         """See `Pipe.end`."""

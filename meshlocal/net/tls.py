@@ -109,16 +109,14 @@ class FollowedContext:
         FileProblemError: a file cannot be used.
 
     Attributes:
-        context: of the files as they were when they could last be used.
-        number: how often it was made anew.
+        current: the context of the files as they were when they could last be used, and how often it was made anew.
     """
 
     def __init__(self, files: Iterable[str | None], make: Callable[[], ssl.SSLContext]) -> None:
         self._files = tuple(file for file in files if file is not None)
         self._make = make
         self._made_of = _stamps(self._files)
-        self.context = make()
-        self.number = 0
+        self.current = make(), 0
 
     def look(self) -> bool:
         """Look at the files; whether there is another context now.
@@ -129,9 +127,9 @@ class FollowedContext:
         made_of = _stamps(self._files)
         if made_of == self._made_of:
             return False
-        self.context = self._make()
+        # Both at once: who looks at them is another thread.
+        self.current = self._make(), self.current[1] + 1
         self._made_of = made_of
-        self.number += 1
         return True
 
 
@@ -210,6 +208,8 @@ def client_context(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = VERSIONS[minimum]
     context.check_hostname = check_name
+    # A common name proves nothing (RFC 9525, 6.3).
+    context.hostname_checks_common_name = False
     if ca_file is not None:
         load_authorities(context, ca_file)
     else:

@@ -23,7 +23,13 @@ from meshlocal.net.pipe import TlsError
 from meshlocal.net.sockets import abort, close
 
 CHUNK = 65_536
-"""Bytes that are taken from the socket, or encrypted, at once."""
+"""Bytes that are encrypted at once."""
+
+RECORD = 16_640
+"""Bytes that are taken from the socket at once: a record of the largest kind (RFC 8446, 5.2)."""
+
+BARREN = 65_536
+"""Bytes that may come in a row without any data in them: a few records of TLS's own are all that anybody needs."""
 
 
 class TlsPipe:
@@ -43,6 +49,7 @@ class TlsPipe:
 
     __slots__ = (
         "_ahead",
+        "_barren",
         "_came",
         "_dry",
         "_going",
@@ -75,6 +82,7 @@ class TlsPipe:
         self._pending: bytes | memoryview = b""
         self._taken = 0
         self._ahead = b""
+        self._barren = 0
         self._dry = False
         self._on_session = on_session
         self.identity = ""
@@ -140,14 +148,19 @@ class TlsPipe:
         if self._ahead:
             data, self._ahead = self._ahead[:size], self._ahead[size:]
             return data
-        while True:
+        for may_receive in (True, False):
             try:
                 data = self._object.read(size)
             except ssl.SSLWantReadError:
                 self._answer()
+                if not may_receive:
+                    # What came held no data. More may be there, but others have their turn first.
+                    break
+                if self._barren > BARREN:
+                    raise TlsError("much came that holds no data") from None
                 if self._receive() is None:
                     self._dry = True
-                    return None
+                    break
             except ssl.SSLEOFError:
                 raise ConnectionResetError(errno.ECONNRESET, "ended without close_notify") from None
             except ssl.SSLZeroReturnError:
@@ -160,7 +173,9 @@ class TlsPipe:
                     self._tell_session(self._on_session)
                 # Data, or close_notify. What it may have to be answered with, a change of keys, goes out with it.
                 self._answer()
+                self._barren = 0
                 return data
+        return None
 
     def _tell_session(self, on_session: Callable[[ssl.SSLSession], None]) -> None:
         """With the first bytes: in TLS 1.3 the server gives it behind the handshake, before what it says itself."""
@@ -172,9 +187,10 @@ class TlsPipe:
     def _receive(self) -> int | None:
         """Take what came from the socket: how many bytes, 0 at its end; None if nothing came."""
         try:
-            data = self._sock.recv(CHUNK)
+            data = self._sock.recv(RECORD)
         except BlockingIOError:
             return None
+        self._barren += len(data)
         if data:
             self._came.write(data)
         else:
@@ -201,6 +217,8 @@ class TlsPipe:
             return 0
         try:
             taken = self._object.write(memoryview(data)[:CHUNK])
+        except ssl.SSLWantReadError:
+            return 0
         except ssl.SSLError as error:
             raise BrokenPipeError(errno.EPIPE, why(error)) from None
         self._pending = self._going.read()
@@ -229,6 +247,15 @@ class TlsPipe:
             self._ahead = data
         return self._ahead[:size]
 
+    def has_input(self) -> bool:
+        """See `Pipe.has_input`."""
+        if self._ahead:
+            return True
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
     # Its end.
 
     def end(self) -> None:
@@ -241,8 +268,12 @@ class TlsPipe:
         return bool(self._pending)
 
     def _say_goodbye(self) -> None:
+        # `unwrap` looks for the other side's close_notify, and fails for good where it finds data.
         with suppress(ssl.SSLError):
-            # It asks for the other side's, which is waited for by who reads.
+            while data := self._object.read(CHUNK):
+                self._ahead += data
+        with suppress(ssl.SSLError):
+            # The other side's is waited for by who reads.
             self._object.unwrap()
         self._pending = bytes(self._pending) + self._going.read()
         self._flush()

@@ -149,7 +149,7 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
         host, port = _split_host_port(match[2][2:].removesuffix("/"), f"{scheme}://HOST:PORT", text)
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
-        return cls(scheme, _check_host(host), port)
+        return cls(scheme, check_host(host), port)
 
 
 def format_host_port(host: str, port: int) -> str:
@@ -189,7 +189,12 @@ def _bindable(host: str) -> str:
     return address
 
 
-def _check_host(host: str) -> str:
+def check_host(host: str) -> str:
+    """A host as it is compared: an IP address, or a DNS name in lower case.
+
+    Raises:
+        AddressError: it is neither.
+    """
     if (address := _ip_address(host)) is not None:
         return address
     labels = host.removesuffix(".").split(".")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from meshlocal.policy.addresses import SocketAddress
+from meshlocal.policy.addresses import AddressError, SocketAddress, check_host
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
 from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.config_http import HttpConfig
@@ -112,6 +112,11 @@ def _check_upstream_tls(at: KeyPath, tls: UpstreamTlsConfig | None) -> Iterator[
         return
     if tls.server_name is None and tls.identity is None:
         yield at, "has neither server_name nor identity: any certificate of the authority would do"
+    if tls.server_name is not None:
+        try:
+            check_host(tls.server_name)
+        except AddressError as error:
+            yield (*at, "server_name"), str(error)
     if tls.identity is not None:
         try:
             placeholders(tls.identity)

@@ -75,7 +75,11 @@ def identities(certificate: Mapping[str, object]) -> tuple[str, ...]:
     """
     names = certificate.get("subjectAltName", ())
     assert isinstance(names, tuple)
-    return tuple(value for wanted in ("URI", "DNS") for kind, value in names if kind == wanted)
+    # One that looks like one of the other kind is of neither: an authority may be trusted with one kind only.
+    return (
+        *(value for kind, value in names if kind == "URI" and "://" in value),
+        *(value for kind, value in names if kind == "DNS" and "://" not in value),
+    )
 
 
 def allowed(patterns: Iterable[IdentityPattern], proved: Iterable[str]) -> bool:
@@ -105,4 +109,9 @@ def fill(template: str, labels: Mapping[str, str]) -> str | None:
     values = {name: labels.get(name, "") for name in _PLACEHOLDER.findall(template)}
     if not all(_SEGMENT.fullmatch(value) for value in values.values()):
         return None
-    return _PLACEHOLDER.sub(lambda found: values[found[1]], template)
+    filled = _PLACEHOLDER.sub(lambda found: values[found[1]], template)
+    try:
+        IdentityPattern(filled)
+    except IdentityError:
+        return None
+    return filled

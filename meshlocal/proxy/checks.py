@@ -128,6 +128,10 @@ class HealthChecks:
     async def _check(self, followed: _Followed, instance: Instance) -> str | None:
         """One check; returns how it failed."""
         address, port = instance.key[:2]
+        security = followed.state.security
+        if security is not None:
+            # What can be connected there says something of what requests will find.
+            port = security.port(instance)
         async with self._turns:
             with trio.move_on_after(followed.config.timeout):
                 try:

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import socket
+import ssl
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 
@@ -24,11 +26,8 @@ from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
 from meshlocal.policy.identity import IdentityPattern, allowed, fill, identities
-from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.model import Instance, ServiceKey
 from meshlocal.policy.picker import Pick
-
-if TYPE_CHECKING:
-    import ssl
 
 _log = get_log(__name__)
 
@@ -124,16 +123,16 @@ class UpstreamTls:
         }
         self._sessions: OrderedDict[tuple[object, ...], ssl.SSLSession] = OrderedDict()
 
-    def port(self, pick: Pick) -> int:
+    def port(self, instance: Instance) -> int:
         """See `Security.port`."""
-        return self._config.port or pick.instance.key.port
+        return self._config.port or instance.key.port
 
     async def secure(self, sock: socket.socket, pick: Pick, protocol: str | None) -> Pipe:
         """See `Security.secure`."""
         config = self._config
-        followed = self.followed[protocol]
+        context, number = self.followed[protocol].current
         # A session is of no use to another context.
-        place = (pick.instance.key[:2], protocol, followed.number)
+        place = (pick.instance.key[:2], protocol, number)
         pipe: TlsPipe | None = None
         proved = False
         try:
@@ -142,18 +141,23 @@ class UpstreamTls:
                 raise TlsError("the instance lacks a label of the identity that it must prove")
             pipe = TlsPipe(
                 sock,
-                followed.context,
+                context,
                 server_name=config.server_name,
                 session=self._sessions.get(place),
                 on_session=partial(self._keep, place),
             )
             await pipe.handshake()
+            if has_expired(pipe):
+                raise TlsError("certificate has expired")
             if wanted is not None and not allowed((IdentityPattern(wanted),), identities(pipe.certificate)):
                 raise TlsError("the instance proves another identity")
             if protocol == "h2" and pipe.protocol != "h2":
                 raise TlsError("the instance speaks no HTTP/2 over TLS")
             proved = True
             return pipe
+        except ValueError as error:
+            # Of a name, say, that OpenSSL does not take.
+            raise TlsError(str(error)) from None
         finally:
             if not proved:
                 self._sessions.pop(place, None)
@@ -177,7 +181,7 @@ class ProxyTls:
 
     Attributes:
         listeners: by scheme.
-        services: by name, as the configuration has it.
+        services: by their sections.
     """
 
     def __init__(self, config: ProxyConfig) -> None:
@@ -188,15 +192,16 @@ class ProxyTls:
             scheme: ListenerTls(config.tls, protocols) for scheme, protocols in kinds.items() if scheme in schemes
         }
         self.services = {
-            config.service_key(key): UpstreamTls(service.tls, config.tls)
-            for key, service in config.services.items()
-            if service.tls is not None
+            tls: UpstreamTls(tls, config.tls)
+            for service in config.services.values()
+            if (tls := service.tls) is not None
         }
         self._problems: dict[str, None] = {}
 
     def security(self, key: ServiceKey) -> UpstreamTls | None:
         """A service's; None: its instances are spoken to in plaintext."""
-        return self.services.get(key)
+        tls = self._config.service(key).tls
+        return self.services[tls] if tls is not None else None
 
     def _followed(self) -> Iterator[FollowedContext]:
         for listener in self.listeners.values():
@@ -218,19 +223,30 @@ class ProxyTls:
         return made, fresh
 
 
+def has_expired(pipe: TlsPipe) -> bool:
+    """Whether the other side's certificate has, since the session was made that was resumed: OpenSSL does not look
+    again."""
+    if not pipe.resumed:
+        return False
+    until = pipe.certificate.get("notAfter")
+    now = datetime.datetime.now(datetime.UTC).timestamp()
+    return isinstance(until, str) and ssl.cert_time_to_seconds(until) < now
+
+
 class TlsServer:
     """Shakes hands with the clients of listeners of one kind, and has those served that may be. A `Server`.
 
     Args:
-        tls: with which certificate, and who may be; looked up for each connection.
+        tls: with which certificate, and who may be.
         inner: serves them.
 
     Attributes:
+        tls: as given; another one is for connections that are accepted from then on.
         handshakes: how many came to which end: `ok`, `failed`, `timeout`, `not_allowed`, `limited`.
     """
 
-    def __init__(self, tls: Callable[[], ListenerTls], inner: PipeServer) -> None:
-        self._tls = tls
+    def __init__(self, tls: ListenerTls, inner: PipeServer) -> None:
+        self.tls = tls
         self._inner = inner
         self._under_way = 0
         self.handshakes: Counter[str] = Counter()
@@ -245,13 +261,13 @@ class TlsServer:
             abort(client)
             return Started.NOTHING
         self._under_way += 1
-        connections.start_soon(self._serve, service, client, peer)
+        connections.start_soon(self._serve, self.tls, service, client, peer)
         return Started.NOW
 
-    async def _serve(self, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
+    async def _serve(self, tls: ListenerTls, service: ServiceKey | None, client: socket.socket, peer: object) -> None:
         pipe: TlsPipe | None = None
         try:
-            pipe = await self._shake_hands(self._tls(), client, peer)
+            pipe = await self._shake_hands(tls, client, peer)
         except Exception:  # noqa: BLE001 - a fault of ours in one connection must not take the others with it
             _log.exception("connection failed by a fault in the proxy", client=format_address(peer))
         finally:
@@ -263,7 +279,7 @@ class TlsServer:
 
     async def _shake_hands(self, tls: ListenerTls, client: socket.socket, peer: object) -> TlsPipe | None:
         """What the client is served over; None: it is refused, and was told so as far as TLS can."""
-        pipe = TlsPipe(client, tls.followed.context, server=True)
+        pipe = TlsPipe(client, tls.followed.current[0], server=True)
         with trio.move_on_after(tls.config.handshake_timeout) as limit:
             try:
                 await pipe.handshake()
@@ -272,6 +288,9 @@ class TlsServer:
                 return None
         if limit.cancelled_caught:
             self._refuse("timeout", f"no handshake in {tls.config.handshake_timeout:g} s", peer)
+            return None
+        if has_expired(pipe):
+            self._refuse("failed", "certificate has expired", peer)
             return None
         proved = identities(pipe.certificate)
         if tls.allow and not allowed(tls.allow, proved):

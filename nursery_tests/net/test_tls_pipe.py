@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import select
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -91,6 +94,11 @@ async def received(pipe: Pipe, size: int) -> bytes:
     return bytes(got)
 
 
+def has_come(sock: socket.socket) -> None:
+    """Wait until a socket has something to read, while no task runs."""
+    assert select.select([sock], [], [], LIMIT)[0]
+
+
 async def sent(pipe: Pipe, data: bytes) -> None:
     with trio.fail_after(LIMIT):
         rest = memoryview(data)
@@ -174,6 +182,112 @@ async def test_an_end_that_finds_no_room_is_sent_once_there_is(shake: Shake) -> 
                     got += len(data)
     assert got >= taken
     assert not near.is_unsent
+
+
+async def test_an_end_loses_nothing_of_what_came(shake: Shake, sockets: tuple[socket.socket, socket.socket]) -> None:
+    """T2: also of what was taken from the socket, and not read yet."""
+    near, far = await shake()
+    assert near.read(1) is None
+    for piece in (b"one", b"two", b"three"):
+        assert far.write(piece) == len(piece)
+    has_come(sockets[0])
+    assert near.read(100) == b"one"
+    near.end()
+    assert far.write(b"four") == 4
+    far.end()
+    assert await received(near, 100) == b"twothreefour"
+    assert near.read(1) == b""
+    assert far.read(1) == b""
+
+
+async def test_who_asks_for_input_takes_none(shake: Shake, sockets: tuple[socket.socket, socket.socket]) -> None:
+    """Another task may sleep until the socket has some."""
+    near, far = await shake()
+    assert near.read(1) is None
+    assert not near.has_input()
+    got: list[bytes] = []
+
+    async def read() -> None:
+        got.append(await received(near, 5))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        assert far.write(b"hello") == 5
+        has_come(sockets[0])
+        assert near.has_input()
+        assert near.has_input()
+    assert got == [b"hello"]
+
+
+class Updating:
+    """A client that changes its keys again and again, which Python's ssl has no call for: OpenSSL by way of ctypes."""
+
+    def __init__(self, library: str) -> None:
+        self._ssl = ctypes.CDLL(library)
+        crypto = ctypes.CDLL(library.replace("ssl", "crypto"))
+        for name in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
+            getattr(self._ssl, name).restype = ctypes.c_void_p
+        for name in ("BIO_new", "BIO_s_mem"):
+            getattr(crypto, name).restype = ctypes.c_void_p
+        self._crypto = crypto
+        method = ctypes.c_void_p(self._ssl.TLS_client_method())
+        self._context = ctypes.c_void_p(self._ssl.SSL_CTX_new(method))
+        self._object = ctypes.c_void_p(self._ssl.SSL_new(self._context))
+        memory = ctypes.c_void_p(crypto.BIO_s_mem())
+        self._in, self._out = (ctypes.c_void_p(crypto.BIO_new(memory)) for _ in range(2))
+        self._ssl.SSL_set_bio(self._object, self._in, self._out)
+        self._ssl.SSL_set_connect_state(self._object)
+
+    def _taken(self) -> bytes:
+        buffer = ctypes.create_string_buffer(65_536)
+        data = b""
+        while (size := self._crypto.BIO_read(self._out, buffer, len(buffer))) > 0:
+            data += buffer.raw[:size]
+        return data
+
+    async def shake(self, stream: trio.SocketStream) -> None:
+        while self._ssl.SSL_do_handshake(self._object) != 1:
+            await stream.send_all(self._taken())
+            data = bytes(await stream.receive_some(65_536))
+            self._crypto.BIO_write(self._in, data, len(data))
+        await stream.send_all(self._taken())
+
+    def updates(self, count: int) -> bytes:
+        for _ in range(count):
+            self._ssl.SSL_key_update(self._object, 0)
+            self._ssl.SSL_do_handshake(self._object)
+        return self._taken()
+
+    def close(self) -> None:
+        self._ssl.SSL_free(self._object)
+        self._ssl.SSL_CTX_free(self._context)
+
+
+async def test_a_flood_of_key_updates_costs_its_connection(
+    certificates: Certificates, sockets: tuple[socket.socket, socket.socket]
+) -> None:
+    """P2: a read takes a record's worth from the socket at most, and not for ever what holds no data."""
+    library = ctypes.util.find_library("ssl")
+    if library is None:
+        pytest.skip("needs OpenSSL's shared library")
+    client = Updating(library)
+    pipe = TlsPipe(sockets[1], certificates.server(), server=True)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(sockets[0].dup()))
+
+    async def flood() -> None:
+        await client.shake(stream)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.send_all(client.updates(5000))
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery, stream:
+            nursery.start_soon(flood)
+            await pipe.handshake()
+            with pytest.raises(TlsError, match="holds no data"):
+                await received(pipe, 1)
+            pipe.abort()
+    client.close()
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -365,7 +479,8 @@ async def test_what_comes_unasked_is_seen_and_closing_twice_is_harmless(shake: S
 
 async def test_who_waits_is_interrupted(shake: Shake) -> None:
     near, _ = await shake()
-    assert near.read(1) is None  # what the server gave to resume its session with
+    for _ in range(2):
+        assert near.read(1) is None  # what the server gave to resume its session with, and nothing
     async with trio.open_nursery() as nursery:
 
         async def wait() -> None:

@@ -389,6 +389,10 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             "proxy.services.b.tls: has neither server_name nor identity: any certificate of the authority would do",
         ),
         (
+            {"proxy": {"services": {"b": {"tls": {"server_name": "a..b"}}}}},
+            "proxy.services.b.tls.server_name: host 'a..b' is neither an IP address nor a DNS name",
+        ),
+        (
             {"proxy": {"services": {"b": {"tls": {"identity": "spiffe://td/{"}}}}},
             "proxy.services.b.tls.identity: braces stand around a label's name: 'spiffe://td/{'",
         ),

@@ -66,6 +66,9 @@ def test_a_certificate_proves_its_uris_and_names() -> None:
     proved = identities({"subjectAltName": names, "subject": ((("commonName", "other"),),)})
     assert proved == (WEB, "web.example")
     assert identities({}) == ()
+    # What looks like one of the other kind is neither.
+    mixed = (("DNS", WEB), ("URI", "web.example"), ("URI", "urn:web"))
+    assert identities({"subjectAltName": mixed}) == ()
     patterns = [IdentityPattern("db.example"), IdentityPattern("spiffe://example.org/ns/*/sa/web")]
     assert allowed(patterns, proved)
     assert not allowed(patterns[:1], proved)
@@ -80,6 +83,7 @@ def test_an_instances_identity_is_built_from_its_labels() -> None:
     assert fill(template, labels) == "spiffe://td/ns/shop/sa/web-1"
     assert fill(template, {"namespace": "shop"}) is None
     assert fill("db.example", {}) == "db.example"
+    assert fill("{pod}.web.example", {"pod": "-x"}) is None
 
 
 @pytest.mark.parametrize("value", ["", " ", ".", "..", "a/b", "*", "a b", "../x", "a\n", "{x}"])

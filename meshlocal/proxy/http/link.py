@@ -234,6 +234,11 @@ class Link:
             self.protocol.ping(_ALIVE)
             self.touch()
 
+    @property
+    def lost(self) -> bool:
+        """Whether its peer is gone, or hears nothing any more."""
+        return self._eof
+
     # Reading.
 
     def on_event(self, mask: int) -> None:

@@ -92,7 +92,7 @@ class H1Client(Client):
     def has_input(self) -> bool:
         """Whether something came on the connection that was not read yet."""
         try:
-            return bool(self.early or self.pipe.peek(1))
+            return bool(self.early) or self.pipe.has_input()
         except OSError:
             return False
 

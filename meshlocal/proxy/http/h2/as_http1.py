@@ -233,6 +233,10 @@ class Http1Stream:
     identity = ""
     is_unsent = False
 
+    def has_input(self) -> bool:
+        """See `Pipe.has_input`."""
+        return bool(self.peek(1))
+
     def stop_reading(self) -> None:
         """See `Pipe.stop_reading`: nothing is relayed over a stream."""
         raise NotImplementedError

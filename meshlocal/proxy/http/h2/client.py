@@ -930,7 +930,8 @@ class H2ClientLink(Link):
     def on_over(self) -> None:
         """See `Link.on_over`."""
         stopped = self.problem == STOPPED
-        if self.problem and not stopped:
+        # A client that leaves without a word between two requests has done no harm.
+        if self.problem and not stopped and (self.streams or not self.lost):
             self.shared.report_broken(self.peer, self.problem)
         for stream in list(self.streams.values()):
             stream.reset(stopped=stopped)
