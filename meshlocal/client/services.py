@@ -18,13 +18,24 @@ from meshlocal.client.fitness import Fitness
 from meshlocal.client.security import Security
 from meshlocal.client.statistics import ServiceStatistics
 from meshlocal.net.log import RateLimited, get_log
+from meshlocal.policy.addresses import SocketAddress
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.feedback import INTERVAL
 from meshlocal.policy.limits import Circuit
 from meshlocal.policy.locality import Locality, Selector
-from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot, diff
+from meshlocal.policy.model import (
+    FIXED,
+    NODE,
+    ServiceChange,
+    ServiceKey,
+    ServiceSnapshot,
+    diff,
+    index,
+    is_fixed,
+    make_instance,
+)
 from meshlocal.policy.picker import Cursors, Pick, Picker, Plan, RandomSource
 from meshlocal.policy.steps import Steps
 
@@ -309,7 +320,7 @@ class ServiceTable:
     @property
     def keys(self) -> list[ServiceKey]:
         """The services to watch."""
-        return list(self._states)
+        return [key for key in self._states if not is_fixed(key)]
 
     def reconfigure(self, config: ProxyConfig, locality: Locality) -> None:
         """Apply another config (S2).
@@ -334,6 +345,7 @@ class ServiceTable:
             selector = Selector(locality, service.port_name)
             state.reselect(selector, config.attempts_for(key), config.ejection, service)
             state.security = self.security_of(key)
+            self._publish_fixed(state)
         for key in wanted:
             if key not in self._states:
                 self._states[key] = self._make(key)
@@ -353,8 +365,18 @@ class ServiceTable:
             self.circuit,
         )
         state.security = self.security_of(key)
+        self._publish_fixed(state)
         state.fitness.on_failing = self._tell_failing
         return state
+
+    def _publish_fixed(self, state: ServiceState) -> None:
+        """The one address of a listener that has but one is known at once, and is on this node."""
+        if not is_fixed(state.key):
+            return
+        place = SocketAddress.parse(state.key.removeprefix(FIXED))
+        labels = {NODE: self.locality.node} if self.locality.node else {}
+        instance = make_instance(place.host, place.port, labels=labels)
+        state.publish(ServiceSnapshot(state.key, "fixed", index([instance])))
 
     def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
         """See `SnapshotSink.prepare`."""
@@ -380,9 +402,9 @@ class ServiceTable:
     @property
     def node_unmatched(self) -> bool:
         """The proxy's node is known, every service's instances are too, and none is on the node (L5)."""
-        if not self.locality.node or not self._states:
+        if not self.locality.node or not self.keys:
             return False
-        pickers = [state.picker for state in self._states.values()]
+        pickers = [state.picker for state in self._states.values() if not is_fixed(state.key)]
         return all(picker is not None and not picker.matching for picker in pickers)
 
     def waiting(self) -> Iterable[ServiceKey]:

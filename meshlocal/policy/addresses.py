@@ -10,7 +10,7 @@ import re
 
 import msgspec
 
-from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
+from meshlocal.policy.model import FIXED, ModelError, ServiceKey, is_fixed, parse_service_key
 from meshlocal.policy.problems import quote
 
 _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -70,6 +70,13 @@ class ListenAddress(msgspec.Struct, frozen=True):
         return SocketAddress(self.host, self.port)
 
     @property
+    def fixed(self) -> SocketAddress | None:
+        """The one address that its traffic goes to; None: the instances of a service, or of many."""
+        if self.service is None or not is_fixed(self.service):
+            return None
+        return SocketAddress.parse(self.service.removeprefix(FIXED))
+
+    @property
     def is_http(self) -> bool:
         """Whether requests are picked for one by one, rather than connections."""
         return self.scheme in _HTTP_SCHEMES
@@ -82,7 +89,7 @@ class ListenAddress(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str) -> ListenAddress:
         """Read `tcp://HOST:PORT=SERVICE`, `http://HOST:PORT=SERVICE` or `http://HOST:PORT`; likewise with `tls` and
-        `https`.
+        `https`. In place of a service, `@ADDRESS:PORT` is the one address that traffic goes to.
 
         Raises:
             AddressError: it is written otherwise.
@@ -99,10 +106,25 @@ class ListenAddress(msgspec.Struct, frozen=True):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
         host, port = _split_host_port(where.removesuffix("/") if not separator else where, form, text)
         try:
-            key = parse_service_key(service) if service else None
+            key = _parse_target(service) if service else None
         except ModelError as error:
             raise AddressError(str(error)) from None
         return cls(scheme, _bindable(host), port, key)
+
+
+def _parse_target(text: str) -> ServiceKey:
+    """A service's name, or one fixed address.
+
+    Raises:
+        AddressError: it is no such address.
+        ModelError: it is no such name.
+    """
+    if not text.startswith(FIXED):
+        return parse_service_key(text)
+    place = SocketAddress.parse(text.removeprefix(FIXED))
+    if place.port == 0:
+        raise AddressError("port 0 is not within 1 to 65535")
+    return ServiceKey(f"{FIXED}{SocketAddress('127.0.0.1' if place.host == 'localhost' else place.host, place.port)}")
 
 
 class DiscoveryUrl(msgspec.Struct, frozen=True):

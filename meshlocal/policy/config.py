@@ -30,7 +30,7 @@ from meshlocal.policy.config_types import (
     Status,
     Workers,
 )
-from meshlocal.policy.model import NODE, ServiceKey
+from meshlocal.policy.model import NODE, ServiceKey, is_fixed
 from meshlocal.policy.protocols import HttpVersion
 from meshlocal.policy.sources import SourceUrl
 
@@ -251,7 +251,8 @@ class ProxyConfig(Section, frozen=True):
         tuple[ListenAddress, ...],
         Meta(
             description="Listeners: tcp://HOST:PORT=SERVICE, http://HOST:PORT=SERVICE, or http://HOST:PORT, which"
-            " routes by host; over TLS tls:// and https://. Port 0: any free one. An IPv6 address in brackets."
+            " routes by host; over TLS tls:// and https://. With @ADDRESS:PORT for SERVICE, all goes to that address."
+            " Port 0: any free one. An IPv6 address in brackets."
         ),
     ] = ()
     admin: Annotated[
@@ -290,7 +291,9 @@ class ProxyConfig(Section, frozen=True):
 
     def service_key(self, name: ServiceKey) -> ServiceKey:
         """The registry's name of a service: with `namespace` set, a name without a dot belongs to that namespace."""
-        return ServiceKey(f"{name}.{self.namespace}") if self.namespace and "." not in name else name
+        if not self.namespace or "." in name or is_fixed(name):
+            return name
+        return ServiceKey(f"{name}.{self.namespace}")
 
     def service(self, key: ServiceKey) -> ServiceConfig:
         """What holds for the service. With `namespace` set, `b` and `b.NAMESPACE` are one service."""

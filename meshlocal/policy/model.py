@@ -55,6 +55,15 @@ def parse_service_key(text: str) -> ServiceKey:
     return ServiceKey(text)
 
 
+FIXED = "@"
+"""How the name of what is no service begins: one fixed address, of which no registry is asked."""
+
+
+def is_fixed(key: ServiceKey) -> bool:
+    """Whether it stands for one fixed address."""
+    return key.startswith(FIXED)
+
+
 HostPort: TypeAlias = tuple[str, int]
 """An instance's address and port: what a connection leads to, and what is remembered of an instance goes by."""
 

@@ -303,3 +303,24 @@ def test_a_change_that_names_a_thing_twice_costs_no_other_instance(upserted: lis
     built = Picker.build(state.selector, after)
     assert list(state.picker.shown(100)) == list(built.shown(100))
     assert len(state.picker) == len(after.instances)
+
+
+def test_a_fixed_address_is_asked_of_no_registry() -> None:
+    """It is known at once, and on this node, wherever that is; whether others are on it is said of them alone (L5)."""
+    listen = (ListenAddress.parse("tls://127.0.0.1:1=@10.0.0.9:9000"), ListenAddress.parse("tcp://127.0.0.1:2=b"))
+    config = ProxyConfig(listen=listen, namespace="shop")
+    table = ServiceTable(config, N1, random.Random(1))
+    assert table.keys == ["b.shop"]
+    assert list(table.waiting()) == ["b.shop"]
+    fixed = table[ServiceKey("@10.0.0.9:9000")]
+    for locality in (N1, N2, Locality({})):
+        table.reconfigure(config, locality)
+        assert fixed.picker is not None
+        (pick,) = fixed.preview()
+        assert (str(pick.instance.key), pick.instance.node) == ("10.0.0.9:9000", locality.node)
+    table.reconfigure(config, N1)
+    table.publish(ServiceSnapshot(ServiceKey("b.shop"), "v", model.index([at(1, "n2")])))
+    assert table.node_unmatched
+    table.reconfigure(ProxyConfig(listen=listen[:1]), N1)
+    assert table.keys == []
+    assert not table.node_unmatched

@@ -24,6 +24,10 @@ TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
         ("tcp://localhost:1=b", ListenAddress("tcp", "localhost", 1, ServiceKey("b"))),
         ("http://127.0.0.1:80=b", ListenAddress("http", "127.0.0.1", 80, ServiceKey("b"))),
         ("HTTP://[::1]:80", ListenAddress("http", "::1", 80, None)),
+        ("tls://0.0.0.0:1=@127.0.0.1:9", ListenAddress("tls", "0.0.0.0", 1, ServiceKey("@127.0.0.1:9"))),
+        ("https://[::]:1=@[0::1]:9", ListenAddress("https", "::", 1, ServiceKey("@[::1]:9"))),
+        ("tcp://127.0.0.1:1=@localhost:9", ListenAddress("tcp", "127.0.0.1", 1, ServiceKey("@127.0.0.1:9"))),
+        ("https://127.0.0.1:80", ListenAddress("https", "127.0.0.1", 80, None)),
         ("grpc://127.0.0.1:7070", DiscoveryUrl("grpc", "127.0.0.1", 7070)),
         ("GRPC://Discovery.Mesh:7070/", DiscoveryUrl("grpc", "discovery.mesh", 7070)),
         ("grpcs://h:1", DiscoveryUrl("grpcs", "h", 1)),
@@ -96,6 +100,9 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
             "tcp://127.0.0.1:80=b c",
             "service: 'b c' is no service name (letters, digits, '.', '-', '_'; at most 253)",
         ),
+        (ListenAddress, "tls://127.0.0.1:1=@", "expected HOST:PORT, got ''"),
+        (ListenAddress, "tls://127.0.0.1:1=@b:9", "host 'b' is neither an IP address nor localhost"),
+        (ListenAddress, "tls://127.0.0.1:1=@127.0.0.1:0", "port 0 is not within 1 to 65535"),
         (ListenAddress, "tcp://b.example:80=b", "host 'b.example' is neither an IP address nor localhost"),
         (
             ListenAddress,
@@ -137,6 +144,14 @@ def test_refuses(kind: type[SocketAddress], text: str, message: str) -> None:
 
 def test_a_listener_knows_its_socket() -> None:
     assert ListenAddress.parse("tcp://[::1]:80=b").address == SocketAddress("::1", 80)
+
+
+def test_a_listener_for_one_address() -> None:
+    listener = ListenAddress.parse("tls://0.0.0.0:15443=@[::1]:9000")
+    assert listener.fixed == SocketAddress("::1", 9000)
+    assert (listener.is_tls, listener.is_http) == (True, False)
+    assert ListenAddress.parse("https://0.0.0.0:1").fixed is None
+    assert ListenAddress.parse("tcp://0.0.0.0:1=b").fixed is None
 
 
 parts = st.sampled_from(

@@ -361,6 +361,38 @@ def test_the_proxy_proves_itself_to_instances_and_resumes_sessions(
     assert instance.resumed >= 2
 
 
+def test_a_proxy_beside_its_instance(
+    folder: Path, instances: ExitStack, certificates: Certificates, echo: Echo
+) -> None:
+    """Caller → its proxy → mutual TLS → the instance's proxy → the instance, whose own port the registry has."""
+    inbound = Proxy(
+        folder,
+        {"unused": [new_address()]},
+        settings(certificates, allow=[WEB]),
+        listen=[f"tls://{echo.address}:15443=@{echo.address}:{PORT}"],
+        name="tls-inbound",
+    )
+    instances.callback(inbound.kill)
+    pair = f"certificate_file: {certificates.web.certificate}, key_file: {certificates.web.key}"
+    what = f"server_name: proxy.example, port: 15443, {pair}"
+    outbound = Proxy(
+        folder,
+        {"b": [new_address(), echo.address]},
+        f"services: {{{upstream(certificates, what)}}}",
+        listen=["tcp://127.0.0.1:0=b"],
+        name="tls-outbound",
+    )
+    instances.callback(outbound.kill)
+    with socket.create_connection(("127.0.0.1", outbound.ports["tcp=b"]), LIMIT) as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(100) == b"hello"
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100) == b""
+    place = f"@{echo.address}:{PORT}"
+    inbound.printed(rf"access request service={place} client=\S+ identity={WEB} instance={echo.address}:{PORT} node=n1")
+    assert inbound.measured("requests_total", service=place, outcome="served", tier="node") == 1
+
+
 def test_a_cut_inside_tls_does_not_look_like_an_end(
     folder: Path, instances: ExitStack, certificates: Certificates
 ) -> None:
