@@ -53,8 +53,9 @@ class HttpCollector(Collector):
 def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
     responses = CounterMetricFamily(
         "meshlocal_http_responses",
-        "Requests that ended, by the tier that they went to, why they left the first, and their response's status.",
-        labels=["service", "tier", "reason", "status"],
+        "Requests that ended, by the tier that they went to, why they left the first, their response's status, and the"
+        " version of HTTP that they came in.",
+        labels=["service", "tier", "reason", "status", "protocol"],
     )
     calls = CounterMetricFamily(
         "meshlocal_grpc_calls",
@@ -70,8 +71,8 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
         yield None
         for service in piece:
             statistics = service.statistics
-            for (tier, reason, status), count in statistics.responses.items():
-                responses.add_metric([service.state.key, tier, reason, status], count)
+            for (tier, reason, status, protocol), count in statistics.responses.items():
+                responses.add_metric([service.state.key, tier, reason, status, protocol], count)
             for (tier, reason, number), count in statistics.calls.items():
                 calls.add_metric([service.state.key, tier, reason, STATUS_NAMES[number]], count)
             latency.add_metric([service.state.key], statistics.buckets(), statistics.latency_sum)

@@ -130,6 +130,7 @@ class ProxyProcess:
         self._rng = rng
         self._checking = False
         self._returning = False
+        self._following_tls = False
         import_parts(proxy)
         try:
             self._use_tls(make_tls(proxy))
@@ -208,17 +209,28 @@ class ProxyProcess:
         else:
             self._servers[scheme] = self.tls_servers[scheme] = TlsServer(listening, inner)
 
+    def _follow_tls(self, lifetime: trio.Nursery) -> None:
+        """Follow the files of certificates from now on, once there are some (T3)."""
+        if self._following_tls or self.tls is None:
+            return
+        self._following_tls = True
+        lifetime.start_soon(self.supervision.keep, "tls files", self._follow_tls_files)
+
     async def _follow_tls_files(self) -> None:
-        """Have new connections go by files that changed (T3)."""
+        """Have new connections go by files that changed."""
         files = Blocking()
+        blocked = ""
         while True:
             await trio.sleep(TLS_FILES_INTERVAL)
             if self.tls is None:
                 continue
             try:
                 made, problems = await files.run(self.tls.look)
+                blocked = ""
             except BlockedError as error:
-                made, problems = 0, [str(error)]
+                # Said once, however long it hangs.
+                made, problems = 0, [] if blocked else [str(error)]
+                blocked = str(error)
             for problem in problems:
                 _log.error("certificate not read again", problem=problem)
             if made:
@@ -307,11 +319,11 @@ class ProxyProcess:
                     lifetime.start_soon(self._watch_loop, self._loop)
                 if self.cache is not None:
                     lifetime.start_soon(keep, "cache file", self.cache.run)
-                lifetime.start_soon(keep, "tls files", self._follow_tls_files)
                 lifetime.start_soon(keep, "discovery", self.feed.run)
                 lifetime.start_soon(partial(keep, "idle sweep", self.forwarder.sweep_idle, vital=True))
                 self._check_health(lifetime, config)
                 self._return_connections(lifetime, config)
+                self._follow_tls(lifetime)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
                 bound = [format_address(sock.getsockname()) for sock in admin_sockets]
@@ -414,6 +426,7 @@ class ProxyProcess:
         if self._lifetime is not None:
             self._check_health(self._lifetime, proxy)
             self._return_connections(self._lifetime, proxy)
+            self._follow_tls(self._lifetime)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
         self._set_busy_poll(proxy)

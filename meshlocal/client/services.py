@@ -18,7 +18,7 @@ from meshlocal.client.fitness import Fitness
 from meshlocal.client.security import Security
 from meshlocal.client.statistics import ServiceStatistics
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.policy.addresses import SocketAddress
+from meshlocal.policy.addresses import fixed_place
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import AttemptPolicy, ProxyConfig, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
@@ -26,7 +26,6 @@ from meshlocal.policy.feedback import INTERVAL
 from meshlocal.policy.limits import Circuit
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import (
-    FIXED,
     NODE,
     ServiceChange,
     ServiceKey,
@@ -371,9 +370,9 @@ class ServiceTable:
 
     def _publish_fixed(self, state: ServiceState) -> None:
         """The one address of a listener that has but one is known at once, and is on this node."""
-        if not is_fixed(state.key):
+        place = fixed_place(state.key)
+        if place is None:
             return
-        place = SocketAddress.parse(state.key.removeprefix(FIXED))
         labels = {NODE: self.locality.node} if self.locality.node else {}
         instance = make_instance(place.host, place.port, labels=labels)
         state.publish(ServiceSnapshot(state.key, "fixed", index([instance])))

@@ -116,7 +116,7 @@ class _StreamAccount(Account):
                 self.release()
 
         # Trio's streams can be neither derived from nor told what to do then; but all ways to close one end here.
-        stream.socket.close = close_and_release  # type: ignore[method-assign]
+        stream.socket.close = close_and_release  # type: ignore[method-assign]  # on purpose: see above
         weakref.finalize(stream, self.release)
 
     def release(self) -> None:

@@ -336,7 +336,7 @@ class _LoopAcceptor:
         try:
             # What socket.accept() calls. It looks up and converts the listener's family and type for each connection,
             # which costs more than the system call.
-            number, peer = self._listener._accept()  # type: ignore[attr-defined]
+            number, peer = self._listener._accept()  # type: ignore[attr-defined]  # the types know the public names only
         except BlockingIOError:
             return False  # another process that shares the listener, or its client, was faster
         except OSError as error:

@@ -88,10 +88,7 @@ class ClientContext:
         Raises:
             OSError, ValueError: it cannot be used.
         """
-        made_of: object = ()
-        if self._ca_file is not None:
-            found = os.stat(self._ca_file)
-            made_of = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        made_of = _stamp(self._ca_file) if self._ca_file is not None else ()
         if self._context is None or made_of != self._made_of:
             self._context = ssl.create_default_context(cafile=self._ca_file)
             self._made_of = made_of
@@ -133,15 +130,19 @@ class FollowedContext:
         return True
 
 
-def _stamps(files: Iterable[str]) -> tuple[object, ...]:
+def _stamp(file: str) -> tuple[int, ...]:
     """What changes when a file does: also where a link leads, as volumes of Kubernetes swap one."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _stamps(files: Iterable[str]) -> tuple[object, ...]:
     found: list[object] = []
     for file in files:
         try:
-            status = os.stat(file)
+            found.append(_stamp(file))
         except OSError as error:
             raise FileProblemError(file, error) from None
-        found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(found)
 
 

@@ -70,13 +70,6 @@ class ListenAddress(msgspec.Struct, frozen=True):
         return SocketAddress(self.host, self.port)
 
     @property
-    def fixed(self) -> SocketAddress | None:
-        """The one address that its traffic goes to; None: the instances of a service, or of many."""
-        if self.service is None or not is_fixed(self.service):
-            return None
-        return SocketAddress.parse(self.service.removeprefix(FIXED))
-
-    @property
     def is_http(self) -> bool:
         """Whether requests are picked for one by one, rather than connections."""
         return self.scheme in _HTTP_SCHEMES
@@ -125,6 +118,11 @@ def _parse_target(text: str) -> ServiceKey:
     if place.port == 0:
         raise AddressError("port 0 is not within 1 to 65535")
     return ServiceKey(f"{FIXED}{SocketAddress('127.0.0.1' if place.host == 'localhost' else place.host, place.port)}")
+
+
+def fixed_place(key: ServiceKey) -> SocketAddress | None:
+    """The one address that a name stands for (`ListenAddress.parse`); None: it is a service's."""
+    return SocketAddress.parse(key.removeprefix(FIXED)) if is_fixed(key) else None
 
 
 class DiscoveryUrl(msgspec.Struct, frozen=True):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from meshlocal.policy.problems import quote
+
 _URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^/*\s]+)((?:/[^/\s]+)*)")
 _NAME = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _SEGMENT = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]+")
@@ -38,13 +40,13 @@ class IdentityPattern:
         self._segments: tuple[str, ...] | None = None
         if "://" in text:
             if _URI.fullmatch(text) is None:
-                raise IdentityError(f"expected a URI such as spiffe://example/ns/*/sa/web, got {text!r}")
+                raise IdentityError(f"expected a URI such as spiffe://example/ns/*/sa/web, got {quote(text)}")
             segments = text.split("/")
             if any("*" in segment and segment != "*" for segment in segments):
-                raise IdentityError(f"a * stands for a whole segment of the path: {text!r}")
+                raise IdentityError(f"a * stands for a whole segment of the path: {quote(text)}")
             self._segments = tuple(segments)
         elif _NAME.fullmatch(text) is None:
-            raise IdentityError(f"expected a URI or a DNS name, got {text!r}")
+            raise IdentityError(f"expected a URI or a DNS name, got {quote(text)}")
 
     def __str__(self) -> str:
         return self.text
@@ -97,9 +99,9 @@ def placeholders(template: str) -> list[str]:
     names = _PLACEHOLDER.findall(template)
     filled = _PLACEHOLDER.sub("x", template)
     if "{" in filled or "}" in filled or not all(names):
-        raise IdentityError(f"braces stand around a label's name: {template!r}")
+        raise IdentityError(f"braces stand around a label's name: {quote(template)}")
     if "*" in filled:
-        raise IdentityError(f"an instance has one identity, not a pattern: {template!r}")
+        raise IdentityError(f"an instance has one identity, not a pattern: {quote(template)}")
     IdentityPattern(filled)
     return names
 

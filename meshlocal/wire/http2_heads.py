@@ -94,6 +94,8 @@ class Http2RequestHead(RequestHead):
         timeout: seconds that its client gives it (grpc-timeout); None if it does not say.
     """
 
+    http2 = True
+
     __slots__ = ("ends", "fields", "grpc", "has_authority", "scheme", "timeout")
 
     def __init__(self, method: bytes, target: bytes, fields: Fields, *, ends: bool) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress
+from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress, fixed_place
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.sources import FileOptions, SourceUrl
@@ -148,10 +148,11 @@ def test_a_listener_knows_its_socket() -> None:
 
 def test_a_listener_for_one_address() -> None:
     listener = ListenAddress.parse("tls://0.0.0.0:15443=@[::1]:9000")
-    assert listener.fixed == SocketAddress("::1", 9000)
+    assert listener.service is not None
+    assert fixed_place(listener.service) == SocketAddress("::1", 9000)
     assert (listener.is_tls, listener.is_http) == (True, False)
-    assert ListenAddress.parse("https://0.0.0.0:1").fixed is None
-    assert ListenAddress.parse("tcp://0.0.0.0:1=b").fixed is None
+    assert ListenAddress.parse("https://0.0.0.0:1").service is None
+    assert fixed_place(ServiceKey("b")) is None
 
 
 parts = st.sampled_from(

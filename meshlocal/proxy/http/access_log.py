@@ -6,7 +6,6 @@ from meshlocal.proxy.access_log import log_refused, log_request
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.record import HttpRecord
 from meshlocal.proxy.http.statistics import STATUS_NAMES
-from meshlocal.wire.http2_heads import Http2RequestHead
 
 
 class HttpAccessLog:
@@ -27,7 +26,7 @@ class HttpAccessLog:
                 # Queries carry secrets more often than paths do.
                 "path": head.target.partition(b"?")[0].decode("ascii"),
                 "status": record.status or None,
-                "protocol": "2" if isinstance(head, Http2RequestHead) else "1.1" if head.minor else "1.0",
+                "protocol": head.protocol,
                 "grpc": STATUS_NAMES[record.grpc_status] if record.grpc_status >= 0 else None,
             },
             problem={"error": record.error or None},

@@ -265,7 +265,7 @@ class HttpRequest(HttpRecord):
             if self.grpc_status > 0 and hundreds == 2:
                 # Failures hide behind 200.
                 hundreds = 5 if self.grpc_status in SERVER_FAULTS else 4
-            statistics.ended[self.tier, reason, hundreds] += 1
+            statistics.ended[self.tier, reason, hundreds, self.head.protocol] += 1
             if self.grpc_status >= 0:
                 statistics.calls[self.tier, reason, self.grpc_status] += 1
             seconds = now - self.started

@@ -41,7 +41,8 @@ class HttpStatistics:
     """Counts of one service's requests.
 
     Attributes:
-        ended: requests that ended, by tier, reason (R1), and the hundreds of their response's status; 0 for none.
+        ended: requests that ended, by tier, reason (R1), the hundreds of their response's status, 0 for none, and the
+            version of HTTP that they came in.
         calls: gRPC calls that ended, by tier, reason (R1), and status.
         retries: by cause, a word of `policy.retry.Failure`.
         latency: requests by bucket of the seconds from head to the response's end, and those beyond the last bucket.
@@ -61,7 +62,7 @@ class HttpStatistics:
     )
 
     def __init__(self) -> None:
-        self.ended: defaultdict[tuple[str, str, int], int] = defaultdict(int)
+        self.ended: defaultdict[tuple[str, str, int, str], int] = defaultdict(int)
         self.calls: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
         self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
@@ -70,11 +71,12 @@ class HttpStatistics:
         self.connections_reused = 0
 
     @property
-    def responses(self) -> dict[tuple[str, str, str], int]:
-        """Requests that ended, by tier, reason (R1) and status class."""
-        found: dict[tuple[str, str, str], int] = defaultdict(int)
-        for (tier, reason, hundreds), count in self.ended.items():
-            found[tier, reason, STATUS_CLASSES[hundreds] if hundreds < len(STATUS_CLASSES) else "other"] += count
+    def responses(self) -> dict[tuple[str, str, str, str], int]:
+        """Requests that ended, by tier, reason (R1), status class, and the version of HTTP that they came in."""
+        found: dict[tuple[str, str, str, str], int] = defaultdict(int)
+        for (tier, reason, hundreds, protocol), count in self.ended.items():
+            status = STATUS_CLASSES[hundreds] if hundreds < len(STATUS_CLASSES) else "other"
+            found[tier, reason, status, protocol] += count
         return found
 
     def buckets(self) -> list[tuple[str, float]]:

@@ -54,6 +54,7 @@ class RequestHead:
         method: as it was sent; methods are case-sensitive.
         target: in origin-form or `*`; for CONNECT the authority.
         minor: 1 for HTTP/1.1, 0 for HTTP/1.0.
+        http2: it came in HTTP/2 (`meshlocal.wire.http2_heads`).
         host: of the target if that was absolute, else of the Host field; without the port; empty if there is none.
         authority: the same with the port.
         as_sent: the target is the one that was sent.
@@ -75,6 +76,7 @@ class RequestHead:
     """
 
     timeout: float | None = None
+    http2 = False
 
     __slots__ = (
         "as_sent",
@@ -159,6 +161,11 @@ class RequestHead:
         head.forwarded = self.forwarded
         head.onward = self.onward
         return head
+
+    @property
+    def protocol(self) -> str:
+        """The version of HTTP that it came in: `1.0`, `1.1` or `2`."""
+        return "2" if self.http2 else "1.1" if self.minor else "1.0"
 
     @property
     def has_body(self) -> bool:

@@ -220,31 +220,19 @@ class Wire:
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-class Scripted:
-    """An instance that says what a test wants, whatever it hears.
+class Threaded:
+    """An instance with a thread for each connection.
 
-    Attributes:
-        answer: sent for each head that comes; a callable gets the connection and what came of the request.
-        closes: it ends the connection behind an answer.
-        heard: all bytes that came, by connection, in the order in which those were accepted.
+    Args:
+        address: where it listens, on `PORT`.
+        serve: serves a connection, which it closes.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, serve: Callable[[socket.socket], None]) -> None:
         self.address = address
-        self.answer: bytes | Callable[[socket.socket, bytes], None] = OK
-        self.closes = False
-        self.heard: list[bytearray] = []
+        self._serve_each = serve
         self._listener = socket.create_server((address, PORT), backlog=512)
         threading.Thread(target=self._accept, daemon=True).start()
-
-    def reset(self) -> None:
-        """As at the start; what is open stays so, and what is heard there is not listed."""
-        self.answer, self.closes, self.heard = OK, False, []
-
-    @property
-    def requests(self) -> int:
-        """Heads that came."""
-        return sum(each.count(b"\r\n\r\n") for each in self.heard)
 
     def close(self) -> None:
         with suppress(OSError):
@@ -257,7 +245,32 @@ class Scripted:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            threading.Thread(target=self._serve_each, args=(sock,), daemon=True).start()
+
+
+class Scripted(Threaded):
+    """An instance that says what a test wants, whatever it hears.
+
+    Attributes:
+        answer: sent for each head that comes; a callable gets the connection and what came of the request.
+        closes: it ends the connection behind an answer.
+        heard: all bytes that came, by connection, in the order in which those were accepted.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.answer: bytes | Callable[[socket.socket, bytes], None] = OK
+        self.closes = False
+        self.heard: list[bytearray] = []
+        super().__init__(address, self._serve)
+
+    def reset(self) -> None:
+        """As at the start; what is open stays so, and what is heard there is not listed."""
+        self.answer, self.closes, self.heard = OK, False, []
+
+    @property
+    def requests(self) -> int:
+        """Heads that came."""
+        return sum(each.count(b"\r\n\r\n") for each in self.heard)
 
     def _serve(self, sock: socket.socket) -> None:
         heard: bytearray | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +21,17 @@ import pytest
 
 from meshlocal.policy.identity import identities
 from nursery_tests.certificates import Authority, Pair
-from nursery_tests.interop.http.conftest import HERE, PORT, Nginx, Process, Proxy, listens, new_address, wait_until
+from nursery_tests.interop.http.conftest import (
+    HERE,
+    PORT,
+    Nginx,
+    Process,
+    Proxy,
+    Threaded,
+    listens,
+    new_address,
+    wait_until,
+)
 
 LIMIT = 20.0
 WEB = "spiffe://td/ns/shop/sa/web"
@@ -40,7 +52,7 @@ class Certificates:
         self.instance = self.authority.issue("instance", ["b.example"], ["spiffe://td/node/n2"])
 
 
-class TlsInstance:
+class TlsInstance(Threaded):
     """An instance that echoes what it hears inside TLS, and says whom it heard.
 
     Attributes:
@@ -49,7 +61,6 @@ class TlsInstance:
     """
 
     def __init__(self, address: str, pair: Pair | None, authority: str | None = None) -> None:
-        self.address = address
         self.heard: list[Mapping[str, object]] = []
         self.resumed = 0
         self.plaintext = b""
@@ -60,21 +71,7 @@ class TlsInstance:
             if authority is not None:
                 self._context.load_verify_locations(authority)
                 self._context.verify_mode = ssl.CERT_REQUIRED
-        self._listener = socket.create_server((address, PORT), backlog=128)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        super().__init__(address, self._serve)
 
     def _serve(self, sock: socket.socket) -> None:
         sock.settimeout(LIMIT)
@@ -393,29 +390,22 @@ def test_a_proxy_beside_its_instance(
     assert inbound.measured("requests_total", service=place, outcome="served", tier="node") == 1
 
 
-def test_a_cut_inside_tls_does_not_look_like_an_end(
+def test_an_instance_that_cuts_inside_tls_resets_a_plain_client(
     folder: Path, instances: ExitStack, certificates: Certificates
 ) -> None:
-    """T2, in both directions: a plain client gets a reset for what its instance cut, a client over TLS no
-    close_notify."""
+    """T2: half an answer does not look whole."""
     place = new_address()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificates.instance)
-    listener = instances.enter_context(socket.create_server((place, PORT)))
 
-    def serve() -> None:
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                return
-            with sock, contextlib.suppress(OSError):
-                stream = context.wrap_socket(sock, server_side=True)
-                stream.sendall(stream.recv(100) + b" half")
-                # Without close_notify.
-                os.close(stream.detach())
+    def serve(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            stream = context.wrap_socket(sock, server_side=True)
+            stream.sendall(stream.recv(100) + b" half")
+            # Without close_notify.
+            os.close(stream.detach())
 
-    threading.Thread(target=serve, daemon=True).start()
+    instances.callback(Threaded(place, serve).close)
     made = Proxy(
         folder,
         {"b": [place]},
@@ -426,16 +416,63 @@ def test_a_cut_inside_tls_does_not_look_like_an_end(
     instances.callback(made.kill)
     with socket.create_connection(("127.0.0.1", made.ports["tcp=b"]), LIMIT) as sock:
         sock.sendall(b"hello")
-
-        def rest() -> bytes:
-            got = b""
-            while data := sock.recv(100):
-                got += data
-            return got
-
         with pytest.raises(ConnectionResetError):
-            rest()
-    listener.shutdown(socket.SHUT_RDWR)
+            rest_of(sock)
+
+
+def rest_of(sock: socket.socket) -> bytes:
+    """All that comes, up to a proper end."""
+    got = b""
+    while data := sock.recv(65536):
+        got += data
+    return got
+
+
+def test_a_cut_on_either_side_of_a_tls_listener_is_one_on_the_other(
+    folder: Path, instances: ExitStack, certificates: Certificates
+) -> None:
+    """T2: an instance that resets leaves its client without close_notify, and a client without one resets its
+    instance."""
+    place = new_address()
+    ends: queue.Queue[str] = queue.Queue()
+
+    def serve(sock: socket.socket) -> None:
+        with sock:
+            sock.settimeout(LIMIT)
+            if sock.recv(100) == b"reset me":
+                sock.sendall(b"half")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
+            sock.sendall(b"go on")
+            try:
+                rest_of(sock)
+                ends.put("ended")
+            except ConnectionResetError:
+                ends.put("reset")
+
+    instances.callback(Threaded(place, serve).close)
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates, asks=False),
+        listen=["tls://127.0.0.1:0=b"],
+        name="tls-cuts",
+    )
+    instances.callback(made.kill)
+    context = client_context(certificates)
+    with connected(made.ports["tls=b"], context) as stream:
+        stream.sendall(b"reset me")
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            rest_of(stream)
+    for whole, end in ((True, "ended"), (False, "reset")):
+        with connected(made.ports["tls=b"], context) as stream:
+            stream.sendall(b"hello")
+            assert stream.recv(100) == b"go on"
+            if whole:
+                stream.unwrap()
+            else:
+                os.close(stream.detach())
+        assert ends.get(timeout=LIMIT) == end
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2"])

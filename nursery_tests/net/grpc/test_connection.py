@@ -324,7 +324,7 @@ async def test_the_servers_own_clock_ends_a_call(autojump_clock: object, asked: 
             StatusCode.UNIMPLEMENTED,
         ),
     ],
-)  # fmt: skip
+)  # fmt: skip  # a line each where it fits
 async def test_answers_of_other_servers(
     autojump_clock: object, raw_peer: Any, headers: list[tuple[bytes, bytes]], code: StatusCode
 ) -> None:

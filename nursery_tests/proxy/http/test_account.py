@@ -98,9 +98,9 @@ async def test_metrics(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
         await client.get(host="1.2.3.4")
         assert registry.get_sample_value("meshlocal_http_clients_open") == 1
     await until(lambda: registry.get_sample_value("meshlocal_http_clients_open") == 0)
-    assert value("responses_total", tier="node", reason="", status="2xx") == 3
-    assert value("responses_total", tier="node", reason="", status="5xx") == 1
-    assert value("responses_total", tier="other", reason="local_failed", status="2xx") == 2
+    assert value("responses_total", tier="node", reason="", status="2xx", protocol="1.1") == 3
+    assert value("responses_total", tier="node", reason="", status="5xx", protocol="1.1") == 1
+    assert value("responses_total", tier="other", reason="local_failed", status="2xx", protocol="1.1") == 2
     assert value("retries_total", cause="status") == 1
     assert value("retries_refused_total") == 1
     # The connection that had answered 503 was kept, and then closed by the instance; the fresh one was, too.

@@ -75,7 +75,7 @@ async def test_all_is_counted(proxy: Proxy, local: Upstream) -> None:
         "picks": {("node", ""): 4},
         "attempts": {("node", "answered"): 4},
         "bytes": (0, 15),
-        "responses": {("node", "", "2xx"): 3, ("node", "", "4xx"): 1},
+        "responses": {("node", "", "2xx", "1.1"): 3, ("node", "", "4xx", "1.1"): 1},
         "timed": 4,
         "connections": (1, 3),
         "under way": (0, 0),
