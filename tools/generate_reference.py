@@ -251,7 +251,7 @@ def proxy_metrics() -> Iterable[Metric]:
 
     process = ProxyProcess(load, Random(0), Operator({}))
     process.feed.status.confirmed_at = trio.current_time()
-    for collector in (*process.collectors(), WorkersCollector(2, 2, 0)):
+    for collector in (*process.collectors(), WorkersCollector(2, 2, 0, ())):
         yield from collector.collect()
 
 

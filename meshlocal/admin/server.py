@@ -17,6 +17,7 @@ from functools import partial
 import trio
 from trio.abc import HalfCloseableStream
 
+from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.messages import Head, Request, RequestReader, Response, encode
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import RateLimited, get_log
@@ -47,10 +48,19 @@ log = get_log(__name__)
 
 
 class AdminServer:
-    """Serves routes by their exact paths."""
+    """Serves routes by their exact paths.
 
-    def __init__(self, routes: Mapping[str, Route | AsyncRoute], *, max_connections: int = MAX_CONNECTIONS) -> None:
+    Args:
+        routes: by path.
+        access: who may read them.
+        max_connections: that may be open at once.
+    """
+
+    def __init__(
+        self, routes: Mapping[str, Route | AsyncRoute], access: AdminAccess, *, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
         self._routes = dict(routes)
+        self._access = access
         self._limit = max_connections
         self._open: set[_Place] = set()
         self._idle: dict[_Place, trio.CancelScope] = {}
@@ -67,14 +77,19 @@ class AdminServer:
                 nursery.start_soon(accept, listener, nursery, self._handle)
             task_status.started()
 
-    async def serve_stream(self, stream: HalfCloseableStream) -> None:
-        """Serve one connection to its end, whatever its client does. The caller closes the stream."""
+    async def serve_stream(self, stream: trio.abc.Stream, local: str = "127.0.0.1") -> None:
+        """Serve one connection to its end, whatever its client does. The caller closes the stream.
+
+        Args:
+            stream: the connection.
+            local: the address that it was made to.
+        """
         try:
             if self._make_room():
                 place = _Place()
                 self._open.add(place)
                 try:
-                    await self._converse(stream, place)
+                    await self._converse(stream, place, local)
                 finally:
                     self._open.discard(place)
             elif self._refusing < self._limit:
@@ -90,8 +105,13 @@ class AdminServer:
             log.exception("admin connection failed")
 
     async def _handle(self, client: socket.socket, _: object) -> None:
+        local = client.getsockname()[0]
         with trio.socket.from_stdlib_socket(client) as sock:
-            await self.serve_stream(trio.SocketStream(sock))
+            stream: trio.abc.Stream = trio.SocketStream(sock)
+            if (context := self._access.context) is not None:
+                # The handshake goes with the first bytes that are waited for, within the time of a head.
+                stream = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+            await self.serve_stream(stream, local)
 
     def _make_room(self) -> bool:
         """Whether one more connection may be served; the one that was idle the longest goes for it if need be."""
@@ -101,7 +121,7 @@ class AdminServer:
             self._idle.pop(place).cancel()
         return len(self._open) < self._limit
 
-    async def _converse(self, stream: HalfCloseableStream, place: _Place) -> None:
+    async def _converse(self, stream: trio.abc.Stream, place: _Place, local: str) -> None:
         reader = RequestReader()
         deadline = trio.current_time() + HEAD_TIMEOUT
         idle = False
@@ -122,7 +142,7 @@ class AdminServer:
                 return
             heads = reader.feed(data)
             for head in heads:
-                if not await _send(stream, await self._answer(head)):
+                if not await _send(stream, await self._answer(head, local)):
                     return
                 if not head.keep_alive:
                     await _linger(stream)
@@ -137,15 +157,18 @@ class AdminServer:
                 idle = False
                 deadline = trio.current_time() + HEAD_TIMEOUT
 
-    async def _answer(self, head: Head) -> bytes:
+    async def _answer(self, head: Head, local: str) -> bytes:
         try:
-            return encode(await self._respond(head), to=head)
+            return encode(await self._respond(head, local), to=head)
         except Exception:  # a route's fault is its own; the server and its other routes go on
             log.exception("admin route failed", path=head.request.path)
             return encode(Response.text("this page failed; see the log", 500), to=head)
 
-    async def _respond(self, head: Head) -> Response:
+    async def _respond(self, head: Head, local: str) -> Response:
         request = head.request
+        refusal = self._access.refusal(request, local)
+        if refusal is not None:
+            return refusal
         if request.method not in ("GET", "HEAD"):
             refusal = Response.text(f"{request.method} is not allowed here", 405)
             return refusal._replace(headers=(("Allow", "GET, HEAD"),))
@@ -174,24 +197,25 @@ class _Place:
     __slots__ = ()
 
 
-async def _send(stream: HalfCloseableStream, data: bytes) -> bool:
+async def _send(stream: trio.abc.Stream, data: bytes) -> bool:
     with trio.move_on_after(SEND_TIMEOUT) as scope:
         await stream.send_all(data)
     return not scope.cancelled_caught
 
 
-async def _refuse(stream: HalfCloseableStream, response: Response) -> None:
+async def _refuse(stream: trio.abc.Stream, response: Response) -> None:
     if await _send(stream, encode(response)):
         await _linger(stream)
 
 
-async def _linger(stream: HalfCloseableStream) -> None:
+async def _linger(stream: trio.abc.Stream) -> None:
     """End our side, and read on for a moment.
 
     To close with bytes unread would reset the connection, and the client might lose the response (RFC 9112, 9.6).
     """
     with trio.move_on_after(LINGER_TIMEOUT):
-        await stream.send_eof()
+        if isinstance(stream, HalfCloseableStream):
+            await stream.send_eof()
         read = 0
         while read < _LINGER_BYTES and (data := await stream.receive_some(_READ_SIZE)):
             read += len(data)

@@ -10,17 +10,19 @@ lets calls end within the drain's time, then cancels the lifetime nursery.
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
 
+from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.discovery_access import DiscoveryAccess
-from meshlocal.app.readiness import Readiness, announce, notify_service_manager
+from meshlocal.app.proxy import expiring_now
+from meshlocal.app.readiness import Readiness, announce, notify_service_manager, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
 from meshlocal.discovery.hub import Hub
@@ -28,6 +30,7 @@ from meshlocal.discovery.limits import ServerLimits
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
+from meshlocal.net.following import FileProblemError, Followed, follow
 from meshlocal.net.groups import first_of
 from meshlocal.net.grpc.health import HealthStatus
 from meshlocal.net.grpc.options import GrpcOptions
@@ -41,6 +44,7 @@ from meshlocal.policy.addresses import SocketAddress
 from meshlocal.policy.config import Config, DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_discovery import ServerLimitsConfig
+from meshlocal.policy.exposure import of_server
 from meshlocal.policy.problems import Problem
 from meshlocal.wire.discovery_methods import SERVICE_NAME
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
@@ -93,6 +97,11 @@ class DiscoveryProcess:
         self.health = HealthStatus()
         self._set_health(serving=False)
         self.access = DiscoveryAccess(config)
+        try:
+            self.admin_access = AdminAccess(config.admin_access, "discovery")
+        except FileProblemError as error:
+            raise ConfigError([Problem("discovery.admin_access", str(error), "")]) from None
+        self.exposures = of_server(config)
         guarded = self.access.guard(self.service.handlers())
         handlers = {**guarded, **self.health.handlers()}
         names = sorted({method.service for method in handlers})
@@ -123,7 +132,17 @@ class DiscoveryProcess:
         from meshlocal.app.process_metrics import ProcessCollector
 
         return [
-            DiscoveryCollector(self.hub, self.service, self.limits, self.server, self.readiness, self.websocket),
+            DiscoveryCollector(
+                self.hub,
+                self.service,
+                self.limits,
+                self.server,
+                self.readiness,
+                self.websocket,
+                access=self.access,
+                exposures=self.exposures,
+                followed=self._followed,
+            ),
             ProcessCollector(self.supervision),
         ]
 
@@ -153,27 +172,37 @@ class DiscoveryProcess:
                 for scheme, group in (
                     ("grpcs" if self.access.tls else "grpc", sockets),
                     ("wss" if self.access.tls else "ws", self.websocket_sockets),
-                    ("admin=http", admin_sockets),
+                    (f"admin={self.admin_access.scheme}", admin_sockets),
                 )
                 for sock in group
             ]
-            pages = AdminServer(self._routes(self))
+            pages = AdminServer(self._routes(self), self.admin_access)
+            tell_exposures(self.exposures)
             async with trio.open_nursery() as lifetime:
                 keep = self.supervision.keep
                 await lifetime.start(self._take_orders)
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(pages.serve, admin_sockets))
-                serve = partial(self.server.serve, sockets, ssl_context=self.access.context())
+                lifetime.start_soon(
+                    keep, "files", partial(follow, self._followed, partial(expiring_now, self._followed))
+                )
+                tls = self.access.grpc_context if self.access.tls else None
+                serve = partial(self.server.serve, sockets, tls=tls)
                 await lifetime.start(self._serve_or_die, "grpc server", serve)
                 if self.websocket is not None:
-                    serve = partial(self.websocket.serve, self.websocket_sockets, ssl_context=self.access.context())
+                    tls = self.access.websocket_context if self.access.tls else None
+                    serve = partial(self.websocket.serve, self.websocket_sockets, tls=tls)
                     await lifetime.start(self._serve_or_die, "websocket server", serve)
                 lifetime.start_soon(partial(keep, "readiness", self._become_ready, may_end=True))
                 lifetime.start_soon(partial(keep, "announcement", self._announce, bound, may_end=True))
                 await self.stop.requested.wait()
                 await self._drain()
                 lifetime.cancel_scope.cancel()
+
+    def _followed(self) -> Iterator[Followed[Any]]:
+        yield from self.access.followed()
+        yield from self.admin_access.followed()
 
     async def _take_orders(self, *, task_status: trio.TaskStatus[None]) -> None:
         await self.supervision.start("orders", handle_signals, self.stop, self.reload, task_status=task_status)
@@ -235,7 +264,7 @@ class DiscoveryProcess:
     async def reload(self) -> None:
         """Read the configuration again (S2), and the files of certificates and tokens: all of it holds, or nothing.
 
-        Of the configuration only logging can change; sources watch themselves.
+        Of the configuration only logging can change; sources watch themselves, and those files are followed beside.
         """
         try:
             config = await self._files.run(self._load)
@@ -282,6 +311,7 @@ def _websocket_server(config: DiscoveryServerConfig, handlers: Routes) -> WebSoc
         receive_rate=config.limits.bytes_per_second,
         receive_burst=_receive_burst(config.limits),
         origins=config.websocket_origins,
+        names=tuple(name.lower() for name in config.admin_access.names),
     )
     return WebSocketServer(
         handlers,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import meshlocal
-from meshlocal.app.proxy_metrics import gauge
+from meshlocal.app.discovery_access import DiscoveryAccess
+from meshlocal.app.proxy_metrics import expiry, exposed, gauge
 from meshlocal.app.readiness import Readiness
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.limits import Limited, ServerLimits
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.source import source_details
+from meshlocal.net.following import Followed
 from meshlocal.net.grpc.server import GrpcServer
+from meshlocal.policy.exposure import Exposure
 
 if TYPE_CHECKING:
     from meshlocal.discovery.websocket import WebSocketServer
@@ -32,7 +35,14 @@ class DiscoveryCollector(Collector):
         server: GrpcServer,
         readiness: Readiness,
         websocket: WebSocketServer | None = None,
+        *,
+        access: DiscoveryAccess | None = None,
+        exposures: Sequence[Exposure] = (),
+        followed: Callable[[], Iterable[Followed[Any]]] = tuple,
     ) -> None:
+        self._followed = followed
+        self._access = access
+        self._exposures = exposures
         self._hub = hub
         self._service = service
         self._limits = limits
@@ -52,6 +62,9 @@ class DiscoveryCollector(Collector):
         yield _counter("meshlocal_events_sent", "Events sent to watchers.", self._service.events_sent)
         yield gauge("meshlocal_subscriptions", "Services that all watches follow.", self._limits.subscriptions)
         yield self._limited()
+        yield self._refused()
+        yield exposed(self._exposures)
+        yield expiry(self._followed())
         instances = GaugeMetricFamily("meshlocal_service_instances", "Instances known.", labels=["service"])
         for snapshot in self._hub.snapshots():
             instances.add_metric([snapshot.service], len(snapshot.instances))
@@ -63,6 +76,19 @@ class DiscoveryCollector(Collector):
             healthy.add_metric([state.source.name], state.problem is None)
         yield from (in_sync, healthy)
         yield from _source_details(self._hub)
+
+    def _refused(self) -> Metric:
+        metric = CounterMetricFamily(
+            "meshlocal_discovery_refused",
+            "Calls refused because of who called (unauthenticated, not_allowed), and services hidden from who did"
+            " (hidden).",
+            labels=["reason"],
+        )
+        if self._access is not None:
+            for reason, count in self._access.refused.items():
+                metric.add_metric([reason], count)
+        metric.add_metric(["hidden"], self._service.hidden)
+        return metric
 
     def _limited(self) -> Metric:
         counts = dict(self._limits.refused)

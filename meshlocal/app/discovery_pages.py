@@ -17,6 +17,7 @@ from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.source import source_details
+from meshlocal.policy.hosts import host_of
 from meshlocal.policy.model import EndpointKey, ServiceSnapshot
 from meshlocal.policy.steps import Steps
 
@@ -33,16 +34,17 @@ def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route | AsyncRou
         "/metrics": metrics_route(process.collectors, METRICS_MODULES),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": lambda request: _services(process.hub, request),
-        "/watch": lambda request: _watch(process),
+        "/watch": lambda request: _watch(process, request),
     }
 
 
-def _watch(process: DiscoveryProcess) -> Response:
+def _watch(process: DiscoveryProcess, request: Request) -> Response:
     port = process.websocket_sockets[0].getsockname()[1] if process.websocket_sockets else None
     names = [snapshot.service for snapshot in process.hub.snapshots()]
     title = f"meshlocal discovery {meshlocal.__version__}: watch"
-    page = watch_page(title, port, names, tls=process.access.tls, token=_wants_token(process))
-    return Response(200, "text/html; charset=utf-8", page)
+    host = host_of(request.headers.get("host", "")) or "localhost"
+    host = f"[{host}]" if ":" in host else host
+    return watch_page(title, host, port, names, tls=process.access.tls, token=_wants_token(process))
 
 
 def _wants_token(process: DiscoveryProcess) -> bool:
@@ -113,7 +115,7 @@ def _overview(process: DiscoveryProcess) -> Response:
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
     links = ["/watch", "/services", "/metrics", "/config", "/readyz", "/livez"]
-    return Response(200, "text/html; charset=utf-8", html.page(title, links, parts, refresh=html.REFRESH))
+    return html.page(title, links, parts, refresh=html.REFRESH)
 
 
 def _source_tables(hub: Hub) -> Iterable[html.Html]:

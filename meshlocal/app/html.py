@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from string import Template
+
+from meshlocal.admin.messages import Response
 
 # The standard library's html.escape comes with every named entity of HTML: half a megabyte in every sidecar.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
@@ -27,6 +31,18 @@ def content(name: str) -> str:
 
 _PAGE = template("page.html")
 _STYLE = content("page.css")
+
+
+def source(text: str) -> str:
+    """What allows one inline style or script, and no other, in a Content-Security-Policy (CSP 3, 2.3.1).
+
+    Args:
+        text: what stands in its element, to the byte.
+    """
+    return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+_STYLE_SOURCE = source(f"\n{_STYLE}")
 
 
 class Html(str):
@@ -97,8 +113,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
     return Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def page(title: str, links: Iterable[str], parts: Iterable[Html], *, refresh: int | None = None) -> bytes:
-    """A whole page; one that shows what changes is loaded again every `refresh` seconds."""
+def page(
+    title: str,
+    links: Iterable[str],
+    parts: Iterable[Html],
+    *,
+    refresh: int | None = None,
+    styles: str = "",
+    policy: str = "",
+) -> Response:
+    """A whole page.
+
+    Args:
+        title: its heading too.
+        links: to other pages of this server.
+        parts: what it says.
+        refresh: seconds after which one that shows what changes is loaded again.
+        styles: `source` of styles that the parts hold.
+        policy: what the page may do beside being shown, as directives of a Content-Security-Policy.
+    """
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh is not None else ""
     nav = "".join(link(target, target) for target in links)
-    return _PAGE.substitute(title=text(title), again=again, style=_STYLE, nav=nav, parts="".join(parts)).encode()
+    body = _PAGE.substitute(title=text(title), again=again, style=_STYLE, nav=nav, parts="".join(parts)).encode()
+    allowed = f"style-src {_STYLE_SOURCE} {styles}".rstrip()
+    told = "; ".join(filter(None, (Response().policy, allowed, policy)))
+    return Response(200, "text/html; charset=utf-8", body, policy=told)

@@ -30,7 +30,7 @@ class Operator:
     async def ready(self, process: ProxyProcess, admin: Sequence[str]) -> None:
         """Say what the proxy does, in one line."""
         facts, notes = process.standing()
-        self.say_ready([*facts, *(f"admin=http://{bound}" for bound in admin), *notes])
+        self.say_ready([*facts, *(f"admin={process.admin_access.scheme}://{bound}" for bound in admin), *notes])
 
     def say_ready(self, parts: Sequence[str]) -> None:
         """Print the parts as one line, and tell the service manager."""

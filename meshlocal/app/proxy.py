@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
+from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
-from meshlocal.app.readiness import Readiness
+from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
 from meshlocal.client.place import locality_of, unknown_labels
@@ -33,15 +34,17 @@ from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
+from meshlocal.net.following import FileProblemError, Followed, follow
 from meshlocal.net.listen import ListenError, open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
-from meshlocal.net.tls import FileProblemError
+from meshlocal.net.tls import expiring, wall_clock
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
+from meshlocal.policy.exposure import of_proxy
 from meshlocal.policy.problems import Problem
 from meshlocal.proxy.listeners import Listeners, Server
 from meshlocal.proxy.tcp.forwarder import TcpForwarder
@@ -57,13 +60,10 @@ if TYPE_CHECKING:
 
 _log = get_log(__name__)
 
-TLS_FILES_INTERVAL = 5.0
-"""Seconds between two looks at the files of certificates."""
-
 CONFIG_LIMIT = 30.0
 """Seconds that reading the configuration again may take."""
 
-_FIXED = ("discovery", "admin", "workers")
+_FIXED = ("discovery", "admin", "admin_access", "workers")
 """Keys of `proxy` that only a restart changes."""
 
 
@@ -130,10 +130,11 @@ class ProxyProcess:
         self._rng = rng
         self._checking = False
         self._returning = False
-        self._following_tls = False
+        self._following_files = False
         import_parts(proxy)
         try:
             self._use_tls(make_tls(proxy))
+            self.admin_access = AdminAccess(proxy.admin_access, "proxy")
         except FileProblemError as error:
             raise ConfigError([Problem("proxy", str(error), "")]) from None
         self.services.reconfigure(proxy, self.services.locality)
@@ -170,6 +171,8 @@ class ProxyProcess:
                 self.readiness,
                 busy_poll,
                 self.tls_servers,
+                followed=self._followed,
+                exposures=of_proxy(self.config.proxy),
             ),
             HttpCollector(lambda: self.http),
             ProcessCollector(self.supervision),
@@ -209,32 +212,19 @@ class ProxyProcess:
         else:
             self._servers[scheme] = self.tls_servers[scheme] = TlsServer(listening, inner)
 
-    def _follow_tls(self, lifetime: trio.Nursery) -> None:
-        """Follow the files of certificates from now on, once there are some (T3)."""
-        if self._following_tls or self.tls is None:
-            return
-        self._following_tls = True
-        lifetime.start_soon(self.supervision.keep, "tls files", self._follow_tls_files)
+    def _followed(self) -> Iterator[Followed[Any]]:
+        """What is made of files (T3)."""
+        yield from self.admin_access.followed()
+        if self.tls is not None:
+            yield from self.tls.followed()
 
-    async def _follow_tls_files(self) -> None:
-        """Have new connections go by files that changed."""
-        files = Blocking()
-        blocked = ""
-        while True:
-            await trio.sleep(TLS_FILES_INTERVAL)
-            if self.tls is None:
-                continue
-            try:
-                made, problems = await files.run(self.tls.look)
-                blocked = ""
-            except BlockedError as error:
-                # Said once, however long it hangs.
-                made, problems = 0, [] if blocked else [str(error)]
-                blocked = str(error)
-            for problem in problems:
-                _log.error("certificate not read again", problem=problem)
-            if made:
-                _log.info("certificates read again")
+    def _follow_files(self, lifetime: trio.Nursery) -> None:
+        """Follow the files of certificates and tokens from now on, once there are some."""
+        if self._following_files or not any(True for _ in self._followed()):
+            return
+        self._following_files = True
+        warnings = partial(expiring_now, self._followed)
+        lifetime.start_soon(partial(self.supervision.keep, "files", partial(follow, self._followed, warnings)))
 
     def _open_cache(self, config: ProxyConfig) -> SnapshotCache | None:
         # An instances file is there after a restart as it was before.
@@ -308,7 +298,8 @@ class ProxyProcess:
             for listener in self.listeners.current:
                 opened.callback(listener.close)
             self._tell_unknown_labels()
-            admin = AdminServer(self._superior.routes(self))
+            admin = AdminServer(self._superior.routes(self), self.admin_access)
+            tell_exposures(of_proxy(config))
             async with trio.open_nursery() as lifetime:
                 self._lifetime = lifetime
                 if self.http is not None:
@@ -323,7 +314,7 @@ class ProxyProcess:
                 lifetime.start_soon(partial(keep, "idle sweep", self.forwarder.sweep_idle, vital=True))
                 self._check_health(lifetime, config)
                 self._return_connections(lifetime, config)
-                self._follow_tls(lifetime)
+                self._follow_files(lifetime)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
                 bound = [format_address(sock.getsockname()) for sock in admin_sockets]
@@ -426,7 +417,7 @@ class ProxyProcess:
         if self._lifetime is not None:
             self._check_health(self._lifetime, proxy)
             self._return_connections(self._lifetime, proxy)
-            self._follow_tls(self._lifetime)
+            self._follow_files(self._lifetime)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
         self._set_busy_poll(proxy)
@@ -489,6 +480,11 @@ def make_tls(config: ProxyConfig) -> ProxyTls | None:
     from meshlocal.proxy.tls import ProxyTls
 
     return ProxyTls(config)
+
+
+def expiring_now(followed: Callable[[], Iterable[Followed[Any]]]) -> Iterator[str]:
+    """What is to be said of own certificates that end soon."""
+    return expiring(followed(), wall_clock())
 
 
 def freeze_garbage_collector() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import trio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,7 +14,10 @@ from meshlocal.app.readiness import Readiness
 from meshlocal.client.feed import FeedStatus
 from meshlocal.client.services import ServiceTable
 from meshlocal.net.busy_poll import BusyPoll
+from meshlocal.net.following import Followed
 from meshlocal.net.slices import pieces
+from meshlocal.net.tls import certificates
+from meshlocal.policy.exposure import Exposure
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp.forwarder import KEPT_TASKS, TcpForwarder
 
@@ -37,6 +40,8 @@ class ProxyCollector(Collector):
         readiness: whether the proxy may be sent work.
         busy_poll: what it spent awake; None if it always sleeps.
         tls: what shakes hands with clients, by the listeners' scheme.
+        followed: gives what is made of files, own certificates among it.
+        exposures: what is open beyond this machine.
     """
 
     def __init__(
@@ -48,7 +53,12 @@ class ProxyCollector(Collector):
         readiness: Readiness,
         busy_poll: BusyPoll | None,
         tls: Mapping[str, TlsServer],
+        *,
+        followed: Callable[[], Iterable[Followed[Any]]] = tuple,
+        exposures: Iterable[Exposure] = (),
     ) -> None:
+        self._followed = followed
+        self._exposures = exposures
         self._services = services
         self._forwarder = forwarder
         self._listeners = listeners
@@ -95,6 +105,8 @@ class ProxyCollector(Collector):
             for outcome, count in server.handshakes.items():
                 handshakes.add_metric([scheme, outcome], count)
         yield handshakes
+        yield expiry(self._followed())
+        yield exposed(self._exposures)
         awake = CounterMetricFamily(
             "meshlocal_busy_poll_seconds",
             "Time by the clock spent looking for something to do instead of sleeping, until there was, or in vain.",
@@ -245,6 +257,31 @@ class ProxyCollector(Collector):
             counter = CounterMetricFamily(name, text)
             counter.add_metric([], count)
             yield counter
+
+
+def exposed(exposures: Iterable[Exposure]) -> Metric:
+    """What is open beyond this machine."""
+    metric = GaugeMetricFamily(
+        "meshlocal_exposed",
+        "1 for each address beyond this machine that is served without tls, or without authentication, by the key that"
+        " opens it.",
+        labels=["key", "address", "lacks"],
+    )
+    for each in exposures:
+        metric.add_metric([each.key, each.address, each.lacks], 1)
+    return metric
+
+
+def expiry(followed: Iterable[Followed[Any]]) -> Metric:
+    """When own certificates end."""
+    metric = GaugeMetricFamily(
+        "meshlocal_certificate_not_after_timestamp_seconds",
+        "When a certificate of one's own ends, in seconds since 1970, by its file.",
+        labels=["file"],
+    )
+    for file, period in certificates(followed).items():
+        metric.add_metric([file], period.not_after)
+    return metric
 
 
 def gauge(name: str, text: str, value: float, **labels: str) -> Metric:

@@ -209,7 +209,7 @@ class _ProxyPages:
                     parts.append(part)
                 yield
         title = f"meshlocal proxy {meshlocal.__version__}"
-        return Response(200, "text/html; charset=utf-8", html.page(title, links, parts, refresh=html.REFRESH))
+        return html.page(title, links, parts, refresh=html.REFRESH)
 
     def _state(self) -> Iterator[tuple[str, Sequence[object]]]:
         process, services, feed = self._process, self._process.services, self._process.feed.status
@@ -329,7 +329,7 @@ def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:
         html.table(("Instance", "Node", "Why"), left_out),
     ]
     title = f"meshlocal proxy {meshlocal.__version__}: plan of {service}, seen from node {view['node'] or 'unknown'}"
-    return Response(200, "text/html; charset=utf-8", html.page(title, ["/", "/services"], parts))
+    return html.page(title, ["/", "/services"], parts)
 
 
 def _health(service: ServiceState, instance: Instance, now: float) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from meshlocal.client.link import Link
@@ -123,7 +124,7 @@ def _read_file(discovery: DiscoveryClientConfig) -> InstancesFile | None:
 def _ask(discovery: DiscoveryClientConfig, question: Callable[[Link], Awaitable[T]]) -> T:
     """The first server's answer that is one. A server that answers `no` has answered."""
 
-    options = DiscoveryClientConfig(connect_timeout=TIMEOUT, ca_file=discovery.ca_file, token_file=discovery.token_file)
+    options = msgspec.structs.replace(discovery, connect_timeout=TIMEOUT)
 
     async def ask_each() -> T:
         problems = []

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+
+from meshlocal.net.log import get_log
+from meshlocal.policy.exposure import Exposure
+
+_log = get_log(__name__)
 
 
 class Readiness:
@@ -39,6 +44,12 @@ class Readiness:
         """Never ready again (S1)."""
         self.draining = True
         self.reason = "draining"
+
+
+def tell_exposures(exposures: Iterable[Exposure]) -> None:
+    """Say at the start what is open beyond this machine."""
+    for each in exposures:
+        _log.warning("open beyond this machine", problem=str(each))
 
 
 def announce(line: str) -> None:

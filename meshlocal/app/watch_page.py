@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from meshlocal.admin.messages import Response
 from meshlocal.app import html
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.discovery_websocket import BEARER, JSON
@@ -13,14 +14,17 @@ _SCRIPT = html.content("watch.js")
 
 _STYLE = html.content("watch.css")
 _BODY = html.template("watch.html")
+_STYLE_SOURCE = html.source(f"\n{_STYLE}")
+_SCRIPT_SOURCE = html.source(f"\n{_SCRIPT}")
 _TOKEN = '<input id="token" type="password" placeholder="token" autocomplete="off">'
 
 
-def watch_page(title: str, port: int | None, services: Iterable[str], *, tls: bool, token: bool) -> bytes:
+def watch_page(title: str, host: str, port: int | None, services: Iterable[str], *, tls: bool, token: bool) -> Response:
     """The page.
 
     Args:
         title: of the page.
+        host: by which it was asked for, and under which it connects, as a URL has it.
         port: of the WebSocket server; None if there is none.
         services: to choose from.
         tls: whether that server is served over TLS.
@@ -41,4 +45,6 @@ def watch_page(title: str, port: int | None, services: Iterable[str], *, tls: bo
         settings=json.dumps(settings).replace("<", "\\u003c"),
         script=_SCRIPT,
     )
-    return html.page(title, ["/", "/services"], [html.Html(body)])
+    server = f"{'wss' if tls else 'ws'}://{host}:{port}"
+    policy = f"script-src {_SCRIPT_SOURCE}; connect-src {server}"
+    return html.page(title, ["/", "/services"], [html.Html(body)], styles=_STYLE_SOURCE, policy=policy)

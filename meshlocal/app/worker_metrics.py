@@ -9,11 +9,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from meshlocal.app.proxy_metrics import exposed
 from meshlocal.app.worker_channel import Metrics
+from meshlocal.policy.exposure import Exposure
 
 MERGED_BY: Mapping[str, Callable[[Iterable[float]], float]] = {
     "meshlocal_build_info": max,
     "meshlocal_ready": min,
+    "meshlocal_exposed": max,
+    "meshlocal_certificate_not_after_timestamp_seconds": min,
     "meshlocal_node_unknown": max,
     "meshlocal_node_unmatched": max,
     "meshlocal_instances": max,
@@ -95,10 +99,12 @@ class WorkersCollector(Collector):
         ready: how many may be sent work.
         wanted: how many there are to be.
         restarts: how often one ended, and another took its place.
+        exposures: what the process above them opens beyond this machine.
     """
 
-    def __init__(self, ready: int, wanted: int, restarts: int) -> None:
+    def __init__(self, ready: int, wanted: int, restarts: int, exposures: Iterable[Exposure]) -> None:
         self._ready, self._wanted, self._restarts = ready, wanted, restarts
+        self._exposures = exposures
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
@@ -108,7 +114,7 @@ class WorkersCollector(Collector):
         ready.add_metric([], self._ready)
         restarts = CounterMetricFamily("meshlocal_worker_restarts", "Workers that ended, and were replaced.")
         restarts.add_metric([], self._restarts)
-        yield from (workers, ready, restarts)
+        yield from (workers, ready, restarts, exposed(self._exposures))
 
 
 class Fixed(Collector):

@@ -14,6 +14,7 @@ from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
 from meshlocal.app.workers import Supervisor, Worker, WorkerGoneError
 from meshlocal.net.slices import in_slices
+from meshlocal.policy.exposure import of_proxy
 
 
 def worker_routes(supervisor: Supervisor) -> Mapping[str, Route | AsyncRoute]:
@@ -50,7 +51,9 @@ class _WorkerPages:
         found = {number: measured[worker] for number, worker in living if worker in measured}
         collectors = [
             Fixed(self._totals.merge(found)),
-            WorkersCollector(len(self._ready()), supervisor.count, supervisor.restarts),
+            WorkersCollector(
+                len(self._ready()), supervisor.count, supervisor.restarts, of_proxy(supervisor.config.proxy)
+            ),
         ]
         return await in_slices(metrics_response(request, collectors))
 

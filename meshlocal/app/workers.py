@@ -26,21 +26,26 @@ from typing import TypeAlias
 import msgspec
 import trio
 
+from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.config_loader import LoadConfig
 from meshlocal.app.operator import Operator
-from meshlocal.app.proxy import CONFIG_LIMIT, read_again
-from meshlocal.app.readiness import Readiness
+from meshlocal.app.proxy import CONFIG_LIMIT, expiring_now, read_again
+from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, handle_signals
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
 from meshlocal.net.blocking import Blocking
 from meshlocal.net.descriptors import raise_limit
+from meshlocal.net.following import FileProblemError, follow
 from meshlocal.net.listen import ListenError, open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import Supervision
 from meshlocal.policy.backoff import Backoff
 from meshlocal.policy.config import Config, ProxyConfig
+from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.exposure import of_proxy
+from meshlocal.policy.problems import Problem
 from meshlocal.proxy.bound import BoundAddress, keep, service_key
 
 _log = get_log(__name__)
@@ -168,6 +173,10 @@ class Supervisor:
         self._rng = rng
         self._operator = operator
         self.config = config
+        try:
+            self._access = AdminAccess(config.proxy.admin_access, "proxy")
+        except FileProblemError as error:
+            raise ConfigError([Problem("proxy.admin_access", str(error), "")]) from None
         self.count = config.proxy.workers
         self.readiness = Readiness(f"waiting for {self.count} workers")
         self.stop = Stop()
@@ -202,7 +211,10 @@ class Supervisor:
                 keep = self.supervision.keep
                 await lifetime.start(self._take_orders)
                 if admin_sockets:
-                    serve = partial(AdminServer(self._routes(self)).serve, admin_sockets)
+                    serve = partial(AdminServer(self._routes(self), self._access).serve, admin_sockets)
+                    tell_exposures(of_proxy(self.config.proxy))
+                    warnings = partial(expiring_now, self._access.followed)
+                    lifetime.start_soon(partial(keep, "files", partial(follow, self._access.followed, warnings)))
                     lifetime.start_soon(keep, "admin server", serve)
                 async with trio.open_nursery() as workers:
                     for number in range(1, self.count + 1):
@@ -348,7 +360,11 @@ class Supervisor:
         if not self._was_ready:
             self._was_ready = True
             announced = [said for number in sorted(self.workers) if (said := self.workers[number].announced)]
-            facts = [*announced[0].facts, f"workers={self.count}", *(f"admin=http://{bound}" for bound in self._admin)]
+            facts = [
+                *announced[0].facts,
+                f"workers={self.count}",
+                *(f"admin={self._access.scheme}://{bound}" for bound in self._admin),
+            ]
             # What one of them has not heard yet is worth a note.
             notes = dict.fromkeys(note for said in announced for note in said.notes)
             self._operator.say_ready([*facts, *notes])

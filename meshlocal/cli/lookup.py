@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections import Counter
-from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from random import Random
 from typing import Any
 from urllib.parse import quote
 
+from meshlocal.admin.access import read_token
 from meshlocal.app.query import QueryError, fetch_instances, list_clusters, list_services, list_zones
 from meshlocal.app.views import explain_view, instance_view
 from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
+from meshlocal.net.following import FileProblemError
+from meshlocal.net.tls import client_context
 from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_build import ConfigError
@@ -77,35 +82,48 @@ def explain(service: str, config: ProxyConfig, *, as_json: bool) -> str:
     return f"{_explanation(view)}\n\n{note}"
 
 
-def explain_running(service: str, admin: str, *, as_json: bool) -> tuple[str, bool]:
+def explain_running(
+    service: str, admin: str, *, ca_file: str | None = None, token_file: str | None = None, as_json: bool
+) -> tuple[str, bool]:
     """The plan of a running proxy's very next request.
 
     Args:
         service: its name.
         admin: the proxy's admin address; as the line has it that says that the proxy is ready, too.
+        ca_file: the authorities of an https:// address, in PEM; None: those of the system.
+        token_file: holds the token that the pages want; None: they want none.
         as_json: as the proxy gave it.
 
     Returns:
         The plan, and whether a registry knows the service.
 
     Raises:
-        ConfigError: `admin` is no address.
+        ConfigError: `admin` is no address, or a file cannot be used.
         QueryError: the proxy could not be asked, or does not know the service.
     """
     try:
-        address = SocketAddress.parse(admin.removeprefix("http://").rstrip("/"))
+        address = SocketAddress.parse(admin.removeprefix("http://").removeprefix("https://").rstrip("/"))
     except AddressError as error:
         raise ConfigError([Problem("", str(error), "--proxy")]) from None
+    headers = {}
+    if token_file is not None:
+        with _blamed("--token-file"):
+            headers["Authorization"] = f"Bearer {read_token(token_file).decode('latin-1')}"
     connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)
+    if admin.startswith("https://"):
+        with _blamed("--ca-file"):
+            context = client_context(ca_file, None, None, check_name=True, minimum="1.2", protocols=("http/1.1",))
+        connection = HTTPSConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT, context=context)
     try:
-        connection.request("GET", f"/explain?service={quote(service)}")
+        connection.request("GET", f"/explain?service={quote(service)}", headers=headers)
         response = connection.getresponse()
         body = response.read()
     except (OSError, HTTPException) as error:
         # What came in place of HTTP is some other program's, and nothing to print.
         why = "its answer is no HTTP"
         if isinstance(error, OSError):
-            why = os.strerror(error.errno).lower() if error.errno else str(error) or type(error).__name__
+            foreign = isinstance(error, ssl.SSLError) or not error.errno
+            why = (str(error) or type(error).__name__) if foreign else os.strerror(error.errno or 0).lower()
         raise QueryError(f"cannot ask the proxy at {admin}: {why}") from None
     finally:
         connection.close()
@@ -119,6 +137,14 @@ def explain_running(service: str, admin: str, *, as_json: bool) -> tuple[str, bo
     if not isinstance(view, dict) or "plan" not in view:
         raise QueryError(f"{admin} does not answer as a proxy's admin address does")
     return (_json(view) if as_json else _explanation(view)), bool(view["known"])
+
+
+@contextmanager
+def _blamed(option: str) -> Iterator[None]:
+    try:
+        yield
+    except FileProblemError as error:
+        raise ConfigError([Problem("", str(error), option)]) from None
 
 
 def _explanation(view: Mapping[str, Any]) -> str:

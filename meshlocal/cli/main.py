@@ -187,7 +187,7 @@ def get(
     "--proxy",
     "proxy_admin",
     metavar="HOST:PORT",
-    help="Ask a running proxy at its admin address instead; http://HOST:PORT is the same.",
+    help="Ask a running proxy at its admin address instead; http://HOST:PORT is the same, https:// over TLS.",
 )
 @_config_option
 @_output_option
@@ -206,7 +206,9 @@ def explain(
     from meshlocal.cli import lookup
 
     if proxy_admin is not None:
-        told, known = lookup.explain_running(service, proxy_admin, as_json=output == "json")
+        told, known = lookup.explain_running(
+            service, proxy_admin, ca_file=ca_file, token_file=token_file, as_json=output == "json"
+        )
         click.echo(told)
         return 0 if known else 1
     flags = {**_discovery_flags(urls, ca_file, token_file), **_place_flags(**place)}

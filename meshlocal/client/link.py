@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ssl
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from meshlocal.net.blocking import BlockedError, Blocking
-from meshlocal.net.tls import ClientContext, why
+from meshlocal.net.following import FileProblemError, Followed, why
+from meshlocal.net.tls import TlsContext, client_context
+from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.config import DiscoveryClientConfig
+from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
@@ -57,15 +62,13 @@ class Credentials:
     attempt, and nothing else (P1).
 
     Args:
-        ca_file: the authorities that a TLS server's certificate must come from; None: those of the system.
-        token_file: holds the token that is sent along; it is read for each connection. None: no token.
+        config: names the files.
     """
 
-    def __init__(self, ca_file: str | None, token_file: str | None) -> None:
-        self._ca_file = ca_file
-        self._token_file = token_file
+    def __init__(self, config: DiscoveryClientConfig) -> None:
+        self._config = config
         self._files = Blocking()
-        self._context = ClientContext(ca_file)
+        self._made: Followed[TlsContext] | None = None
 
     async def context(self) -> ssl.SSLContext:
         """How servers are authenticated. Made anew when the file changed.
@@ -74,26 +77,44 @@ class Credentials:
             GrpcError: the file cannot be used; the text says which and why.
         """
         try:
-            return await self._files.run(self._context.get)
-        except (OSError, ValueError) as error:
-            raise GrpcError(StatusCode.UNAVAILABLE, f"{self._ca_file}: {_said(error)}") from None
+            return await self._files.run(self._look)
+        except FileProblemError as error:
+            raise GrpcError(StatusCode.UNAVAILABLE, str(error)) from None
+        except OSError as error:
+            raise GrpcError(StatusCode.UNAVAILABLE, f"{self._config.ca_file}: {_said(error)}") from None
 
-    async def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What is sent along with each call.
+    def _look(self) -> TlsContext:
+        """The context of the files as they are now. A certificate or an authority that cannot be used is no reason to
+        go on with what was there before: the next connection may come from another server."""
+        config = self._config
+        if self._made is None:
+            files = config.ca_file, config.certificate_file, config.key_file
+            make = partial(client_context, *files, check_name=True, minimum="1.2", protocols=())
+            self._made = Followed(files, make)
+        else:
+            self._made.look()
+        return self._made.current[0]
+
+    async def metadata(self, url: DiscoveryUrl) -> tuple[tuple[str, str], ...]:
+        """What is sent along with each call to a server.
 
         Raises:
-            GrpcError: the file holds no token, or cannot be read; the text says which and why.
+            GrpcError: the file holds no token, or cannot be read, or the token may not be sent there; the text says
+                which and why.
         """
-        if self._token_file is None:
+        file = self._config.token_file
+        if file is None:
             return ()
+        if would_show_token(url, self._config):
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{TOKEN_IN_PLAINTEXT}, which {url} is")
         try:
-            token = (await self._files.run(_read, self._token_file)).decode("ascii").strip()
+            token = (await self._files.run(_read, file)).decode("ascii").strip()
         except UnicodeDecodeError:
             token = ""
         except OSError as error:
-            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{self._token_file}: {_said(error)}") from None
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{file}: {_said(error)}") from None
         if not token.isprintable() or not token:
-            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{self._token_file}: holds no token")
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{file}: holds no token")
         return (("authorization", f"Bearer {token}"),)
 
 

@@ -38,9 +38,9 @@ async def open_link(
         GrpcError: there is none; its text says why.
         TimeoutError: none was found within `connect_timeout`.
     """
-    credentials = credentials or Credentials(config.ca_file, config.token_file)
+    credentials = credentials or Credentials(config)
     context = await credentials.context() if url.scheme in ("grpcs", "wss") else None
-    metadata = await credentials.metadata()
+    metadata = await credentials.metadata(url)
     if url.scheme in ("ws", "wss"):
         from meshlocal.client.websocket_link import WebSocketLink
 

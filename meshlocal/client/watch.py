@@ -96,7 +96,7 @@ class DiscoveryWatch:
         self._services = list(dict.fromkeys(services))
         self._sink = sink
         self._config = config or DiscoveryClientConfig()
-        self._credentials = Credentials(self._config.ca_file, self._config.token_file)
+        self._credentials = Credentials(self._config)
         import_links(urls)
         self._backoff = Backoff(self._config.backoff_initial, self._config.backoff_max, rng, least=0.0)
         self._rng = rng

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import trio
 
@@ -12,14 +13,17 @@ from meshlocal.discovery.hub import Hub, Update, Watcher
 from meshlocal.discovery.limits import ServerLimits
 from meshlocal.net.grpc.server import Routes, unary
 from meshlocal.net.grpc.servercall import ServerCall
+from meshlocal.net.log import RateLimited, get_log
 from meshlocal.policy.model import (
     CLUSTER,
     ZONE,
     ModelError,
     ServiceKey,
+    ServiceSnapshot,
     known,
     parse_service_key,
 )
+from meshlocal.policy.visibility import ALL, View
 from meshlocal.wire.discovery_codec import change_event, heartbeat_event, instance_to_message, snapshot_event
 from meshlocal.wire.discovery_methods import (
     LIST_CLUSTERS,
@@ -30,6 +34,8 @@ from meshlocal.wire.discovery_methods import (
 )
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
+
+_log = get_log(__name__)
 
 _ENCODED = 16 << 20
 """Bytes of encoded events that are kept."""
@@ -101,6 +107,9 @@ class DiscoveryService:
         self._draining = False
         self._watches: dict[trio.CancelScope, None] = {}
         self.events_sent = 0
+        self.hidden = 0
+        """Services that were asked for, and that the caller may not see."""
+        self._told_hidden = RateLimited(_log, logging.WARNING, "service hidden from a caller", interval=5.0)
 
     def handlers(self) -> Routes:
         """What serves each method, as `GrpcServer` takes it."""
@@ -118,18 +127,23 @@ class DiscoveryService:
         waiting = ", ".join(state.source.name for state in self._hub.sources if not state.in_sync)
         raise GrpcError(StatusCode.UNAVAILABLE, f"not in sync yet with {waiting}")
 
-    async def _list_zones(self, request: pb.ListZonesRequest, call: object) -> pb.ListZonesResponse:
+    def _seen(self, call: ServerCall[Any, Any]) -> Iterator[ServiceSnapshot]:
+        """What there is of the services that a caller may see."""
+        view = _view(call)
+        return (snapshot for snapshot in self._hub.snapshots() if view.sees(snapshot.service))
+
+    async def _list_zones(self, request: pb.ListZonesRequest, call: ServerCall[Any, Any]) -> pb.ListZonesResponse:
         self._require_sync()
-        names = {
-            known(instance.labels.get(ZONE)) for each in self._hub.snapshots() for instance in each.instances.values()
-        }
+        names = {known(instance.labels.get(ZONE)) for each in self._seen(call) for instance in each.instances.values()}
         return pb.ListZonesResponse(zones=[pb.Zone(name=name) for name in sorted(names) if name])
 
-    async def _list_clusters(self, request: pb.ListClustersRequest, call: object) -> pb.ListClustersResponse:
+    async def _list_clusters(
+        self, request: pb.ListClustersRequest, call: ServerCall[Any, Any]
+    ) -> pb.ListClustersResponse:
         self._require_sync()
         pairs = {
             (known(instance.labels.get(CLUSTER)), known(instance.labels.get(ZONE)))
-            for each in self._hub.snapshots()
+            for each in self._seen(call)
             for instance in each.instances.values()
         }
         return pb.ListClustersResponse(
@@ -140,18 +154,25 @@ class DiscoveryService:
             ]
         )
 
-    async def _list_services(self, request: pb.ListServicesRequest, call: object) -> pb.ListServicesResponse:
+    async def _list_services(
+        self, request: pb.ListServicesRequest, call: ServerCall[Any, Any]
+    ) -> pb.ListServicesResponse:
         self._require_sync()
         wanted = {label: value for label, value in ((ZONE, request.zone), (CLUSTER, request.cluster)) if value}
         services = []
-        for each in self._hub.snapshots():
+        for each in self._seen(call):
             count = sum(_carries(instance.labels, wanted) for instance in each.instances.values())
             if count or not wanted:
                 services.append(pb.Service(name=each.service, instances=count))
         return pb.ListServicesResponse(services=services)
 
-    async def _list_instances(self, request: pb.ListInstancesRequest, call: object) -> pb.ListInstancesResponse:
+    async def _list_instances(
+        self, request: pb.ListInstancesRequest, call: ServerCall[Any, Any]
+    ) -> pb.ListInstancesResponse:
         service = _service_key("service", request.service)
+        if not _view(call).sees(service):
+            self._hide(call, [service])
+            raise GrpcError(StatusCode.PERMISSION_DENIED, f"{_view(call).caller} may not see {service!r}")
         snapshot = self._hub.snapshot(service)
         if snapshot is None:
             self._require_sync()
@@ -184,22 +205,36 @@ class DiscoveryService:
         request = await call.receive()
         if request is None:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
-        wanted = len(request.subscriptions)
+        wanted = _subscriptions(request)
+        view = _view(call)
+        hidden = [service for service in wanted if not view.sees(service)]
+        for service in hidden:
+            del wanted[service]
+        if hidden:
+            self._hide(call, hidden)
         with (
-            self._limits.watch(call.peer, wanted),
-            self._hub.watch(_subscriptions(request)) as watcher,
+            self._limits.watch(call.peer, len(request.subscriptions)),
+            self._hub.watch(wanted) as watcher,
             trio.CancelScope() as leaving,
         ):
             if self._draining:
                 leaving.cancel()
             self._watches[leaving] = None
             try:
-                await self._serve_watch(call, watcher)
+                await self._serve_watch(call, watcher, hidden)
             finally:
                 del self._watches[leaving]
         raise GrpcError(StatusCode.UNAVAILABLE, "this server is going away; watch another one")
 
-    async def _serve_watch(self, call: _Call, watcher: Watcher) -> None:
+    def _hide(self, call: ServerCall[Any, Any], services: Sequence[ServiceKey]) -> None:
+        """Note that a caller asked for services that it may not see."""
+        self.hidden += len(services)
+        self._told_hidden(trio.current_time(), client=call.peer, caller=_view(call).caller, services=",".join(services))
+
+    async def _serve_watch(self, call: _Call, watcher: Watcher, hidden: Sequence[ServiceKey]) -> None:
+        """Serve a watch. Services that its caller may not see are unknown to it: they cost it none of the others."""
+        for service in hidden:
+            await call.send(snapshot_event(ServiceSnapshot(service, "", {}, unknown=True)))
         resumed = True
         pusher = _Pusher(self, call, watcher)
         while True:
@@ -247,6 +282,12 @@ class _Pusher:
         """What was taken, and is still to be sent."""
         left, self._left = self._left, []
         return left
+
+
+def _view(call: ServerCall[Any, Any]) -> View:
+    """What the caller may see, as the guard before the handler says (`discovery.allow`)."""
+    view = call.caller
+    return view if isinstance(view, View) else ALL
 
 
 def _subscriptions(request: pb.WatchInstancesRequest) -> dict[ServiceKey, str]:

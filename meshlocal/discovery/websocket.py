@@ -11,9 +11,8 @@ import base64
 import binascii
 import socket
 import ssl
-from collections.abc import Collection, Sequence
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import trio
@@ -26,7 +25,9 @@ from meshlocal.net.grpc.server import Handler, Routes
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.tls_accept import accept_tls
 from meshlocal.net.websocket_stream import WatchedStream
+from meshlocal.policy.hosts import host_of, is_own_host, is_own_origin
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire import discovery_websocket as wire
 from meshlocal.wire.discovery_websocket import Close, Codec
@@ -53,6 +54,8 @@ class WebSocketOptions(msgspec.Struct, frozen=True, kw_only=True):
         receive_rate: bytes read in a second, beyond `receive_burst`; more wait in the peer. None: as many as come.
         receive_burst: bytes read at once after a while without.
         origins: of pages that may connect, beside those of the host that they connect to.
+        names: hosts that the server goes by, for pages, beside localhost, loopback addresses and that which was
+            connected to.
     """
 
     max_message_size: int = 1 << 20
@@ -64,6 +67,21 @@ class WebSocketOptions(msgspec.Struct, frozen=True, kw_only=True):
     receive_rate: float | None = None
     receive_burst: int = 2 << 20
     origins: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+class Client(NamedTuple):
+    """Who is at the other end of a connection.
+
+    Attributes:
+        peer: its address and port.
+        local: the address that it connected to.
+        certificate: its, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked.
+    """
+
+    peer: str
+    local: str
+    certificate: Mapping[str, object]
 
 
 class WebSocketCall:
@@ -77,9 +95,12 @@ class WebSocketCall:
         frame: str | bytes,
         peer: str,
         metadata: Metadata,
+        certificate: Mapping[str, object],
     ) -> None:
         self.peer = peer
         self.metadata = metadata
+        self.certificate = certificate
+        self.caller: Any = None
         self._connection = connection
         self._method = method
         self._codec = codec
@@ -159,16 +180,14 @@ class WebSocketServer:
         self,
         listeners: Sequence[socket.socket],
         *,
-        ssl_context: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept on listening sockets, which it closes, until cancelled or until `drain` has finished."""
 
         async def handle(client: socket.socket, peer: object) -> None:
-            stream: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-            if ssl_context is not None:
-                stream = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
-            await self.serve_stream(stream, format_address(peer))
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+            await self.serve_stream(stream, format_address(peer), client.getsockname()[0], tls)
 
         async def accept(listener: socket.socket, nursery: trio.Nursery) -> None:
             with trio.CancelScope() as scope:
@@ -197,14 +216,33 @@ class WebSocketServer:
             self._idle = trio.Event()
             await self._idle.wait()
 
-    async def serve_stream(self, stream: trio.abc.Stream, peer: str = "unknown") -> None:
-        """Serve one connection to its end, and close it."""
+    async def serve_stream(
+        self,
+        stream: trio.abc.Stream,
+        peer: str = "unknown",
+        local: str = "127.0.0.1",
+        tls: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:
+        """Serve one connection to its end, and close it.
+
+        Args:
+            stream: the connection.
+            peer: the client's address and port.
+            local: the address that it was made to.
+            tls: gives what it is served over TLS with; None: without TLS.
+        """
         with self.crowding.place(peer) as place:
             if not place:
                 await trio.aclose_forcefully(stream)
                 return
             try:
-                await self._serve_to_end(stream, peer)
+                certificate: Mapping[str, object] = {}
+                if tls is not None:
+                    secured = await accept_tls(stream, tls())
+                    if secured is None:
+                        return
+                    stream, certificate = secured, secured.getpeercert() or {}
+                await self._serve_to_end(stream, Client(peer, local, certificate))
             except Exception as error:
                 # A fault in serving one connection must not end the others.
                 if not _is_peers(error):
@@ -212,13 +250,13 @@ class WebSocketServer:
         if not self.crowding.open:
             self._idle.set()
 
-    async def _serve_to_end(self, stream: trio.abc.Stream, peer: str) -> None:
+    async def _serve_to_end(self, stream: trio.abc.Stream, client: Client) -> None:
         watched = WatchedStream(stream, self._options.stall_timeout, self._bucket(), self._count_pause)
         try:
             last_words: bytes | None = None
             async with trio.open_nursery() as nursery:
                 try:
-                    last_words = await self._serve(watched, nursery, peer)
+                    last_words = await self._serve(watched, nursery, client)
                 finally:
                     nursery.cancel_scope.cancel()
             # Now that nobody reads any more.
@@ -236,7 +274,7 @@ class WebSocketServer:
         rate = self._options.receive_rate
         return TokenBucket(rate, self._options.receive_burst, trio.current_time()) if rate is not None else None
 
-    async def _serve(self, stream: WatchedStream, nursery: trio.Nursery, peer: str) -> bytes | None:
+    async def _serve(self, stream: WatchedStream, nursery: trio.Nursery, client: Client) -> bytes | None:
         """Serve a connection's call; returns what is left to be said to a peer that broke the rules, which is told."""
         options = self._options
         accepted = None
@@ -244,7 +282,7 @@ class WebSocketServer:
             # The library waits for a handshake for ever, also on a connection that has ended.
             nursery.start_soon(_cancel_at_end, stream, handshake)
             try:
-                accepted = await self._shake_hands(stream, nursery)
+                accepted = await self._shake_hands(stream, nursery, client)
             except ConnectionClosed:
                 return None
         if accepted is None:
@@ -252,7 +290,7 @@ class WebSocketServer:
         connection, method, handler, codec, metadata = accepted
         ending = Close(wire.NORMAL)
         try:
-            await self._call(connection, method, handler, codec, metadata, peer)
+            await self._call(connection, method, handler, codec, metadata, client)
         except Close as close_:
             ending = close_
         except GrpcError as error:
@@ -260,7 +298,7 @@ class WebSocketServer:
         except ConnectionClosed:
             pass
         except Exception:
-            log.exception("websocket handler failed", method=method.path, peer=peer)
+            log.exception("websocket handler failed", method=method.path, peer=client.peer)
             ending = Close(wire.INTERNAL, "the handler failed")
         last_words = _last_words(connection, stream)
         refused = connection.closed
@@ -271,7 +309,7 @@ class WebSocketServer:
         return last_words
 
     async def _shake_hands(
-        self, stream: WatchedStream, nursery: trio.Nursery
+        self, stream: WatchedStream, nursery: trio.Nursery, client: Client
     ) -> tuple[WebSocketConnection, Method[Any, Any], Handler, Codec, Metadata] | None:
         request = await wrap_server_stream(
             nursery, stream, message_queue_size=1, max_message_size=self._options.max_message_size
@@ -281,7 +319,7 @@ class WebSocketServer:
         method, handler = self._routes.get(request.path.partition("?")[0], (None, None))
         if method is None or handler is None:
             await _reject(request, 404, f"no method {request.path[:256]}")
-        elif not _is_welcome(headers.get("origin"), stream.host, self._options.origins):
+        elif not _is_welcome(headers.get("origin"), stream.host, client.local, self._options):
             await _reject(request, 403, f"pages of {headers['origin'][:256]} may not connect")
         elif chosen is None:
             await _reject(request, 400, f"offer the subprotocol {wire.PROTO} or {wire.JSON}")
@@ -298,7 +336,7 @@ class WebSocketServer:
         handler: Any,
         codec: Codec,
         metadata: Metadata,
-        peer: str,
+        client: Client,
     ) -> None:
         """Take the request, and run the handler.
 
@@ -317,7 +355,9 @@ class WebSocketServer:
                     if frame is None:
                         raise Close(wire.POLICY, "no request came")
                     nursery.start_soon(_look_out, connection, calling, ended)
-                    await handler(WebSocketCall(connection, method, codec, frame, peer, metadata))
+                    await handler(
+                        WebSocketCall(connection, method, codec, frame, client.peer, metadata, client.certificate)
+                    )
                 except Exception as error:  # noqa: BLE001 - raised below: the nursery would wrap it in a group
                     ended.append(error)
             nursery.cancel_scope.cancel()
@@ -396,17 +436,16 @@ async def _reject(request: WebSocketRequest, status: int, text: str) -> None:
     await request.reject(status, extra_headers=[(b"Content-Type", b"text/plain")], body=f"{text}\n".encode())
 
 
-def _is_welcome(origin: str | None, host: str, origins: Collection[str]) -> bool:
-    """Whether a page may connect: one of the same host, on any port, or of an origin that the config names.
+def _is_welcome(origin: str | None, authority: str, local: str, options: WebSocketOptions) -> bool:
+    """Whether a page may connect: one of the same host, on any port, if that is a name of this server; or one of an
+    origin that the config names.
 
     Anybody but a browser sends no origin. Without this, every page that an operator visits could read the registry.
     """
-    if origin is None or origin in origins:
+    if origin is None or origin in options.origins:
         return True
-    try:
-        return urlsplit(origin).hostname == urlsplit(f"//{host}").hostname is not None
-    except ValueError:
-        return False
+    host = host_of(authority)
+    return is_own_host(host, local, options.names) and is_own_origin(origin, host, ())
 
 
 def _credentials(headers: dict[str, str], proposed: Sequence[str]) -> Metadata:

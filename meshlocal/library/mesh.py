@@ -178,6 +178,9 @@ async def open_mesh(
     ejection: EjectionConfig | None = None,
     ca_file: str | os.PathLike[str] | None = None,
     token_file: str | os.PathLike[str] | None = None,
+    allow_plaintext_tokens: bool = False,
+    certificate_file: str | os.PathLike[str] | None = None,
+    key_file: str | os.PathLike[str] | None = None,
     cache_file: str | os.PathLike[str] | None = None,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Mesh]:
@@ -200,6 +203,9 @@ async def open_mesh(
         ca_file: the authorities, in PEM, of which one must have signed the certificate of a `grpcs://` or `wss://`
             server; by default those of the system.
         token_file: a file with the token that is sent to discovery servers, read for each connection.
+        allow_plaintext_tokens: whether the token may go over plaintext to a server beyond this machine.
+        certificate_file: the certificate, in PEM, that `grpcs://` and `wss://` servers are shown; by default none.
+        key_file: its key, in PEM; by default it stands with the certificate.
         cache_file: a file that keeps the last snapshots over a restart, one for each mesh, in a directory that exists
             (D2).
         rng: for the cursors' first positions and the jitter of reconnects.
@@ -226,6 +232,9 @@ async def open_mesh(
         ejection=ejection,
         ca_file=ca_file,
         token_file=token_file,
+        allow_plaintext_tokens=allow_plaintext_tokens,
+        certificate_file=certificate_file,
+        key_file=key_file,
         cache_file=cache_file,
     )
     rng = rng or random.Random()

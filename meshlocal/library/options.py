@@ -31,6 +31,9 @@ def mesh_config(
     ejection: EjectionConfig | None,
     ca_file: str | os.PathLike[str] | None,
     token_file: str | os.PathLike[str] | None,
+    allow_plaintext_tokens: bool,
+    certificate_file: str | os.PathLike[str] | None,
+    key_file: str | os.PathLike[str] | None,
     cache_file: str | os.PathLike[str] | None,
 ) -> ProxyConfig:
     """The configuration that a mesh goes by; its node name is resolved (L1).
@@ -42,9 +45,15 @@ def mesh_config(
         # It is a sequence of strings as well, to Python.
         raise MeshConfigError([f"prefer: expected label keys, got the string {quote(prefer)}"])
     discovery: dict[str, object] = {"urls": list(urls)}
-    for key, file in (("ca_file", ca_file), ("token_file", token_file), ("cache_file", cache_file)):
-        if file is not None:
-            discovery[key] = os.fspath(file)
+    files = {
+        "ca_file": ca_file,
+        "token_file": token_file,
+        "certificate_file": certificate_file,
+        "key_file": key_file,
+        "cache_file": cache_file,
+    }
+    discovery.update({key: os.fspath(file) for key, file in files.items() if file is not None})
+    discovery["allow_plaintext_tokens"] = allow_plaintext_tokens
     if cache_file is not None and any(str(url).startswith("file:") for url in urls):
         raise MeshConfigError(["cache_file: an instances file needs none"])
     proxy: dict[str, object] = {

@@ -12,6 +12,10 @@ CONNECT_ERRORS = (OSError, ValueError, anyio.EndOfStream, anyio.BrokenResourceEr
 """What anyio raises when a connection, or TLS over it, comes to nothing: a server that ends or resets the connection
 within the handshake is no `OSError` to it, nor is a name that can be nobody's."""
 
+STREAM_ERRORS = (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
+"""What anyio raises on a stream that is over, whatever is done with it: over TLS, to send ends likewise as to receive,
+and an alert (RFC 8446, 6), by which a server refuses a client's certificate behind the handshake, is an `OSError`."""
+
 
 def why_not_connected(error: BaseException) -> str:
     """Why a connect failed, in the system's words. anyio wraps one error for each address that it tried."""

@@ -1,152 +1,38 @@
-"""TLS contexts made of files, which follow the files (rule T3): new certificates are for new connections.
+"""TLS contexts made of files (rules T1, T3).
 
 All of it reads files, so that none of it may be called in the event loop (P1): who runs one calls it in a thread
-(`meshlocal.net.blocking`).
+(`meshlocal.net.following`).
 """
 
 from __future__ import annotations
 
-import os
+import datetime
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from meshlocal.net.following import FileProblemError, Followed
+from meshlocal.wire.certificate import Validity, first_of_pem, validity
 
-class FileProblemError(Exception):
-    """A file cannot be used.
-
-    Attributes:
-        file: its path.
-        cause: why.
-    """
-
-    def __init__(self, file: str, cause: OSError | ValueError) -> None:
-        super().__init__(f"{file}: {why(cause)}")
-        self.file = file
-        self.cause = cause
-
-
-class ServerContexts:
-    """A server's certificate, and the contexts that serve with it.
-
-    Args:
-        certificate_file: its chain, in PEM.
-        key_file: its key, in PEM; None: it stands with the chain.
-
-    Raises:
-        FileProblemError: a file cannot be used.
-    """
-
-    def __init__(self, certificate_file: str, key_file: str | None) -> None:
-        self._certificate_file = certificate_file
-        self._key_file = key_file
-        self._made: list[ssl.SSLContext] = []
-        self.reload()
-
-    def reload(self) -> None:
-        """Read the files again, for all contexts. Connections that are open go on.
-
-        Raises:
-            FileProblemError: a file cannot be used; nothing changes.
-        """
-        # First into one that is thrown away: a key that does not fit would spoil those in use.
-        self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-        for context in self._made:
-            self._load(context)
-
-    def context(self) -> ssl.SSLContext:
-        """A context for one server, which follows each reload.
-
-        Raises:
-            FileProblemError: a file cannot be used.
-        """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._load(context)
-        self._made.append(context)
-        return context
-
-    def _load(self, context: ssl.SSLContext) -> None:
-        load_chain(context, self._certificate_file, self._key_file)
-
-
-class ClientContext:
-    """A client's context, made anew once its file changed.
-
-    Args:
-        ca_file: the authorities that a server's certificate must come from, in PEM; None: those of the system.
-    """
-
-    def __init__(self, ca_file: str | None) -> None:
-        self._ca_file = ca_file
-        self._context: ssl.SSLContext | None = None
-        self._made_of: object = None
-
-    def get(self) -> ssl.SSLContext:
-        """The context of the file as it is now.
-
-        Raises:
-            OSError, ValueError: it cannot be used.
-        """
-        made_of = _stamp(self._ca_file) if self._ca_file is not None else ()
-        if self._context is None or made_of != self._made_of:
-            self._context = ssl.create_default_context(cafile=self._ca_file)
-            self._made_of = made_of
-        return self._context
-
-
-class FollowedContext:
-    """A context made of files, and made anew once one of them changed (T3).
-
-    Args:
-        files: that `make` reads.
-        make: gives the context.
-
-    Raises:
-        FileProblemError: a file cannot be used.
-
-    Attributes:
-        current: the context of the files as they were when they could last be used, and how often it was made anew.
-    """
-
-    def __init__(self, files: Iterable[str | None], make: Callable[[], ssl.SSLContext]) -> None:
-        self._files = tuple(file for file in files if file is not None)
-        self._make = make
-        self._made_of = _stamps(self._files)
-        self.current = make(), 0
-
-    def look(self) -> bool:
-        """Look at the files; whether there is another context now.
-
-        Raises:
-            FileProblemError: one cannot be used; the context stays.
-        """
-        made_of = _stamps(self._files)
-        if made_of == self._made_of:
-            return False
-        # Both at once: who looks at them is another thread.
-        self.current = self._make(), self.current[1] + 1
-        self._made_of = made_of
-        return True
-
-
-def _stamp(file: str) -> tuple[int, ...]:
-    """What changes when a file does: also where a link leads, as volumes of Kubernetes swap one."""
-    found = os.stat(file)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _stamps(files: Iterable[str]) -> tuple[object, ...]:
-    found: list[object] = []
-    for file in files:
-        try:
-            found.append(_stamp(file))
-        except OSError as error:
-            raise FileProblemError(file, error) from None
-    return tuple(found)
-
+DAY = 86_400.0
+"""Seconds before its end from which on a certificate is warned of; one that lives for less than three days: a third of
+its life."""
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+class TlsContext(ssl.SSLContext):
+    """A context that knows its certificate.
+
+    Attributes:
+        certificate_file: of its own certificate; empty: it has none.
+        validity: of that.
+    """
+
+    certificate_file: str = ""
+    validity: Validity | None = None
 
 
 def server_context(
@@ -157,7 +43,7 @@ def server_context(
     required: bool,
     minimum: str,
     protocols: Sequence[str],
-) -> ssl.SSLContext:
+) -> TlsContext:
     """A server's context.
 
     Args:
@@ -171,7 +57,7 @@ def server_context(
     Raises:
         FileProblemError: a file cannot be used.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = TlsContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = VERSIONS[minimum]
     # Nothing is renegotiated: it was a way to exhaust servers, and TLS 1.3 has none (RFC 8446, 4.1.2).
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -192,7 +78,7 @@ def client_context(
     check_name: bool,
     minimum: str,
     protocols: Sequence[str],
-) -> ssl.SSLContext:
+) -> TlsContext:
     """A client's context, which believes no certificate that its authorities did not sign.
 
     Args:
@@ -206,7 +92,7 @@ def client_context(
     Raises:
         FileProblemError: a file cannot be used.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = TlsContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = VERSIONS[minimum]
     context.check_hostname = check_name
     # A common name proves nothing (RFC 9525, 6.3).
@@ -234,8 +120,8 @@ def load_authorities(context: ssl.SSLContext, file: str) -> None:
         raise FileProblemError(file, error) from None
 
 
-def load_chain(context: ssl.SSLContext, certificate_file: str, key_file: str | None) -> None:
-    """Have a context prove itself with this certificate.
+def load_chain(context: TlsContext, certificate_file: str, key_file: str | None) -> None:
+    """Have a context prove itself with this certificate, which must be valid now.
 
     Raises:
         FileProblemError: a file cannot be used.
@@ -249,14 +135,66 @@ def load_chain(context: ssl.SSLContext, certificate_file: str, key_file: str | N
     try:
         # A key with a password would ask for it on the terminal.
         context.load_cert_chain(certificate_file, key_file, password=_no_password)
+        found = validity(first_of_pem(Path(certificate_file).read_bytes()))
+        now = wall_clock()
+        if now > found.not_after:
+            raise ValueError(f"the certificate has expired, at {_utc(found.not_after)}")
+        if now < found.not_before:
+            raise ValueError(f"the certificate is not valid before {_utc(found.not_before)}")
+        context.certificate_file, context.validity = certificate_file, found
     except (OSError, ValueError) as error:
         raise FileProblemError(certificate_file, error) from None
 
 
+def wall_clock() -> float:
+    """Seconds since 1970: what certificates are valid by."""
+    return datetime.datetime.now(datetime.UTC).timestamp()
+
+
+def _utc(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.0f}"
+
+
+def certificates(followed: Iterable[Followed[Any]]) -> dict[str, Validity]:
+    """The own certificates among what follows files, by their files."""
+    contexts = (each.current[0] for each in followed)
+    return {
+        context.certificate_file: context.validity
+        for context in contexts
+        if isinstance(context, TlsContext) and context.validity is not None
+    }
+
+
+def expiring(followed: Iterable[Followed[Any]], now: float) -> Iterator[str]:
+    """What is to be said of certificates that end soon, or have ended.
+
+    Args:
+        followed: among them those made of certificates.
+        now: seconds since 1970.
+    """
+    for file, period in certificates(followed).items():
+        left, life = period.not_after - now, period.not_after - period.not_before
+        if left <= 0:
+            yield f"{file}: the certificate has expired, at {_utc(period.not_after)}"
+        elif left < min(DAY, life / 3):
+            yield f"{file}: the certificate expires at {_utc(period.not_after)}"
+
+
+def has_expired(certificate: Mapping[str, object], *, resumed: bool, now: float) -> bool:
+    """Whether the other side's certificate has, since the session was made that was resumed: OpenSSL does not look
+    again.
+
+    Args:
+        certificate: as `ssl.SSLObject.getpeercert` gives it.
+        resumed: whether a session was; else OpenSSL looked.
+        now: seconds since 1970.
+    """
+    until = certificate.get("notAfter")
+    return resumed and isinstance(until, str) and ssl.cert_time_to_seconds(until) < now
+
+
 def _no_password() -> str:
     raise ValueError("the key has a password")
-
-
-def why(error: Exception) -> str:
-    """What is wrong with a file, in the system's words where it has some."""
-    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -5,11 +5,17 @@
     Runner.is_guest                      another event loop runs it, and sleeps in its stead
     Runner.io_manager                    how it waits for sockets: an EpollIOManager on Linux
     EpollIOManager._epoll                its `select.epoll`, whose descriptor becomes readable when Trio has an event
+    SSLStream._outgoing                  what TLS has still to send, an alert after a handshake that failed
 
-With a Trio that lacks one of these, relays take the path with two tasks, and it is said (`open_relay_loop`).
+With a Trio that lacks one of the first, relays take the path with two tasks, and it is said (`open_relay_loop`);
+without the last, who is refused in a handshake is not told why.
 """
 
 from __future__ import annotations
+
+import ssl
+
+import trio
 
 
 def missing() -> list[str]:
@@ -38,3 +44,9 @@ def epoll_fileno() -> int | None:
         return runner.io_manager._epoll.fileno()
     except (ImportError, AttributeError):
         return None
+
+
+def last_words(stream: trio.SSLStream[trio.abc.Stream]) -> bytes:
+    """What TLS would still say on a stream whose handshake failed: the alert (RFC 8446, 6.2), which Trio keeps."""
+    outgoing = getattr(stream, "_outgoing", None)
+    return outgoing.read() if isinstance(outgoing, ssl.MemoryBIO) else b""

@@ -25,7 +25,7 @@ from wsproto.events import (
 )
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
-from meshlocal.net.connect_errors import CONNECT_ERRORS, why_not_connected
+from meshlocal.net.connect_errors import CONNECT_ERRORS, STREAM_ERRORS, why_not_connected
 from meshlocal.net.grpc.transport import ByteStream, adapt
 
 if TYPE_CHECKING:
@@ -170,8 +170,8 @@ class WebSocket:
         try:
             with anyio.move_on_after(seconds):
                 return await self._stream.receive(_READ_SIZE)
-        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
-            raise self._ended(_ABNORMAL, "the connection broke off") from None
+        except STREAM_ERRORS as error:
+            raise self._ended(_ABNORMAL, _broke_off(error)) from None
         return None
 
     async def _send(self, event: Event) -> None:
@@ -179,8 +179,8 @@ class WebSocket:
             await self._stream.send(self._protocol.send(event))
         except LocalProtocolError as error:
             raise self._ended(_PROTOCOL_ERROR, str(error)) from None
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            raise self._ended(_ABNORMAL, "the connection broke off") from None
+        except STREAM_ERRORS as error:
+            raise self._ended(_ABNORMAL, _broke_off(error)) from None
 
     def _ended(self, code: int, reason: str) -> ClosedError:
         if self._closed is None:
@@ -216,8 +216,8 @@ class WebSocket:
                     raise _rejected(rejection, text) from None
                 said = "speaks no WebSocket" if heard else "closed the connection"
                 raise RejectedError(0, f"the server {said}") from None
-            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-                raise RejectedError(0, "the connection broke off") from None
+            except STREAM_ERRORS as error:
+                raise RejectedError(0, _broke_off(error)) from None
             heard = True
             try:
                 self._protocol.receive_data(data)
@@ -237,6 +237,11 @@ class WebSocket:
                     or len(text) > _MAX_REJECTION
                 ):
                     raise _rejected(rejection, text)
+
+
+def _broke_off(error: Exception) -> str:
+    told = why_not_connected(error) if isinstance(error, ssl.SSLError) else ""
+    return f"the connection broke off: {told}" if told else "the connection broke off"
 
 
 def _rejected(rejection: RejectConnection, text: bytes) -> RejectedError:

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
+from meshlocal.policy.config_access import AdminAccessConfig, AllowConfig
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
@@ -203,6 +204,17 @@ class DiscoveryClientConfig(Section, frozen=True):
         Name | None,
         Meta(description="A file with the token that is sent to discovery servers, read for each connection."),
     ] = None
+    allow_plaintext_tokens: Annotated[
+        bool,
+        Meta(description="Whether the token may go over plaintext (grpc://, ws://) to a server beyond this machine."),
+    ] = False
+    certificate_file: Annotated[
+        Name | None,
+        Meta(description="The certificate, in PEM, that grpcs:// and wss:// servers are shown; null: none."),
+    ] = None
+    key_file: Annotated[
+        Name | None, Meta(description="The certificate's key, in PEM; null: it stands in certificate_file.")
+    ] = None
     cache_file: Annotated[
         Name | None,
         Meta(
@@ -258,6 +270,7 @@ class ProxyConfig(Section, frozen=True):
     admin: Annotated[
         SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
     ] = SocketAddress("127.0.0.1", 15000)
+    admin_access: Annotated[AdminAccessConfig, Meta(description="Who may read those pages.")] = AdminAccessConfig()
     workers: Annotated[
         Workers,
         Meta(
@@ -329,14 +342,28 @@ class DiscoveryServerConfig(Section, frozen=True):
         Name | None,
         Meta(
             description="Certificates in PEM, with which gRPC and WebSocket are served over TLS; null: without TLS."
-            " SIGHUP reads it again."
+            " It is read again when it changes, and so are the other files here."
         ),
     ] = None
     tls_key_file: Annotated[Name | None, Meta(description="The certificate's key, in PEM.")] = None
+    tls_client_ca_file: Annotated[
+        Name | None,
+        Meta(
+            description="The authorities, in PEM, of which one must have signed a client's certificate; null: clients"
+            " are not asked for one."
+        ),
+    ] = None
     tokens_file: Annotated[
         Name | None,
-        Meta(description="Tokens, one a line, of which clients must send one; null: none. SIGHUP reads it again."),
+        Meta(
+            description="Tokens, one a line, of which clients without a certificate must send one; behind a token and"
+            " a comma may stand a name for allow. null: none."
+        ),
     ] = None
+    allow: Annotated[
+        tuple[AllowConfig, ...],
+        Meta(description="Who may see which services; empty: whoever is let in sees all of them."),
+    ] = ()
     sources: Annotated[
         tuple[SourceUrl, ...],
         Meta(
@@ -353,6 +380,7 @@ class DiscoveryServerConfig(Section, frozen=True):
     admin: Annotated[
         SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
     ] = None
+    admin_access: Annotated[AdminAccessConfig, Meta(description="Who may read those pages.")] = AdminAccessConfig()
     heartbeat_interval: Annotated[
         Seconds, Meta(description="Seconds of silence on a watch after which a heartbeat is sent.")
     ] = 10.0

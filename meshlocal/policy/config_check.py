@@ -8,9 +8,11 @@ from typing import Literal, TypeAlias
 
 from meshlocal.policy.addresses import AddressError, SocketAddress, check_host
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
+from meshlocal.policy.config_access import AdminAccessConfig
 from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_tls import UpstreamTlsConfig
+from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
 from meshlocal.policy.identity import IdentityError, IdentityPattern, placeholders
 from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
 from meshlocal.policy.problems import KeyPath, format_path, quote
@@ -62,6 +64,11 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
                     "an instances file stands alone, with no other discovery URL",
                 )
     yield from _check_repeated((at, "discovery", "urls"), urls)
+    if shown := [str(url) for url in urls if would_show_token(url, client)]:
+        yield (at, "discovery", "token_file"), f"{TOKEN_IN_PLAINTEXT}, which {shown[0]} is: use TLS (grpcs://, wss://)"
+    if client.key_file is not None and client.certificate_file is None:
+        yield (at, "discovery", "key_file"), "takes proxy.discovery.certificate_file too"
+    yield from _check_admin_access((at, "admin_access"), proxy.admin_access)
     if client.backoff_initial > client.backoff_max:
         message = f"{client.backoff_initial:g} is more than proxy.discovery.backoff_max, {client.backoff_max:g}"
         yield (at, "discovery", "backoff_initial"), message
@@ -149,8 +156,29 @@ def _check_routes(http: HttpConfig) -> Iterator[Finding]:
     yield from _check_repeated(at, [f"{route.host or ''}{route.prefix}" for route in http.routes])
 
 
+def _check_admin_access(at: KeyPath, access: AdminAccessConfig) -> Iterator[Finding]:
+    for position, name in enumerate(access.names):
+        try:
+            check_host(name)
+        except AddressError as error:
+            yield (*at, "names", position), str(error)
+    if access.key_file is not None and access.certificate_file is None:
+        yield (*at, "key_file"), f"takes {format_path((*at, 'certificate_file'))} too"
+
+
 def _check_server(server: DiscoveryServerConfig) -> Iterator[Finding]:
     at = "discovery"
+    yield from _check_admin_access((at, "admin_access"), server.admin_access)
+    for position, entry in enumerate(server.allow):
+        try:
+            IdentityPattern(entry.identity)
+        except IdentityError as error:
+            yield (at, "allow", position, "identity"), str(error)
+    if server.allow and server.tokens_file is None and server.tls_client_ca_file is None:
+        message = "takes discovery.tls_client_ca_file or discovery.tokens_file: without, no caller proves who it is"
+        yield (at, "allow"), message
+    if server.tls_client_ca_file is not None and server.tls_certificate_file is None:
+        yield (at, "tls_client_ca_file"), "takes discovery.tls_certificate_file too"
     yield from _check_repeated((at, "sources"), server.sources)
     sockets: list[tuple[KeyPath, SocketAddress]] = [
         ((at, "bind", position), address) for position, address in enumerate(server.bind)

@@ -84,6 +84,15 @@ def identities(certificate: Mapping[str, object]) -> tuple[str, ...]:
     )
 
 
+def is_identity(text: str) -> bool:
+    """Whether a text is one identity, not a pattern of several."""
+    try:
+        IdentityPattern(text)
+    except IdentityError:
+        return False
+    return "*" not in text
+
+
 def allowed(patterns: Iterable[IdentityPattern], proved: Iterable[str]) -> bool:
     """Whether one of the identities is one of those that are meant."""
     proved = tuple(proved)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import socket
 import ssl
@@ -17,11 +16,12 @@ from typing import Protocol
 
 import trio
 
+from meshlocal.net.following import Followed
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.pipe import Pipe, TlsError
 from meshlocal.net.sockets import abort, format_address
-from meshlocal.net.tls import FileProblemError, FollowedContext, client_context, server_context
+from meshlocal.net.tls import TlsContext, client_context, has_expired, server_context, wall_clock
 from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
@@ -88,7 +88,7 @@ class ListenerTls:
             minimum=config.min_version,
             protocols=protocols,
         )
-        self.followed = FollowedContext((config.certificate_file, config.key_file, config.client_ca_file), make)
+        self.followed = Followed((config.certificate_file, config.key_file, config.client_ca_file), make)
 
 
 class UpstreamTls:
@@ -108,8 +108,8 @@ class UpstreamTls:
         if certificate_file is None:
             certificate_file, key_file = own.certificate_file, own.key_file
         files = (config.ca_file, certificate_file, key_file)
-        self.followed: Mapping[str | None, FollowedContext] = {
-            protocol: FollowedContext(
+        self.followed: Mapping[str | None, Followed[TlsContext]] = {
+            protocol: Followed(
                 files,
                 partial(
                     client_context,
@@ -147,7 +147,7 @@ class UpstreamTls:
                 on_session=partial(self._keep, place),
             )
             await pipe.handshake()
-            if has_expired(pipe):
+            if has_expired(pipe.certificate, resumed=pipe.resumed, now=wall_clock()):
                 raise TlsError("certificate has expired")
             if wanted is not None and not allowed((IdentityPattern(wanted),), identities(pipe.certificate)):
                 raise TlsError("the instance proves another identity")
@@ -196,41 +196,18 @@ class ProxyTls:
             for service in config.services.values()
             if (tls := service.tls) is not None
         }
-        self._problems: dict[str, None] = {}
 
     def security(self, key: ServiceKey) -> UpstreamTls | None:
         """A service's; None: its instances are spoken to in plaintext."""
         tls = self._config.service(key).tls
         return self.services[tls] if tls is not None else None
 
-    def _followed(self) -> Iterator[FollowedContext]:
+    def followed(self) -> Iterator[Followed[TlsContext]]:
+        """What is made of files."""
         for listener in self.listeners.values():
             yield listener.followed
         for service in self.services.values():
             yield from service.followed.values()
-
-    def look(self) -> tuple[int, list[str]]:
-        """Look at the files again: how many contexts are new, and what is wrong that was not before."""
-        made = 0
-        problems: dict[str, None] = {}
-        for followed in self._followed():
-            try:
-                made += followed.look()
-            except FileProblemError as error:
-                problems[str(error)] = None
-        fresh = [problem for problem in problems if problem not in self._problems]
-        self._problems = problems
-        return made, fresh
-
-
-def has_expired(pipe: TlsPipe) -> bool:
-    """Whether the other side's certificate has, since the session was made that was resumed: OpenSSL does not look
-    again."""
-    if not pipe.resumed:
-        return False
-    until = pipe.certificate.get("notAfter")
-    now = datetime.datetime.now(datetime.UTC).timestamp()
-    return isinstance(until, str) and ssl.cert_time_to_seconds(until) < now
 
 
 class TlsServer:
@@ -289,7 +266,7 @@ class TlsServer:
         if limit.cancelled_caught:
             self._refuse("timeout", f"no handshake in {tls.config.handshake_timeout:g} s", peer)
             return None
-        if has_expired(pipe):
+        if has_expired(pipe.certificate, resumed=pipe.resumed, now=wall_clock()):
             self._refuse("failed", "certificate has expired", peer)
             return None
         proved = identities(pipe.certificate)

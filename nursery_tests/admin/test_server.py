@@ -14,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 
+from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.messages import HEAD_LIMIT, Request, Response
 from meshlocal.admin.server import (
     HEAD_TIMEOUT,
@@ -24,6 +25,7 @@ from meshlocal.admin.server import (
     AdminServer,
 )
 from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.policy.config_access import AdminAccessConfig
 from nursery_tests.logged import events
 
 
@@ -39,6 +41,8 @@ def forged(_: Request) -> Response:
     return Response(headers=(("X", "a\r\nSet-Cookie: b"),))
 
 
+ACCESS = AdminAccess(AdminAccessConfig(), "proxy")
+
 ROUTES = {
     "/echo": echo,
     "/json": lambda _: Response.json({"ready": True}),
@@ -53,7 +57,7 @@ async def serving(server: AdminServer | None = None) -> AsyncIterator[tuple[str,
     listeners = open_tcp_listeners("127.0.0.1", 0)
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start((server or AdminServer(ROUTES)).serve, listeners)
+            await nursery.start((server or AdminServer(ROUTES, ACCESS)).serve, listeners)
             yield listeners[0].getsockname()
             nursery.cancel_scope.cancel()
     finally:
@@ -88,7 +92,7 @@ async def ask(address: tuple[str, int], raw: bytes) -> bytes:
 
 
 def get(path: str, *headers: str, method: str = "GET", version: str = "1.1") -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", *headers, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: localhost", *headers, "", ""]).encode()
 
 
 def statuses(answer: bytes | bytearray) -> list[int]:
@@ -105,6 +109,11 @@ async def test_a_page_with_its_headers() -> None:
         b"Content-Length: 28",
         b"Cache-Control: no-store",
         b"X-Content-Type-Options: nosniff",
+        b"X-Frame-Options: DENY",
+        b"Content-Security-Policy: default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        b"Referrer-Policy: no-referrer",
+        b"Cross-Origin-Resource-Policy: same-origin",
+        b"Cross-Origin-Opener-Policy: same-origin",
     ]
     assert body == b"/echo ['1', '2 3'] one, two\n"
 
@@ -244,7 +253,7 @@ async def test_a_routes_fault_is_its_own(path: str, caplog: pytest.LogCaptureFix
 
 
 async def test_beyond_the_limit_whoever_was_idle_the_longest_makes_room() -> None:
-    async with serving(AdminServer(ROUTES, max_connections=3)) as address, clients(address) as connect:
+    async with serving(AdminServer(ROUTES, ACCESS, max_connections=3)) as address, clients(address) as connect:
         fresh, first, second = [await connect() for _ in range(3)]
         for stream in (first, second, first):
             await stream.send_all(get("/echo"))
@@ -270,7 +279,7 @@ async def test_idle_connections_never_shut_out_a_probe() -> None:
 
 
 async def test_a_connection_under_way_is_never_the_one_to_go() -> None:
-    async with serving(AdminServer(ROUTES, max_connections=2)) as address, clients(address) as connect:
+    async with serving(AdminServer(ROUTES, ACCESS, max_connections=2)) as address, clients(address) as connect:
         first, second = [await connect() for _ in range(2)]
         for stream in (first, second):
             await stream.send_all(get("/echo") + b"GET")  # a second head has begun
@@ -284,7 +293,7 @@ async def test_a_connection_under_way_is_never_the_one_to_go() -> None:
 
 async def test_a_request_that_comes_as_its_connection_makes_room() -> None:
     """Both in one turn of the loop: the answer may be lost with its connection, the limit may not."""
-    server = AdminServer(ROUTES, max_connections=1)
+    server = AdminServer(ROUTES, ACCESS, max_connections=1)
     async with trio.open_nursery() as nursery:
         first, ours = trio.testing.memory_stream_pair()
         nursery.start_soon(serve_and_close, server, ours)
@@ -303,7 +312,7 @@ async def test_a_request_that_comes_as_its_connection_makes_room() -> None:
 
 
 async def test_refused_connections_are_bounded_too() -> None:
-    server = AdminServer(ROUTES, max_connections=1)
+    server = AdminServer(ROUTES, ACCESS, max_connections=1)
     async with trio.open_nursery() as nursery:
         clients = []
         for _ in range(3):
@@ -334,7 +343,7 @@ async def in_memory(
 ) -> AsyncIterator[trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]]:
     client, ours = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_and_close, server or AdminServer(ROUTES), ours)
+        nursery.start_soon(serve_and_close, server or AdminServer(ROUTES, ACCESS), ours)
         yield client
         nursery.cancel_scope.cancel()
 
@@ -390,7 +399,7 @@ async def test_a_client_that_does_not_leave_after_a_refusal_is_left(autojump_clo
 async def test_a_client_that_does_not_read_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:
     client, ours = trio.testing.lockstep_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_and_close, AdminServer(ROUTES), ours)
+        nursery.start_soon(serve_and_close, AdminServer(ROUTES, ACCESS), ours)
         await client.send_all(get("/echo"))
         await trio.sleep(SEND_TIMEOUT + 0.1)
         with pytest.raises(trio.BrokenResourceError):
@@ -424,7 +433,7 @@ class Faulty(trio.abc.HalfCloseableStream):
 
 
 async def test_an_unforeseen_fault_ends_its_connection_only(caplog: pytest.LogCaptureFixture) -> None:
-    server = AdminServer(ROUTES, max_connections=1)
+    server = AdminServer(ROUTES, ACCESS, max_connections=1)
     await server.serve_stream(Faulty())
     assert [record.message for record in caplog.records] == ["admin connection failed"]
     async with in_memory(server) as client:
@@ -434,7 +443,7 @@ async def test_an_unforeseen_fault_ends_its_connection_only(caplog: pytest.LogCa
 
 async def test_cancelled_in_every_state(autojump_clock: trio.testing.MockClock) -> None:
     # Before a head, within one, between two, while sending, while lingering: nothing stays, no slot is lost.
-    server = AdminServer(ROUTES, max_connections=1)
+    server = AdminServer(ROUTES, ACCESS, max_connections=1)
     for raw in (b"", b"GET", get("/echo"), get("/big"), b"nonsense\r\n\r\n"):
         client, ours = trio.testing.lockstep_stream_pair() if raw == get("/big") else trio.testing.memory_stream_pair()
         with trio.CancelScope() as scope:

@@ -74,7 +74,7 @@ async def ask(access: DiscoveryAccess, authorization: str | bytes | None) -> str
 
     guarded = access.guard({LIST_SERVICES: handler})[LIST_SERVICES]
     metadata = () if authorization is None else (("authorization", authorization),)
-    call: Any = SimpleNamespace(metadata=metadata)
+    call: Any = SimpleNamespace(metadata=metadata, certificate={}, peer="127.0.0.1:1", caller=None)
     try:
         await guarded(call)
     except GrpcError as error:
@@ -113,7 +113,6 @@ async def test_tokens(files: Files, authorization: str | bytes | None, answer: s
 async def test_without_a_tokens_file_everybody_may(files: Files) -> None:
     access = files.access(tls=False, tokens=False)
     assert await ask(access, None) == "served"
-    assert access.context() is None
     assert not access.tls
 
 
@@ -129,16 +128,14 @@ async def test_tokens_are_read_again(files: Files) -> None:
 def test_a_certificate_is_read_again(files: Files) -> None:
     """Listeners that are open serve the new one from the next handshake on."""
     access = files.access()
-    contexts = [access.context(), access.context()]
+    contexts = [access.grpc_context, access.websocket_context]
     for context in contexts:
-        assert context is not None
-        assert files.served_to(context, "first.test")
+        assert files.served_to(context(), "first.test")
     files.certify("second.test")
     access.reload()
     for context in contexts:
-        assert context is not None
-        assert files.served_to(context, "second.test")
-        assert not files.served_to(context, "first.test")
+        assert files.served_to(context(), "second.test")
+        assert not files.served_to(context(), "first.test")
 
 
 @pytest.mark.parametrize(
@@ -156,8 +153,6 @@ def test_a_certificate_is_read_again(files: Files) -> None:
 async def test_files_that_cannot_be_used(files: Files, file: str, content: str | None, problem: str) -> None:
     """At the start they are an error that names the key and the file; on a reload nothing changes."""
     access = files.access()
-    context = access.context()
-    assert context is not None
     path = files.folder / file
     if content is None:
         path.unlink()
@@ -170,4 +165,4 @@ async def test_files_that_cannot_be_used(files: Files, file: str, content: str |
     with pytest.raises(ConfigError, match=problem):
         access.reload()
     assert await ask(access, "Bearer old") == "served"
-    assert files.served_to(context, "first.test")
+    assert files.served_to(access.grpc_context(), "first.test")

@@ -112,7 +112,10 @@ async def serving(
     url = DiscoveryUrl(SCHEME.get(), "127.0.0.1", sockets[0].getsockname()[1])
     server = GrpcServer(routes) if url.scheme == "grpc" else WebSocketServer(routes)
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(server.serve, sockets, ssl_context=ssl_context))
+        if ssl_context is not None:
+            ssl_context.set_alpn_protocols(["h2" if url.scheme == "grpc" else "http/1.1"])
+        tls = (lambda: ssl_context) if ssl_context is not None else None
+        await nursery.start(partial(server.serve, sockets, tls=tls))
         yield url
         nursery.cancel_scope.cancel()
 

@@ -389,6 +389,7 @@ class FullCall:
     """A watch of b and c whose connection is full at times: it takes the second of two events only by waiting."""
 
     peer = "test"
+    caller = None
 
     def __init__(self, source: HeldSource) -> None:
         self.source = source

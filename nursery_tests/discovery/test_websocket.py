@@ -244,7 +244,7 @@ async def test_handshakes_that_are_refused(path: str, fields: str, status: int, 
 async def test_pages_that_may_connect(origin: str) -> None:
     """Pages of the same host, whatever their port, and of the origins that the config names."""
     async with (
-        serving(origins=("https://page.test",)) as served,
+        serving(origins=("https://page.test",), names=("test",)) as served,
         served.connect(headers=[(b"Origin", origin.encode())]) as connection,
     ):
         assert connection.subprotocol == PROTO

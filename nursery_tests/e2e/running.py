@@ -187,7 +187,7 @@ class Place:
         answer = b""
         with trio.fail_after(LIMIT):
             async with await self.connect("127.0.0.1", port) as stream:
-                await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+                await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
                 async for part in stream:
                     answer += part
         head, _, body = answer.partition(b"\r\n\r\n")

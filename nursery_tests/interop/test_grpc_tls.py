@@ -43,11 +43,12 @@ async def port(certificate: tuple[Path, Path], nursery: trio.Nursery) -> int:
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*certificate)
+    context.set_alpn_protocols(["h2"])
     listeners = open_tcp_listeners("127.0.0.1", 0)
     port: int = listeners[0].getsockname()[1]
 
     async def serve(*, task_status: trio.TaskStatus[None]) -> None:
-        await GrpcServer({ECHO: unary(echo)}).serve(listeners, ssl_context=context, task_status=task_status)
+        await GrpcServer({ECHO: unary(echo)}).serve(listeners, tls=lambda: context, task_status=task_status)
 
     await nursery.start(serve)
     return port

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import ssl
 
 import pytest
+import trio
+import trio.testing
 
-from meshlocal.net.trio_internals import epoll_fileno, missing
+from meshlocal.net.trio_internals import epoll_fileno, last_words, missing
 
 
 def test_this_trio_has_what_is_used_of_it() -> None:
@@ -27,3 +30,11 @@ def test_a_name_that_moves_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that whoever updates Trio knows what to look for."""
     monkeypatch.setattr("trio._core._run.Runner.__attrs_attrs__", ())
     assert missing() == ["Runner.is_guest", "Runner.io_manager"]
+
+
+def test_where_tls_keeps_what_it_has_to_send() -> None:
+    ours, _ = trio.testing.memory_stream_pair()
+    context = ssl.create_default_context()
+    stream: trio.SSLStream[trio.abc.Stream] = trio.SSLStream(ours, context, server_hostname="x")
+    assert isinstance(getattr(stream, "_outgoing", None), ssl.MemoryBIO)
+    assert last_words(stream) == b""

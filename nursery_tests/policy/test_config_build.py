@@ -22,6 +22,7 @@ from meshlocal.policy.config import (
     ProxyConfig,
     ServiceConfig,
 )
+from meshlocal.policy.config_access import AdminAccessConfig, AllowConfig
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
@@ -48,10 +49,19 @@ FULL: dict[str, Any] = {
             "backoff_max": 6,
             "ca_file": "/etc/ca.pem",
             "token_file": "/run/token",
+            "allow_plaintext_tokens": True,
+            "certificate_file": "client.pem",
+            "key_file": "client.key",
             "cache_file": "/var/lib/meshlocal/snapshots",
         },
         "listen": ["tcp://127.0.0.1:15001=b", "tcp://[::1]:0=c", "tcp://[::1]:0=d"],
         "admin": "localhost:15000",
+        "admin_access": {
+            "names": ["ops.example"],
+            "token_file": "admin.token",
+            "certificate_file": "admin.pem",
+            "key_file": "admin.key",
+        },
         "attempts": {
             "connect_timeout_local": 0.1,
             "connect_timeout": 2,
@@ -141,11 +151,19 @@ FULL: dict[str, Any] = {
         "websocket_origins": ["https://ops.example"],
         "tls_certificate_file": "cert.pem",
         "tls_key_file": "key.pem",
+        "tls_client_ca_file": "clients.pem",
         "tokens_file": "tokens",
+        "allow": [{"identity": "spiffe://example/ns/*/sa/web", "services": ["*.shop", "b"]}],
         "sources": ["file:instances.yaml"],
         "zone": "z1",
         "cluster": "c1",
         "admin": "127.0.0.1:0",
+        "admin_access": {
+            "names": ["10.0.0.1"],
+            "token_file": "t",
+            "certificate_file": "c",
+            "key_file": "k",
+        },
         "heartbeat_interval": 1,
         "keepalive_interval": 2,
         "keepalive_timeout": 3,
@@ -199,6 +217,9 @@ def test_every_key() -> None:
                 backoff_max=6.0,
                 ca_file="/etc/ca.pem",
                 token_file="/run/token",
+                allow_plaintext_tokens=True,
+                certificate_file="client.pem",
+                key_file="client.key",
                 cache_file="/var/lib/meshlocal/snapshots",
             ),
             listen=(
@@ -207,6 +228,12 @@ def test_every_key() -> None:
                 ListenAddress("tcp", "::1", 0, ServiceKey("d")),
             ),
             admin=SocketAddress("localhost", 15000),
+            admin_access=AdminAccessConfig(
+                names=("ops.example",),
+                token_file="admin.token",
+                certificate_file="admin.pem",
+                key_file="admin.key",
+            ),
             attempts=AttemptPolicy(
                 connect_timeout_local=0.1,
                 connect_timeout=2.0,
@@ -298,11 +325,14 @@ def test_every_key() -> None:
             websocket_origins=("https://ops.example",),
             tls_certificate_file="cert.pem",
             tls_key_file="key.pem",
+            tls_client_ca_file="clients.pem",
             tokens_file="tokens",
+            allow=(AllowConfig(identity="spiffe://example/ns/*/sa/web", services=("*.shop", "b")),),
             sources=(SourceUrl("file", FileOptions("instances.yaml")),),
             zone="z1",
             cluster="c1",
             admin=SocketAddress("127.0.0.1", 0),
+            admin_access=AdminAccessConfig(names=("10.0.0.1",), token_file="t", certificate_file="c", key_file="k"),
             heartbeat_interval=1.0,
             keepalive_interval=2.0,
             keepalive_timeout=3.0,

@@ -1,17 +1,15 @@
-"""proxy/tls: what a configuration makes of its sections, and what a resumed session proves (T1, T4)."""
+"""proxy/tls: what a configuration makes of its sections (T1)."""
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from meshlocal.policy.config import ProxyConfig, ServiceConfig
 from meshlocal.policy.config_tls import UpstreamTlsConfig
 from meshlocal.policy.model import ServiceKey
-from meshlocal.proxy.tls import ProxyTls, has_expired
+from meshlocal.proxy.tls import ProxyTls
 from nursery_tests.certificates import Authority
 
 
@@ -34,24 +32,3 @@ def test_a_service_has_the_tls_of_its_own_section(tmp_path: Path, namespace: str
     tls = ProxyTls(config)
     assert tls.security(ServiceKey(key)) is tls.services[section]
     assert tls.security(ServiceKey("other")) is None
-
-
-class Resumed:
-    """What is asked of a pipe."""
-
-    def __init__(self, *, resumed: bool, days: float | None) -> None:
-        self.resumed = resumed
-        self.certificate: dict[str, object] = {}
-        if days is not None:
-            until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
-            self.certificate["notAfter"] = until.strftime("%b %d %H:%M:%S %Y GMT")
-
-
-@pytest.mark.parametrize(
-    ("resumed", "days", "expired"),
-    [(True, -0.01, True), (True, 0.01, False), (True, None, False), (False, -1, False)],
-)
-def test_a_session_does_not_outlive_its_certificate(resumed: bool, days: float | None, expired: bool) -> None:
-    """OpenSSL looks at a certificate's time in a full handshake only."""
-    pipe: Any = Resumed(resumed=resumed, days=days)
-    assert has_expired(pipe) is expired

@@ -19,6 +19,7 @@ import math
 import anyio
 import anyio.abc
 
+from meshlocal.net.connect_errors import STREAM_ERRORS
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream, TrioByteStream
@@ -204,7 +205,7 @@ class Connection:
     async def _close_transport(self) -> None:
         try:
             await self._transport.aclose()
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+        except STREAM_ERRORS:
             return  # closed all the same
 
     async def _read(self) -> str:
@@ -271,7 +272,7 @@ class Connection:
                     if self._read_wanted is not None:
                         self._read_wanted.set()
                         self._read_wanted = None
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        except STREAM_ERRORS as error:
             reason = f"broken: {_describe(error)}"
         finally:
             written.set()

@@ -20,6 +20,7 @@ from meshlocal.net.grpc.transport import ByteStream, TrioByteStream, adapt
 from meshlocal.net.listen import Handle, accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.tls_accept import accept_tls
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import header, is_grpc
@@ -57,10 +58,11 @@ def unary(
 
 
 class _ServerConnection(Connection):
-    def __init__(self, transport: ByteStream, server: GrpcServer, peer: str) -> None:
+    def __init__(self, transport: ByteStream, server: GrpcServer, peer: str, certificate: Mapping[str, object]) -> None:
         super().__init__(transport, server.options, client=False)
         self._server = server
         self._peer = peer
+        self._certificate = certificate
         self._handlers = 0
         self._resets = TokenBucket(RESETS_PER_SECOND, RESETS_BURST, anyio.current_time())
         self._last_stream_id = MAX_STREAM_ID
@@ -84,7 +86,9 @@ class _ServerConnection(Connection):
             if refusal := _refusal(headers):
                 stream.respond(refusal, end_stream=True)
                 return
-            call: ServerCall[Any, Any] = ServerCall(stream, headers, self._peer, self._server.draining)
+            call: ServerCall[Any, Any] = ServerCall(
+                stream, headers, self._peer, self._server.draining, self._certificate
+            )
             path = (header(headers, b":path") or b"").decode("latin-1")
             method, handler = self._server.route(path)
             if header_list_size(headers) > self.options.max_header_list_size:
@@ -196,23 +200,22 @@ class GrpcServer:
         self,
         listeners: Iterable[socket.socket],
         *,
-        ssl_context: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept on non-blocking listening sockets, which it closes, until cancelled or until `drain` has finished.
 
-        With a context, connections are TLS (its ALPN is set to h2). Runs on trio; `serve_stream` runs on any loop.
+        With `tls`, connections are TLS with the context that it gives for each. Runs on trio; `serve_stream` runs on
+        any loop.
 
         Raises:
             OSError: a listener is of no use any more.
         """
         listeners = list(listeners)
-        if ssl_context is not None:
-            ssl_context.set_alpn_protocols(["h2"])
         try:
             async with trio.open_nursery() as nursery:
                 for listener in listeners:
-                    nursery.start_soon(self._accept, listener, nursery, partial(self._serve_socket, ssl_context))
+                    nursery.start_soon(self._accept, listener, nursery, partial(self._serve_socket, tls))
                 task_status.started()
         finally:
             for listener in listeners:
@@ -229,30 +232,41 @@ class GrpcServer:
                 self._accepting.discard(scope)
                 close(listener)
 
-    async def _serve_socket(self, ssl_context: ssl.SSLContext | None, client: socket.socket, peer: object) -> None:
-        stream: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-        if ssl_context is not None:
-            stream = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
-        transport = TrioByteStream(stream, None if ssl_context is not None else client)
-        await self.serve_stream(transport, format_address(peer))
+    async def _serve_socket(
+        self, tls: Callable[[], ssl.SSLContext] | None, client: socket.socket, peer: object
+    ) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+        if tls is None:
+            await self.serve_stream(TrioByteStream(stream, client), format_address(peer))
+            return
+        with self.crowding.place(format_address(peer)) as place:
+            if not place:
+                await stream.aclose()
+                return
+            secured = await accept_tls(stream, tls())
+            if secured is not None:
+                await self._serve(TrioByteStream(secured), format_address(peer), secured.getpeercert() or {})
 
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""
         with self.crowding.place(peer) as place:
-            if not place:
+            if place:
+                await self._serve(stream, peer, {})
+            else:
                 await stream.aclose()
-                return
-            connection = _ServerConnection(adapt(stream), self, peer)
-            self._connections.add(connection)
-            try:
-                await connection.run()
-            except Exception:
-                # A fault in serving one connection must not end the others.
-                log.exception("grpc connection failed", peer=peer)
-            finally:
-                self._connections.discard(connection)
-                if not self._connections and self._idle is not None:
-                    self._idle.set()
+
+    async def _serve(self, stream: ByteStream | trio.abc.Stream, peer: str, certificate: Mapping[str, object]) -> None:
+        connection = _ServerConnection(adapt(stream), self, peer, certificate)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        except Exception:
+            # A fault in serving one connection must not end the others.
+            log.exception("grpc connection failed", peer=peer)
+        finally:
+            self._connections.discard(connection)
+            if not self._connections and self._idle is not None:
+                self._idle.set()
 
     async def drain(self) -> None:
         """Stop accepting, tell every client (GOAWAY), and wait until the last call and connection ended.

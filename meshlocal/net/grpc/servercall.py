@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic
 
 import anyio
@@ -27,9 +27,20 @@ MAX_STATUS_MESSAGE = 1024
 class ServerCall(Generic[Req, Resp]):
     """A call under way. Valid until its handler returns. One task may send while another receives."""
 
-    def __init__(self, stream: Stream, headers: Headers, peer: str, draining: anyio.Event) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        headers: Headers,
+        peer: str,
+        draining: anyio.Event,
+        certificate: Mapping[str, object] | None = None,
+    ) -> None:
         self.peer = peer
         """The client's address."""
+        self.certificate: Mapping[str, object] = certificate or {}
+        """The client's, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked."""
+        self.caller: Any = None
+        """What a guard before the handler found out of who calls; None: nothing."""
         self.metadata: Metadata = ()
         """What the client sent along."""
         self.deadline = math.inf
