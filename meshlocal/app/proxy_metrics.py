@@ -175,6 +175,12 @@ class ProxyCollector(Collector):
             "Connections that went on to another instance before the first byte of one, by why.",
             labels=["service", "reason"],
         )
+        skipped = CounterMetricFamily(
+            "meshlocal_tls_skipped",
+            "Connections to instances on this very host that were made in plaintext, as the service's tls.skip_tiers"
+            " has it.",
+            labels=["service"],
+        )
         refused = CounterMetricFamily(
             "meshlocal_limit_refused",
             "Requests refused because of a limit; without a service: a limit of the whole proxy.",
@@ -190,11 +196,13 @@ class ProxyCollector(Collector):
                     checks.add_metric([service.key, outcome], count)
                 for reason, count in service.statistics.replays.items():
                     replays.add_metric([service.key, reason], count)
+                if service.security is not None:
+                    skipped.add_metric([service.key], service.statistics.tls_skipped)
                 for limit, count in service.circuit.refused.items():
                     refused.add_metric([service.key, limit], count)
         for limit, count in self._services.circuit.refused.items():
             refused.add_metric(["", limit], count)
-        yield from (ejected, ejections, checks, replays, refused)
+        yield from (ejected, ejections, checks, replays, skipped, refused)
 
     def _connections(self) -> Iterator[Metric | None]:
         moving: dict[str, tuple[int, int]] = {}

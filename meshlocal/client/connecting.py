@@ -19,10 +19,10 @@ import trio
 
 from meshlocal.client.account import Account
 from meshlocal.client.security import Security
+from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error
 from meshlocal.net.pipe import Pipe, PlainPipe, TlsError
-from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import Decision, Failure
 
@@ -118,7 +118,7 @@ async def connect(client: Waiting, account: Account) -> Pipe | Outcome:
     return begun
 
 
-def connect_at_once(client: Waiting, account: Account) -> Connecting | Pipe | None:
+def connect_at_once(client: Waiting, account: Account) -> Connecting[Security] | Pipe | None:
     """The part of `connect` that waits for nothing: an instance on this host answers at once.
 
     Returns:
@@ -130,7 +130,7 @@ def connect_at_once(client: Waiting, account: Account) -> Connecting | Pipe | No
     return _begin_next(account)
 
 
-async def connect_waiting(client: Waiting, account: Account, connecting: Connecting | None) -> Pipe | Outcome:
+async def connect_waiting(client: Waiting, account: Account, connecting: Connecting[Security] | None) -> Pipe | Outcome:
     """The other part of `connect`: all that has to be waited for."""
     state = account.state
     assert state is not None
@@ -148,7 +148,7 @@ async def connect_waiting(client: Waiting, account: Account, connecting: Connect
     return Outcome.DEADLINE if deadline.cancelled_caught else Outcome(account.why(trio.current_time()))
 
 
-async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connecting | None) -> Pipe | None:
+async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connecting[Security] | None) -> Pipe | None:
     """Attempt until one has connected; `connecting` is an attempt that has begun."""
     state = account.state
     assert state is not None
@@ -170,7 +170,7 @@ async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connec
         assert pick is not None
         dialled: Dialled | None = None
         try:
-            dialled = await finish_dial(client, state.policy, pick, connecting, state.security)
+            dialled = await finish_dial(client, state, pick, connecting)
         finally:
             # One that was cancelled, by the deadline or because its client left, counts too.
             _settle(account, dialled)
@@ -179,7 +179,7 @@ async def _attempt_in_turn(client: Waiting, account: Account, connecting: Connec
         connecting = None
 
 
-def _begin_next(account: Account) -> Connecting | Pipe | None:
+def _begin_next(account: Account) -> Connecting[Security] | Pipe | None:
     """Begin with the next instance, if there is to be one.
 
     Returns:
@@ -190,7 +190,7 @@ def _begin_next(account: Account) -> Connecting | Pipe | None:
         return None
     state = account.state
     assert state is not None
-    begun = begin_dial(pick, state.security)
+    begun = begin_dial(state, pick, state.security)
     if not isinstance(begun, Dialled):
         return begun
     _settle(account, begun)
@@ -209,34 +209,42 @@ def _settle(account: Account, dialled: Dialled | None) -> None:
 
 
 async def dial(
-    client: Waiting, policy: AttemptPolicy, pick: Pick, security: Security | None, protocol: str | None
+    client: Waiting, state: ServiceState, pick: Pick, security: Security | None, protocol: str | None
 ) -> Dialled:
     """Connect to one instance, within its time (A1), and no longer than until the client has left.
 
     Args:
         client: who wants it.
-        policy: has the time.
+        state: the service.
         pick: the instance.
-        security: of the connection; None: there is none.
+        security: of the service, as the caller knows it.
         protocol: what will be spoken, as ALPN calls it (RFC 7301).
     """
-    begun = begin_dial(pick, security)
+    begun = begin_dial(state, pick, security)
     if isinstance(begun, Dialled):
         return begun
-    return await finish_dial(client, policy, pick, begun, security, protocol)
+    return await finish_dial(client, state, pick, begun, protocol)
 
 
-def begin_dial(pick: Pick, security: Security | None) -> Connecting | Dialled:
+def begin_dial(state: ServiceState, pick: Pick, security: Security | None) -> Connecting[Security] | Dialled:
     """Begin to connect to an instance: what came of it at once; or what has to be waited for."""
     key = pick.instance.key
+    port = key.port
+    if security is not None:
+        if security.skips(pick.instance, pick.tier):
+            security = None
+            state.statistics.tls_skipped += 1
+        else:
+            port = security.port(pick.instance)
     try:
-        connecting = Connecting(key.address, key.port if security is None else security.port(pick.instance))
+        connecting: Connecting[Security] = Connecting(key.address, port)
     except OSError as error:
         return Dialled(None, classify_connect_error(error), error.errno or 0)
+    connecting.security = security
     return connecting if connecting.pending or security is not None else _finish(connecting)
 
 
-def _finish(connecting: Connecting) -> Dialled:
+def _finish(connecting: Connecting[Security]) -> Dialled:
     try:
         connecting.finish()
     except OSError as error:
@@ -246,14 +254,10 @@ def _finish(connecting: Connecting) -> Dialled:
 
 
 async def finish_dial(
-    client: Waiting,
-    policy: AttemptPolicy,
-    pick: Pick,
-    connecting: Connecting,
-    security: Security | None,
-    protocol: str | None = None,
+    client: Waiting, state: ServiceState, pick: Pick, connecting: Connecting[Security], protocol: str | None = None
 ) -> Dialled:
     """The rest of `dial`, for what `begin_dial` gave."""
+    policy = state.policy
     limit = policy.connect_timeout if pick.tier else policy.connect_timeout_local
     began = trio.current_time()
     connected = False
@@ -267,21 +271,23 @@ async def finish_dial(
         if not connected:
             connecting.socket.close()
     dialled = _finish(connecting) if connected else Dialled(None, "", 0)
-    if security is None or dialled.upstream is None:
+    if connecting.security is None or dialled.upstream is None:
         return dialled
-    return await _secure(client, pick, connecting.socket, security, protocol, began + limit)
+    return await _secure(client, pick, connecting, protocol, began + limit)
 
 
 async def _secure(
-    client: Waiting, pick: Pick, connected: socket.socket, security: Security, protocol: str | None, deadline: float
+    client: Waiting, pick: Pick, connected: Connecting[Security], protocol: str | None, deadline: float
 ) -> Dialled:
     """Shake hands, within what is left of the attempt's time (T1)."""
+    security = connected.security
+    assert security is not None
     made: Dialled | None = None
 
     async def secure() -> None:
         nonlocal made
         try:
-            made = Dialled(await security.secure(connected, pick, protocol), "", 0)
+            made = Dialled(await security.secure(connected.socket, pick, protocol), "", 0)
         except TlsError as error:
             made = Dialled(None, AttemptOutcome.TLS, error.errno or 0)
         except OSError as error:

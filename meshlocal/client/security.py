@@ -13,6 +13,10 @@ from meshlocal.policy.picker import Pick
 class Security(Protocol):
     """How connections to the instances of a service are secured (T1)."""
 
+    def skips(self, instance: Instance, tier: int) -> bool:
+        """Whether an instance of a tier is spoken to in plaintext all the same, at its own port."""
+        ...
+
     def port(self, instance: Instance) -> int:
         """Where an instance speaks TLS."""
         ...

@@ -74,6 +74,7 @@ class ServiceStatistics:
         "picks",
         "replays",
         "requests",
+        "tls_skipped",
     )
 
     def __init__(self) -> None:
@@ -83,6 +84,7 @@ class ServiceStatistics:
         self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)
         """By tier and reason."""
         self.replays: defaultdict[str, int] = defaultdict(int)
+        self.tls_skipped = 0
         """Connections that went on to another instance before the first byte of one, by why (A5)."""
         self.checks: defaultdict[str, int] = defaultdict(int)
         """Health checks that ended, `passed` or `failed` (H3)."""

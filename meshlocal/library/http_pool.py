@@ -276,7 +276,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
 
 async def _connect(host: str, port: int) -> socket.socket:
     await anyio.lowlevel.checkpoint()
-    connecting = Connecting(host, port)
+    connecting: Connecting[object] = Connecting(host, port)
     try:
         if connecting.pending:
             await anyio.wait_writable(connecting.socket)

@@ -88,6 +88,8 @@ def _of_no_use(services: Mapping[str, ServiceConfig]) -> Iterator[str]:
             continue
         if service.health_check is not None:
             yield f"services.{name}.health_check: a mesh learns from its own requests only; a proxy checks"
+        if service.tls is not None:
+            yield f"services.{name}.tls: a mesh speaks no TLS itself; put it over its streams, or give httpx a context"
         if service.failback is not None:
             yield f"services.{name}.failback: an open stream is its application's to end; a proxy ends them"
 

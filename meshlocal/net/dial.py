@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import trio
 
@@ -39,8 +40,33 @@ _LINK_SCOPE = 0x20  # IPV6_ADDR_LINKLOCAL in the kernel's net/ipv6.h, as /proc/n
 _DAD_FAILED = 0x08  # IFA_F_DADFAILED in linux/if_addr.h: another host has the address
 
 
-class Connecting:
+def is_own_address(address: str) -> bool:
+    """Whether what is sent to an address stays on this host, as the kernel routes it now.
+
+    What goes to an address of its own, it sends from that very address (ip-route(8), table local; RFC 1122, 3.2.1.3),
+    and to all of 127.0.0.0/8 from within it. A connect of a datagram socket asks for the route, and sends nothing. What
+    this host's own NAT rules make of a connection afterwards does not show.
+    """
+    family, sockaddr = _sockaddr(address, 9)
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as asking:
+            asking.connect(sockaddr)
+            here, there = (ipaddress.ip_address(end[0].partition("%")[0]) for end in (asking.getsockname(), sockaddr))
+    except (OSError, ValueError):
+        return False
+    return here == there or (here.is_loopback and there.is_loopback)
+
+
+S = TypeVar("S")
+
+
+class Connecting(Generic[S]):
     """A connect(2) that has begun. Its socket belongs to the caller, who closes it whatever comes of it.
+
+    Attributes:
+        socket: the socket.
+        pending: it is to be waited for.
+        security: for the caller: what is to be spoken over it once it is made; None: nothing but what is said.
 
     Between `__init__` and `finish` a caller may wait for the socket to become writable as often as it likes, give up
     and wait again: that is what lets a proxy look after its client only when an instance is slow to answer.
@@ -49,13 +75,14 @@ class Connecting:
         OSError: the connect failed at once; the socket is closed.
     """
 
-    __slots__ = ("_port", "pending", "socket")
+    __slots__ = ("_port", "pending", "security", "socket")
 
     def __init__(self, address: str, port: int) -> None:
         family, sockaddr = _sockaddr(address, port)
         self._port = port
         self.socket = socket.socket(family, _NON_BLOCKING_STREAM)
         self.pending = False
+        self.security: S | None = None
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = self.socket.connect_ex(sockaddr)
@@ -101,7 +128,7 @@ async def dial_tcp(address: str, port: int) -> socket.socket:
             cancellation.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
-    connecting = Connecting(address, port)
+    connecting: Connecting[object] = Connecting(address, port)
     try:
         if connecting.pending:
             await trio.lowlevel.wait_writable(connecting.socket)

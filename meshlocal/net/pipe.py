@@ -36,6 +36,11 @@ class Pipe(Protocol):
         ...
 
     @property
+    def told(self) -> bytes:
+        """What an instance is told of that, as the value of X-Forwarded-Client-Cert; empty: nothing."""
+        ...
+
+    @property
     def plain(self) -> socket.socket | None:
         """The socket whose bytes they are; None if they are not, as with TLS."""
         ...
@@ -103,6 +108,7 @@ class PlainPipe:
     __slots__ = ("plain",)
 
     identity = ""
+    told = b""
 
     def __init__(self, sock: socket.socket) -> None:
         self.plain: socket.socket = sock

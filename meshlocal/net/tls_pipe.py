@@ -16,6 +16,7 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from hashlib import sha256
 
 from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
 
@@ -45,6 +46,7 @@ class TlsPipe:
 
     Attributes:
         identity: who the other side is, once somebody has found out; empty: not known.
+        told: what an instance is told of that; see `Pipe.told`.
     """
 
     __slots__ = (
@@ -59,6 +61,7 @@ class TlsPipe:
         "_sock",
         "_taken",
         "identity",
+        "told",
     )
 
     plain = None
@@ -86,6 +89,7 @@ class TlsPipe:
         self._dry = False
         self._on_session = on_session
         self.identity = ""
+        self.told = b""
 
     # What was agreed on.
 
@@ -93,6 +97,12 @@ class TlsPipe:
     def certificate(self) -> Mapping[str, object]:
         """The other side's, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked."""
         return self._object.getpeercert() or {}
+
+    @property
+    def certificate_digest(self) -> str:
+        """The SHA-256 of the other side's in DER, in hexadecimal digits; empty if it showed none."""
+        encoded = self._object.getpeercert(binary_form=True)
+        return sha256(encoded).hexdigest() if encoded is not None else ""
 
     @property
     def protocol(self) -> str | None:

@@ -85,7 +85,7 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
             parse_service_key(key)
         except ModelError as error:
             yield (at, "services", key), error.what
-        yield from _check_upstream_tls((at, "services", key, "tls"), proxy.services[key].tls)
+        yield from _check_upstream_tls((at, "services", key, "tls"), proxy.services[key].tls, proxy.prefer)
         check = proxy.services[key].health_check
         yield from _check_health_check((at, "services", key, "health_check"), check)
         if check is not None and check.kind != "tcp" and check.port is None and proxy.services[key].tls is not None:
@@ -114,9 +114,12 @@ def _check_tls(proxy: ProxyConfig) -> Iterator[Finding]:
         yield (*at, "allow"), "lets in nobody without a certificate: proxy.tls.client_certificate must be required"
 
 
-def _check_upstream_tls(at: KeyPath, tls: UpstreamTlsConfig | None) -> Iterator[Finding]:
+def _check_upstream_tls(at: KeyPath, tls: UpstreamTlsConfig | None, prefer: Sequence[str]) -> Iterator[Finding]:
     if tls is None:
         return
+    for position, tier in enumerate(tls.skip_tiers):
+        if tier not in prefer:
+            yield (*at, "skip_tiers", position), f"expected one of proxy.prefer: {', '.join(prefer)}; got {quote(tier)}"
     if tls.server_name is None and tls.identity is None:
         yield at, "has neither server_name nor identity: any certificate of the authority would do"
     if tls.server_name is not None:

@@ -78,4 +78,11 @@ class UpstreamTlsConfig(Section, frozen=True):
     port: Annotated[
         PortNumber | None, Meta(description="The port on which instances speak TLS; null: the instance's own.")
     ] = None
+    skip_tiers: Annotated[
+        tuple[Name, ...],
+        Meta(
+            description="Tiers, such as node, whose instances are spoken to in plaintext at their own port, if their"
+            " address is one of this host's own: nothing of it leaves the machine."
+        ),
+    ] = ()
     min_version: _MinVersion = "1.3"

@@ -84,6 +84,28 @@ def identities(certificate: Mapping[str, object]) -> tuple[str, ...]:
     )
 
 
+def client_cert_value(digest: str, certificate: Mapping[str, object]) -> str:
+    """The value of X-Forwarded-Client-Cert for one client, as Envoy writes it; empty if it showed no certificate.
+
+    Args:
+        digest: the SHA-256 of its certificate, in hexadecimal digits.
+        certificate: as `ssl.SSLObject.getpeercert` gives it.
+    """
+    if not certificate:
+        return ""
+    proved = identities(certificate)
+    pairs = [("Hash", digest), *(("URI" if "://" in each else "DNS", each) for each in proved)]
+    return ";".join(f"{name}={_quoted(value)}" for name, value in pairs)
+
+
+def _quoted(value: str) -> str:
+    """A value, in quotes where a character of it would end it."""
+    value = "".join(character if " " <= character <= "~" else "?" for character in value)
+    if not set(value) & set(',;="\\'):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def is_identity(text: str) -> bool:
     """Whether a text is one identity, not a pattern of several."""
     try:

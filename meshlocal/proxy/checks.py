@@ -129,7 +129,7 @@ class HealthChecks:
         """One check; returns how it failed."""
         address, port = instance.key[:2]
         security = followed.state.security
-        if security is not None:
+        if security is not None and not security.skips(instance, followed.state.selector.tier(instance)):
             # What can be connected there says something of what requests will find.
             port = security.port(instance)
         async with self._turns:

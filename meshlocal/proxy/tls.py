@@ -9,13 +9,14 @@ import logging
 import socket
 import ssl
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
 import trio
 
+from meshlocal.net.dial import is_own_address
 from meshlocal.net.following import Followed
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
@@ -25,8 +26,8 @@ from meshlocal.net.tls import TlsContext, client_context, has_expired, server_co
 from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
-from meshlocal.policy.identity import IdentityPattern, allowed, fill, identities
-from meshlocal.policy.model import Instance, ServiceKey
+from meshlocal.policy.identity import IdentityPattern, allowed, client_cert_value, fill, identities
+from meshlocal.policy.model import NODE, Instance, ServiceKey
 from meshlocal.policy.picker import Pick
 
 _log = get_log(__name__)
@@ -97,13 +98,15 @@ class UpstreamTls:
     Args:
         config: the service's section `tls`.
         own: the proxy's, whose certificate stands in for one of its own.
+        prefer: the tiers' names, but for the last.
 
     Raises:
         FileProblemError: a file cannot be used.
     """
 
-    def __init__(self, config: UpstreamTlsConfig, own: TlsConfig) -> None:
+    def __init__(self, config: UpstreamTlsConfig, own: TlsConfig, prefer: Sequence[str] = (NODE,)) -> None:
         self._config = config
+        self._skipped = frozenset(number for number, name in enumerate(prefer) if name in config.skip_tiers)
         certificate_file, key_file = config.certificate_file, config.key_file
         if certificate_file is None:
             certificate_file, key_file = own.certificate_file, own.key_file
@@ -122,6 +125,10 @@ class UpstreamTls:
             for protocol in (None, *HTTP_PROTOCOLS)
         }
         self._sessions: OrderedDict[tuple[object, ...], ssl.SSLSession] = OrderedDict()
+
+    def skips(self, instance: Instance, tier: int) -> bool:
+        """See `Security.skips`: its label alone proves nothing, for a registry may lie."""
+        return tier in self._skipped and is_own_address(instance.key.address)
 
     def port(self, instance: Instance) -> int:
         """See `Security.port`."""
@@ -192,7 +199,7 @@ class ProxyTls:
             scheme: ListenerTls(config.tls, protocols) for scheme, protocols in kinds.items() if scheme in schemes
         }
         self.services = {
-            tls: UpstreamTls(tls, config.tls)
+            tls: UpstreamTls(tls, config.tls, config.prefer)
             for service in config.services.values()
             if (tls := service.tls) is not None
         }
@@ -274,6 +281,7 @@ class TlsServer:
             self._refuse("not_allowed", f"{', '.join(proved) or 'no identity'} is not in proxy.tls.allow", peer)
             return None
         pipe.identity = proved[0] if proved else ""
+        pipe.told = client_cert_value(pipe.certificate_digest, pipe.certificate).encode()
         self.handshakes["ok"] += 1
         return pipe
 

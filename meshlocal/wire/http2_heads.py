@@ -24,8 +24,17 @@ Fields: TypeAlias = "tuple[tuple[bytes, bytes], ...]"
 
 _METHOD = re.compile(TOKEN + rb"++")
 _FORWARDED = (b"x-forwarded-for", b"x-forwarded-proto")
+_CLIENT_CERT = frozenset(
+    f"x{first}forwarded{second}client{third}cert".encode() for first in "-_" for second in "-_" for third in "-_"
+)
+"""As `meshlocal.wire.http1.fields.CLIENT_CERT_LOOKALIKE` has it."""
+
+_ONE_HOP = _CLIENT_CERT | {b"proxy-authorization"}
+"""Fields that are not passed on: the second is for a proxy, and that was this one (RFC 9110, 11.7.2)."""
+
 _DECISIVE = frozenset(
     {
+        *_ONE_HOP,
         b":authority",
         b":method",
         b":path",
@@ -36,7 +45,6 @@ _DECISIVE = frozenset(
         b"grpc-timeout",
         b"host",
         b"idempotency-key",
-        b"proxy-authorization",
         b"x-forwarded-for",
         b"x-forwarded-proto",
     }
@@ -200,8 +208,7 @@ def _read_fields(head: Http2RequestHead, decisive: Iterable[tuple[bytes, bytes]]
             head.expect_continue = True
         elif name == b"idempotency-key":
             head.idempotency_key = True
-        elif name == b"proxy-authorization":
-            # For a proxy, and that was this one (RFC 9110, 11.7.2).
+        elif name in _ONE_HOP:
             head.hop_fields = True
         else:
             head.forwarded = True
@@ -225,7 +232,7 @@ def onward_request(head: Http2RequestHead, extra: Fields, *, authority: bytes, s
     if not head.has_host:
         fields = (*fields[:1], (b":authority", authority), *fields[1:])
     if head.hop_fields:
-        fields = tuple(field for field in fields if field[0] != b"proxy-authorization")
+        fields = tuple(field for field in fields if field[0] not in _ONE_HOP)
     if strip_forwarded and head.forwarded:
         fields = tuple(field for field in fields if field[0] not in _FORWARDED)
     return (*fields, *extra) if extra else fields

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.identity import IdentityError, IdentityPattern, allowed, fill, identities, placeholders
+from meshlocal.policy.identity import (
+    IdentityError,
+    IdentityPattern,
+    allowed,
+    client_cert_value,
+    fill,
+    identities,
+    is_identity,
+    placeholders,
+)
 
 WEB = "spiffe://example.org/ns/shop/sa/web"
 
@@ -96,3 +105,31 @@ def test_a_label_is_no_more_than_a_segment(value: str) -> None:
 def test_what_is_no_template_is_refused(template: str) -> None:
     with pytest.raises(IdentityError):
         placeholders(template)
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        ([("URI", WEB), ("DNS", "web.example")], f"Hash=ab12;URI={WEB};DNS=web.example"),
+        ([("DNS", "a"), ("DNS", "b"), ("email", "x@y")], "Hash=ab12;DNS=a;DNS=b"),
+        ([("URI", "spiffe://td/a,b;c=d")], 'Hash=ab12;URI="spiffe://td/a,b;c=d"'),
+        ([("URI", 'spiffe://td/"\\')], 'Hash=ab12;URI="spiffe://td/\\"\\\\"'),
+        ([("URI", "spiffe://td/\r\nx: y")], "Hash=ab12;URI=spiffe://td/??x: y"),
+        ([], "Hash=ab12"),
+    ],
+)
+def test_what_an_instance_is_told_of_a_certificate(names: list[tuple[str, str]], value: str) -> None:
+    """As Envoy's field, in which no name can end a value or the line."""
+    assert client_cert_value("ab12", {"subjectAltName": tuple(names)}) == value
+
+
+def test_who_shows_no_certificate_is_nobody() -> None:
+    assert client_cert_value("", {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "one"),
+    [(WEB, True), ("ops", True), ("a.example", True), ("*.example", False), ("spiffe://td/*", False), ("a b", False)],
+)
+def test_one_identity(text: str, one: bool) -> None:
+    assert is_identity(text) is one

@@ -149,7 +149,7 @@ class UpstreamLink(Link):
 
     def open(self, stream: UpstreamStream, fields: Headers, *, end: bool) -> bool:
         """Send a request's head on a stream of its own; False: the connection takes none any more."""
-        if self.security is not None:
+        if self.pipe.plain is None:
             # RFC 9113, 8.3.1: servers tell by it whether they were asked over TLS.
             fields = [(name, b"https" if name == b":scheme" else value) for name, value in fields]
         try:

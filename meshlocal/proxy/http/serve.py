@@ -254,7 +254,7 @@ async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> H1
 
 async def _dial(request: HttpRequest, service: HttpService, pick: Pick) -> H1Upstream | _Failed | None:
     security = service.state.security
-    dialled = await dial(request.client, service.state.policy, pick, security, "http/1.1")
+    dialled = await dial(request.client, service.state, pick, security, "http/1.1")
     if dialled.upstream is None:
         return None if request.client.left else _Failed(Failure.CONNECT, dialled.error, sent=False)
     service.statistics.connections_made += 1
@@ -284,7 +284,7 @@ async def _connect_shared(
         links.begin_connect(place)
         try:
             security = service.state.security
-            dialled = await dial(client, service.state.policy, pick, security, "h2")
+            dialled = await dial(client, service.state, pick, security, "h2")
             error = dialled.error
             if dialled.upstream is None:
                 return None if _has_left(request) else _Failed(Failure.CONNECT, error, sent=False)

@@ -17,6 +17,7 @@ import trio
 
 from meshlocal.client.account import Account
 from meshlocal.client.connecting import Client, connect_at_once, connect_waiting
+from meshlocal.client.security import Security
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.dial import Connecting
@@ -94,7 +95,7 @@ class TcpConnection(Account):
         self._scope: trio.CancelScope | None = None
         self._begun = False
         self._connected = False
-        self._connecting: Connecting | None = None
+        self._connecting: Connecting[Security] | None = None
 
     @property
     def scope(self) -> trio.CancelScope:

@@ -18,12 +18,19 @@ FIELD_LINES = rb"(?:" + TOKEN + rb"++:[\t -~\x80-\xff]*+\r\n)*+"
 
 FIELDS = re.compile(FIELD_LINES)
 
+CLIENT_CERT = b"x-forwarded-client-cert"
+"""Names the client's certificate to an instance, as Envoy does."""
+
+CLIENT_CERT_LOOKALIKE = rb"x[-_]forwarded[-_]client[-_]cert"
+"""That, and what applications behind CGI's naming take for the same (RFC 3875, 4.1.18)."""
+
 # Fields that belong to one connection (RFC 9110, 7.6.1), beside those that its Connection field lists.
 # Transfer-Encoding is written anew by who frames the body; Proxy-Authorization is for a proxy, and that was this one.
+# X-Forwarded-Client-Cert says who the peer of one connection proved to be: what a client says of it is never passed on.
 # What stands in front is the end of the line before, which is quicker to look for than any name.
 _HOP = re.compile(
     rb"\r\n(?:connection|http2-settings|keep-alive|proxy-authorization|proxy-connection|te"
-    rb"|transfer-encoding|upgrade):[^\r]*+",
+    rb"|transfer-encoding|upgrade|" + CLIENT_CERT_LOOKALIKE + rb"):[^\r]*+",
     re.IGNORECASE,
 )
 

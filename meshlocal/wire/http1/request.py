@@ -8,7 +8,7 @@ from typing import NamedTuple
 import httptools
 
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.fields import FIELD_LINES, TOKEN, connection_options, explain
+from meshlocal.wire.http1.fields import CLIENT_CERT_LOOKALIKE, FIELD_LINES, TOKEN, connection_options, explain
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 """How a client begins that takes it for known that HTTP/2 is served, as far as it looks like a head (RFC 9113, 3.4)."""
@@ -21,7 +21,9 @@ _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb"+) ([!-~]+) HTTP/([0-9])\.([0-9])"
 
 _DECISIVE = re.compile(
     rb"\r\n(connection|content-length|expect|host|http2-settings|idempotency-key|keep-alive|proxy-authorization"
-    rb"|proxy-connection|te|transfer-encoding|upgrade|x-forwarded-for|x-forwarded-proto):[ \t]*+([^\r]*+)",
+    rb"|proxy-connection|te|transfer-encoding|upgrade|x-forwarded-for|x-forwarded-proto|"
+    + CLIENT_CERT_LOOKALIKE
+    + rb"):[ \t]*+([^\r]*+)",
     re.IGNORECASE,
 )
 _HOST = re.compile(
@@ -252,7 +254,7 @@ def _read_fields(head: RequestHead, start: int) -> None:
         elif name == b"upgrade":
             upgrade = upgrade + b"," + value if upgrade else value
             head.hop_fields = True
-        elif name.startswith(b"x-forwarded"):
+        elif name in (b"x-forwarded-for", b"x-forwarded-proto"):
             head.forwarded = True
         else:
             head.hop_fields = True

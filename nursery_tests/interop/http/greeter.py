@@ -21,7 +21,9 @@ def name(_: bytes, context: grpc.ServicerContext) -> bytes:
 
 
 def echo(request: bytes, context: grpc.ServicerContext) -> bytes:
-    context.send_initial_metadata([("x-back", dict(context.invocation_metadata()).get("x-there", ""))])
+    came = dict(context.invocation_metadata())
+    told = came.get("x-forwarded-client-cert", "")
+    context.send_initial_metadata([("x-back", came.get("x-there", "")), ("x-told", told)])
     return request
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import queue
 import signal
@@ -250,6 +251,48 @@ def test_curl_over_https(
     assert told.stdout == f"hello\n{version}", told.stderr
 
 
+def told_of(pair: Pair) -> str:
+    """X-Forwarded-Client-Cert of who shows a certificate for `WEB`."""
+    der = ssl.PEM_cert_to_DER_cert(Path(pair.certificate).read_text())
+    return f"Hash={hashlib.sha256(der).hexdigest()};URI={WEB}"
+
+
+@pytest.mark.parametrize("flag", ["--http1.1", "--http2"])
+def test_an_instance_is_told_who_asks(
+    folder: Path, instances: ExitStack, certificates: Certificates, program: Callable[[str], str], flag: str
+) -> None:
+    """In X-Forwarded-Client-Cert, of which nothing is left that a client said itself, over TLS or not."""
+    place = new_address()
+
+    def answer(sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += sock.recv(65536)
+            told = [line for line in head.lower().split(b"\r\n") if b"cert" in line.partition(b":")[0]]
+            body = b"\n".join(told)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    instances.callback(Threaded(place, answer).close)
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates) + "\nservices: {b: {protocol: http1}}",
+        fixed=["b"],
+        listen=["https://127.0.0.1:0=b"],
+        name=f"tls-told{flag}",
+    )
+    instances.callback(made.kill)
+    forged = ["-H", "X-Forwarded-Client-Cert: URI=spiffe://td/admin", "-H", "X_Forwarded_Client-Cert: x", "-H", "A: b"]
+    command = [program("curl"), "-sS", flag, "--cacert", certificates.authority.file, "--max-time", "20", *forged]
+    command += ["--cert", certificates.web.certificate, "--key", certificates.web.key]
+    url = f"https://localhost:{made.ports['https=b']}/hello"
+    told = subprocess.run([*command, url], capture_output=True, text=True, check=False)
+    assert told.stdout == f"x-forwarded-client-cert: {told_of(certificates.web)}".lower(), told.stderr
+    plain = [program("curl"), "-sS", "--max-time", "20", *forged, f"http://127.0.0.1:{made.fixed['b']}/hello"]
+    assert subprocess.run(plain, capture_output=True, check=True).stdout == b""
+
+
 def test_openssl(proxy: Proxy, certificates: Certificates, program: Callable[[str], str]) -> None:
     told = subprocess.run(
         [
@@ -388,6 +431,47 @@ def test_a_proxy_beside_its_instance(
     place = f"@{echo.address}:{PORT}"
     inbound.printed(rf"access request service={place} client=\S+ identity={WEB} instance={echo.address}:{PORT} node=n1")
     assert inbound.measured("requests_total", service=place, outcome="served", tier="node") == 1
+
+
+@pytest.mark.parametrize("protocol", ["http1", "http2"])
+def test_an_instance_on_this_very_host_may_be_spared_tls(
+    folder: Path, instances: ExitStack, certificates: Certificates, program: Callable[[str], str], protocol: str
+) -> None:
+    """`skip_tiers`: the near instance in plaintext at its own port, the far one over TLS where it speaks it."""
+    near, far = new_address(), new_address()
+    files = folder / f"spared-{protocol}"
+    files.mkdir()
+    (files / "hello").write_text("hello\n")
+    command = [program("nghttpd"), "-d", str(files)]
+    place = f"    listen {far}:8443 ssl;\n    ssl_certificate {certificates.instance.certificate};\n"
+    place += f"    ssl_certificate_key {certificates.instance.key};\n    ssl_protocols TLSv1.3;\n"
+    if protocol == "http1":
+        plain: Process = Nginx(program("nginx"), folder, near, f"    location /hello {{ root {files}; }}", "spared")
+        secured: Process = Nginx(
+            program("nginx"), folder, far, f"{place}    location /hello {{ root {files}; }}", "unspared"
+        )
+    else:
+        plain = Process([*command, "--no-tls", f"--address={near}", str(PORT)], folder, "spared-h2")
+        pair = certificates.instance
+        secured = Process([*command, f"--address={far}", "8443", pair.key, pair.certificate], folder, "unspared-h2")
+        wait_until(lambda: listens(near), "nghttpd listens")
+        wait_until(lambda: listens(far, 8443), "nghttpd listens")
+    instances.callback(plain.kill)
+    instances.callback(secured.kill)
+    what = "port: 8443, server_name: b.example, skip_tiers: [node]"
+    service = upstream(certificates, what).replace("b: {", f"b: {{protocol: {protocol}, ", 1)
+    made = Proxy(folder, {"b": [near, far]}, f"services: {{{service}}}", fixed=["b"], name=f"tls-spared-{protocol}")
+    instances.callback(made.kill)
+    ask = b"GET /hello HTTP/1.1\r\nHost: b\r\n\r\n"
+    with made.connect("b") as wire:
+        for _ in range(2):
+            wire.send(ask)
+            assert wire.response()[::2] == (200, b"hello\n")
+        assert made.measured("tls_skipped_total", service="b") == 1
+        plain.kill()
+        wire.send(ask)
+        assert wire.response()[::2] == (200, b"hello\n")
+    assert made.measured("picks_total", service="b", tier="other") == 1
 
 
 def test_an_instance_that_cuts_inside_tls_resets_a_plain_client(
@@ -560,6 +644,9 @@ def test_grpc_with_credentials(folder: Path, instances: ExitStack, certificates:
         assert channel.unary_unary("/test.Greeter/Echo")(b"hi", timeout=LIMIT) == b"hi"
         large = bytes(range(256)) * 8_192
         assert channel.unary_unary("/test.Greeter/Echo")(large, timeout=LIMIT) == large
+        forged = (("x-forwarded-client-cert", "URI=spiffe://td/ns/shop/sa/admin"),)
+        metadata = channel.unary_unary("/test.Greeter/Echo").with_call(b"hi", metadata=forged, timeout=LIMIT)[1]
+        assert dict(metadata.initial_metadata())["x-told"] == told_of(web)
         assert list(channel.stream_stream("/test.Greeter/Chat")(iter([b"a", b"b"]), timeout=LIMIT)) == [b"a!", b"b!"]
     made.printed(rf"access request service=b client=\S+ identity={WEB} method=POST")
 
@@ -666,11 +753,11 @@ def test_a_certificate_that_changes_is_for_new_connections(
         assert "first.example" in names()
         key = Path(own.key).read_text()
         Path(own.key).write_text("no key\n")
-        made.printed(r"certificate not read again problem=.*changing\.pem")
+        made.printed(r"file not read again problem=.*changing\.pem")
         assert "first.example" in names()
         Path(own.key).write_text(key)
         certificates.authority.issue("changing", ["proxy.example", "second.example"])
-        made.printed("certificates read again")
+        made.printed("files read again")
         wait_until(lambda: "second.example" in names(), "the second certificate is shown")
         held.sendall(b"still here")
         assert held.recv(100) == b"still here"

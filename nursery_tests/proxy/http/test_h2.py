@@ -1328,8 +1328,9 @@ async def test_streams_over_the_limit_are_refused(proxy: Proxy, near: H2Instance
 
 async def test_what_is_for_this_proxy_goes_no_further(proxy: Proxy, near: H2Instance) -> None:
     async with await connect(proxy) as client:
-        await client.ask(asking(GET, proxy_authorization="secret", x="y"))
+        await client.ask(asking(GET, proxy_authorization="secret", x_forwarded_client_cert="URI=spiffe://td/me", x="y"))
     assert near.asked[0]["proxy-authorization"] is None
+    assert near.asked[0]["x-forwarded-client-cert"] is None
     assert near.asked[0]["x"] == "y"
 
 

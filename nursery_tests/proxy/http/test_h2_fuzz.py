@@ -60,6 +60,8 @@ def frames(heads: list[bytes]) -> st.SearchStrategy[list[bytes]]:
 class Pipe:
     """Takes everything."""
 
+    told = b""
+
     def __init__(self) -> None:
         self.plain: socket.socket | None = None
         self.out: list[bytes] = []

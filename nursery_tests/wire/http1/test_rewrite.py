@@ -31,6 +31,10 @@ def test_untouched_head_is_the_very_bytes() -> None:
         (b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b"connection: upgrade\r\nupgrade: websocket\r\n"),
         (b"TE: a\r\nTE: b\r\nTE: c\r\n", b""),
         (b"Te-x: a\r\nTE: b\r\n", b"Te-x: a\r\n"),
+        # What a client says of a certificate (T4), in any spelling that an application may take for it.
+        (b"X-Forwarded-Client-Cert: a\r\nA: b\r\nx-forwarded-client-cert: c\r\n", b"A: b\r\n"),
+        (b"x_forwarded_client_cert: a\r\nX-Forwarded_Client-CERT: b\r\n", b""),
+        (b"X-Forwarded-Client-Certs: a\r\n", b"X-Forwarded-Client-Certs: a\r\n"),
     ],
 )
 def test_request_hop_by_hop(fields: bytes, kept: bytes) -> None:

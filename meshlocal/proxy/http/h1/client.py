@@ -16,6 +16,7 @@ from meshlocal.proxy.http.ends import ClientLeftError, Expiry
 from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.streams import ServedRequest
 from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.fields import CLIENT_CERT
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import Framing, ResponseHead
@@ -163,6 +164,8 @@ class H1Client(Client):
         extra = settings.via
         if settings.append_forwarded:
             extra += self._forwarded_lines(head)
+        if told := self.pipe.told:
+            extra += b"%b: %b\r\n" % (CLIENT_CERT, told)
         host = b"" if head.has_host else service.encode()
         raw = upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded)
         return raw + b"".join(body.held) if body is not None and body.held else raw

@@ -231,6 +231,7 @@ class Http1Stream:
             self._check_interrupted()
 
     identity = ""
+    told = b""
     is_unsent = False
 
     def has_input(self) -> bool:

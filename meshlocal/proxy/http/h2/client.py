@@ -27,6 +27,7 @@ from meshlocal.proxy.http.streams import ServedRequest
 from meshlocal.wire.grpc.metadata import encode_grpc_message, is_grpc
 from meshlocal.wire.grpc.status import StatusCode
 from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.fields import CLIENT_CERT
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import ResponseHead
@@ -459,6 +460,8 @@ class H2Client:
         extra = settings.via
         if settings.append_forwarded:
             extra += b"".join(b"%b: %b\r\n" % field for field in self.link.forwarded(head))
+        if told := self.link.pipe.told:
+            extra += b"%b: %b\r\n" % (CLIENT_CERT, told)
         raw = upstream_head(as_http1, extra, strip_forwarded=settings.strip_forwarded)
         if not isinstance(body, Http2Body) or body.held is None:
             return raw
@@ -467,9 +470,12 @@ class H2Client:
     def fields(self, head: Http2RequestHead, service: ServiceKey) -> Headers:
         """The request's fields for an instance that speaks HTTP/2."""
         settings = self.link.shared.settings
-        if settings.plain and head.has_host and not head.hop_fields:
+        told = self.link.pipe.told
+        if settings.plain and head.has_host and not head.hop_fields and not told:
             return head.fields
         extra = settings.via_fields
+        if told:
+            extra = (*extra, (CLIENT_CERT, told))
         if settings.append_forwarded:
             extra = (*extra, *self.link.forwarded(head))
         return onward_request(head, extra, authority=service.encode(), strip_forwarded=settings.strip_forwarded)
