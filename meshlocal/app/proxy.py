@@ -228,7 +228,8 @@ class ProxyProcess:
 
     def _open_cache(self, config: ProxyConfig) -> SnapshotCache | None:
         # An instances file is there after a restart as it was before.
-        if config.discovery.cache_file is None or config.discovery.urls[0].scheme == "file":
+        urls = config.discovery.urls
+        if config.discovery.cache_file is None or not urls or urls[0].scheme == "file":
             return None
         # Imported here: most proxies have no cache file.
         from meshlocal.client.cache import SnapshotCache
@@ -362,8 +363,9 @@ class ProxyProcess:
         await self._superior.ready(self, admin)
 
     def _tell_unknown_labels(self) -> None:
-        for line in unknown_labels(self.services.locality, "proxy."):
-            _log.warning(line)
+        if self.services.is_selecting:
+            for line in unknown_labels(self.services.locality, "proxy."):
+                _log.warning(line)
 
     def standing(self) -> tuple[list[str], list[str]]:
         """What the line says that announces the proxy: what it is and serves, and what is to be noted of it."""

@@ -216,7 +216,8 @@ class _ProxyPages:
         node = [html.code(services.locality.node)] if services.locality.node else []
         if services.node_unmatched:
             node.append(html.bad("no instance of any watched service is on it"))
-        yield "node", [*node, *map(html.bad, unknown_labels(services.locality, "proxy."))]
+        wanting = unknown_labels(services.locality, "proxy.") if services.is_selecting else ()
+        yield "node", [*node, *map(html.bad, wanting)]
         if process.worker:
             told = f"{process.worker}, which this page is of; /metrics adds up all, /workers lists them, ?worker= asks"
             yield "worker", [f"{told} another"]
@@ -226,6 +227,9 @@ class _ProxyPages:
         told = "nothing heard yet" if age is None else f"current {_time(age)} ago"
         if feed.stale:
             told += ", from the cache file: stale until discovery confirms it"
+        if not process.config.proxy.discovery.urls:
+            yield "discovery", ["none: every listener has a fixed address"]
+            return
         state = html.good("connected") if feed.connected else html.bad(feed.problem or "not connected yet")
         yield "discovery", [html.code(feed.source), state]
         yield "what is known", [told]

@@ -6,9 +6,11 @@ server or a file in the same process feeds it; `app` joins the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+import anyio
 import msgspec
 
 from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
@@ -73,6 +75,21 @@ class Refreshable(Protocol):
     def refresh(self, service: ServiceKey) -> None:
         """Get the service's whole state anew: what is known of it seems to be wrong (D5)."""
         ...
+
+
+class NoFeed:
+    """A `Feed` of what needs none: every address is fixed by the configuration."""
+
+    def __init__(self) -> None:
+        # What cannot change is always current.
+        self.status = FeedStatus("none", connected=True, confirmed_at=math.inf)
+
+    def follow(self, services: Sequence[ServiceKey]) -> None:
+        """See `Feed.follow`: there are none."""
+
+    async def run(self) -> None:
+        """See `Feed.run`."""
+        await anyio.sleep_forever()
 
 
 class Feed(Protocol):

@@ -395,8 +395,19 @@ class ServiceTable:
 
     @property
     def node_unknown(self) -> bool:
-        """The proxy does not know its node, or its own value of the label that it prefers to all others (L5, R1)."""
-        return not self.locality.node or not self.locality.own(self.locality.prefer[0])
+        """The proxy does not know its node, or its own value of the label that it prefers to all others (L5, R1), and
+        would need it."""
+        return self.is_selecting and not self._knows_its_place
+
+    @property
+    def is_selecting(self) -> bool:
+        """Whether there are, or may be, services whose instances are told apart: not with fixed addresses only."""
+        listen = self.config.listen
+        return not listen or any(each.service is None or not is_fixed(each.service) for each in listen)
+
+    @property
+    def _knows_its_place(self) -> bool:
+        return bool(self.locality.node) and bool(self.locality.own(self.locality.prefer[0]))
 
     @property
     def node_unmatched(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from meshlocal.client.feed import Feed, SnapshotSink
+from meshlocal.client.feed import Feed, NoFeed, SnapshotSink
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot
@@ -21,13 +21,15 @@ def make_feed(
     """The feed that a config's discovery URLs ask for.
 
     Args:
-        config: with at least one URL.
+        config: names the URLs; none is for who follows no services.
         services: what to follow at first.
         sink: gets every new snapshot.
         rng: for the jitter of reconnects.
         held: snapshots from before, to resume from (D2).
     """
     urls = config.urls
+    if not urls:
+        return NoFeed()
     if urls[0].scheme == "file":
         # Imported here: who has a discovery server needs no hub in its memory, nor a YAML reader.
         from meshlocal.discovery.embedded import EmbeddedFeed

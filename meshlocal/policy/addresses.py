@@ -99,13 +99,13 @@ class ListenAddress(msgspec.Struct, frozen=True):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
         host, port = _split_host_port(where.removesuffix("/") if not separator else where, form, text)
         try:
-            key = _parse_target(service) if service else None
+            key = parse_target(service) if service else None
         except ModelError as error:
             raise AddressError(str(error)) from None
         return cls(scheme, _bindable(host), port, key)
 
 
-def _parse_target(text: str) -> ServiceKey:
+def parse_target(text: str) -> ServiceKey:
     """A service's name, or one fixed address.
 
     Raises:

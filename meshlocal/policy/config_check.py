@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from meshlocal.policy.addresses import AddressError, SocketAddress, check_host
+from meshlocal.policy.addresses import AddressError, SocketAddress, check_host, parse_target
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
 from meshlocal.policy.config_access import AdminAccessConfig
 from meshlocal.policy.config_health import HealthCheckConfig
@@ -14,7 +14,7 @@ from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_tls import UpstreamTlsConfig
 from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
 from meshlocal.policy.identity import IdentityError, IdentityPattern, placeholders
-from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, parse_service_key
+from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, is_fixed, parse_service_key
 from meshlocal.policy.problems import KeyPath, format_path, quote
 
 _TARGET = re.compile(r"/[!-~]*")
@@ -31,7 +31,8 @@ def check_config(config: Config, needs: Literal["proxy", "discovery"] | None) ->
     if needs == "proxy":
         if not config.proxy.listen:
             yield ("proxy", "listen"), "no listener is given; such as tcp://127.0.0.1:15001=b"
-        if not config.proxy.discovery.urls:
+        fixed = [listen.service is not None and is_fixed(listen.service) for listen in config.proxy.listen]
+        if not config.proxy.discovery.urls and not (fixed and all(fixed)):
             yield ("proxy", "discovery", "urls"), "no discovery URL is given; such as grpc://127.0.0.1:7070"
     if needs == "discovery":
         if not config.discovery.sources:
@@ -82,9 +83,12 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
     yield from _check_tls(proxy)
     for key in proxy.services:
         try:
-            parse_service_key(key)
+            if str(parse_target(key)) != key:
+                yield (at, "services", key), f"write {parse_target(key)}"
         except ModelError as error:
             yield (at, "services", key), error.what
+        except AddressError as error:
+            yield (at, "services", key), str(error)
         yield from _check_upstream_tls((at, "services", key, "tls"), proxy.services[key].tls, proxy.prefer)
         check = proxy.services[key].health_check
         yield from _check_health_check((at, "services", key, "health_check"), check)
