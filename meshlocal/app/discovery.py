@@ -21,7 +21,7 @@ import trio
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.discovery_access import DiscoveryAccess
-from meshlocal.app.proxy import expiring_now
+from meshlocal.app.proxy import expiring_now, make_workload
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
@@ -30,7 +30,7 @@ from meshlocal.discovery.limits import ServerLimits
 from meshlocal.discovery.service import DiscoveryService
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
-from meshlocal.net.following import FileProblemError, Followed, follow
+from meshlocal.net.following import FileProblemError, Followed, Following
 from meshlocal.net.groups import first_of
 from meshlocal.net.grpc.health import HealthStatus
 from meshlocal.net.grpc.options import GrpcOptions
@@ -96,12 +96,14 @@ class DiscoveryProcess:
         self.websocket_sockets: list[socket.socket] = []
         self.health = HealthStatus()
         self._set_health(serving=False)
-        self.access = DiscoveryAccess(config)
+        self.workload = make_workload(config.tls_workload_api, rng)
+        self.access = DiscoveryAccess(config, self.workload)
         try:
             self.admin_access = AdminAccess(config.admin_access, "discovery")
         except FileProblemError as error:
             raise ConfigError([Problem("discovery.admin_access", str(error), "")]) from None
         self.exposures = of_server(config)
+        self._following = Following(self._followed, partial(expiring_now, self._followed))
         guarded = self.access.guard(self.service.handlers())
         handlers = {**guarded, **self.health.handlers()}
         names = sorted({method.service for method in handlers})
@@ -184,9 +186,10 @@ class DiscoveryProcess:
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(pages.serve, admin_sockets))
-                lifetime.start_soon(
-                    keep, "files", partial(follow, self._followed, partial(expiring_now, self._followed))
-                )
+                lifetime.start_soon(keep, "files", self._following.run)
+                if self.workload is not None:
+                    self.workload.on_update = self._following.look
+                    lifetime.start_soon(keep, "workload api", self.workload.run)
                 tls = self.access.grpc_context if self.access.tls else None
                 serve = partial(self.server.serve, sockets, tls=tls)
                 await lifetime.start(self._serve_or_die, "grpc server", serve)

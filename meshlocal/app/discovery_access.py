@@ -17,7 +17,7 @@ import trio
 from meshlocal.net.following import FileProblemError, Followed
 from meshlocal.net.grpc.server import Handler, Routes, ServerCall
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.tls import server_context
+from meshlocal.net.tls import SvidSource, TlsContext, server_context
 from meshlocal.policy.config import DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.identity import identities, is_identity
@@ -37,6 +37,7 @@ class DiscoveryAccess:
 
     Args:
         config: names the files.
+        workload: gives the certificate and the clients' authorities in their place.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -46,37 +47,42 @@ class DiscoveryAccess:
         refused: how many calls were, by why: `unauthenticated` or `not_allowed`.
     """
 
-    def __init__(self, config: DiscoveryServerConfig) -> None:
+    def __init__(self, config: DiscoveryServerConfig, workload: SvidSource | None = None) -> None:
         self._config = config
-        self.tls = config.tls_certificate_file is not None
+        self.tls = config.is_tls
         self.refused: Counter[str] = Counter(unauthenticated=0, not_allowed=0)
         self._visibility = Visibility(config.allow)
         self._tokens: Followed[Mapping[bytes, str]] | None = None
-        self._contexts: dict[str, Followed[ssl.SSLContext]] = {}
+        self._contexts: dict[str, Followed[TlsContext]] = {}
         self._told = RateLimited(_log, logging.WARNING, "discovery call refused", interval=_WARNING_INTERVAL)
         try:
             if config.tokens_file is not None:
                 self._tokens = Followed([config.tokens_file], partial(_read_tokens, config.tokens_file))
-            if config.tls_certificate_file is not None:
+            certificate = config.tls_certificate_file or workload
+            if certificate is not None:
                 # Over HTTP/2 a server that takes no ALPN is none; WebSocket is of HTTP/1.1.
                 for kind, protocol in (("grpc", "h2"), ("websocket", "http/1.1")):
-                    self._contexts[kind] = self._follow_context(config.tls_certificate_file, protocol)
+                    self._contexts[kind] = self._follow_context(
+                        certificate, config.tls_client_ca_file or workload, protocol
+                    )
         except FileProblemError as error:
             raise self._problem(error) from None
 
-    def _follow_context(self, certificate_file: str, protocol: str) -> Followed[ssl.SSLContext]:
+    def _follow_context(
+        self, certificate: str | SvidSource, authorities: str | SvidSource | None, protocol: str
+    ) -> Followed[TlsContext]:
         config = self._config
         make = partial(
             server_context,
-            certificate_file,
+            certificate,
             config.tls_key_file,
-            client_ca_file=config.tls_client_ca_file,
+            client_ca_file=authorities,
             # A token will do for who has no certificate.
             required=config.tokens_file is None,
             minimum="1.2",
             protocols=(protocol,),
         )
-        return Followed((certificate_file, config.tls_key_file, config.tls_client_ca_file), make)
+        return Followed((certificate, config.tls_key_file, authorities), make)
 
     def followed(self) -> Iterator[Followed[Any]]:
         """What is made of files."""
@@ -100,7 +106,7 @@ class DiscoveryAccess:
 
     def _problem(self, error: FileProblemError) -> ConfigError:
         names = ("tls_certificate_file", "tls_key_file", "tls_client_ca_file", "tokens_file")
-        key = next(name for name in names if getattr(self._config, name) == error.file)
+        key = next((name for name in names if getattr(self._config, name) == error.file), "tls_workload_api")
         return ConfigError([Problem(f"discovery.{key}", str(error), "")])
 
     def grpc_context(self) -> ssl.SSLContext:
@@ -142,7 +148,8 @@ class DiscoveryAccess:
         Raises:
             GrpcError: UNAUTHENTICATED, it proved nothing where it must.
         """
-        proved = list(identities(call.certificate))
+        trust_domain = next((each.current[0].trust_domain for each in self._contexts.values()), None)
+        proved = list(identities(call.certificate, trust_domain))
         if self._tokens is None:
             return proved
         sent = dict(call.metadata).get("authorization", "")

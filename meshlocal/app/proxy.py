@@ -34,13 +34,15 @@ from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
-from meshlocal.net.following import FileProblemError, Followed, follow
+from meshlocal.net.following import FileProblemError, Followed, Following
 from meshlocal.net.listen import ListenError, open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
 from meshlocal.net.tls import expiring, wall_clock
+from meshlocal.policy.addresses import unix_path
+from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
     from meshlocal.client.cache import SnapshotCache
+    from meshlocal.net.workload_api import WorkloadApi
     from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.returning import Lasting
@@ -62,6 +65,9 @@ _log = get_log(__name__)
 
 CONFIG_LIMIT = 30.0
 """Seconds that reading the configuration again may take."""
+
+WORKLOAD_WAIT = 10.0
+"""Seconds for which a proxy is not ready because it has no certificate of the Workload API yet."""
 
 _FIXED = ("discovery", "admin", "admin_access", "workers")
 """Keys of `proxy` that only a restart changes."""
@@ -131,9 +137,11 @@ class ProxyProcess:
         self._checking = False
         self._returning = False
         self._following_files = False
+        self._following = Following(self._followed, partial(expiring_now, self._followed))
+        self.workload = make_workload(proxy.tls.workload_api, rng)
         import_parts(proxy)
         try:
-            self._use_tls(make_tls(proxy))
+            self._use_tls(make_tls(proxy, self.workload))
             self.admin_access = AdminAccess(proxy.admin_access, "proxy")
         except FileProblemError as error:
             raise ConfigError([Problem("proxy", str(error), "")]) from None
@@ -143,7 +151,9 @@ class ProxyProcess:
         held = self.cache.load() if self.cache is not None else []
         if self.cache is not None:
             self.cache.try_path()
-        self.feed = make_feed(proxy.discovery, self.services.keys, self.cache or self.services, rng, held)
+        self.feed = make_feed(
+            proxy.discovery, self.services.keys, self.cache or self.services, rng, held, self.workload
+        )
         if self.cache is not None:
             self.cache.status = self.feed.status
         self.services.on_followed = self._follow
@@ -223,8 +233,7 @@ class ProxyProcess:
         if self._following_files or not any(True for _ in self._followed()):
             return
         self._following_files = True
-        warnings = partial(expiring_now, self._followed)
-        lifetime.start_soon(partial(self.supervision.keep, "files", partial(follow, self._followed, warnings)))
+        lifetime.start_soon(self.supervision.keep, "files", self._following.run)
 
     def _open_cache(self, config: ProxyConfig) -> SnapshotCache | None:
         # An instances file is there after a restart as it was before.
@@ -316,6 +325,9 @@ class ProxyProcess:
                 self._check_health(lifetime, config)
                 self._return_connections(lifetime, config)
                 self._follow_files(lifetime)
+                if self.workload is not None:
+                    self.workload.on_update = self._following.look
+                    lifetime.start_soon(keep, "workload api", self.workload.run)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
                 bound = [format_address(sock.getsockname()) for sock in admin_sockets]
@@ -356,6 +368,9 @@ class ProxyProcess:
 
     async def _become_ready(self, admin: list[str]) -> None:
         start = trio.current_time()
+        if self.workload is not None:
+            with trio.move_on_at(start + WORKLOAD_WAIT):
+                await self.workload.arrived.wait()
         for service in list(self.services):
             with trio.move_on_at(start + service.policy.first_snapshot_wait):
                 await service.first_snapshot.wait()
@@ -392,7 +407,7 @@ class ProxyProcess:
         """`apply`, after what the configuration needs was imported: an import reads files, and so may hang (P1)."""
         try:
             await self._files.run(import_parts, config.proxy)
-            tls = await self._files.run(make_tls, config.proxy)
+            tls = await self._files.run(make_tls, config.proxy, self.workload)
         except (BlockedError, FileProblemError) as error:
             return [str(error)]
         return self.apply(config, tls)
@@ -443,6 +458,8 @@ async def read_again(files: Blocking, load: LoadConfig, current: Config, stop: S
         return None, ["draining"]
     tell_unused(config.proxy, os.environ)
     changed = [key for key in _FIXED if getattr(config.proxy, key) != getattr(current.proxy, key)]
+    if config.proxy.tls.workload_api != current.proxy.tls.workload_api:
+        changed.append("tls.workload_api")
     if changed:
         names = ", ".join(f"proxy.{key}" for key in changed)
         return None, [f"{names}: {'takes' if len(changed) == 1 else 'take'} a restart to change"]
@@ -469,7 +486,17 @@ def import_parts(config: ProxyConfig) -> None:
         import meshlocal.proxy.returning
 
 
-def make_tls(config: ProxyConfig) -> ProxyTls | None:
+def make_workload(address: str | None, rng: UniformSource) -> WorkloadApi | None:
+    """A client of the SPIFFE agent at an address; None: there is none."""
+    if address is None:
+        return None
+    # Imported here: a proxy without an agent needs no gRPC for it.
+    from meshlocal.net.workload_api import WorkloadApi
+
+    return WorkloadApi(unix_path(address), rng)
+
+
+def make_tls(config: ProxyConfig, workload: WorkloadApi | None) -> ProxyTls | None:
     """What a configuration needs of TLS; None if nothing. It reads files.
 
     Raises:
@@ -481,7 +508,7 @@ def make_tls(config: ProxyConfig) -> ProxyTls | None:
     # Imported here: a proxy without TLS holds no code for it.
     from meshlocal.proxy.tls import ProxyTls
 
-    return ProxyTls(config)
+    return ProxyTls(config, workload)
 
 
 def expiring_now(followed: Callable[[], Iterable[Followed[Any]]]) -> Iterator[str]:

@@ -36,7 +36,7 @@ from meshlocal.app.signals import Stop, handle_signals
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
 from meshlocal.net.blocking import Blocking
 from meshlocal.net.descriptors import raise_limit
-from meshlocal.net.following import FileProblemError, follow
+from meshlocal.net.following import FileProblemError, Following
 from meshlocal.net.listen import ListenError, open_tcp_listeners, wanted_by
 from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.sockets import close, format_address
@@ -213,8 +213,9 @@ class Supervisor:
                 if admin_sockets:
                     serve = partial(AdminServer(self._routes(self), self._access).serve, admin_sockets)
                     tell_exposures(of_proxy(self.config.proxy))
-                    warnings = partial(expiring_now, self._access.followed)
-                    lifetime.start_soon(partial(keep, "files", partial(follow, self._access.followed, warnings)))
+                    followed = self._access.followed
+                    following = Following(followed, partial(expiring_now, followed))
+                    lifetime.start_soon(keep, "files", following.run)
                     lifetime.start_soon(keep, "admin server", serve)
                 async with trio.open_nursery() as workers:
                     for number in range(1, self.count + 1):

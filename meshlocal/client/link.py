@@ -10,7 +10,7 @@ from typing import Protocol
 
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.following import FileProblemError, Followed, why
-from meshlocal.net.tls import TlsContext, client_context
+from meshlocal.net.tls import SvidSource, TlsContext, client_context
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
@@ -63,10 +63,12 @@ class Credentials:
 
     Args:
         config: names the files.
+        workload: gives what it names no files of.
     """
 
-    def __init__(self, config: DiscoveryClientConfig) -> None:
+    def __init__(self, config: DiscoveryClientConfig, workload: SvidSource | None = None) -> None:
         self._config = config
+        self._workload = workload
         self._files = Blocking()
         self._made: Followed[TlsContext] | None = None
 
@@ -88,12 +90,16 @@ class Credentials:
         go on with what was there before: the next connection may come from another server."""
         config = self._config
         if self._made is None:
-            files = config.ca_file, config.certificate_file, config.key_file
-            make = partial(client_context, *files, check_name=True, minimum="1.2", protocols=())
+            workload = self._workload
+            files = config.ca_file or workload, config.certificate_file or workload, config.key_file
+            check_name = config.identity is None
+            make = partial(client_context, *files, check_name=check_name, minimum="1.2", protocols=())
             self._made = Followed(files, make)
         else:
             self._made.look()
-        return self._made.current[0]
+        context = self._made.current[0]
+        context.identity = config.identity
+        return context
 
     async def metadata(self, url: DiscoveryUrl) -> tuple[tuple[str, str], ...]:
         """What is sent along with each call to a server.

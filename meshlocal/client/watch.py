@@ -32,6 +32,7 @@ from meshlocal.client.links import import_links, open_link
 from meshlocal.net.groups import first_of
 from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices
+from meshlocal.net.tls import SvidSource
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
@@ -79,6 +80,7 @@ class DiscoveryWatch:
         rng: for the backoff's jitter.
         config: how servers are reached, and reached again; its URLs do not count here.
         held: snapshots from before, to resume from (D2).
+        workload: gives the certificate and authorities that `config` names no files of.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class DiscoveryWatch:
         rng: UniformSource,
         config: DiscoveryClientConfig | None = None,
         held: Iterable[ServiceSnapshot] = (),
+        workload: SvidSource | None = None,
     ) -> None:
         if not urls:
             raise ValueError("a watch needs at least one discovery server")
@@ -96,7 +99,7 @@ class DiscoveryWatch:
         self._services = list(dict.fromkeys(services))
         self._sink = sink
         self._config = config or DiscoveryClientConfig()
-        self._credentials = Credentials(self._config)
+        self._credentials = Credentials(self._config, workload)
         import_links(urls)
         self._backoff = Backoff(self._config.backoff_initial, self._config.backoff_max, rng, least=0.0)
         self._rng = rng

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from meshlocal.client.feed import Feed, NoFeed, SnapshotSink
+from meshlocal.net.tls import SvidSource
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot
@@ -17,6 +18,7 @@ def make_feed(
     sink: SnapshotSink,
     rng: UniformSource,
     held: Iterable[ServiceSnapshot] = (),
+    workload: SvidSource | None = None,
 ) -> Feed:
     """The feed that a config's discovery URLs ask for.
 
@@ -26,6 +28,7 @@ def make_feed(
         sink: gets every new snapshot.
         rng: for the jitter of reconnects.
         held: snapshots from before, to resume from (D2).
+        workload: gives the certificate and authorities that `config` names no files of.
     """
     urls = config.urls
     if not urls:
@@ -40,4 +43,4 @@ def make_feed(
     # Likewise: who reads a file needs no gRPC.
     from meshlocal.client.watch import DiscoveryWatch
 
-    return DiscoveryWatch(urls, services, sink, rng, config, held)
+    return DiscoveryWatch(urls, services, sink, rng, config, held, workload)

@@ -1,14 +1,14 @@
 """What is made of files, and made anew when they change: certificates, authorities, tokens (rule T3).
 
-To make something and to look at its files may block, so that neither may happen in the event loop (P1): `follow` does
-it in a thread, and whoever makes a `Followed` calls that in one, or before the loop runs.
+To make something and to look at its files may block, so that neither may happen in the event loop (P1): `Following`
+does it in a thread, and whoever makes a `Followed` calls that in one, or before the loop runs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 
@@ -46,7 +46,7 @@ class Followed(Generic[T]):
     """Something made of files.
 
     Args:
-        files: that `make` reads.
+        files: that `make` reads, and what else it goes by.
         make: gives it.
 
     Raises:
@@ -56,7 +56,7 @@ class Followed(Generic[T]):
         current: what was made of the files as they were when they could last be used, and how often it was made anew.
     """
 
-    def __init__(self, files: Iterable[str | None], make: Callable[[], T]) -> None:
+    def __init__(self, files: Iterable[str | Versioned | None], make: Callable[[], T]) -> None:
         self._files = tuple(file for file in files if file is not None)
         self._make = make
         self._made_of = _stamps(self._files)
@@ -90,10 +90,19 @@ class Followed(Generic[T]):
         return True
 
 
-def _stamps(files: Iterable[str]) -> tuple[object, ...]:
+class Versioned(Protocol):
+    """Something beside files that may change."""
+
+    version: int
+
+
+def _stamps(files: Iterable[str | Versioned]) -> tuple[object, ...]:
     """What changes when files do: also where a link leads, as volumes of Kubernetes swap one."""
     stamps: list[object] = []
     for file in files:
+        if not isinstance(file, str):
+            stamps.append(file.version)
+            continue
         try:
             found = os.stat(file)
         except OSError as error:
@@ -127,33 +136,43 @@ class Looks:
         return made, fresh
 
 
-async def follow(
-    followed: Callable[[], Iterable[Followed[Any]]], warnings: Callable[[], Iterable[str]] = tuple
-) -> None:
-    """Have what is made of files follow them, until cancelled. What cannot be used is said in the log, once.
+class Following:
+    """Has what is made of files follow them. What cannot be used is said in the log, once.
 
     Args:
         followed: gives what is to be looked at, each time.
         warnings: what is to be said of it then; also once, as long as it stays the same.
     """
-    looks = Looks(followed)
-    warned: set[str] = set()
-    files = Blocking()
-    blocked = False
-    while True:
-        await anyio.sleep(INTERVAL)
+
+    def __init__(
+        self, followed: Callable[[], Iterable[Followed[Any]]], warnings: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        self._looks = Looks(followed)
+        self._warnings = warnings
+        self._files = Blocking()
+        self._blocked = False
+        self._warned: set[str] = set()
+
+    async def run(self) -> None:
+        """Look every few seconds, until cancelled."""
+        while True:
+            await anyio.sleep(INTERVAL)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look now."""
         try:
-            made, problems = await files.run(looks.look)
-            blocked = False
+            made, problems = await self._files.run(self._looks.look)
+            self._blocked = False
         except BlockedError as error:
             # Said once, however long it hangs.
-            made, problems = 0, [] if blocked else [str(error)]
-            blocked = True
+            made, problems = 0, [] if self._blocked else [str(error)]
+            self._blocked = True
         for problem in problems:
             _log.error("file not read again", problem=problem)
         if made:
             _log.info("files read again")
-        told = set(warnings())
-        for warning in sorted(told - warned):
+        told = set(self._warnings())
+        for warning in sorted(told - self._warned):
             _log.warning("certificate ends soon", problem=warning)
-        warned = told
+        self._warned = told

@@ -7,14 +7,17 @@ All of it reads files, so that none of it may be called in the event loop (P1): 
 from __future__ import annotations
 
 import datetime
+import os
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from meshlocal.net.following import FileProblemError, Followed
+from meshlocal.net.following import FileProblemError, Followed, Versioned
+from meshlocal.policy.identity import IdentityPattern, allowed, identities
 from meshlocal.wire.certificate import Validity, first_of_pem, validity
+from meshlocal.wire.svid import Svid
 
 DAY = 86_400.0
 """Seconds before its end from which on a certificate is warned of; one that lives for less than three days: a third of
@@ -23,23 +26,48 @@ its life."""
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
+class SvidSource(Versioned, Protocol):
+    """Where a certificate and authorities come from that stand in no file."""
+
+    path: str
+    svid: Svid | None
+
+
 class TlsContext(ssl.SSLContext):
     """A context that knows its certificate.
 
     Attributes:
-        certificate_file: of its own certificate; empty: it has none.
+        certificate_file: of its own certificate, or where else that comes from; empty: it has none.
         validity: of that.
+        trust_domain: the only one of whose SPIFFE IDs its authorities may speak; None: they are trusted with all.
+        identity: what a server must prove beside its name, for who calls `check`.
     """
 
     certificate_file: str = ""
     validity: Validity | None = None
+    trust_domain: str | None = None
+    identity: str | None = None
+
+    def check(self, certificate: Mapping[str, object]) -> None:
+        """See that the other side's certificate proves `identity`, if there is one.
+
+        Args:
+            certificate: as `ssl.SSLObject.getpeercert` gives it.
+
+        Raises:
+            ConnectionError: it does not.
+        """
+        if self.identity is not None:
+            proved = identities(certificate, self.trust_domain)
+            if not allowed((IdentityPattern(self.identity),), proved):
+                raise ConnectionError(f"the server proves another identity: {', '.join(proved) or 'none'}")
 
 
 def server_context(
-    certificate_file: str,
+    certificate_file: str | SvidSource,
     key_file: str | None,
     *,
-    client_ca_file: str | None,
+    client_ca_file: str | SvidSource | None,
     required: bool,
     minimum: str,
     protocols: Sequence[str],
@@ -47,9 +75,10 @@ def server_context(
     """A server's context.
 
     Args:
-        certificate_file: its chain, in PEM.
+        certificate_file: its chain, in PEM; or what gives one, without which no handshake succeeds.
         key_file: its key; None: it stands with the chain.
-        client_ca_file: the authorities of clients' certificates; None: clients are not asked for one.
+        client_ca_file: the authorities of clients' certificates, or what gives some; None: clients are not asked for
+            one.
         required: they must have one, if they are asked.
         minimum: the least version of TLS, a key of `VERSIONS`.
         protocols: what is spoken inside, the best first (ALPN); empty: nothing is said of it.
@@ -71,8 +100,8 @@ def server_context(
 
 
 def client_context(
-    ca_file: str | None,
-    certificate_file: str | None,
+    ca_file: str | SvidSource | None,
+    certificate_file: str | SvidSource | None,
     key_file: str | None,
     *,
     check_name: bool,
@@ -82,8 +111,8 @@ def client_context(
     """A client's context, which believes no certificate that its authorities did not sign.
 
     Args:
-        ca_file: the authorities of servers' certificates, in PEM; None: those of the system.
-        certificate_file: its own chain, if it has one.
+        ca_file: the authorities of servers' certificates, in PEM, or what gives some; None: those of the system.
+        certificate_file: its own chain, or what gives one, if it has one.
         key_file: its key; None: it stands with the chain.
         check_name: the server's name must be in its certificate.
         minimum: as in `server_context`.
@@ -108,24 +137,39 @@ def client_context(
     return context
 
 
-def load_authorities(context: ssl.SSLContext, file: str) -> None:
+def load_authorities(context: TlsContext, file: str | SvidSource) -> None:
     """Have a context believe these authorities.
 
     Raises:
         FileProblemError: the file cannot be used.
     """
+    if not isinstance(file, str):
+        svid = file.svid
+        context.trust_domain = svid.trust_domain if svid is not None else ""
+        if svid is None:
+            # Nobody, until there are some.
+            return
+        try:
+            context.load_verify_locations(cadata=svid.bundle.decode("ascii"))
+        except (OSError, ValueError) as error:
+            raise FileProblemError(file.path, error) from None
+        return
     try:
         context.load_verify_locations(file)
     except (OSError, ValueError) as error:
         raise FileProblemError(file, error) from None
 
 
-def load_chain(context: TlsContext, certificate_file: str, key_file: str | None) -> None:
+def load_chain(context: TlsContext, certificate_file: str | SvidSource, key_file: str | None) -> None:
     """Have a context prove itself with this certificate, which must be valid now.
 
     Raises:
         FileProblemError: a file cannot be used.
     """
+    if not isinstance(certificate_file, str):
+        if certificate_file.svid is not None:
+            _load_svid(context, certificate_file.svid, certificate_file.path)
+        return
     for file in filter(None, (certificate_file, key_file)):
         try:
             # What ssl says of a file that is missing does not say which.
@@ -135,15 +179,37 @@ def load_chain(context: TlsContext, certificate_file: str, key_file: str | None)
     try:
         # A key with a password would ask for it on the terminal.
         context.load_cert_chain(certificate_file, key_file, password=_no_password)
-        found = validity(first_of_pem(Path(certificate_file).read_bytes()))
-        now = wall_clock()
-        if now > found.not_after:
-            raise ValueError(f"the certificate has expired, at {_utc(found.not_after)}")
-        if now < found.not_before:
-            raise ValueError(f"the certificate is not valid before {_utc(found.not_before)}")
-        context.certificate_file, context.validity = certificate_file, found
+        _check_valid(context, certificate_file, Path(certificate_file).read_bytes())
     except (OSError, ValueError) as error:
         raise FileProblemError(certificate_file, error) from None
+
+
+def _load_svid(context: TlsContext, svid: Svid, path: str) -> None:
+    """The same with what stands in no file, and is not to: OpenSSL reads it from memory that has a descriptor
+    (memfd_create(2)), which is gone as soon as it is read."""
+    try:
+        number = os.memfd_create("meshlocal", os.MFD_CLOEXEC)
+        with open(number, "wb", buffering=0) as memory:
+            memory.write(svid.chain + svid.key)
+            context.load_cert_chain(f"/proc/self/fd/{number}", password=_no_password)
+        _check_valid(context, path, svid.chain)
+    except (OSError, ValueError) as error:
+        raise FileProblemError(path, error) from None
+
+
+def _check_valid(context: TlsContext, source: str, pem: bytes) -> None:
+    """Note when a context's certificate is valid.
+
+    Raises:
+        ValueError: it is not, now.
+    """
+    found = validity(first_of_pem(pem))
+    now = wall_clock()
+    if now > found.not_after:
+        raise ValueError(f"the certificate has expired, at {_utc(found.not_after)}")
+    if now < found.not_before:
+        raise ValueError(f"the certificate is not valid before {_utc(found.not_before)}")
+    context.certificate_file, context.validity = source, found
 
 
 def wall_clock() -> float:

@@ -27,9 +27,11 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from meshlocal.net.connect_errors import CONNECT_ERRORS, STREAM_ERRORS, why_not_connected
 from meshlocal.net.grpc.transport import ByteStream, adapt
+from meshlocal.net.tls import TlsContext
 
 if TYPE_CHECKING:
     import trio
+    from anyio.streams.tls import TLSStream
 
 _READ_SIZE = 65536
 _MAX_REJECTION = 4096
@@ -272,11 +274,24 @@ async def open_websocket(
             stream = await anyio.connect_tcp(
                 host, port, ssl_context=ssl_context, tls_standard_compatible=False, tls_hostname=host
             )
+            await _check(stream, ssl_context)
     except CONNECT_ERRORS as error:
         raise ConnectionError(why_not_connected(error)) from error
     authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     async with websocket_over(stream, authority, target, subprotocols, options=options, headers=headers) as websocket:
         yield websocket
+
+
+async def _check(stream: TLSStream, context: ssl.SSLContext) -> None:
+    """See that a server is who it is to be, where a context says who that is."""
+    from anyio.streams.tls import TLSAttribute  # few use TLS; `client.link.import_links` imports it in time
+
+    try:
+        if isinstance(context, TlsContext):
+            context.check(stream.extra(TLSAttribute.ssl_object).getpeercert() or {})
+    except ConnectionError:
+        await stream.aclose()
+        raise
 
 
 @asynccontextmanager

@@ -224,6 +224,19 @@ def check_host(host: str) -> str:
     return host.lower()
 
 
+def unix_path(text: str) -> str:
+    """The path of `unix:PATH` or `unix:///PATH`, which is absolute (SPIFFE Workload Endpoint, 4).
+
+    Raises:
+        AddressError: it names none.
+    """
+    scheme, separator, rest = text.partition(":")
+    path = rest.removeprefix("//") if rest.startswith("///") else rest
+    if scheme != "unix" or not separator or not path.startswith("/") or path.startswith("//") or "\0" in path:
+        raise AddressError(f"expected unix:///PATH, got {quote(text)}")
+    return path
+
+
 def file_path(rest: str) -> str:
     """The path of `file:PATH` or `file:///PATH`, of what follows `file:`.
 

@@ -215,6 +215,12 @@ class DiscoveryClientConfig(Section, frozen=True):
     key_file: Annotated[
         Name | None, Meta(description="The certificate's key, in PEM; null: it stands in certificate_file.")
     ] = None
+    identity: Annotated[
+        Name | None,
+        Meta(
+            description="The URI or DNS name that grpcs:// and wss:// servers must prove; null: the host of their URL."
+        ),
+    ] = None
     cache_file: Annotated[
         Name | None,
         Meta(
@@ -345,7 +351,16 @@ class DiscoveryServerConfig(Section, frozen=True):
             " It is read again when it changes, and so are the other files here."
         ),
     ] = None
-    tls_key_file: Annotated[Name | None, Meta(description="The certificate's key, in PEM.")] = None
+    tls_key_file: Annotated[
+        Name | None, Meta(description="The certificate's key, in PEM; null: it stands in tls_certificate_file.")
+    ] = None
+    tls_workload_api: Annotated[
+        Name | None,
+        Meta(
+            description="The socket of a SPIFFE agent, such as unix:///run/spire/agent.sock, which gives the"
+            " certificate and the clients' authorities in place of files; null: none."
+        ),
+    ] = None
     tls_client_ca_file: Annotated[
         Name | None,
         Meta(
@@ -394,6 +409,17 @@ class DiscoveryServerConfig(Section, frozen=True):
         ServerLimitsConfig, Meta(description="How much the server takes on, of all clients and of each.")
     ] = ServerLimitsConfig()
     drain: Annotated[DrainConfig, Meta(description="How the server stops.")] = DrainConfig()
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether it is served over TLS."""
+        return self.tls_certificate_file is not None or self.tls_workload_api is not None
+
+    @property
+    def asks(self) -> bool:
+        """Whether callers must prove who they are."""
+        files = (self.tokens_file, self.tls_client_ca_file, self.tls_workload_api)
+        return any(file is not None for file in files)
 
 
 class LogConfig(Section, frozen=True):

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from meshlocal.policy.addresses import AddressError, SocketAddress, check_host, parse_target
+from meshlocal.policy.addresses import AddressError, SocketAddress, check_host, parse_target, unix_path
 from meshlocal.policy.config import Config, DiscoveryServerConfig, ProxyConfig
 from meshlocal.policy.config_access import AdminAccessConfig
 from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_tls import UpstreamTlsConfig
 from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
-from meshlocal.policy.identity import IdentityError, IdentityPattern, placeholders
+from meshlocal.policy.identity import IdentityError, IdentityPattern, is_identity, placeholders
 from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, is_fixed, parse_service_key
 from meshlocal.policy.problems import KeyPath, format_path, quote
 
@@ -67,6 +67,8 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
     yield from _check_repeated((at, "discovery", "urls"), urls)
     if shown := [str(url) for url in urls if would_show_token(url, client)]:
         yield (at, "discovery", "token_file"), f"{TOKEN_IN_PLAINTEXT}, which {shown[0]} is: use TLS (grpcs://, wss://)"
+    if client.identity is not None and not is_identity(client.identity):
+        yield (at, "discovery", "identity"), f"expected a URI or a DNS name, got {quote(client.identity)}"
     if client.key_file is not None and client.certificate_file is None:
         yield (at, "discovery", "key_file"), "takes proxy.discovery.certificate_file too"
     yield from _check_admin_access((at, "admin_access"), proxy.admin_access)
@@ -103,8 +105,10 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
 def _check_tls(proxy: ProxyConfig) -> Iterator[Finding]:
     tls, at = proxy.tls, ("proxy", "tls")
     for position, listener in enumerate(proxy.listen):
-        if listener.is_tls and tls.certificate_file is None:
-            yield ("proxy", "listen", position), "takes proxy.tls.certificate_file"
+        if listener.is_tls and tls.certificate_file is None and tls.workload_api is None:
+            yield ("proxy", "listen", position), "takes proxy.tls.certificate_file, or workload_api"
+    if tls.workload_api is not None:
+        yield from _check_socket((*at, "workload_api"), tls.workload_api)
     if tls.key_file is not None and tls.certificate_file is None:
         yield (*at, "key_file"), "takes proxy.tls.certificate_file too"
     for position, pattern in enumerate(tls.allow):
@@ -112,10 +116,17 @@ def _check_tls(proxy: ProxyConfig) -> Iterator[Finding]:
             IdentityPattern(pattern)
         except IdentityError as error:
             yield (*at, "allow", position), str(error)
-    if tls.allow and tls.client_ca_file is None:
+    if tls.allow and tls.client_ca_file is None and tls.workload_api is None:
         yield (*at, "allow"), "takes proxy.tls.client_ca_file: without it no client proves who it is"
     if tls.allow and tls.client_certificate == "optional":
         yield (*at, "allow"), "lets in nobody without a certificate: proxy.tls.client_certificate must be required"
+
+
+def _check_socket(at: KeyPath, text: str) -> Iterator[Finding]:
+    try:
+        unix_path(text)
+    except AddressError as error:
+        yield at, str(error)
 
 
 def _check_upstream_tls(at: KeyPath, tls: UpstreamTlsConfig | None, prefer: Sequence[str]) -> Iterator[Finding]:
@@ -181,10 +192,12 @@ def _check_server(server: DiscoveryServerConfig) -> Iterator[Finding]:
             IdentityPattern(entry.identity)
         except IdentityError as error:
             yield (at, "allow", position, "identity"), str(error)
-    if server.allow and server.tokens_file is None and server.tls_client_ca_file is None:
+    if server.tls_workload_api is not None:
+        yield from _check_socket((at, "tls_workload_api"), server.tls_workload_api)
+    if server.allow and not server.asks:
         message = "takes discovery.tls_client_ca_file or discovery.tokens_file: without, no caller proves who it is"
         yield (at, "allow"), message
-    if server.tls_client_ca_file is not None and server.tls_certificate_file is None:
+    if server.tls_client_ca_file is not None and not server.is_tls:
         yield (at, "tls_client_ca_file"), "takes discovery.tls_certificate_file too"
     yield from _check_repeated((at, "sources"), server.sources)
     sockets: list[tuple[KeyPath, SocketAddress]] = [
@@ -194,11 +207,8 @@ def _check_server(server: DiscoveryServerConfig) -> Iterator[Finding]:
     if server.admin is not None:
         sockets.append(((at, "admin"), server.admin))
     yield from _check_sockets(sockets)
-    if (server.tls_certificate_file is None) != (server.tls_key_file is None):
-        missing, given = "tls_key_file", "tls_certificate_file"
-        if server.tls_certificate_file is None:
-            missing, given = given, missing
-        yield (at, given), f"takes discovery.{missing} too"
+    if server.tls_key_file is not None and server.tls_certificate_file is None:
+        yield (at, "tls_key_file"), "takes discovery.tls_certificate_file too"
 
 
 def _check_repeated(path: KeyPath, values: Sequence[object]) -> Iterator[Finding]:

@@ -13,8 +13,19 @@ TlsVersion: TypeAlias = Literal["1.2", "1.3"]
 _MinVersion = Annotated[TlsVersion, Meta(description="The least version of TLS that is spoken.")]
 
 
+_WorkloadApi = Annotated[
+    Name | None,
+    Meta(
+        description="The socket of a SPIFFE agent, such as unix:///run/spire/agent.sock: what has no certificate_file"
+        " or ca_file of its own has the certificate and the authorities that the agent gives; null: none."
+    ),
+]
+
+
 class TlsConfig(Section, frozen=True):
     """The proxy's own certificate, and whom its tls and https listeners let in."""
+
+    workload_api: _WorkloadApi = None
 
     certificate_file: Annotated[
         Name | None,
@@ -55,7 +66,7 @@ class UpstreamTlsConfig(Section, frozen=True):
         Name | None,
         Meta(
             description="The authorities, in PEM, of which one must have signed an instance's certificate; null: those"
-            " of the system."
+            " of workload_api, else of the system."
         ),
     ] = None
     server_name: Annotated[

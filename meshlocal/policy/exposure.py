@@ -46,9 +46,9 @@ def of_server(config: DiscoveryServerConfig) -> list[Exposure]:
             if is_loopback(address.host):
                 continue
             name = f"discovery.{key}"
-            if config.tls_certificate_file is None:
+            if not config.is_tls:
                 found.append(Exposure(name, str(address), "tls", "discovery.tls_certificate_file"))
-            if config.tokens_file is None and config.tls_client_ca_file is None:
+            if not config.asks:
                 remedy = "discovery.tokens_file, discovery.tls_client_ca_file"
                 found.append(Exposure(name, str(address), "authentication", remedy))
     return found + _of_admin("discovery", config.admin, config.admin_access)

@@ -69,17 +69,23 @@ def _name_matches(pattern: str, name: str) -> bool:
     return bool(label) and rest == pattern[2:]
 
 
-def identities(certificate: Mapping[str, object]) -> tuple[str, ...]:
+def identities(certificate: Mapping[str, object], trust_domain: str | None = None) -> tuple[str, ...]:
     """The URIs and DNS names that a certificate proves, URIs first.
 
     Args:
         certificate: as `ssl.SSLObject.getpeercert` gives it.
+        trust_domain: the only one of whose SPIFFE IDs its authorities may speak (SPIFFE-ID, 2.1); None: they are
+            trusted with all.
     """
     names = certificate.get("subjectAltName", ())
     assert isinstance(names, tuple)
     # One that looks like one of the other kind is of neither: an authority may be trusted with one kind only.
     return (
-        *(value for kind, value in names if kind == "URI" and "://" in value),
+        *(
+            value
+            for kind, value in names
+            if kind == "URI" and "://" in value and (trust_domain is None or _is_within(value, trust_domain))
+        ),
         *(value for kind, value in names if kind == "DNS" and "://" not in value),
     )
 
@@ -113,6 +119,10 @@ def is_identity(text: str) -> bool:
     except IdentityError:
         return False
     return "*" not in text
+
+
+def _is_within(uri: str, trust_domain: str) -> bool:
+    return not uri.startswith("spiffe://") or uri.split("/")[2] == trust_domain
 
 
 def allowed(patterns: Iterable[IdentityPattern], proved: Iterable[str]) -> bool:

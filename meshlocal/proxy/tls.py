@@ -22,7 +22,7 @@ from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.pipe import Pipe, TlsError
 from meshlocal.net.sockets import abort, format_address
-from meshlocal.net.tls import TlsContext, client_context, has_expired, server_context, wall_clock
+from meshlocal.net.tls import SvidSource, TlsContext, client_context, has_expired, server_context, wall_clock
 from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
@@ -39,6 +39,8 @@ HANDSHAKES = 1024
 
 SESSIONS = 1024
 """Sessions of one service that are kept to be resumed, at most."""
+
+NOTHING_YET = "the workload API has given no certificate yet"
 
 HTTP_PROTOCOLS = ("h2", "http/1.1")
 
@@ -71,25 +73,27 @@ class ListenerTls:
     Args:
         config: the proxy's section `tls`.
         protocols: what is spoken inside (ALPN).
+        workload: gives what the section names no files of.
 
     Raises:
         FileProblemError: a file cannot be used.
     """
 
-    def __init__(self, config: TlsConfig, protocols: tuple[str, ...]) -> None:
-        assert config.certificate_file is not None
+    def __init__(self, config: TlsConfig, protocols: tuple[str, ...], workload: SvidSource | None = None) -> None:
+        certificate, authorities = config.certificate_file or workload, config.client_ca_file or workload
+        assert certificate is not None
         self.config = config
         self.allow = tuple(map(IdentityPattern, config.allow))
         make = partial(
             server_context,
-            config.certificate_file,
+            certificate,
             config.key_file,
-            client_ca_file=config.client_ca_file,
+            client_ca_file=authorities,
             required=config.client_certificate == "required",
             minimum=config.min_version,
             protocols=protocols,
         )
-        self.followed = Followed((config.certificate_file, config.key_file, config.client_ca_file), make)
+        self.followed = Followed((certificate, config.key_file, authorities), make)
 
 
 class UpstreamTls:
@@ -99,18 +103,26 @@ class UpstreamTls:
         config: the service's section `tls`.
         own: the proxy's, whose certificate stands in for one of its own.
         prefer: the tiers' names, but for the last.
+        workload: gives what neither section names files of.
 
     Raises:
         FileProblemError: a file cannot be used.
     """
 
-    def __init__(self, config: UpstreamTlsConfig, own: TlsConfig, prefer: Sequence[str] = (NODE,)) -> None:
+    def __init__(
+        self,
+        config: UpstreamTlsConfig,
+        own: TlsConfig,
+        prefer: Sequence[str] = (NODE,),
+        workload: SvidSource | None = None,
+    ) -> None:
         self._config = config
         self._skipped = frozenset(number for number, name in enumerate(prefer) if name in config.skip_tiers)
-        certificate_file, key_file = config.certificate_file, config.key_file
-        if certificate_file is None:
-            certificate_file, key_file = own.certificate_file, own.key_file
-        files = (config.ca_file, certificate_file, key_file)
+        certificate: str | SvidSource | None = config.certificate_file
+        key_file = config.key_file
+        if certificate is None:
+            certificate, key_file = own.certificate_file or workload, own.key_file
+        files = (config.ca_file or workload, certificate, key_file)
         self.followed: Mapping[str | None, Followed[TlsContext]] = {
             protocol: Followed(
                 files,
@@ -143,6 +155,8 @@ class UpstreamTls:
         pipe: TlsPipe | None = None
         proved = False
         try:
+            if context.trust_domain == "":
+                raise TlsError(NOTHING_YET)
             wanted = fill(config.identity, pick.instance.labels) if config.identity is not None else None
             if config.identity is not None and wanted is None:
                 raise TlsError("the instance lacks a label of the identity that it must prove")
@@ -156,7 +170,9 @@ class UpstreamTls:
             await pipe.handshake()
             if has_expired(pipe.certificate, resumed=pipe.resumed, now=wall_clock()):
                 raise TlsError("certificate has expired")
-            if wanted is not None and not allowed((IdentityPattern(wanted),), identities(pipe.certificate)):
+            if wanted is not None and not allowed(
+                (IdentityPattern(wanted),), identities(pipe.certificate, context.trust_domain)
+            ):
                 raise TlsError("the instance proves another identity")
             if protocol == "h2" and pipe.protocol != "h2":
                 raise TlsError("the instance speaks no HTTP/2 over TLS")
@@ -182,6 +198,7 @@ class ProxyTls:
 
     Args:
         config: the proxy's section.
+        workload: gives what it names no files of.
 
     Raises:
         FileProblemError: a file cannot be used.
@@ -191,15 +208,17 @@ class ProxyTls:
         services: by their sections.
     """
 
-    def __init__(self, config: ProxyConfig) -> None:
+    def __init__(self, config: ProxyConfig, workload: SvidSource | None = None) -> None:
         kinds = {"tls": (), "https": HTTP_PROTOCOLS}
         schemes = {listen.scheme for listen in config.listen}
         self._config = config
         self.listeners = {
-            scheme: ListenerTls(config.tls, protocols) for scheme, protocols in kinds.items() if scheme in schemes
+            scheme: ListenerTls(config.tls, protocols, workload)
+            for scheme, protocols in kinds.items()
+            if scheme in schemes
         }
         self.services = {
-            tls: UpstreamTls(tls, config.tls, config.prefer)
+            tls: UpstreamTls(tls, config.tls, config.prefer, workload)
             for service in config.services.values()
             if (tls := service.tls) is not None
         }
@@ -263,7 +282,11 @@ class TlsServer:
 
     async def _shake_hands(self, tls: ListenerTls, client: socket.socket, peer: object) -> TlsPipe | None:
         """What the client is served over; None: it is refused, and was told so as far as TLS can."""
-        pipe = TlsPipe(client, tls.followed.current[0], server=True)
+        context = tls.followed.current[0]
+        if context.validity is None:
+            self._refuse("failed", NOTHING_YET, peer)
+            return None
+        pipe = TlsPipe(client, context, server=True)
         with trio.move_on_after(tls.config.handshake_timeout) as limit:
             try:
                 await pipe.handshake()
@@ -276,7 +299,10 @@ class TlsServer:
         if has_expired(pipe.certificate, resumed=pipe.resumed, now=wall_clock()):
             self._refuse("failed", "certificate has expired", peer)
             return None
-        proved = identities(pipe.certificate)
+        proved = identities(pipe.certificate, context.trust_domain)
+        if context.trust_domain is not None and pipe.certificate and not proved:
+            self._refuse("not_allowed", f"no identity of the trust domain {context.trust_domain}", peer)
+            return None
         if tls.allow and not allowed(tls.allow, proved):
             self._refuse("not_allowed", f"{', '.join(proved) or 'no identity'} is not in proxy.tls.allow", peer)
             return None

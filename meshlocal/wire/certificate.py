@@ -54,6 +54,22 @@ def validity(der: bytes) -> Validity:
     return Validity(begin, end)
 
 
+def split(der: bytes) -> list[bytes]:
+    """Certificates that stand one behind the other.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    found = []
+    while der:
+        rest = _value(der, _SEQUENCE)[1]
+        each = der[: len(der) - len(rest)]
+        validity(each)
+        found.append(each)
+        der = rest
+    return found
+
+
 def _value(data: bytes, tag: int) -> tuple[bytes, bytes]:
     """The contents of the first value of data, which must have this tag, and what stands behind it."""
     if len(data) < 2 or data[0] != tag:

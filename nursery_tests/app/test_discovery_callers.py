@@ -22,6 +22,7 @@ from meshlocal.discovery.service import DiscoveryService
 from meshlocal.discovery.websocket import WebSocketServer
 from meshlocal.net.grpc.server import GrpcServer
 from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.net.workload_api import WorkloadApi
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config import DiscoveryClientConfig, DiscoveryServerConfig
@@ -32,6 +33,7 @@ from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
 from nursery_tests.certificates import Authority
 from nursery_tests.client.test_watch import FixedSource
+from nursery_tests.spiffe import answer
 
 WEB, OPS = "spiffe://example/ns/shop/sa/web", "ops"
 ALLOW = (
@@ -106,8 +108,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(config: DiscoveryServerConfig, scheme: str) -> AsyncIterator[Served]:
-    access = DiscoveryAccess(config)
+async def serving(
+    config: DiscoveryServerConfig, scheme: str, workload: WorkloadApi | None = None
+) -> AsyncIterator[Served]:
+    access = DiscoveryAccess(config, workload)
     hub = Hub([FixedSource(SERVICES)], random.Random(0))
     service = DiscoveryService(hub, heartbeat_interval=0.05)
     handlers = access.guard(service.handlers())
@@ -228,6 +232,28 @@ async def test_grpcio_with_credentials(setup: Setup) -> None:
 
     async with serving(setup.config, "grpcs") as served:
         assert await trio.to_thread.run_sync(ask, served.url.authority) == ["cart.shop"]
+
+
+async def test_an_agents_certificates(setup: Setup, scheme: str) -> None:
+    """Server and client by the SPIFFE Workload API; the client goes by the server's identity in place of its name."""
+    api = WorkloadApi("unused", random.Random(0))
+    await api.take(answer(setup.authority, WEB))
+    config = DiscoveryServerConfig(tls_workload_api="unix:///unused", allow=ALLOW)
+    async with serving(config, scheme, api) as served:
+
+        async def seen(identity: str) -> list[str]:
+            client = DiscoveryClientConfig(connect_timeout=10, identity=identity)
+            async with open_link(served.url, client, Credentials(client, api)) as link:
+                return await names(link)
+
+        with trio.fail_after(20):
+            assert await seen(WEB) == ["cart.shop"]
+            with pytest.raises(GrpcError, match=f"the server proves another identity: {WEB}"):
+                await seen("spiffe://example/ns/shop/sa/other")
+        # Who has no certificate is not let in: there are no tokens.
+        with pytest.raises(GrpcError):
+            async with served.link(setup.client()) as link:
+                await names(link)
 
 
 async def test_a_token_is_not_sent_where_it_could_be_read(setup: Setup) -> None:

@@ -52,6 +52,7 @@ FULL: dict[str, Any] = {
             "allow_plaintext_tokens": True,
             "certificate_file": "client.pem",
             "key_file": "client.key",
+            "identity": "spiffe://td/discovery",
             "cache_file": "/var/lib/meshlocal/snapshots",
         },
         "listen": ["tcp://127.0.0.1:15001=b", "tcp://[::1]:0=c", "tcp://[::1]:0=d"],
@@ -111,6 +112,7 @@ FULL: dict[str, Any] = {
             },
         },
         "tls": {
+            "workload_api": "unix:///run/agent.sock",
             "certificate_file": "own.pem",
             "key_file": "own.key",
             "client_ca_file": "clients.pem",
@@ -153,6 +155,7 @@ FULL: dict[str, Any] = {
         "tls_certificate_file": "cert.pem",
         "tls_key_file": "key.pem",
         "tls_client_ca_file": "clients.pem",
+        "tls_workload_api": "unix:///run/agent.sock",
         "tokens_file": "tokens",
         "allow": [{"identity": "spiffe://example/ns/*/sa/web", "services": ["*.shop", "b"]}],
         "sources": ["file:instances.yaml"],
@@ -221,6 +224,7 @@ def test_every_key() -> None:
                 allow_plaintext_tokens=True,
                 certificate_file="client.pem",
                 key_file="client.key",
+                identity="spiffe://td/discovery",
                 cache_file="/var/lib/meshlocal/snapshots",
             ),
             listen=(
@@ -311,6 +315,7 @@ def test_every_key() -> None:
             workers=2,
             busy_poll=20,
             tls=TlsConfig(
+                workload_api="unix:///run/agent.sock",
                 certificate_file="own.pem",
                 key_file="own.key",
                 client_ca_file="clients.pem",
@@ -328,6 +333,7 @@ def test_every_key() -> None:
             tls_certificate_file="cert.pem",
             tls_key_file="key.pem",
             tls_client_ca_file="clients.pem",
+            tls_workload_api="unix:///run/agent.sock",
             tokens_file="tokens",
             allow=(AllowConfig(identity="spiffe://example/ns/*/sa/web", services=("*.shop", "b")),),
             sources=(SourceUrl("file", FileOptions("instances.yaml")),),
@@ -401,8 +407,14 @@ def test_numbers_are_floats_where_they_are_times() -> None:
         ({"proxy": {"labels": {"zone": True}}}, "proxy.labels.zone: expected text, got true; put it between quotes"),
         ({"proxy": {"labels": {"zone": None}}}, "proxy.labels.zone: expected text, got nothing (null)"),
         ({"proxy": {"labels": {"node": "n1"}}}, "proxy.labels.node: is set by proxy.node_name"),
-        ({"proxy": {"listen": ["tls://127.0.0.1:1=b"]}}, "proxy.listen[0]: takes proxy.tls.certificate_file"),
-        ({"proxy": {"listen": ["https://127.0.0.1:1"]}}, "proxy.listen[0]: takes proxy.tls.certificate_file"),
+        (
+            {"proxy": {"listen": ["tls://127.0.0.1:1=b"]}},
+            "proxy.listen[0]: takes proxy.tls.certificate_file, or workload_api",
+        ),
+        (
+            {"proxy": {"listen": ["https://127.0.0.1:1"]}},
+            "proxy.listen[0]: takes proxy.tls.certificate_file, or workload_api",
+        ),
         ({"proxy": {"tls": {"key_file": "k"}}}, "proxy.tls.key_file: takes proxy.tls.certificate_file too"),
         (
             {"proxy": {"tls": {"allow": ["a.example"]}}},
@@ -468,8 +480,54 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             "discovery.tls_key_file: takes discovery.tls_certificate_file too",
         ),
         (
-            {"discovery": {"tls_certificate_file": "cert.pem"}},
-            "discovery.tls_certificate_file: takes discovery.tls_key_file too",
+            {"discovery": {"tls_client_ca_file": "ca.pem"}},
+            "discovery.tls_client_ca_file: takes discovery.tls_certificate_file too",
+        ),
+        (
+            {"discovery": {"tls_workload_api": "/run/agent.sock"}},
+            "discovery.tls_workload_api: expected unix:///PATH, got '/run/agent.sock'",
+        ),
+        (
+            {"discovery": {"allow": [{"identity": "ops", "services": ["*"]}]}},
+            "discovery.allow: takes discovery.tls_client_ca_file or discovery.tokens_file: without, no caller"
+            " proves who it is",
+        ),
+        (
+            {"discovery": {"tokens_file": "t", "allow": [{"identity": "a b", "services": ["*"]}]}},
+            "discovery.allow[0].identity: expected a URI or a DNS name, got 'a b'",
+        ),
+        (
+            {"discovery": {"admin_access": {"key_file": "k"}}},
+            "discovery.admin_access.key_file: takes discovery.admin_access.certificate_file too",
+        ),
+        (
+            {"proxy": {"admin_access": {"names": ["a b"]}}},
+            "proxy.admin_access.names[0]: host 'a b' is neither an IP address nor a DNS name",
+        ),
+        (
+            {"proxy": {"tls": {"workload_api": "unix:relative"}}},
+            "proxy.tls.workload_api: expected unix:///PATH, got 'unix:relative'",
+        ),
+        (
+            {"proxy": {"discovery": {"urls": ["grpcs://h:1"], "identity": "spiffe://td/*"}}},
+            "proxy.discovery.identity: expected a URI or a DNS name, got 'spiffe://td/*'",
+        ),
+        (
+            {"proxy": {"discovery": {"urls": ["grpcs://h:1"], "key_file": "k"}}},
+            "proxy.discovery.key_file: takes proxy.discovery.certificate_file too",
+        ),
+        (
+            {"proxy": {"discovery": {"urls": ["grpcs://h:1", "ws://h:2"], "token_file": "t"}}},
+            "proxy.discovery.token_file: without allow_plaintext_tokens, no token goes over plaintext beyond this"
+            " machine, which ws://h:2 is: use TLS (grpcs://, wss://)",
+        ),
+        (
+            {"proxy": {"services": {"b": {"tls": {"server_name": "b", "skip_tiers": ["zone"]}}}}},
+            "proxy.services.b.tls.skip_tiers[0]: expected one of proxy.prefer: node; got 'zone'",
+        ),
+        (
+            {"proxy": {"services": {"@localhost:1": {}}}},
+            "proxy.services.@localhost:1: write @127.0.0.1:1",
         ),
         (
             {"discovery": {"bind": ["127.0.0.1:1"], "websocket_bind": ["127.0.0.1:1"]}},

@@ -12,6 +12,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from nursery_tests.interop.http.conftest import (
     new_address,
     wait_until,
 )
+from nursery_tests.spiffe import Agent, answer
 
 LIMIT = 20.0
 WEB = "spiffe://td/ns/shop/sa/web"
@@ -704,6 +706,93 @@ def test_a_service_that_gets_tls_keeps_no_plaintext_connection(
         wire.send(b"GET /hello HTTP/1.1\r\nHost: b\r\n\r\n")
         assert wire.response()[0] == 502
     assert made.measured("attempts_total", service="b", outcome="tls") == 1
+
+
+# An agent's certificates
+
+
+@pytest.fixture
+def agent(folder: Path, instances: ExitStack, certificates: Certificates) -> Agent:
+    # Unix sockets have short names (unix(7)).
+    place = instances.enter_context(tempfile.TemporaryDirectory())
+    made = Agent(Path(place) / "agent.sock", answer(certificates.authority, WEB))
+    instances.callback(made.stop)
+    return made
+
+
+def test_both_ends_have_their_certificates_of_an_agent(
+    folder: Path, instances: ExitStack, certificates: Certificates, echo: Echo, agent: Agent
+) -> None:
+    """Mutual TLS by the SPIFFE Workload API alone: no file holds a certificate or a key, and what the agent says next
+    is for new connections (T3)."""
+    api = f"tls: {{workload_api: '{agent.address}', allow: [{WEB}]}}"
+    inbound = Proxy(
+        folder,
+        {"unused": [new_address()]},
+        api,
+        listen=[f"tls://{echo.address}:15444=@{echo.address}:{PORT}"],
+        name="spiffe-inbound",
+    )
+    instances.callback(inbound.kill)
+    outbound = Proxy(
+        folder,
+        {"b": [echo.address]},
+        f"tls: {{workload_api: '{agent.address}'}}\nservices: {{b: {{tls: {{identity: '{WEB}', port: 15444}}}}}}",
+        listen=["tcp://127.0.0.1:0=b"],
+        name="spiffe-outbound",
+    )
+    instances.callback(outbound.kill)
+
+    def asked() -> bytes:
+        place = ("127.0.0.1", outbound.ports["tcp=b"])
+        with contextlib.suppress(ConnectionError), socket.create_connection(place, LIMIT) as sock:
+            sock.sendall(b"hello")
+            return sock.recv(100)
+        return b""
+
+    assert asked() == b"hello"
+    inbound.printed(rf"access request service=\S+ client=\S+ identity={WEB} ")
+    assert outbound.measured("certificate_not_after_timestamp_seconds", file=str(agent.socket)) > 0
+    for process in (inbound, outbound):
+        opened = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir() if link.is_symlink()]
+        assert not [name for name in opened if "memfd" in name]
+    with socket.create_connection(("127.0.0.1", outbound.ports["tcp=b"]), LIMIT) as held:
+        held.sendall(b"held")
+        assert held.recv(100) == b"held"
+        # Another identity: the instance's end is another one now, and whom it admits is not there.
+        agent.say(answer(certificates.authority, OTHER))
+        inbound.printed(f"svid received spiffe_id={OTHER}")
+        outbound.printed(f"svid received spiffe_id={OTHER}")
+        wait_until(lambda: not asked(), "nobody is believed to be who is asked for")
+        held.sendall(b"still")
+        assert held.recv(100) == b"still"
+    # A certificate that its authority may not sign: of another trust domain.
+    agent.say(answer(certificates.authority, WEB, proved="spiffe://elsewhere/ns/shop/sa/web"))
+    outbound.printed(rf"svid received spiffe_id={WEB}\n(.*\n)*.*svid received spiffe_id={WEB}\n")
+    assert asked() == b""
+    agent.say(answer(certificates.authority, WEB))
+    wait_until(lambda: asked() == b"hello", "all is well again")
+
+
+def test_before_the_agent_says_anything(
+    folder: Path, instances: ExitStack, certificates: Certificates, echo: Echo
+) -> None:
+    """Who connects is refused, with the reason in the log; plaintext listeners serve."""
+    made = Proxy(
+        folder,
+        {"echo": [echo.address]},
+        f"tls: {{workload_api: 'unix://{folder}/nobody.sock'}}",
+        listen=["tls://127.0.0.1:0=echo", "tcp://127.0.0.1:0=echo"],
+        name="spiffe-none",
+    )
+    instances.callback(made.kill)
+    made.printed(r"workload api cannot be followed socket=\S+/nobody\.sock problem=.no such file or directory")
+    with pytest.raises(OSError, match=r"(?i)alert|reset|eof|ended|pipe"):
+        exchanged(made.ports["tls=echo"], client_context(certificates, certificates.web))
+    made.printed(r"tls connection refused client=\S+ problem=.the workload API has given no certificate yet")
+    with socket.create_connection(("127.0.0.1", made.ports["tcp=echo"]), LIMIT) as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(100) == b"hello"
 
 
 # Files
