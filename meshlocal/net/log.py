@@ -98,6 +98,10 @@ def get_log(name: str) -> Log:
     return Log(logging.getLogger(name))
 
 
+_OWN = "meshlocal"
+"""The logger above all of this package's."""
+
+
 class RateLimited:
     """One event that may come thousands of times a second, logged at most once in `interval` seconds.
 
@@ -226,6 +230,9 @@ def dropped_lines() -> int:
 def configure_logging(level: str = "info", format: Format = "auto", stream: TextIO | None = None) -> None:
     """Send every logger's records to a stream (default: stderr). Calling it again replaces what it set before.
 
+    What libraries say at the level debug is never among them: some print whole headers, and with those what a client
+    proves itself by.
+
     `auto` means text on a terminal and JSON elsewhere. Colour needs a terminal, and NO_COLOR unset or empty.
 
     Raises:
@@ -257,7 +264,8 @@ def configure_logging(level: str = "info", format: Format = "auto", stream: Text
             handler._told = handler.writer.dropped
             old.writer.close()
     root.addHandler(handler)
-    root.setLevel(number)
+    root.setLevel(max(number, logging.INFO))
+    logging.getLogger(_OWN).setLevel(number)
 
 
 def _level_word(record: logging.LogRecord) -> str:

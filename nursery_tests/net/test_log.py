@@ -25,9 +25,11 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _root_logger_restored() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    own = logging.getLogger("meshlocal")
+    handlers, level, own_level = root.handlers[:], root.level, own.level
     yield
     root.handlers[:], root.level = handlers, level
+    own.level = own_level
     root.manager._clear_cache()  # type: ignore[attr-defined]  # isEnabledFor caches what the level was
 
 
@@ -252,3 +254,21 @@ def test_rate_limit_logs_once_an_interval_and_counts_the_rest(caplog: pytest.Log
     ]
     fields = [getattr(entry, "meshlocal_fields") for entry in caplog.records]  # noqa: B009 - set by `extra`
     assert fields == [{"at": 100.0}, {"at": 105.0, "suppressed": 2}, {"at": 120.0, "suppressed": 1}]
+
+
+def test_what_libraries_say_at_debug_is_never_written() -> None:
+    """They print whole headers, with what a client proves itself by; our own debug lines are asked for."""
+    stream = io.StringIO()
+    configure_logging("debug", "text", stream)
+    logging.getLogger("hpack.hpack").debug("Decoded (authorization, Bearer s3cret)")
+    logging.getLogger("hpack.hpack").info("informed")
+    get_log("meshlocal.net.x").debug("ours")
+    configure_logging("info", "text", stream)
+    get_log("meshlocal.net.x").debug("not asked for")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    lines = stream.getvalue()
+    assert "s3cret" not in lines
+    assert "informed" in lines
+    assert "ours" in lines
+    assert "not asked for" not in lines
