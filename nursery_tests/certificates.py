@@ -41,6 +41,16 @@ class Authority:
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         self.file = str(path)
 
+    def key_file(self) -> str:
+        """A file of its own key."""
+        path = Path(self.file).with_suffix(".key")
+        path.write_bytes(
+            self._key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return str(path)
+
     def _builder(
         self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, begin: float, end: float
     ) -> x509.CertificateBuilder:

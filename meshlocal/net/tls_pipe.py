@@ -29,6 +29,9 @@ CHUNK = 65_536
 RECORD = 16_640
 """Bytes that are taken from the socket at once: a record of the largest kind (RFC 8446, 5.2)."""
 
+PARTING = 65_536
+"""Bytes that are read, and let go, of somebody whose handshake failed."""
+
 BARREN = 65_536
 """Bytes that may come in a row without any data in them: a few records of TLS's own are all that anybody needs."""
 
@@ -144,6 +147,22 @@ class TlsPipe:
             await wait_readable(self._sock)
             if self._receive() == 0:
                 raise TlsError("the other side ended the connection in the handshake")
+
+    async def part(self) -> None:
+        """Behind a handshake that failed, let the other side read why: to close with bytes unread would be a reset,
+        which overtakes the alert (RFC 1122, 4.2.2.13). The caller's cancel scope is the deadline."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            read = 0
+            while read < PARTING:
+                await wait_readable(self._sock)
+                try:
+                    data = self._sock.recv(RECORD)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    return
+                read += len(data)
 
     async def _send(self) -> None:
         self._pending = self._going.read()

@@ -37,6 +37,9 @@ _WARNING_INTERVAL = 5.0
 HANDSHAKES = 1024
 """Handshakes with clients that are under way at once, at most. Who comes beyond is refused at once."""
 
+PARTING_TIMEOUT = 1.0
+"""Seconds that a client whose handshake failed may take to read why."""
+
 SESSIONS = 1024
 """Sessions of one service that are kept to be resumed, at most."""
 
@@ -292,6 +295,10 @@ class TlsServer:
                 await pipe.handshake()
             except OSError as error:
                 self._refuse("failed", error.strerror or str(error), peer)
+                if isinstance(error, TlsError):
+                    # It was told why.
+                    with trio.move_on_after(PARTING_TIMEOUT):
+                        await pipe.part()
                 return None
         if limit.cancelled_caught:
             self._refuse("timeout", f"no handshake in {tls.config.handshake_timeout:g} s", peer)
