@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-locality bench-versions bench-latency bench-scale bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-restart \
 	bench-neighbours bench-attacks bench-resend \
 	bench-policy bench-kubernetes protos reference docs lock clean
 
@@ -69,6 +69,10 @@ bench-document: $(VENV)/bench.stamp
 # gRPC calls alone, likewise.
 bench-grpc: $(VENV)/bench.stamp
 	$(BIN)/python -m bench --only grpc --document
+
+# TLS alone: it has a section of its own, too.
+bench-tls: $(VENV)/bench.stamp
+	$(BIN)/python -m bench --only tls --document
 
 # What a change costs, or gives: this checkout in turns with another one, BEFORE; 4 minutes.
 bench-versions: $(VENV)/bench.stamp

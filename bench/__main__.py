@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import grpc, http, load, locality, page, peers, plots, report, rounds, tcp, update
+from bench import grpc, http, load, locality, page, peers, plots, report, rounds, tcp, tls, update
 from bench.machine import ROOT, describe, describe_line, raise_file_limit
 from bench.rounds import OURS, REFERENCE, Measured, Row
 
 IMAGES = ROOT / "docs" / "images"
 _OTHERS = ("HAProxy", "nginx", REFERENCE)
 
-PARTS = ("tcp", "http", "grpc", "failover", "update")
+PARTS = ("tcp", "http", "grpc", "tls", "failover", "update")
 """What is measured."""
 
 Goals = list[dict[str, Any]]
@@ -57,6 +57,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         checks += http.checks(asked)
     if "grpc" in only:
         figures["grpc"] = grpc.measure(asked)
+    if "tls" in only:
+        figures["tls"] = tls.measure(asked)
     figures["checks"] = checks
     if "failover" in only:
         figures["failover"] = locality.failover(asked)
@@ -69,7 +71,12 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 def tables(figures: dict[str, Any]) -> str:
     """Everything but the goals, in Markdown."""
     parts = []
-    for title, name, rows in (("TCP", "tcp", tcp.ROWS), ("HTTP/1.1", "http", http.ROWS), ("gRPC", "grpc", grpc.ROWS)):
+    for title, name, rows in (
+        ("TCP", "tcp", tcp.ROWS),
+        ("HTTP/1.1", "http", http.ROWS),
+        ("gRPC", "grpc", grpc.ROWS),
+        ("TLS", "tls", tls.ROWS),
+    ):
         if figures.get(name):
             parts.append(rounds.compare(title, figures[name], rows))
             parts += [f"{line}\n" for line in rounds.errors({**figures[name], "storm": {}})]
@@ -103,10 +110,17 @@ def goals(figures: dict[str, Any]) -> Goals:
         ("gRPC, 32 connections, 8 at once, throughput", Row("", "grpc-32-8", "rate", "", 1), 2.0, True),
         ("gRPC, CPU of a call, 1 connection, 32 at once", Row("", "grpc-1-32", "cpu_per_request", "", 1), 0.7, False),
     ]
-    for title, row, limit, more in wanted:
-        relative = rounds.ratio(measured, row, OURS, REFERENCE)
-        if relative is not None:
-            found.append(report.verdict(f"{title}, as a ratio to {REFERENCE}'s", relative, limit, at_least=more))
+    secured = [
+        ("TLS to the client, 64 B, 1 connection, p50", Row("", "terminated-64-1", "p50", "", 1), 1.0, False),
+        ("mutual TLS onward too, 64 B, 1 connection, p50", Row("", "mutual-64-1", "p50", "", 1), 1.0, False),
+        ("full handshakes a second", Row("", "handshakes", "rate", "", 1), 0.5, True),
+        ("resumed handshakes a second", Row("", "resumed", "rate", "", 1), 0.5, True),
+    ]
+    for figures_of, rows in ((measured, wanted), (figures.get("tls", {}), secured)):
+        for title, row, limit, more in rows:
+            relative = rounds.ratio(figures_of, row, OURS, REFERENCE)
+            if relative is not None:
+                found.append(report.verdict(f"{title}, as a ratio to {REFERENCE}'s", relative, limit, at_least=more))
     if lost := rounds.values(measured, "storm", OURS, "errors"):
         found.append(report.verdict(f"{tcp.STORM:,} connections a second: lost", lost[0], 0))
     if OURS in figures.get("failover", {}).get("rounds", {}):

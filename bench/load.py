@@ -25,6 +25,7 @@ PACKAGES = {
     "iperf3": "iperf3",
     "haproxy": "haproxy",
     "nginx": "nginx-light",
+    "openssl": "openssl",
 }
 """Debian packages of programs."""
 
@@ -81,10 +82,10 @@ def versions(envoy: str | None) -> dict[str, str]:
     return found
 
 
-def wrk_echo(port: int, size: int, connections: int, seconds: int, *, close: bool = False) -> Load:
+def wrk_echo(port: int, size: int, connections: int, seconds: int, *, close: bool = False, tls: bool = False) -> Load:
     """Exchanges of `size` bytes, one after another on each connection; with `close`, one on each connection."""
     environment = {"ECHO_SIZE": str(size), "ECHO_CLOSE": "1" if close else "", "ECHO_REPORT": str(_REPORT)}
-    return _wrk(port, connections, seconds, _ECHO, environment)
+    return _wrk(port, connections, seconds, _ECHO, environment, tls=tls)
 
 
 def wrk_http(port: int, connections: int, seconds: int, *, alike: bool = True) -> Load:
@@ -94,8 +95,10 @@ def wrk_http(port: int, connections: int, seconds: int, *, alike: bool = True) -
     return _wrk(port, connections, seconds, _HEADS, {"HEADS_REPORT": str(_REPORT)})
 
 
-def _wrk(port: int, connections: int, seconds: int, script: Path, environment: dict[str, str]) -> Load:
-    url = f"http://127.0.0.1:{port}/"
+def _wrk(
+    port: int, connections: int, seconds: int, script: Path, environment: dict[str, str], *, tls: bool = False
+) -> Load:
+    url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/"
     flags = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
     text = _run("wrk", *flags, url, environment=environment)
     found = re.search(r"^figures (.*)$", text, re.MULTILINE)

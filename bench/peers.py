@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,25 @@ class Instance(NamedTuple):
     node: str = OWN_NODE
 
 
+class Tls(NamedTuple):
+    """The certificates of a job: files in PEM.
+
+    Attributes:
+        certificate, key: the proxies' own, towards clients and instances.
+        both: the same in one file.
+        authority: which all are signed by.
+        name: that instances prove.
+        onward: the services whose instances speak TLS too, and ask for a certificate.
+    """
+
+    certificate: str
+    key: str
+    both: str
+    authority: str
+    name: str
+    onward: Collection[str]
+
+
 class Job(NamedTuple):
     """What a proxy has to do.
 
@@ -44,12 +63,14 @@ class Job(NamedTuple):
         http: whether it proxies requests rather than connections.
         http2: and those in HTTP/2, by prior knowledge on both sides.
         checks: active health checks, once a second, where the proxy has them.
+        tls: clients speak TLS, and some instances; None: nobody does.
     """
 
     services: Mapping[str, Sequence[Instance]]
     http: bool = False
     http2: bool = False
     checks: bool = False
+    tls: Tls | None = None
 
 
 class Running(NamedTuple):
@@ -129,12 +150,21 @@ def _haproxy_config(job: Job, ports: Mapping[str, int]) -> str:
         lines += [" retry-on all-retryable-errors"]
     for service, instances in job.services.items():
         proto = " proto h2" if job.http2 else ""
-        lines += [f"listen {service}", f" bind 127.0.0.1:{ports[service]} backlog 4096{proto}"]
+        bind, onward = _haproxy_tls(job.tls, service)
+        lines += [f"listen {service}", f" bind 127.0.0.1:{ports[service]} backlog 4096{proto}{bind}"]
         for number, (address, port, node) in enumerate(instances):
             backup = "" if node == OWN_NODE else " backup"
             check = " check inter 1s" if job.checks else ""
-            lines += [f" server s{number} {address}:{port}{check}{backup}{proto}"]
+            lines += [f" server s{number} {address}:{port}{check}{backup}{proto}{onward}"]
     return "\n".join(lines) + "\n"
+
+
+def _haproxy_tls(tls: Tls | None, service: str) -> tuple[str, str]:
+    """What a listener, and a server behind it, say of TLS."""
+    if tls is None:
+        return "", ""
+    onward = f" ssl verify required ca-file {tls.authority} crt {tls.both} sni str({tls.name})"
+    return f" ssl crt {tls.both}", onward if service in tls.onward else ""
 
 
 @contextmanager
@@ -185,14 +215,30 @@ def _nginx_config(folder: Path, job: Job, ports: Mapping[str, int]) -> str:
             headers = 'proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host; '
             servers.append(f"server {{ {listen}location / {{ {headers}proxy_pass http://{service}; }} }}\n")
         else:
-            servers.append(f"server {{ {listen}proxy_connect_timeout 1s; proxy_pass {service}; }}\n")
+            tls = _nginx_tls(job.tls, service)
+            listen = listen.replace(";", " ssl;") if tls else listen
+            servers.append(f"server {{ {listen}{tls}proxy_connect_timeout 1s; proxy_pass {service}; }}\n")
     body = "".join(upstreams) + "".join(servers)
     if job.http:
         return nginx_base(folder) % "" + body + "}\n"
-    return f"{_stream_module()}{nginx_base(folder) % ''}}}\nstream {{ {body}}}\n"
+    return f"{stream_module()}{nginx_base(folder) % ''}}}\nstream {{ {body}}}\n"
 
 
-def _stream_module() -> str:
+def _nginx_tls(tls: Tls | None, service: str) -> str:
+    if tls is None:
+        return ""
+    own = f"ssl_certificate {tls.certificate}; ssl_certificate_key {tls.key}; ssl_protocols TLSv1.2 TLSv1.3; "
+    if service not in tls.onward:
+        return own
+    return (
+        f"{own}proxy_ssl on; proxy_ssl_certificate {tls.certificate}; proxy_ssl_certificate_key {tls.key}; "
+        f"proxy_ssl_trusted_certificate {tls.authority}; proxy_ssl_verify on; proxy_ssl_name {tls.name}; "
+        "proxy_ssl_server_name on; proxy_ssl_protocols TLSv1.3; "
+    )
+
+
+def stream_module() -> str:
+    """What loads nginx's module for TCP, where it is one of its own."""
     path = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
     return f"load_module {path};\n" if path.exists() else ""
 
@@ -210,7 +256,7 @@ def _missing_nginx(job: Job) -> str:
     nginx = find("nginx")
     if nginx is None:
         return "apt-get install nginx-light libnginx-mod-stream"
-    if not job.http and not _stream_module():
+    if not job.http and not stream_module():
         built = subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
         if "--with-stream " not in built:
             return "apt-get install libnginx-mod-stream"
@@ -252,6 +298,8 @@ def _envoy_cluster(service: str, instances: Sequence[Instance], job: Job) -> dic
             ]
         },
     }
+    if job.tls is not None and service in job.tls.onward:
+        cluster["transport_socket"] = envoy_tls(job.tls, "Upstream")
     if job.http2:
         options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
         cluster["typed_extension_protocol_options"] = {
@@ -280,6 +328,25 @@ def _envoy_cluster(service: str, instances: Sequence[Instance], job: Job) -> dic
             "max_ejection_percent": 100,
         }
     return cluster
+
+
+def envoy_tls(tls: Tls, side: str) -> dict[str, Any]:
+    """Envoy's transport socket towards clients (`Downstream`) or instances (`Upstream`)."""
+    own = {"certificate_chain": {"filename": tls.certificate}, "private_key": {"filename": tls.key}}
+    common: dict[str, Any] = {"tls_certificates": [own]}
+    context: dict[str, Any] = {
+        "@type": f"type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{side}TlsContext",
+        "common_tls_context": common,
+    }
+    if side == "Upstream":
+        # Of its own accord it speaks no more than TLS 1.2 to instances.
+        common["tls_params"] = {"tls_maximum_protocol_version": "TLSv1_3"}
+        common["validation_context"] = {
+            "trusted_ca": {"filename": tls.authority},
+            "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": tls.name}}],
+        }
+        context["sni"] = tls.name
+    return {"name": "envoy.transport_sockets.tls", "typed_config": context}
 
 
 def _envoy_filter(service: str, job: Job) -> dict[str, Any]:
@@ -321,7 +388,12 @@ def _envoy_config(job: Job, ports: Mapping[str, int]) -> dict[str, Any]:
             "name": service,
             "address": _socket_address("127.0.0.1", ports[service]),
             "tcp_backlog_size": 4096,
-            "filter_chains": [{"filters": [_envoy_filter(service, job)]}],
+            "filter_chains": [
+                {
+                    "filters": [_envoy_filter(service, job)],
+                    **({"transport_socket": envoy_tls(job.tls, "Downstream")} if job.tls is not None else {}),
+                }
+            ],
         }
         for service in job.services
     ]
@@ -354,15 +426,26 @@ def _start_meshlocal(folder: Path, job: Job, *, name: str = "meshlocal", checkou
     """As it runs in production: fed by a discovery server, with its admin address."""
     file = folder / "instances.yaml"
     instances_file(file, job.services)
-    scheme = "http" if job.http else "tcp"
+    scheme = "http" if job.http else "tcp" if job.tls is None else "tls"
+    config = ["--config", str(_meshlocal_tls(folder, job.tls))] if job.tls is not None else []
     discovery = meshlocal("discovery", "--bind", "127.0.0.1:0", "--source", f"file:{file}", checkout=checkout)
     with discovery as (_, line):
         url = f"grpc://127.0.0.1:{port_in(line, DISCOVERY_PORT)}"
         listen = [part for service in job.services for part in ("--listen", f"{scheme}://127.0.0.1:0={service}")]
-        flags = ["--discovery", url, *listen, "--admin", "127.0.0.1:0"]
+        flags = ["--discovery", url, *listen, "--admin", "127.0.0.1:0", *config]
         with meshlocal("proxy", *flags, node=OWN_NODE, checkout=checkout) as (process, line):
             ports = {service: port_in(line, rf"{scheme}://127\.0\.0\.1:(\d+)={service}\b") for service in job.services}
             yield Running(name, process.pid, ports)
+
+
+def _meshlocal_tls(folder: Path, tls: Tls) -> Path:
+    own = f"certificate_file: {tls.certificate}, key_file: {tls.key}"
+    services = ", ".join(
+        f"{name}: {{tls: {{ca_file: {tls.authority}, server_name: {tls.name}}}}}" for name in tls.onward
+    )
+    config = folder / "proxy.yaml"
+    config.write_text(f"proxy: {{tls: {{{own}, min_version: '1.2'}}, services: {{{services}}}}}\n")
+    return config
 
 
 DISCOVERY_PORT = r"grpc://127\.0\.0\.1:(\d+)"
