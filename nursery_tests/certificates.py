@@ -10,7 +10,10 @@ from typing import NamedTuple
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtensionOID, NameOID
+
+NO_TEXT = b"\x30\x0f\x86\x0dspiffe://m/\xff\xfe"
+"""Names of a certificate (RFC 5280, 4.2.1.6): a URI that is no text."""
 
 
 class Pair(NamedTuple):
@@ -40,6 +43,20 @@ class Authority:
         path = folder / f"{name}.pem"
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         self.file = str(path)
+
+    def issue_raw(self, file: str, names: bytes) -> Pair:
+        """A certificate whose names are what these bytes say (RFC 5280, 4.2.1.6), in files named so."""
+        pair = self.issue(file, ["example"])
+        key = serialization.load_pem_private_key(Path(pair.key).read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        extension = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+        certificate = (
+            self._builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, file)]), key, 0, 30)
+            .add_extension(extension, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        Path(pair.certificate).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return pair
 
     def key_file(self) -> str:
         """A file of its own key."""

@@ -14,8 +14,10 @@ import click
 from manifest_rules import Build, Container, Pod
 
 from meshlocal.cli.main import cli
+from meshlocal.policy.addresses import fixed_place
 from meshlocal.policy.config import Config, DrainConfig
 from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.model import is_fixed
 
 DEFAULT_GRACE = 30
 ADMIN_PATHS = {"/livez", "/readyz"}
@@ -145,7 +147,9 @@ def _sidecar(build: Build, pod: Pod, container: Container, config: Config) -> It
     references = {
         each["name"]: each.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath") for each in spec.get("env", ())
     }
-    for name, path in (("NODE_NAME", "spec.nodeName"), ("MESHLOCAL_PROXY__NAMESPACE", "metadata.namespace")):
+    wanted = (("NODE_NAME", "spec.nodeName"), ("MESHLOCAL_PROXY__NAMESPACE", "metadata.namespace"))
+    fixed = all(listener.service is not None and is_fixed(listener.service) for listener in proxy.listen)
+    for name, path in () if fixed else wanted:
         if references.get(name) != path:
             yield f"{where}: env {name} is not the field {path}"
     for url in proxy.discovery.urls:
@@ -158,6 +162,11 @@ def _sidecar(build: Build, pod: Pod, container: Container, config: Config) -> It
         if listener.port in taken:
             yield f"{where}: proxy.listen: port {listener.port} is that of {taken[listener.port]}"
         if listener.service is None:
+            continue
+        place = fixed_place(listener.service)
+        if place is not None:
+            if place.port not in taken:
+                yield f"{where}: proxy.listen: no container has a port {place.port}"
             continue
         name, _, namespace = proxy.service_key(listener.service).partition(".")
         service = build.services.get((name, namespace))

@@ -16,6 +16,8 @@ OUR_IMAGE = "meshlocal"
 VOLUMES = {"configMap", "secret", "emptyDir", "projected", "downwardAPI", "persistentVolumeClaim", "ephemeral", "csi"}
 READABLE = {("discovery.k8s.io", "endpointslices"), ("", "endpoints"), ("", "nodes")}
 VERBS = {"list", "watch"}
+FOREIGN = {"cert-manager"}
+"""Namespaces that are there before."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def namespaces(build: Build) -> Iterator[str]:
             yield f"{say(each)}: does not enforce pod security: restricted"
     for each in build.documents:
         namespace = each["metadata"].get("namespace")
-        if namespace and not build.find("Namespace", namespace):
+        if namespace and namespace not in FOREIGN and not build.find("Namespace", namespace):
             yield f"{say(each)}: no Namespace {namespace} is in the build"
 
 
@@ -201,6 +203,7 @@ def references(build: Build) -> Iterator[str]:
             name = volume.get("configMap", {}).get("name")
             if name and not build.find("ConfigMap", name, pod.namespace):
                 yield f"{pod.where}: volume {volume['name']}: no ConfigMap {name}"
+            yield from _secret(build, pod, volume)
     for service in build.of_kind("Service"):
         pods = build.selected(service["metadata"].get("namespace", ""), service["spec"].get("selector", {}))
         yield from _ports_exist(say(service), pods, [port.get("targetPort") for port in service["spec"]["ports"]])
@@ -216,6 +219,26 @@ def references(build: Build) -> Iterator[str]:
         least = budget["spec"].get("minAvailable", 0)
         if any(isinstance(least, int) and least >= pod.workload["spec"].get("replicas", 1) for pod in pods):
             yield f"{say(budget)}: minAvailable {least} lets no pod go"
+
+
+def _secret(build: Build, pod: Pod, volume: Document) -> Iterator[str]:
+    """A secret that is mounted is one of a certificate of the build, and not for everybody to read."""
+    secret = volume.get("secret")
+    if secret is None:
+        return
+    made = {
+        each["spec"].get("secretName") for each in build.of_kind("Certificate") if _namespace(each) == pod.namespace
+    }
+    if secret["secretName"] not in made:
+        yield f"{pod.where}: volume {volume['name']}: no Certificate makes Secret {secret['secretName']}"
+    if secret.get("defaultMode", 0o644) & 0o007:
+        yield f"{pod.where}: volume {volume['name']}: everybody may read it"
+    elif secret["defaultMode"] & 0o040 and "fsGroup" not in pod.spec.get("securityContext", {}):
+        yield f"{pod.where}: volume {volume['name']}: it is for a group, and the pod has no fsGroup"
+
+
+def _namespace(document: Document) -> str:
+    return str(document["metadata"].get("namespace", ""))
 
 
 def _ports_exist(where: str, pods: Sequence[Pod], wanted: Sequence[object]) -> Iterator[str]:

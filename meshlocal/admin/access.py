@@ -119,6 +119,8 @@ def read_token(file: str) -> bytes:
         token = Path(file).read_bytes().strip()
         if not token:
             raise ValueError("holds no token")
+        if not all(0x21 <= character <= 0x7E for character in token):
+            raise ValueError("holds no token: one is of printable characters of ASCII, without spaces")
         return token
     except (OSError, ValueError) as error:
         raise FileProblemError(file, error) from None

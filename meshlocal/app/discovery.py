@@ -186,7 +186,8 @@ class DiscoveryProcess:
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(pages.serve, admin_sockets))
-                lifetime.start_soon(keep, "files", self._following.run)
+                if any(True for _ in self._followed()):
+                    lifetime.start_soon(keep, "files", self._following.run)
                 if self.workload is not None:
                     self.workload.on_update = self._following.look
                     lifetime.start_soon(keep, "workload api", self.workload.run)

@@ -20,7 +20,7 @@ from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.tls import SvidSource, TlsContext, server_context
 from meshlocal.policy.config import DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
-from meshlocal.policy.identity import identities, is_identity
+from meshlocal.policy.identity import identities, is_identity, is_svid
 from meshlocal.policy.problems import Problem
 from meshlocal.policy.visibility import Visibility
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -150,6 +150,8 @@ class DiscoveryAccess:
         """
         trust_domain = next((each.current[0].trust_domain for each in self._contexts.values()), None)
         proved = list(identities(call.certificate, trust_domain))
+        if call.certificate and not is_svid(proved, trust_domain):
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"no identity of the trust domain {trust_domain}")
         if self._tokens is None:
             return proved
         sent = dict(call.metadata).get("authorization", "")

@@ -182,7 +182,7 @@ class ProxyProcess:
                 busy_poll,
                 self.tls_servers,
                 followed=self._followed,
-                exposures=of_proxy(self.config.proxy),
+                exposures=of_proxy(self.config.proxy) if not self.worker else None,
             ),
             HttpCollector(lambda: self.http),
             ProcessCollector(self.supervision),

@@ -41,7 +41,7 @@ class ProxyCollector(Collector):
         busy_poll: what it spent awake; None if it always sleeps.
         tls: what shakes hands with clients, by the listeners' scheme.
         followed: gives what is made of files, own certificates among it.
-        exposures: what is open beyond this machine.
+        exposures: what is open beyond this machine; None: another process says that.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ProxyCollector(Collector):
         tls: Mapping[str, TlsServer],
         *,
         followed: Callable[[], Iterable[Followed[Any]]] = tuple,
-        exposures: Iterable[Exposure] = (),
+        exposures: Iterable[Exposure] | None = (),
     ) -> None:
         self._followed = followed
         self._exposures = exposures
@@ -106,7 +106,8 @@ class ProxyCollector(Collector):
                 handshakes.add_metric([scheme, outcome], count)
         yield handshakes
         yield expiry(self._followed())
-        yield exposed(self._exposures)
+        if self._exposures is not None:
+            yield exposed(self._exposures)
         awake = CounterMetricFamily(
             "meshlocal_busy_poll_seconds",
             "Time by the clock spent looking for something to do instead of sleeping, until there was, or in vain.",

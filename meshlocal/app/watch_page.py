@@ -45,6 +45,8 @@ def watch_page(title: str, host: str, port: int | None, services: Iterable[str],
         settings=json.dumps(settings).replace("<", "\\u003c"),
         script=_SCRIPT,
     )
-    server = f"{'wss' if tls else 'ws'}://{host}:{port}"
+    scheme = "wss" if tls else "ws"
+    # A source's host is a name or an IPv4 address (CSP 3, 2.3.1): an IPv6 address can only be allowed with all others.
+    server = f"{scheme}:" if host.startswith("[") else f"{scheme}://{host}:{port}"
     policy = f"script-src {_SCRIPT_SOURCE}; connect-src {server}"
     return html.page(title, ["/", "/services"], [html.Html(body)], styles=_STYLE_SOURCE, policy=policy)

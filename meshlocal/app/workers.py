@@ -215,7 +215,8 @@ class Supervisor:
                     tell_exposures(of_proxy(self.config.proxy))
                     followed = self._access.followed
                     following = Following(followed, partial(expiring_now, followed))
-                    lifetime.start_soon(keep, "files", following.run)
+                    if any(True for _ in followed()):
+                        lifetime.start_soon(keep, "files", following.run)
                     lifetime.start_soon(keep, "admin server", serve)
                 async with trio.open_nursery() as workers:
                     for number in range(1, self.count + 1):

@@ -23,6 +23,7 @@ from meshlocal.net.tls import client_context
 from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.exposure import is_loopback
 from meshlocal.policy.locality import Selector
 from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
 from meshlocal.policy.picker import Cursors, Picker, explain_reason
@@ -107,6 +108,9 @@ def explain_running(
         raise ConfigError([Problem("", str(error), "--proxy")]) from None
     headers = {}
     if token_file is not None:
+        if not admin.startswith("https://") and not is_loopback(address.host):
+            problem = "no token goes over plaintext beyond this machine: ask at https://"
+            raise ConfigError([Problem("", problem, "--token-file")])
         with _blamed("--token-file"):
             headers["Authorization"] = f"Bearer {read_token(token_file).decode('latin-1')}"
     connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)

@@ -25,6 +25,7 @@ from meshlocal.net.grpc.server import Handler, Routes
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.tls import certificate_of
 from meshlocal.net.tls_accept import accept_tls
 from meshlocal.net.websocket_stream import WatchedStream
 from meshlocal.policy.hosts import host_of, is_own_host, is_own_origin
@@ -231,6 +232,15 @@ class WebSocketServer:
             local: the address that it was made to.
             tls: gives what it is served over TLS with; None: without TLS.
         """
+        try:
+            await self._serve_in_place(stream, peer, local, tls)
+        finally:
+            if not self.crowding.open:
+                self._idle.set()
+
+    async def _serve_in_place(
+        self, stream: trio.abc.Stream, peer: str, local: str, tls: Callable[[], ssl.SSLContext] | None
+    ) -> None:
         with self.crowding.place(peer) as place:
             if not place:
                 await trio.aclose_forcefully(stream)
@@ -241,14 +251,12 @@ class WebSocketServer:
                     secured = await accept_tls(stream, tls())
                     if secured is None:
                         return
-                    stream, certificate = secured, secured.getpeercert() or {}
+                    stream, certificate = secured, certificate_of(secured)
                 await self._serve_to_end(stream, Client(peer, local, certificate))
             except Exception as error:
                 # A fault in serving one connection must not end the others.
                 if not _is_peers(error):
                     log.exception("websocket connection failed", peer=peer)
-        if not self.crowding.open:
-            self._idle.set()
 
     async def _serve_to_end(self, stream: trio.abc.Stream, client: Client) -> None:
         watched = WatchedStream(stream, self._options.stall_timeout, self._bucket(), self._count_pause)

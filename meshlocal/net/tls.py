@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from meshlocal.net.following import FileProblemError, Followed, Versioned
+from meshlocal.net.pipe import TlsError
 from meshlocal.policy.identity import IdentityPattern, allowed, identities
 from meshlocal.wire.certificate import Validity, first_of_pem, validity
 from meshlocal.wire.svid import Svid
@@ -24,6 +25,14 @@ DAY = 86_400.0
 its life."""
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+class PeerCertificate(Protocol):
+    """A side of TLS that is asked for the other one's certificate: an object of `ssl`, or Trio's stream."""
+
+    def getpeercert(self) -> Mapping[str, object] | None:
+        """See `ssl.SSLObject.getpeercert`."""
+        ...
 
 
 class SvidSource(Versioned, Protocol):
@@ -197,6 +206,20 @@ def _load_svid(context: TlsContext, svid: Svid, path: str) -> None:
         raise FileProblemError(path, error) from None
 
 
+def check_svid(svid: Svid, path: str) -> None:
+    """See that a certificate, its key and the authorities that came with it can be used.
+
+    Raises:
+        FileProblemError: they cannot.
+    """
+    context = TlsContext(ssl.PROTOCOL_TLS_SERVER)
+    _load_svid(context, svid, path)
+    try:
+        context.load_verify_locations(cadata=svid.bundle.decode("ascii"))
+    except (OSError, ValueError) as error:
+        raise FileProblemError(path, error) from None
+
+
 def _check_valid(context: TlsContext, source: str, pem: bytes) -> None:
     """Note when a context's certificate is valid.
 
@@ -247,6 +270,22 @@ def expiring(followed: Iterable[Followed[Any]], now: float) -> Iterator[str]:
             yield f"{file}: the certificate has expired, at {_utc(period.not_after)}"
         elif left < min(DAY, life / 3):
             yield f"{file}: the certificate expires at {_utc(period.not_after)}"
+
+
+def certificate_of(peer: PeerCertificate) -> Mapping[str, object]:
+    """The other side's certificate, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked.
+
+    Args:
+        peer: whose handshake is over.
+
+    Raises:
+        TlsError: it has names that are no text.
+    """
+    try:
+        return peer.getpeercert() or {}
+    except ValueError as error:
+        # An authority signs what it is given: a URI, say, that is no UTF-8.
+        raise TlsError(f"a certificate that makes no sense: {error}") from None
 
 
 def has_expired(certificate: Mapping[str, object], *, resumed: bool, now: float) -> bool:

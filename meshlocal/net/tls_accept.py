@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import trio
 
-from meshlocal.net.tls import has_expired, wall_clock
+from meshlocal.net.pipe import TlsError
+from meshlocal.net.tls import certificate_of, has_expired, wall_clock
 from meshlocal.net.trio_internals import last_words
 
 TIMEOUT = 10.0
@@ -30,8 +31,11 @@ async def accept_tls(stream: trio.abc.Stream, context: ssl.SSLContext) -> trio.S
     try:
         with trio.move_on_after(TIMEOUT):
             await secured.do_handshake()
-            certificate = secured.getpeercert() or {}
+            certificate = certificate_of(secured)
             done = not has_expired(certificate, resumed=bool(secured.session_reused), now=wall_clock())
+    except TlsError:
+        # Its certificate makes no sense: nothing can be said to that.
+        pass
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         # It left, or what it sent is no TLS, or not the TLS that is wanted.
         with trio.move_on_after(ALERT_TIMEOUT):

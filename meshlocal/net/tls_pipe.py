@@ -22,6 +22,7 @@ from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writab
 
 from meshlocal.net.pipe import TlsError
 from meshlocal.net.sockets import abort, close
+from meshlocal.net.tls import certificate_of
 
 CHUNK = 65_536
 """Bytes that are encrypted at once."""
@@ -98,8 +99,12 @@ class TlsPipe:
 
     @property
     def certificate(self) -> Mapping[str, object]:
-        """The other side's, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked."""
-        return self._object.getpeercert() or {}
+        """The other side's, as `ssl.SSLObject.getpeercert` gives it; empty if it showed none that was checked.
+
+        Raises:
+            TlsError: it makes no sense.
+        """
+        return certificate_of(self._object)
 
     @property
     def certificate_digest(self) -> str:

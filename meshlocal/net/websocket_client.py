@@ -27,7 +27,7 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from meshlocal.net.connect_errors import CONNECT_ERRORS, STREAM_ERRORS, why_not_connected
 from meshlocal.net.grpc.transport import ByteStream, adapt
-from meshlocal.net.tls import TlsContext
+from meshlocal.net.tls import TlsContext, certificate_of
 
 if TYPE_CHECKING:
     import trio
@@ -288,8 +288,8 @@ async def _check(stream: TLSStream, context: ssl.SSLContext) -> None:
 
     try:
         if isinstance(context, TlsContext):
-            context.check(stream.extra(TLSAttribute.ssl_object).getpeercert() or {})
-    except ConnectionError:
+            context.check(certificate_of(stream.extra(TLSAttribute.ssl_object)))
+    except OSError:
         await stream.aclose()
         raise
 

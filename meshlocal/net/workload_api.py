@@ -10,9 +10,12 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.connect_errors import STREAM_ERRORS, why_not_connected
+from meshlocal.net.following import FileProblemError
 from meshlocal.net.grpc.client import channel_over
 from meshlocal.net.log import get_log
+from meshlocal.net.tls import check_svid
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.pb import workload_pb2 as pb
@@ -54,6 +57,7 @@ class WorkloadApi:
         self.arrived = anyio.Event()
         self.on_update: Callable[[], Awaitable[None]] | None = None
         self._rng = rng
+        self._files = Blocking("openssl")
 
     async def run(self) -> None:
         """Listen to the agent, until cancelled. What it says holds until it says something else, also while it is
@@ -98,7 +102,8 @@ class WorkloadApi:
         """Go by what the agent says, if it makes sense."""
         try:
             svid = default_svid(response)
-        except ValueError as error:
+            await self._files.run(check_svid, svid, self.path)
+        except (ValueError, FileProblemError, BlockedError) as error:
             # What was there goes on.
             self.problem = str(error)
             _log.error("workload api makes no sense", socket=self.path, problem=str(error))

@@ -90,16 +90,25 @@ def identities(certificate: Mapping[str, object], trust_domain: str | None = Non
     )
 
 
-def client_cert_value(digest: str, certificate: Mapping[str, object]) -> str:
+def is_svid(proved: Iterable[str], trust_domain: str | None) -> bool:
+    """Whether a certificate proves a SPIFFE ID, where its authorities speak of one trust domain.
+
+    Args:
+        proved: what it proves of that.
+        trust_domain: as in `identities`; None: anything will do.
+    """
+    return trust_domain is None or any(each.startswith("spiffe://") for each in proved)
+
+
+def client_cert_value(digest: str, proved: Iterable[str]) -> str:
     """The value of X-Forwarded-Client-Cert for one client, as Envoy writes it; empty if it showed no certificate.
 
     Args:
-        digest: the SHA-256 of its certificate, in hexadecimal digits.
-        certificate: as `ssl.SSLObject.getpeercert` gives it.
+        digest: the SHA-256 of its certificate, in hexadecimal digits; empty: it showed none.
+        proved: what that proves.
     """
-    if not certificate:
+    if not digest:
         return ""
-    proved = identities(certificate)
     pairs = [("Hash", digest), *(("URI" if "://" in each else "DNS", each) for each in proved)]
     return ";".join(f"{name}={_quoted(value)}" for name, value in pairs)
 

@@ -26,7 +26,7 @@ from meshlocal.net.tls import SvidSource, TlsContext, client_context, has_expire
 from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
-from meshlocal.policy.identity import IdentityPattern, allowed, client_cert_value, fill, identities
+from meshlocal.policy.identity import IdentityPattern, allowed, client_cert_value, fill, identities, is_svid
 from meshlocal.policy.model import NODE, Instance, ServiceKey
 from meshlocal.policy.picker import Pick
 
@@ -293,6 +293,7 @@ class TlsServer:
         with trio.move_on_after(tls.config.handshake_timeout) as limit:
             try:
                 await pipe.handshake()
+                certificate = pipe.certificate
             except OSError as error:
                 self._refuse("failed", error.strerror or str(error), peer)
                 if isinstance(error, TlsError):
@@ -303,18 +304,18 @@ class TlsServer:
         if limit.cancelled_caught:
             self._refuse("timeout", f"no handshake in {tls.config.handshake_timeout:g} s", peer)
             return None
-        if has_expired(pipe.certificate, resumed=pipe.resumed, now=wall_clock()):
+        if has_expired(certificate, resumed=pipe.resumed, now=wall_clock()):
             self._refuse("failed", "certificate has expired", peer)
             return None
-        proved = identities(pipe.certificate, context.trust_domain)
-        if context.trust_domain is not None and pipe.certificate and not proved:
+        proved = identities(certificate, context.trust_domain)
+        if certificate and not is_svid(proved, context.trust_domain):
             self._refuse("not_allowed", f"no identity of the trust domain {context.trust_domain}", peer)
             return None
         if tls.allow and not allowed(tls.allow, proved):
             self._refuse("not_allowed", f"{', '.join(proved) or 'no identity'} is not in proxy.tls.allow", peer)
             return None
         pipe.identity = proved[0] if proved else ""
-        pipe.told = client_cert_value(pipe.certificate_digest, pipe.certificate).encode()
+        pipe.told = client_cert_value(pipe.certificate_digest, proved).encode()
         self.handshakes["ok"] += 1
         return pipe
 

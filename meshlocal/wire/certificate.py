@@ -10,8 +10,8 @@ import calendar
 import re
 from typing import NamedTuple
 
-_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", re.DOTALL)
-"""RFC 7468, 5.1."""
+_PEM = re.compile(rb"-----BEGIN ((?:X509 |TRUSTED )?CERTIFICATE)-----(.*?)-----END \1-----", re.DOTALL)
+"""RFC 7468, 5.1, and the older labels that OpenSSL reads as well (openssl-format-options(1))."""
 
 _SEQUENCE, _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x30, 0x17, 0x18, 0xA0
 
@@ -32,7 +32,7 @@ def first_of_pem(pem: bytes) -> bytes:
     found = _PEM.search(pem)
     if found is None:
         raise ValueError("holds no certificate in PEM")
-    return base64.b64decode(found[1])
+    return base64.b64decode(found[2])
 
 
 def validity(der: bytes) -> Validity:

@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from meshlocal.wire.grpc.metadata import is_grpc, parse_timeout
 from meshlocal.wire.grpc.status import GrpcError
+from meshlocal.wire.http1.chunked import NO_TRAILERS
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.fields import TOKEN, end_to_end
+from meshlocal.wire.http1.fields import CLIENT_CERT_SPELLINGS, TOKEN, end_to_end
 from meshlocal.wire.http1.request import HeadLimits, RequestHead, parse_content_length, read_authority
 from meshlocal.wire.http1.response import ResponseHead
 from meshlocal.wire.http2 import Headers
@@ -24,12 +25,7 @@ Fields: TypeAlias = "tuple[tuple[bytes, bytes], ...]"
 
 _METHOD = re.compile(TOKEN + rb"++")
 _FORWARDED = (b"x-forwarded-for", b"x-forwarded-proto")
-_CLIENT_CERT = frozenset(
-    f"x{first}forwarded{second}client{third}cert".encode() for first in "-_" for second in "-_" for third in "-_"
-)
-"""As `meshlocal.wire.http1.fields.CLIENT_CERT_LOOKALIKE` has it."""
-
-_ONE_HOP = _CLIENT_CERT | {b"proxy-authorization"}
+_ONE_HOP = CLIENT_CERT_SPELLINGS | {b"proxy-authorization"}
 """Fields that are not passed on: the second is for a proxy, and that was this one (RFC 9110, 11.7.2)."""
 
 _DECISIVE = frozenset(
@@ -329,6 +325,11 @@ def response_to_http1(fields: Headers, *, ends: bool, sized: bool = False) -> by
         lines.append(b"content-length: 0" if ends else b"transfer-encoding: chunked")
     lines += (b"", b"")
     return b"\r\n".join(lines)
+
+
+def request_trailers(fields: Headers) -> Fields:
+    """A request's trailers that may go on, but for those that no trailer may have (RFC 9110, 6.5.1)."""
+    return tuple(field for field in fields if field[0] not in NO_TRAILERS)
 
 
 def trailers_to_http1(fields: Headers) -> bytes:

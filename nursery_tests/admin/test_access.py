@@ -99,6 +99,16 @@ def test_a_token_is_read_again(tmp_path: Path) -> None:
         AdminAccess(AdminAccessConfig(token_file=str(file)), "proxy")
 
 
+@pytest.mark.parametrize("text", ["abc\ndef", "a b", "sesame \u00fc", "\x7f"])
+def test_what_no_header_can_hold_is_no_token(tmp_path: Path, text: str) -> None:
+    """The error shows nothing of it."""
+    file = tmp_path / "token"
+    file.write_text(text)
+    with pytest.raises(FileProblemError, match="holds no token: one is of printable") as caught:
+        AdminAccess(AdminAccessConfig(token_file=str(file)), "proxy")
+    assert text not in str(caught.value)
+
+
 async def test_over_tls(tmp_path: Path) -> None:
     """Each connection has the certificate that the file holds then; one that speaks no TLS costs nobody else."""
     authority = Authority(tmp_path)

@@ -31,7 +31,7 @@ from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
 from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_ZONES
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
-from nursery_tests.certificates import Authority
+from nursery_tests.certificates import NO_TEXT, Authority
 from nursery_tests.client.test_watch import FixedSource
 from nursery_tests.spiffe import answer
 
@@ -213,6 +213,41 @@ async def test_a_certificate_of_another_authority(setup: Setup, scheme: str, tok
             assert "certificate required" in caught.value.message.lower().replace("_", " ")
         async with served.link(setup.client(uri=WEB)) as link:
             assert await names(link) == ["cart.shop"]
+
+
+async def test_a_certificate_that_makes_no_sense_ends_nothing(setup: Setup, scheme: str) -> None:
+    """P1: an authority signs what it is given, and the next client is served."""
+    pair = setup.authority.issue_raw("client", NO_TEXT)
+    config = msgspec.structs.replace(setup.client(), certificate_file=pair.certificate, key_file=pair.key)
+    async with serving(setup.config, scheme) as served:
+        with pytest.raises(GrpcError):
+            async with served.link(config) as link:
+                await names(link)
+        async with served.link(setup.client(uri=WEB)) as link:
+            assert await names(link) == ["cart.shop"]
+
+
+async def test_a_bundle_speaks_of_its_own_trust_domain(setup: Setup, scheme: str) -> None:
+    """Who is of another one is nobody, also where nobody is told apart."""
+    api = WorkloadApi("unused", random.Random(0))
+    await api.take(answer(setup.authority, WEB))
+    async with serving(DiscoveryServerConfig(tls_workload_api="unix:///unused"), scheme, api) as served:
+        for uri, works in (("spiffe://other/ns/shop/sa/web", False), ("spiffe://example/any", True)):
+            pair = setup.authority.issue("client", ["localhost"], [uri])
+            client = DiscoveryClientConfig(
+                connect_timeout=10,
+                identity=WEB,
+                certificate_file=pair.certificate,
+                key_file=pair.key,
+                ca_file=setup.authority.file,
+            )
+            async with served.link(client) as link:
+                if works:
+                    assert await names(link) == ["cart.shop", "ledger.bank"]
+                    continue
+                with pytest.raises(GrpcError, match="no identity of the trust domain example") as caught:
+                    await names(link)
+                assert caught.value.code is StatusCode.UNAUTHENTICATED
 
 
 async def test_grpcio_with_credentials(setup: Setup) -> None:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from meshlocal.app import html
+from meshlocal.app.watch_page import watch_page
 
 HOSTILE = "<script>\"'&"
 ESCAPED = "&lt;script&gt;&quot;&#x27;&amp;"
@@ -67,3 +68,21 @@ def test_a_page_is_well_formed() -> None:
     checker.feed(page.body.decode())
     assert checker.open == []
     assert f"<title>{ESCAPED}</title>".encode() in page.body
+
+
+@pytest.mark.parametrize(
+    ("host", "tls", "source"),
+    [
+        ("localhost", False, "ws://localhost:7071"),
+        ("ops.example", True, "wss://ops.example:7071"),
+        ("[::1]", False, "ws:"),
+        ("[::1]", True, "wss:"),
+    ],
+)
+def test_the_watch_page_may_connect_to_its_own_server_only(host: str, tls: bool, source: str) -> None:
+    """As far as a policy can say it: it knows no IPv6 addresses."""
+    page = watch_page("t", host, 7071, ["b"], tls=tls, token=False)
+    directives = page.policy.split("; ")
+    assert f"connect-src {source}" in directives
+    assert "default-src 'none'" in directives
+    assert [each for each in directives if each.startswith("script-src 'sha256-")]

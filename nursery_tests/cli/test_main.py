@@ -252,6 +252,13 @@ def test_a_proxy_that_is_no_address_is_the_flags_fault(run: Run) -> None:
     assert run("explain", "b", "--proxy", "15000") == (2, "", "meshlocal: --proxy: expected HOST:PORT, got '15000'\n")
 
 
+def test_a_token_for_a_proxy_elsewhere_goes_over_tls_only(run: Run) -> None:
+    Path("token").write_text("s3cret\n")
+    status, out, err = run("explain", "b", "--proxy", "192.0.2.1:15000", "--token-file", "token")
+    assert (status, out) == (2, "")
+    assert err == ("meshlocal: --token-file: no token goes over plaintext beyond this machine: ask at https://\n")
+
+
 def test_a_malformed_instances_file_says_each_line_and_key(run: Run) -> None:
     Path("bad.yaml").write_text(
         "services:\n  b:\n    - {address: '', port: 9000}\n    - {address: 10.0.0.1, port: 0}\n"

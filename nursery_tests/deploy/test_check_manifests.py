@@ -50,7 +50,7 @@ def findings(checker: Any, builds: Any) -> Any:
 def test_the_manifests_are_good(checker: Any) -> None:
     found, count = checker.check()
     assert found == []
-    assert count >= 18
+    assert count >= 30
 
 
 def test_every_folder_is_built_and_every_version_checked(checker: Any, builds: Any) -> None:
@@ -60,6 +60,9 @@ def test_every_folder_is_built_and_every_version_checked(checker: Any, builds: A
         "components/network-policy",
         "components/nodes",
         "example",
+        "mutual-tls/authority",
+        "mutual-tls/discovery",
+        "mutual-tls/example",
     }
     assert checker.versions()[0] == "1.29"
     assert len(checker.versions()) >= 9
@@ -330,11 +333,29 @@ def test_an_unknown_kind_is_found(checker: Any, broken_tree: Any) -> None:
     assert [line for line in found if "no DaemonSet of apps/v1beta1 is known" in line]
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "problem"),
+    [
+        ("example/certificates.yaml", "secretName: b-tls", "secret: b-tls", "Certificate b: spec: "),
+        ("example/certificates.yaml", "size: 256", "size: large", "Certificate caller: spec.privateKey.size: "),
+        ("authority/authority.yaml", "selfSigned: {}", "vault: {}", "ClusterIssuer meshlocal-root: spec: "),
+        ("example/certificates.yaml", "secretName: b-tls", "secretName: c", "no Certificate makes Secret b-tls"),
+        ("example/b.yaml", "defaultMode: 0440", "defaultMode: 0444", "volume tls: everybody may read it"),
+        ("example/inbound.yaml", "@127.0.0.1:8080", "@127.0.0.1:9", "proxy.listen: no container has a port 9"),
+    ],
+)
+def test_what_is_wrong_with_the_overlay_is_found(
+    checker: Any, broken_tree: Any, file: str, old: str, new: str, problem: str
+) -> None:
+    found, _ = checker.check(broken_tree(f"mutual-tls/{file}", old, new))
+    assert [line for line in found if problem in line], found
+
+
 def test_what_cannot_be_built_is_found(checker: Any, broken_tree: Any) -> None:
     found, _ = checker.check(broken_tree("example/kustomization.yaml", "b.yaml", "absent.yaml"))
-    assert len(found) == 1
-    assert found[0].startswith("example: cannot be built: ")
-    assert "absent.yaml" in found[0]
+    # The overlay that is built on it cannot be, either.
+    assert [line.partition(":")[0] for line in found] == ["example", "mutual-tls/example"]
+    assert all("cannot be built: " in line and "absent.yaml" in line for line in found)
 
 
 def test_a_deprecated_kustomization_is_found(checker: Any, broken_tree: Any) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -374,6 +376,19 @@ async def test_more_connections_than_allowed() -> None:
         assert await second.receive_some() == b""
         assert server.connections == 1
         await first.aclose()
+
+
+async def test_a_drain_ends_with_a_handshake_that_fails() -> None:
+    """S1: also over TLS, and also if that was the last connection."""
+    async with serving() as served, trio.open_nursery() as nursery:
+        near, far = memory_stream_pair()
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        nursery.start_soon(partial(served.server.serve_stream, far, tls=lambda: context))
+        await wait_all_tasks_blocked()
+        assert served.server.connections == 1
+        with trio.fail_after(5):
+            nursery.start_soon(near.send_all, b"no handshake at all")
+            await served.server.drain()
 
 
 async def test_a_drain_waits_for_the_last_connection() -> None:

@@ -222,6 +222,9 @@ async def test_a_killed_worker_is_replaced_and_the_others_go_on(running: Running
     after = await running.pids()
     assert after[0] != pids[0]
     assert after[1] == pids[1]
+    _, text = await running.here.get(running.admin, "/metrics")
+    told = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+    assert len(told) == len(set(told)), "each name stands once"
     found = await running.here.metrics(running.admin)
     assert found("requests_total", service="b", outcome="served") >= 10
     assert found("picks_total", service="b") >= before("picks_total", service="b")

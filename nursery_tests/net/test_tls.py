@@ -207,6 +207,7 @@ def test_validity_is_what_a_library_wrote(begin: int, days: int, serial: int) ->
     assert validity(der) == (begin, end)
     pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
     assert first_of_pem(b"leading text\n" + pem + pem) == der
+    assert first_of_pem(pem.replace(b" CERT", b" X509 CERT")) == der
 
 
 KEY = ec.generate_private_key(ec.SECP256R1())

@@ -14,6 +14,7 @@ from meshlocal.policy.identity import (
     fill,
     identities,
     is_identity,
+    is_svid,
     placeholders,
 )
 
@@ -120,11 +121,31 @@ def test_what_is_no_template_is_refused(template: str) -> None:
 )
 def test_what_an_instance_is_told_of_a_certificate(names: list[tuple[str, str]], value: str) -> None:
     """As Envoy's field, in which no name can end a value or the line."""
-    assert client_cert_value("ab12", {"subjectAltName": tuple(names)}) == value
+    assert client_cert_value("ab12", identities({"subjectAltName": tuple(names)})) == value
 
 
 def test_who_shows_no_certificate_is_nobody() -> None:
-    assert client_cert_value("", {}) == ""
+    assert client_cert_value("", ()) == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "trust_domain", "svid"),
+    [
+        ([("URI", WEB)], "example.org", True),
+        ([("URI", WEB), ("URI", "spiffe://other/admin")], "example.org", True),
+        ([("URI", "spiffe://other/admin"), ("DNS", "web")], "example.org", False),
+        ([("URI", "https://x/"), ("DNS", "web")], "example.org", False),
+        ([], "example.org", False),
+        ([], None, True),
+    ],
+)
+def test_what_a_trust_domains_authorities_must_have_signed(
+    names: list[tuple[str, str]], trust_domain: str | None, svid: bool
+) -> None:
+    """And of what they signed for another one, an instance is told nothing."""
+    proved = identities({"subjectAltName": tuple(names)}, trust_domain)
+    assert is_svid(proved, trust_domain) is svid
+    assert trust_domain is None or "other" not in client_cert_value("ab12", proved)
 
 
 @pytest.mark.parametrize(

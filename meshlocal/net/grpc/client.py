@@ -18,7 +18,7 @@ from meshlocal.net.grpc.connection import Connection
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.net.grpc.stream import Stream
 from meshlocal.net.grpc.transport import ByteStream, adapt
-from meshlocal.net.tls import TlsContext
+from meshlocal.net.tls import TlsContext, certificate_of
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
 from meshlocal.wire.grpc.metadata import encode_metadata, format_timeout
 from meshlocal.wire.grpc.method import CallMethod, Got, Method, Req, Resp, Sent
@@ -291,10 +291,10 @@ async def _connect_tls(host: str, port: int, context: ssl.SSLContext, hostname: 
     )
     try:
         if isinstance(context, TlsContext):
-            context.check(stream.extra(TLSAttribute.ssl_object).getpeercert() or {})
+            context.check(certificate_of(stream.extra(TLSAttribute.ssl_object)))
         if stream.extra(TLSAttribute.alpn_protocol, None) != "h2":
             raise ConnectionError("the server does not offer HTTP/2 (ALPN h2)")
-    except ConnectionError:
+    except OSError:
         await stream.aclose()
         raise
     return stream

@@ -20,6 +20,7 @@ from meshlocal.net.grpc.transport import ByteStream, TrioByteStream, adapt
 from meshlocal.net.listen import Handle, accept_loop
 from meshlocal.net.log import get_log
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.tls import certificate_of
 from meshlocal.net.tls_accept import accept_tls
 from meshlocal.policy.rates import TokenBucket
 from meshlocal.wire.grpc.framing import ACCEPT_ENCODING
@@ -236,16 +237,21 @@ class GrpcServer:
         self, tls: Callable[[], ssl.SSLContext] | None, client: socket.socket, peer: object
     ) -> None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+        address = format_address(peer)
         if tls is None:
-            await self.serve_stream(TrioByteStream(stream, client), format_address(peer))
+            await self.serve_stream(TrioByteStream(stream, client), address)
             return
-        with self.crowding.place(format_address(peer)) as place:
+        with self.crowding.place(address) as place:
             if not place:
                 await stream.aclose()
                 return
-            secured = await accept_tls(stream, tls())
+            try:
+                secured = await accept_tls(stream, tls())
+            except Exception:
+                log.exception("grpc handshake failed", peer=address)
+                return
             if secured is not None:
-                await self._serve(TrioByteStream(secured), format_address(peer), secured.getpeercert() or {})
+                await self._serve(TrioByteStream(secured), address, certificate_of(secured))
 
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, peer: str = "unknown") -> None:
         """Serve one connection until it ends, and close it. `peer` is what calls see as `ServerCall.peer`."""

@@ -11,7 +11,7 @@ import re
 from typing import TypeAlias
 
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.fields import FIELDS, without
+from meshlocal.wire.http1.fields import CLIENT_CERT_SPELLINGS, FIELDS, without
 
 Piece: TypeAlias = "bytes | memoryview"
 """Bytes that pass on; a view into what was fed."""
@@ -22,7 +22,7 @@ MAX_EXTENSIONS = 16384
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(;[\t -~\x80-\xff]{0,255})?\r\n")
 _PARTIAL_SIZE = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t -~\x80-\xff]{0,255})?\r?)?")
 
-_NO_TRAILERS = frozenset(
+NO_TRAILERS = frozenset(
     {
         b"authorization",
         b"connection",
@@ -40,6 +40,7 @@ _NO_TRAILERS = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        *CLIENT_CERT_SPELLINGS,
     }
 )
 """Fields for framing, routing and authentication: they have no meaning in a trailer (RFC 9110, 6.5.1)."""
@@ -133,10 +134,10 @@ class ChunkedBody:
                 at += len(section)
                 if self._decode:
                     start = at
-                    self.trailers = without(section[:-2], _NO_TRAILERS) if len(section) > 2 else b""
+                    self.trailers = without(section[:-2], NO_TRAILERS) if len(section) > 2 else b""
                 elif len(section) > 2:
                     out.append(view[start : at - len(section)])
-                    out.append(without(section[:-2], _NO_TRAILERS) + b"\r\n")
+                    out.append(without(section[:-2], NO_TRAILERS) + b"\r\n")
                     start = at
                 self._state = _END
                 self.finished = True

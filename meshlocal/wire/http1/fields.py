@@ -24,6 +24,11 @@ CLIENT_CERT = b"x-forwarded-client-cert"
 CLIENT_CERT_LOOKALIKE = rb"x[-_]forwarded[-_]client[-_]cert"
 """That, and what applications behind CGI's naming take for the same (RFC 3875, 4.1.18)."""
 
+CLIENT_CERT_SPELLINGS = frozenset(
+    f"x{first}forwarded{second}client{third}cert".encode() for first in "-_" for second in "-_" for third in "-_"
+)
+"""The same as names, in small letters."""
+
 # Fields that belong to one connection (RFC 9110, 7.6.1), beside those that its Connection field lists.
 # Transfer-Encoding is written anew by who frames the body; Proxy-Authorization is for a proxy, and that was this one.
 # X-Forwarded-Client-Cert says who the peer of one connection proved to be: what a client says of it is never passed on.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from nursery_tests.certificates import Pair
+from nursery_tests.certificates import NO_TEXT, Pair
 from nursery_tests.interop.http.conftest import Proxy, Threaded, new_address, wait_until
 from nursery_tests.interop.http.test_tls import (
     LIMIT,
@@ -163,6 +163,7 @@ def test_a_client_that_stops_at_any_flight(
         ("none", "peer did not return a certificate", "certificate required|handshake failure"),
         ("not allowed", "is not in proxy.tls.allow", "reset|eof"),
         ("older", "unsupported protocol", "protocol version"),
+        ("no text", "a certificate that makes no sense", "reset|eof"),
     ],
 )
 @pytest.mark.parametrize("version", VERSIONS)
@@ -187,6 +188,7 @@ def test_who_is_refused_and_what_it_sees(
         "none": None,
         "not allowed": certificates.other,
         "older": certificates.web,
+        "no text": authority.issue_raw("no-text", NO_TEXT),
     }[who]
     made = refusing(folder, running, echo, certificates)
     context = client_context(certificates, pair)

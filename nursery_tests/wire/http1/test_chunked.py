@@ -123,3 +123,13 @@ def test_noise_splits_alike(noise: bytes, cuts: list[int]) -> None:
             return "refused"
 
     assert outcome([noise] if noise else []) == outcome(split(noise, cuts))
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_what_a_client_says_of_a_certificate_stands_in_no_trailer(decode: bool) -> None:
+    """T4: an instance that merges trailers would believe it."""
+    body = ChunkedBody(decode=decode)
+    out, _ = read(body, [b"0\r\nX-Forwarded-Client-Cert: a\r\nx_forwarded_client_cert: b\r\nA: b\r\n\r\n"])
+    passed = body.trailers if decode else out
+    assert b"cert" not in passed.lower()
+    assert b"A: b" in passed

@@ -53,6 +53,7 @@ from meshlocal.wire.http2_heads import (
     Http2RequestHead,
     onward_request,
     request_to_http1,
+    request_trailers,
     response_from_http1,
     trailers_from_http1,
     trailers_to_http1,
@@ -851,7 +852,7 @@ class H2ClientLink(Link):
     def _on_trailers(self, event: TrailersReceived) -> None:
         stream = self.streams.get(event.stream_id)
         if stream is not None:
-            stream.trailers(event.headers)
+            stream.trailers(request_trailers(event.headers))
 
     def _on_ping_acknowledged(self, event: PingAcknowledged) -> None:
         if event.opaque_data == _DRAIN:
