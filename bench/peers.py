@@ -45,6 +45,7 @@ class Tls(NamedTuple):
         authority: which all are signed by.
         name: that instances prove.
         onward: the services whose instances speak TLS too, and ask for a certificate.
+        asks: clients must show a certificate, and ask for `name` (SNI). Of the peers, Envoy alone heeds it.
     """
 
     certificate: str
@@ -53,6 +54,7 @@ class Tls(NamedTuple):
     authority: str
     name: str
     onward: Collection[str]
+    asks: bool = False
 
 
 class Job(NamedTuple):
@@ -299,7 +301,7 @@ def _envoy_cluster(service: str, instances: Sequence[Instance], job: Job) -> dic
         },
     }
     if job.tls is not None and service in job.tls.onward:
-        cluster["transport_socket"] = envoy_tls(job.tls, "Upstream")
+        cluster["transport_socket"] = _envoy_tls(job.tls, "Upstream", job)
     if job.http2:
         options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
         cluster["typed_extension_protocol_options"] = {
@@ -330,7 +332,25 @@ def _envoy_cluster(service: str, instances: Sequence[Instance], job: Job) -> dic
     return cluster
 
 
-def envoy_tls(tls: Tls, side: str) -> dict[str, Any]:
+def _envoy_listening(job: Job) -> dict[str, Any]:
+    """What a listener's filter chain says of TLS."""
+    if job.tls is None:
+        return {}
+    found: dict[str, Any] = {"transport_socket": _envoy_tls(job.tls, "Downstream", job)}
+    if job.tls.asks:
+        found["filter_chain_match"] = {"server_names": [job.tls.name]}
+    return found
+
+
+def _envoy_inspector(job: Job) -> list[dict[str, Any]]:
+    """What finds out the name that clients ask for."""
+    if job.tls is None or not job.tls.asks:
+        return []
+    kind = "type.googleapis.com/envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"
+    return [{"name": "envoy.filters.listener.tls_inspector", "typed_config": {"@type": kind}}]
+
+
+def _envoy_tls(tls: Tls, side: str, job: Job) -> dict[str, Any]:
     """Envoy's transport socket towards clients (`Downstream`) or instances (`Upstream`)."""
     own = {"certificate_chain": {"filename": tls.certificate}, "private_key": {"filename": tls.key}}
     common: dict[str, Any] = {"tls_certificates": [own]}
@@ -338,6 +358,11 @@ def envoy_tls(tls: Tls, side: str) -> dict[str, Any]:
         "@type": f"type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{side}TlsContext",
         "common_tls_context": common,
     }
+    if job.http:
+        common["alpn_protocols"] = ["h2"] if job.http2 else ["http/1.1"]
+    if side == "Downstream" and tls.asks:
+        context["require_client_certificate"] = True
+        common["validation_context"] = {"trusted_ca": {"filename": tls.authority}}
     if side == "Upstream":
         # Of its own accord it speaks no more than TLS 1.2 to instances.
         common["tls_params"] = {"tls_maximum_protocol_version": "TLSv1_3"}
@@ -388,12 +413,8 @@ def _envoy_config(job: Job, ports: Mapping[str, int]) -> dict[str, Any]:
             "name": service,
             "address": _socket_address("127.0.0.1", ports[service]),
             "tcp_backlog_size": 4096,
-            "filter_chains": [
-                {
-                    "filters": [_envoy_filter(service, job)],
-                    **({"transport_socket": envoy_tls(job.tls, "Downstream")} if job.tls is not None else {}),
-                }
-            ],
+            "filter_chains": [{"filters": [_envoy_filter(service, job)], **_envoy_listening(job)}],
+            "listener_filters": _envoy_inspector(job),
         }
         for service in job.services
     ]

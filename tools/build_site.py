@@ -21,7 +21,12 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "build" / "pages"
 SITE = ROOT / "build" / "site"
-ELSEWHERE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "bench/README.md": "benchmarks.md"}
+ELSEWHERE = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "bench/README.md": "benchmarks.md",
+    "SECURITY.md": "reporting.md",
+}
 """Pages that are made from files outside docs/."""
 LANGUAGES = {".yaml": "yaml", ".proto": "protobuf", ".py": "python", ".service": "ini", ".sh": "sh"}
 

@@ -103,7 +103,7 @@ class DiscoveryProcess:
         except FileProblemError as error:
             raise ConfigError([Problem("discovery.admin_access", str(error), "")]) from None
         self.exposures = of_server(config)
-        self._following = Following(self._followed, partial(expiring_now, self._followed))
+        self._following = Following(self.followed, partial(expiring_now, self.followed))
         guarded = self.access.guard(self.service.handlers())
         handlers = {**guarded, **self.health.handlers()}
         names = sorted({method.service for method in handlers})
@@ -143,7 +143,7 @@ class DiscoveryProcess:
                 self.websocket,
                 access=self.access,
                 exposures=self.exposures,
-                followed=self._followed,
+                followed=self.followed,
             ),
             ProcessCollector(self.supervision),
         ]
@@ -186,7 +186,7 @@ class DiscoveryProcess:
                 await lifetime.start(self.hub.run)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(pages.serve, admin_sockets))
-                if any(True for _ in self._followed()):
+                if any(True for _ in self.followed()):
                     lifetime.start_soon(keep, "files", self._following.run)
                 if self.workload is not None:
                     self.workload.on_update = self._following.look
@@ -204,7 +204,8 @@ class DiscoveryProcess:
                 await self._drain()
                 lifetime.cancel_scope.cancel()
 
-    def _followed(self) -> Iterator[Followed[Any]]:
+    def followed(self) -> Iterator[Followed[Any]]:
+        """What is made of files (T3)."""
         yield from self.access.followed()
         yield from self.admin_access.followed()
 

@@ -13,6 +13,7 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
 from meshlocal.app.discovery import DiscoveryProcess
 from meshlocal.app.proxy_pages import config_view, json_in_steps, json_response, livez, plain, readyz
+from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
 from meshlocal.discovery.hub import Hub
@@ -98,13 +99,21 @@ def _overview(process: DiscoveryProcess) -> Response:
     connections = [f"{process.server.connections} by gRPC"]
     if process.websocket is not None:
         connections.append(f"{process.websocket.connections} by WebSocket")
-    secured = [word for word, on in (("over TLS", process.access.tls), ("with a token", _wants_token(process))) if on]
+    config = process.config.discovery
+    told = (
+        ("over TLS", process.access.tls),
+        ("with a client certificate", config.tls_client_ca_file is not None or process.workload is not None),
+        ("with a token", _wants_token(process)),
+        (f"shown services as discovery.allow has it ({len(config.allow)} entries)", bool(config.allow)),
+    )
+    secured = [", ".join(word for word, on in told if on)]
     parts = [
         html.facts(
             [
                 ("state", [state]),
                 ("watches", [hub.watcher_count]),
                 ("connections", [", ".join(connections), *secured]),
+                *security_facts(process.followed(), process.workload, process.exposures),
             ]
         ),
         html.heading("Sources"),

@@ -137,7 +137,7 @@ class ProxyProcess:
         self._checking = False
         self._returning = False
         self._following_files = False
-        self._following = Following(self._followed, partial(expiring_now, self._followed))
+        self._following = Following(self.followed, partial(expiring_now, self.followed))
         self.workload = make_workload(proxy.tls.workload_api, rng)
         import_parts(proxy)
         try:
@@ -181,7 +181,7 @@ class ProxyProcess:
                 self.readiness,
                 busy_poll,
                 self.tls_servers,
-                followed=self._followed,
+                followed=self.followed,
                 exposures=of_proxy(self.config.proxy) if not self.worker else None,
             ),
             HttpCollector(lambda: self.http),
@@ -222,7 +222,7 @@ class ProxyProcess:
         else:
             self._servers[scheme] = self.tls_servers[scheme] = TlsServer(listening, inner)
 
-    def _followed(self) -> Iterator[Followed[Any]]:
+    def followed(self) -> Iterator[Followed[Any]]:
         """What is made of files (T3)."""
         yield from self.admin_access.followed()
         if self.tls is not None:
@@ -230,7 +230,7 @@ class ProxyProcess:
 
     def _follow_files(self, lifetime: trio.Nursery) -> None:
         """Follow the files of certificates and tokens from now on, once there are some."""
-        if self._following_files or not any(True for _ in self._followed()):
+        if self._following_files or not any(True for _ in self.followed()):
             return
         self._following_files = True
         lifetime.start_soon(self.supervision.keep, "files", self._following.run)

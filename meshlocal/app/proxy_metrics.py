@@ -178,8 +178,7 @@ class ProxyCollector(Collector):
         )
         skipped = CounterMetricFamily(
             "meshlocal_tls_skipped",
-            "Connections to instances on this very host that were made in plaintext, as the service's tls.skip_tiers"
-            " has it.",
+            "Attempts to connect to instances on this very host in plaintext, as the service's tls.skip_tiers has it.",
             labels=["service"],
         )
         refused = CounterMetricFamily(

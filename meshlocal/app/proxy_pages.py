@@ -17,6 +17,7 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.readiness import Readiness
+from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import (
     explain_in_steps,
     health_view,
@@ -29,6 +30,8 @@ from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
 from meshlocal.net.slices import pieces
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
+from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.exposure import of_proxy
 from meshlocal.policy.health import State
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
@@ -156,6 +159,7 @@ class _ProxyPages:
         feed = self._process.feed.status
         view = yield from explain_in_steps(service.picker, service.cursors, service.fitness.gate())
         age = feed.age(trio.current_time())
+        view["tls"] = _tls_view(config, service)
         view["discovery"] = {
             "connected": feed.connected,
             "problem": feed.problem,
@@ -183,12 +187,13 @@ class _ProxyPages:
         keys: Sequence[EndpointKey],
         left_out: Mapping[EndpointKey, LeftOut],
     ) -> Iterator[dict[str, Any]]:
-        view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tiers": {}}
+        view: dict[str, Any] = {"service": service.key, "known": None, "version": None, "tls": None, "tiers": {}}
         if picker is None:
             yield view
             return
         names = picker.selector.tiers
         now = trio.current_time()
+        view["tls"] = _tls_view(self._process.config.proxy, service)
         view.update(known=not picker.snapshot.unknown, version=picker.snapshot.version, tiers=picker.tier_sizes())
         yield view
         for key in keys:
@@ -227,6 +232,7 @@ class _ProxyPages:
         told = "nothing heard yet" if age is None else f"current {_time(age)} ago"
         if feed.stale:
             told += ", from the cache file: stale until discovery confirms it"
+        yield from security_facts(process.followed(), process.workload, of_proxy(process.config.proxy))
         if not process.config.proxy.discovery.urls:
             yield "discovery", ["none: every listener has a fixed address"]
             return
@@ -246,6 +252,14 @@ class _ProxyPages:
             for bound in listener.bound
         )
         yield html.table(("Address", "Service", "Accept errors"), rows)
+
+    def _spoken_to(self, service: ServiceState) -> object:
+        tls = self._process.config.proxy.service(service.key).tls
+        if tls is None:
+            return "in plaintext"
+        skipped = service.statistics.tls_skipped
+        told = f"{tls.summary} (attempts so far: {skipped})" if tls.skip_tiers else tls.summary
+        return html.bad(told) if skipped else told
 
     def _service(self, service: ServiceState) -> Iterator[html.Html | None]:
         """The parts of the page that show one service; None between two of them that take their time."""
@@ -268,6 +282,7 @@ class _ProxyPages:
                     bar if done.reached else ["no request reached an instance"] if done.total else ["no request yet"],
                 ),
                 ("now", [f"{statistics.open} connections open, {statistics.connecting} clients waiting"]),
+                ("spoken to", [self._spoken_to(service)]),
                 ("usable", [sizes, html.link(f"/explain?service={quote(service.key)}", "the next request's plan")]),
             ]
         )
@@ -300,6 +315,20 @@ class _ProxyPages:
             )
             yield None
         yield html.table(("Instance", "Node", "Tier", "Left out", "Health", "Under way"), lines)
+
+
+def _tls_view(config: ProxyConfig, service: ServiceState) -> dict[str, Any] | None:
+    """How a service's instances are spoken to, if not in plaintext."""
+    tls = config.service(service.key).tls
+    if tls is None:
+        return None
+    return {
+        "server_name": tls.server_name,
+        "identity": tls.identity,
+        "port": tls.port,
+        "skip_tiers": list(tls.skip_tiers),
+        "plaintext_attempts": service.statistics.tls_skipped,
+    }
 
 
 def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:

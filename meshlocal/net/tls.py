@@ -229,9 +229,9 @@ def _check_valid(context: TlsContext, source: str, pem: bytes) -> None:
     found = validity(first_of_pem(pem))
     now = wall_clock()
     if now > found.not_after:
-        raise ValueError(f"the certificate has expired, at {_utc(found.not_after)}")
+        raise ValueError(f"the certificate has expired, at {utc_text(found.not_after)}")
     if now < found.not_before:
-        raise ValueError(f"the certificate is not valid before {_utc(found.not_before)}")
+        raise ValueError(f"the certificate is not valid before {utc_text(found.not_before)}")
     context.certificate_file, context.validity = source, found
 
 
@@ -240,7 +240,8 @@ def wall_clock() -> float:
     return datetime.datetime.now(datetime.UTC).timestamp()
 
 
-def _utc(seconds: float) -> str:
+def utc_text(seconds: float) -> str:
+    """A time in seconds since 1970, for people (RFC 3339)."""
     try:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
     except (OverflowError, ValueError, OSError):
@@ -267,9 +268,9 @@ def expiring(followed: Iterable[Followed[Any]], now: float) -> Iterator[str]:
     for file, period in certificates(followed).items():
         left, life = period.not_after - now, period.not_after - period.not_before
         if left <= 0:
-            yield f"{file}: the certificate has expired, at {_utc(period.not_after)}"
+            yield f"{file}: the certificate has expired, at {utc_text(period.not_after)}"
         elif left < min(DAY, life / 3):
-            yield f"{file}: the certificate expires at {_utc(period.not_after)}"
+            yield f"{file}: the certificate expires at {utc_text(period.not_after)}"
 
 
 def certificate_of(peer: PeerCertificate) -> Mapping[str, object]:

@@ -97,3 +97,14 @@ class UpstreamTlsConfig(Section, frozen=True):
         ),
     ] = ()
     min_version: _MinVersion = "1.3"
+
+    @property
+    def summary(self) -> str:
+        """How instances are spoken to, for people."""
+        who = f"identity {self.identity}" if self.identity is not None else f"name {self.server_name}"
+        parts = [f"TLS {self.min_version} or newer; an instance must prove the {who}"]
+        if self.port is not None:
+            parts.append(f"at port {self.port}")
+        if self.skip_tiers:
+            parts.append(f"in plaintext to this host's own addresses in tier {', '.join(self.skip_tiers)}")
+        return "; ".join(parts)
