@@ -45,6 +45,15 @@ class Pipe(Protocol):
         """The socket whose bytes they are; None if they are not, as with TLS."""
         ...
 
+    def fileno(self) -> int:
+        """The number of the socket below; -1 if there is none."""
+        ...
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether `read` may give something that no event of the socket will announce."""
+        ...
+
     def read(self, size: int) -> bytes | None:
         """What came, at most so many bytes; empty at the stream's end, None if nothing came yet."""
         ...
@@ -112,6 +121,12 @@ class PlainPipe:
 
     def __init__(self, sock: socket.socket) -> None:
         self.plain: socket.socket = sock
+
+    may_hold = False
+
+    def fileno(self) -> int:
+        """See `Pipe.fileno`."""
+        return self.plain.fileno()
 
     def read(self, size: int) -> bytes | None:
         """See `Pipe.read`."""

@@ -97,6 +97,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
         self.busy_poll = BusyPoll(self._epoll.poll)
         self._wait = self.busy_poll.wait
         self.handlers: dict[int, Callable[[int], None]] = {}
+        self._closers: dict[int, Callable[[], None]] = {}
+        """By the same number: who wants to know that a task closes the socket."""
         self._finished: list[Sleeper] = []
         self._deferred: dict[Sleeper, float] = {}
         """When each is due, by `time.perf_counter`, the first one first."""
@@ -139,6 +141,24 @@ class RelayLoop(Flows, trio.abc.Instrument):
         For as long as the socket is open, which its holder closes with `sockets.close` or `abort`.
         """
         self._register(sock.fileno(), _READ_EVENTS)
+
+    def attend(self, number: int, handler: Callable[[int], None], closing: Callable[[], None]) -> None:
+        """Call a socket's handler once an edge, of bytes that come as of room for more, and `closing` if a task closes
+        the socket; until `neglect`, by which nothing is left of either but a registration that is passed over.
+
+        Args:
+            number: the socket's descriptor.
+            handler: gets what happened, as epoll_wait(2) tells it.
+            closing: called before the socket is closed.
+        """
+        self.handlers[number] = handler
+        self._closers[number] = closing
+        self._register(number, ALL_EVENTS)
+
+    def neglect(self, number: int) -> None:
+        """Take back an `attend`, if there was one."""
+        self.handlers.pop(number, None)
+        self._closers.pop(number, None)
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Call this once the handlers of the other sockets were called; at once, if no turn is under way.
@@ -231,6 +251,10 @@ class RelayLoop(Flows, trio.abc.Instrument):
         """A task closes a socket: its relay, if it has one, ends."""
         fd = sock.fileno()
         self.handlers.pop(fd, None)
+        closing = self._closers.pop(fd, None)
+        if closing is not None:
+            closing()
+            self._reschedule()
         flow = self._flows.get(fd)
         if flow is not None and flow.source is sock:
             flow.pair.state.fail(flow.side, errno.EBADF)

@@ -27,8 +27,8 @@ from meshlocal.net.tls import certificate_of
 CHUNK = 65_536
 """Bytes that are encrypted at once."""
 
-RECORD = 16_640
-"""Bytes that are taken from the socket at once: a record of the largest kind (RFC 8446, 5.2)."""
+RECEIVED = 66_560
+"""Bytes that are taken from the socket at once: four records of the largest kind (RFC 8446, 5.2)."""
 
 PARTING = 65_536
 """Bytes that are read, and let go, of somebody whose handshake failed."""
@@ -58,6 +58,7 @@ class TlsPipe:
         "_barren",
         "_came",
         "_dry",
+        "_ended",
         "_going",
         "_object",
         "_on_session",
@@ -91,6 +92,7 @@ class TlsPipe:
         self._ahead = b""
         self._barren = 0
         self._dry = False
+        self._ended = False
         self._on_session = on_session
         self.identity = ""
         self.told = b""
@@ -162,7 +164,7 @@ class TlsPipe:
             while read < PARTING:
                 await wait_readable(self._sock)
                 try:
-                    data = self._sock.recv(RECORD)
+                    data = self._sock.recv(RECEIVED)
                 except BlockingIOError:
                     continue
                 if not data:
@@ -176,28 +178,43 @@ class TlsPipe:
 
     # Bytes.
 
+    def fileno(self) -> int:
+        """See `Pipe.fileno`."""
+        return self._sock.fileno()
+
+    @property
+    def may_hold(self) -> bool:
+        """See `Pipe.may_hold`."""
+        return bool(not self._dry or self._ahead or self._came.pending or self._object.pending())
+
     def read(self, size: int) -> bytes | None:
         """See `Pipe.read`."""
-        self._dry = False
         if self._ahead:
             data, self._ahead = self._ahead[:size], self._ahead[size:]
             return data
-        for may_receive in (True, False):
+        if self._ended:
+            return b""
+        may_receive = True
+        if not (self._came.pending or self._object.pending()):
+            # OpenSSL has nothing: to ask it first would cost an exception.
+            if self._receive() is None:
+                return None
+            may_receive = False
+        while True:
             try:
                 data = self._object.read(size)
             except ssl.SSLWantReadError:
                 self._answer()
-                if not may_receive:
-                    # What came held no data. More may be there, but others have their turn first.
-                    break
                 if self._barren > BARREN:
                     raise TlsError("much came that holds no data") from None
-                if self._receive() is None:
-                    self._dry = True
-                    break
+                # If what came held no data, more may be there, but others have their turn first.
+                if not may_receive or self._receive() is None:
+                    return None
+                may_receive = False
             except ssl.SSLEOFError:
                 raise ConnectionResetError(errno.ECONNRESET, "ended without close_notify") from None
             except ssl.SSLZeroReturnError:
+                self._ended = True
                 return b""
             except ssl.SSLError as error:
                 self._answer()
@@ -208,8 +225,8 @@ class TlsPipe:
                 # Data, or close_notify. What it may have to be answered with, a change of keys, goes out with it.
                 self._answer()
                 self._barren = 0
+                self._ended = not data
                 return data
-        return None
 
     def _tell_session(self, on_session: Callable[[ssl.SSLSession], None]) -> None:
         """With the first bytes: in TLS 1.3 the server gives it behind the handshake, before what it says itself."""
@@ -221,9 +238,13 @@ class TlsPipe:
     def _receive(self) -> int | None:
         """Take what came from the socket: how many bytes, 0 at its end; None if nothing came."""
         try:
-            data = self._sock.recv(RECORD)
+            data = self._sock.recv(RECEIVED)
         except BlockingIOError:
+            self._dry = True
             return None
+        # Edge or level, what comes after a read that was not filled is announced (epoll(7), Q9); an end is not, behind
+        # bytes that came with it.
+        self._dry = 0 < len(data) < RECEIVED
         self._barren += len(data)
         if data:
             self._came.write(data)
@@ -306,6 +327,7 @@ class TlsPipe:
         with suppress(ssl.SSLError):
             while data := self._object.read(CHUNK):
                 self._ahead += data
+            self._ended = True
         with suppress(ssl.SSLError):
             # The other side's is waited for by who reads.
             self._object.unwrap()
@@ -333,7 +355,7 @@ class TlsPipe:
 
     async def wait_readable(self) -> None:
         """See `Pipe.wait_readable`."""
-        if self._dry and not self._ahead:
+        if not self.may_hold:
             await wait_readable(self._sock)
         else:
             # What came of the socket may hold more than the last `read` gave.

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import trio
 
+import meshlocal.net.pipe_pair  # noqa: F401 - what relays TLS, which nobody may import once the event loop runs
 from meshlocal.net.dial import is_own_address
 from meshlocal.net.following import Followed
 from meshlocal.net.listen import Started

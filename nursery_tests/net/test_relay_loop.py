@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshlocal.net import flows, relay_loop
-from meshlocal.net.relay import CHUNK, relay
+from meshlocal.net.relay import relay
 from meshlocal.net.relay_loop import RelayLoop, current_loop, open_relay_loop
 from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
+from meshlocal.net.ways import CHUNK
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

@@ -232,6 +232,12 @@ class Http1Stream:
 
     identity = ""
     told = b""
+    may_hold = True
+
+    def fileno(self) -> int:
+        """See `Pipe.fileno`: a stream has no socket of its own."""
+        return -1
+
     is_unsent = False
 
     def has_input(self) -> bool:
