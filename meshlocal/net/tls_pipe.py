@@ -60,6 +60,7 @@ class TlsPipe:
         "_dry",
         "_ended",
         "_going",
+        "_more",
         "_object",
         "_on_session",
         "_pending",
@@ -93,6 +94,8 @@ class TlsPipe:
         self._barren = 0
         self._dry = False
         self._ended = False
+        # The handshake may have left some.
+        self._more = True
         self._on_session = on_session
         self.identity = ""
         self.told = b""
@@ -185,7 +188,7 @@ class TlsPipe:
     @property
     def may_hold(self) -> bool:
         """See `Pipe.may_hold`."""
-        return bool(not self._dry or self._ahead or self._came.pending or self._object.pending())
+        return bool(not self._dry or self._more or self._came.pending or self._ahead)
 
     def read(self, size: int) -> bytes | None:
         """See `Pipe.read`."""
@@ -195,7 +198,7 @@ class TlsPipe:
         if self._ended:
             return b""
         may_receive = True
-        if not (self._came.pending or self._object.pending()):
+        if not (self._more or self._came.pending):
             # OpenSSL has nothing: to ask it first would cost an exception.
             if self._receive() is None:
                 return None
@@ -203,7 +206,10 @@ class TlsPipe:
         while True:
             try:
                 data = self._object.read(size)
+                # A record that is longer than what was asked for stays with OpenSSL.
+                self._more = len(data) == size
             except ssl.SSLWantReadError:
+                self._more = False
                 self._answer()
                 if self._barren > BARREN:
                     raise TlsError("much came that holds no data") from None
@@ -271,14 +277,19 @@ class TlsPipe:
         if not data:
             return 0
         try:
-            taken = self._object.write(memoryview(data)[:CHUNK])
+            taken = self._object.write(data if len(data) <= CHUNK else memoryview(data)[:CHUNK])
         except ssl.SSLWantReadError:
             return 0
         except ssl.SSLError as error:
             raise BrokenPipeError(errno.EPIPE, why(error)) from None
-        self._pending = self._going.read()
-        if self._flush():
+        going = self._going.read()
+        try:
+            sent = self._sock.send(going)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(going):
             return taken
+        self._pending = memoryview(going)[sent:]
         self._taken = taken
         return 0
 
