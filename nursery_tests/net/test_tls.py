@@ -89,6 +89,20 @@ def test_a_directorys_link_that_is_swapped_is_a_change(tmp_path: Path) -> None:
     assert followed.look()
 
 
+@pytest.mark.parametrize("first", ["key", "certificate"])
+def test_a_bundle_holds_the_key_too(tmp_path: Path, first: str) -> None:
+    """As a Kubernetes Pod Certificate's credential bundle does: the key, and behind it the chain."""
+    authority = trustme.CA()
+    certificate, key = map(Path, write(tmp_path, authority))
+    bundle = tmp_path / "bundle.pem"
+    parts = [key.read_text(), certificate.read_text()]
+    bundle.write_text("".join(parts if first == "key" else parts[::-1]))
+    followed = server(str(bundle), None)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    assert served(followed.current[0], client(str(tmp_path / "ca.pem")).current[0]) is not None
+    assert list(certificates([followed])) == [str(bundle)]
+
+
 def spoil_key(folder: Path) -> str:
     trustme.CA().issue_cert("other").private_key_pem.write_to_path(folder / "key.pem")
     return "cert.pem"

@@ -312,6 +312,30 @@ def test_openssl(proxy: Proxy, certificates: Certificates, program: Callable[[st
     assert "Verification: OK" in told.stderr
 
 
+def test_openssl_as_the_instance(
+    folder: Path, instances: ExitStack, certificates: Certificates, program: Callable[[str], str]
+) -> None:
+    """`openssl s_server`, which wants a certificate and turns each line round."""
+    place = new_address()
+    pair = certificates.instance
+    command = [program("openssl"), "s_server", "-accept", f"{place}:{PORT}", "-cert", pair.certificate]
+    command += ["-key", pair.key, "-CAfile", certificates.authority.file, "-Verify", "1", "-verify_return_error"]
+    server = Process([*command, "-rev", "-tls1_3"], folder, "s_server")
+    instances.callback(server.kill)
+    server.printed("ACCEPT")
+    made = Proxy(
+        folder,
+        {"b": [place]},
+        settings(certificates, services=upstream(certificates, "server_name: b.example"), asks=False),
+        listen=["tcp://127.0.0.1:0=b"],
+        name="tls-s-server",
+    )
+    instances.callback(made.kill)
+    with socket.create_connection(("127.0.0.1", made.ports["tcp=b"]), LIMIT) as sock:
+        sock.sendall(b"hello\n")
+        assert sock.recv(100) == b"olleh\n"
+
+
 def test_an_older_tls_is_refused(proxy: Proxy, certificates: Certificates) -> None:
     context = client_context(certificates, certificates.web)
     context.maximum_version = ssl.TLSVersion.TLSv1_2

@@ -410,6 +410,31 @@ def test_certificates_that_change_under_load_fail_nobody(
     assert served[0] > 50
 
 
+def test_a_key_update_amid_a_connection(
+    proxy: Proxy, certificates: Certificates, program: Callable[[str], str]
+) -> None:
+    """RFC 8446, 4.6.3: the client asks for new keys both ways; what is said before and behind arrives."""
+    command = [program("openssl"), "s_client", "-connect", f"127.0.0.1:{proxy.ports['tls=echo']}", "-tls1_3"]
+    command += ["-CAfile", certificates.authority.file, "-cert", certificates.web.certificate]
+    command += ["-key", certificates.web.key]
+    with subprocess.Popen(
+        [*command, "-brief"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as asking:
+        assert asking.stdin is not None
+        assert asking.stdout is not None
+        for said in ("before", "amid", "behind"):
+            asking.stdin.write(f"{said}\n")
+            asking.stdin.flush()
+            assert asking.stdout.readline() == f"{said}\n"
+            # A line of its own, to s_client.
+            asking.stdin.write("K\n")
+            asking.stdin.flush()
+            time.sleep(0.05)
+        asking.stdin.write("Q\n")
+        asking.stdin.flush()
+        asking.communicate(timeout=LIMIT)
+
+
 def _read_again(made: Proxy, before: int) -> bool:
     return made.log.count("files read again") > before
 
