@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 import meshlocal
-from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.config_build import ConfigError, Role
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -217,6 +217,30 @@ def explain(
     config = _load(config_file, flags)
     click.echo(lookup.explain(service, config, as_json=output == "json"))
     return 0
+
+
+@cli.command()
+@click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.option(
+    "--for",
+    "part",
+    type=click.Choice(["proxy", "discovery"]),
+    help="What it is for. [whatever it has listeners or sources for]",
+)
+@click.option("--strict", is_flag=True, help="Exit with 1 if there are warnings.")
+def check(config_file: Path, part: Role | None, strict: bool) -> int:
+    """Read CONFIG, and the files that it names, as proxy and discovery do; start nothing.
+
+    What is wrong is said with file, line and key (exit status 2). Warnings are of what is right and most likely not
+    meant.
+    """
+    from meshlocal.app.checking import check as check_config
+
+    parts, warnings = check_config(config_file, os.environ, (part,) if part is not None else ())
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
+    click.echo(f"{config_file} is good, for {' and '.join(parts)}; {len(warnings) or 'no'} warnings")
+    return 1 if strict and warnings else 0
 
 
 @cli.command()

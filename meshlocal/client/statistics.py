@@ -84,8 +84,9 @@ class ServiceStatistics:
         self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)
         """By tier and reason."""
         self.replays: defaultdict[str, int] = defaultdict(int)
-        self.tls_skipped = 0
         """Connections that went on to another instance before the first byte of one, by why (A5)."""
+        self.tls_skipped = 0
+        """Attempts to connect in plaintext because of `tls.skip_tiers`."""
         self.checks: defaultdict[str, int] = defaultdict(int)
         """Health checks that ended, `passed` or `failed` (H3)."""
         self.open = 0
