@@ -49,11 +49,11 @@ layer whole, mappings are merged key by key. YAML aliases, repeated keys and unk
 everything again and applies it whole, or not at all; `proxy.discovery`, `proxy.admin`, `proxy.admin_access` and
 `proxy.tls.workload_api` take a restart to change, and so do the discovery server's own keys.
 
-`meshlocal check CONFIG` reads a configuration, and the certificates and tokens that it names, as proxy and server do, and
-starts nothing: what is wrong is said with file, line and key, and what is right and most likely not meant as a warning (a
-section for a service that no listener names, a variable with one underscore, no node name, plaintext beyond this
-machine, a certificate that ends soon). It exits with 2 where something is wrong; with `--strict`, with 1 where there are
-warnings.
+`meshlocal check CONFIG` reads a configuration, and the certificates and tokens that it names, as proxy and server do,
+and starts nothing: what is wrong is said with file, line and key, and what is right and most likely not meant as a
+warning (a section for a service that no listener names, a variable with one underscore, no node name, plaintext beyond
+this machine, a certificate that ends soon). It exits with 2 where something is wrong; with `--strict`, with 1 where
+there are warnings.
 
 **Environment variables.** `MESHLOCAL_`, then the key's path in capitals, its steps joined by two underscores:
 `proxy.attempts.deadline` is `MESHLOCAL_PROXY__ATTEMPTS__DEADLINE`. Texts and addresses as they are; numbers, `true`
