@@ -4,6 +4,7 @@ A test that needs a program or root skips with a reason where there is none. Wit
 a skip is a failure: there everything is there, and a test that quietly stopped running would prove nothing.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -51,6 +52,15 @@ def _signals_restored() -> Iterator[Any]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _log_level_restored() -> Iterator[Any]:
+    """A process that starts in a test sets the level of the project's loggers, and would hide later tests' lines."""
+    logger = logging.getLogger("meshlocal")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

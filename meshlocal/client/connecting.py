@@ -22,7 +22,8 @@ from meshlocal.client.security import Security
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error
-from meshlocal.net.pipe import Pipe, PlainPipe, TlsError
+from meshlocal.net.pipe import Pipe, PlainPipe
+from meshlocal.net.tls_error import TlsError
 from meshlocal.policy.picker import Pick
 from meshlocal.policy.retry import Decision, Failure
 

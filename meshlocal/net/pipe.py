@@ -11,20 +11,12 @@ calls without one of Python's own around each.
 
 from __future__ import annotations
 
-import errno
 import socket
 from typing import Protocol
 
 from trio.lowlevel import notify_closing, wait_readable, wait_writable
 
 from meshlocal.net.sockets import abort, close
-
-
-class TlsError(OSError):
-    """A TLS handshake failed, or what the other side sent cannot be read (T1). The text says why."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(errno.EPROTO, why)
 
 
 class Pipe(Protocol):

@@ -7,6 +7,7 @@ makes no event, so that a direction reads until its source has nothing more (`Pi
 from __future__ import annotations
 
 import errno
+import logging
 import select
 from functools import partial
 
@@ -17,9 +18,11 @@ from meshlocal.net.relay_loop import RelayLoop
 from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState
 from meshlocal.net.ways import Need, Way
 
+_log = logging.getLogger(__name__)
+
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
-_SPLIT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_SPLIT = select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 class PipePair:
@@ -73,6 +76,9 @@ class PipePair:
 
     def _leave(self) -> None:
         """From here on, nothing that happens to the sockets is ours."""
+        if self._done:
+            # What has these numbers now may be somebody else's.
+            return
         self._done = True
         for number in self._numbers:
             self._loop.neglect(number)
@@ -86,7 +92,11 @@ class PipePair:
                 reading.split = True
             if reading.need is Need.INPUT:
                 self._go(reading)
-            elif mask & select.EPOLLHUP and reading.need is Need.NOTHING:
+            elif (
+                mask & select.EPOLLHUP
+                and (reading.ended or reading.need is Need.NOTHING)
+                and writing.need is not Need.NOTHING
+            ):
                 # A side that had ended its stream reset its connection: what is still to be sent to it can go nowhere.
                 reading.source_failed(errno.ECONNRESET)
                 self._end()
@@ -94,7 +104,12 @@ class PipePair:
     def _go(self, way: Way) -> None:
         if self._done:
             return
-        if way.move() is Need.TURN:
+        try:
+            way.move()
+        except Exception:  # noqa: BLE001 - a fault of ours in one relay must not take Trio's sleep from all others
+            _log.exception("relay failed by a fault in the proxy")
+            way.source_failed(errno.EIO)
+        if way.need is Need.TURN:
             # Others have theirs: Trio's tasks, and all that has an event.
             self._token.run_sync_soon(self._go_on, way)
         elif way.cut or all(each.need is Need.NOTHING for each in self._ways):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from meshlocal.net.following import FileProblemError, Followed, Versioned
-from meshlocal.net.pipe import TlsError
+from meshlocal.net.tls_error import TlsError
 from meshlocal.policy.identity import IdentityPattern, allowed, identities
 from meshlocal.wire.certificate import Validity, first_of_pem, validity
 from meshlocal.wire.svid import Svid
@@ -133,6 +133,8 @@ def client_context(
     context = TlsContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = VERSIONS[minimum]
     context.check_hostname = check_name
+    # A server that asked for it would have a write wait for what it sends.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     # A common name proves nothing (RFC 9525, 6.3).
     context.hostname_checks_common_name = False
     if ca_file is not None:

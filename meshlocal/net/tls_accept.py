@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import trio
 
-from meshlocal.net.pipe import TlsError
 from meshlocal.net.tls import certificate_of, has_expired, wall_clock
+from meshlocal.net.tls_error import TlsError
 from meshlocal.net.trio_internals import last_words
 
 TIMEOUT = 10.0

@@ -20,9 +20,9 @@ from hashlib import sha256
 
 from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
 
-from meshlocal.net.pipe import TlsError
 from meshlocal.net.sockets import abort, close
 from meshlocal.net.tls import certificate_of
+from meshlocal.net.tls_error import TlsError
 
 CHUNK = 65_536
 """Bytes that are encrypted at once."""
@@ -197,12 +197,9 @@ class TlsPipe:
             return data
         if self._ended:
             return b""
-        may_receive = True
-        if not (self._more or self._came.pending):
-            # OpenSSL has nothing: to ask it first would cost an exception.
-            if self._receive() is None:
-                return None
-            may_receive = False
+        # Where OpenSSL has nothing, to ask it first would cost an exception.
+        if not (self._more or self._came.pending) and self._receive() is None:
+            return None
         while True:
             try:
                 data = self._object.read(size)
@@ -213,10 +210,12 @@ class TlsPipe:
                 self._answer()
                 if self._barren > BARREN:
                     raise TlsError("much came that holds no data") from None
-                # If what came held no data, more may be there, but others have their turn first.
-                if not may_receive or self._receive() is None:
+                if self._came.eof:
+                    raise ConnectionResetError(errno.ECONNRESET, "ended amid a record") from None
+                # What came held no data. Only a socket that says so has nothing more: an end that came with it is
+                # announced no second time.
+                if self._receive() is None:
                     return None
-                may_receive = False
             except ssl.SSLEOFError:
                 raise ConnectionResetError(errno.ECONNRESET, "ended without close_notify") from None
             except ssl.SSLZeroReturnError:

@@ -18,8 +18,11 @@ from meshlocal.net.relay_state import RelayState, Side
 CHUNK = 65536
 """The most bytes that one read gives, and so the most that one direction holds."""
 
-TURN = 16
+TURN = 4
 """Chunks' worth of bytes that one direction moves in a row before others have their turn."""
+
+LEAST = CHUNK // 4
+"""Bytes that a read counts for at least: many small records cost as much as a few large ones, and hold others up."""
 
 
 class Need(Enum):
@@ -48,11 +51,12 @@ class Way:
 
     Attributes:
         need: what it goes on with.
+        ended: its source ended its stream, and the sink was told, or will be.
         split: something ends a read before all is read, such as the source's end; it reads until there is nothing.
         cut: its source failed, so that the other direction has nobody to write to.
     """
 
-    __slots__ = ("_clock", "_ending", "_other", "_rest", "_side", "_sink", "_source", "_state", "cut", "need", "split")
+    __slots__ = ("_clock", "_other", "_rest", "_side", "_sink", "_source", "_state", "cut", "ended", "need", "split")
 
     def __init__(
         self,
@@ -70,7 +74,7 @@ class Way:
         self._state = state
         self._clock = clock
         self._rest: bytes | memoryview = bytes(early)
-        self._ending = False
+        self.ended = False
         self.need = Need.INPUT
         self.split = False
         self.cut = False
@@ -88,7 +92,7 @@ class Way:
                 need = self._write()
                 if need is not None:
                     return need
-            if self._ending:
+            if self.ended:
                 return self._finish()
             if moved >= TURN * CHUNK:
                 return Need.TURN
@@ -105,7 +109,7 @@ class Way:
                     # stream.
                     return Need.NOTHING
                 state.first_end = state.first_end or self._side
-                self._ending = True
+                self.ended = True
                 try:
                     self._sink.end()
                 except OSError as error:
@@ -113,7 +117,7 @@ class Way:
                     return Need.NOTHING
                 continue
             size = len(data)
-            moved += size
+            moved += max(size, LEAST)
             try:
                 sent = self._sink.write(data)
             except OSError as error:

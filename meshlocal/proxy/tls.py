@@ -21,9 +21,10 @@ from meshlocal.net.dial import is_own_address
 from meshlocal.net.following import Followed
 from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.pipe import Pipe, TlsError
+from meshlocal.net.pipe import Pipe
 from meshlocal.net.sockets import abort, format_address
 from meshlocal.net.tls import SvidSource, TlsContext, client_context, has_expired, server_context, wall_clock
+from meshlocal.net.tls_error import TlsError
 from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig

@@ -16,7 +16,8 @@ import trio
 import trio.testing
 import trustme
 
-from meshlocal.net.pipe import Pipe, TlsError, finish_writing, is_silent
+from meshlocal.net.pipe import Pipe, finish_writing, is_silent
+from meshlocal.net.tls_error import TlsError
 from meshlocal.net.tls_pipe import CHUNK, TlsPipe
 
 LIMIT = 10.0
