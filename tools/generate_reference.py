@@ -253,7 +253,12 @@ def proxy_metrics() -> Iterable[Metric]:
 
     def load() -> Config:
         listen = ("tcp://127.0.0.1:0=b", "http://127.0.0.1:0")
-        return load_config(None, {"proxy.discovery.urls": ("grpc://127.0.0.1:1",), "proxy.listen": listen}, {}, "proxy")
+        keys = {
+            "proxy.discovery.urls": ("grpc://127.0.0.1:1",),
+            "proxy.listen": listen,
+            "proxy.metrics.instances": True,
+        }
+        return load_config(None, keys, {}, "proxy")
 
     process = ProxyProcess(load, Random(0), Operator({}))
     process.feed.status.confirmed_at = trio.current_time()

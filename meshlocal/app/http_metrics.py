@@ -64,8 +64,8 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
     )
     latency = HistogramMetricFamily(
         "meshlocal_http_request_seconds",
-        "From a request's head to its response's end.",
-        labels=["service"],
+        "From a request's head to its response's end, by the tier that it went to; none: no instance was tried.",
+        labels=["service", "tier"],
     )
     for piece in pieces(services, SERVICES):
         yield None
@@ -75,7 +75,8 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
                 responses.add_metric([service.state.key, tier, reason, status, protocol], count)
             for (tier, reason, number), count in statistics.calls.items():
                 calls.add_metric([service.state.key, tier, reason, STATUS_NAMES[number]], count)
-            latency.add_metric([service.state.key], statistics.buckets(), statistics.latency_sum)
+            for tier, times in statistics.latency.items():
+                latency.add_metric([service.state.key, tier], times.buckets(), times.total)
     yield from (responses, calls, latency)
 
 

@@ -183,6 +183,7 @@ class ProxyProcess:
                 self.tls_servers,
                 followed=self.followed,
                 exposures=of_proxy(self.config.proxy) if not self.worker else None,
+                each_instance=self.config.proxy.metrics.instances,
             ),
             HttpCollector(lambda: self.http),
             ProcessCollector(self.supervision),

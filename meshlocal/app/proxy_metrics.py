@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import trio
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import meshlocal
@@ -17,6 +17,7 @@ from meshlocal.net.busy_poll import BusyPoll
 from meshlocal.net.following import Followed
 from meshlocal.net.slices import pieces
 from meshlocal.net.tls import certificates
+from meshlocal.policy.addresses import format_host_port
 from meshlocal.policy.exposure import Exposure
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp.forwarder import KEPT_TASKS, TcpForwarder
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from meshlocal.proxy.tls import TlsServer
 
 SERVICES = 8
+INSTANCES = 1000
+"""Instances of which metrics are told, at most."""
+
 CONNECTIONS = 512
 """Services, and connections, that a step looks at: well below a millisecond's worth."""
 
@@ -42,6 +46,7 @@ class ProxyCollector(Collector):
         tls: what shakes hands with clients, by the listeners' scheme.
         followed: gives what is made of files, own certificates among it.
         exposures: what is open beyond this machine; None: another process says that.
+        each_instance: whether each instance's counts are told, too.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class ProxyCollector(Collector):
         *,
         followed: Callable[[], Iterable[Followed[Any]]] = tuple,
         exposures: Iterable[Exposure] | None = (),
+        each_instance: bool = False,
     ) -> None:
         self._followed = followed
+        self._each_instance = each_instance
         self._exposures = exposures
         self._services = services
         self._forwarder = forwarder
@@ -132,17 +139,60 @@ class ProxyCollector(Collector):
         attempts = CounterMetricFamily(
             "meshlocal_attempts", "Attempts, by tier and how they ended.", labels=["service", "tier", "outcome"]
         )
+        connects = HistogramMetricFamily(
+            "meshlocal_connect_seconds",
+            "From an attempt to its connection with an instance, by tier.",
+            labels=["service", "tier"],
+        )
         for piece in pieces(list(self._services), SERVICES):
             yield None
             for service in piece:
                 statistics = service.statistics
+                for tier, times in statistics.connects.items():
+                    connects.add_metric([service.key, tier], times.buckets(), times.total)
                 for key, count in statistics.requests.items():
                     requests.add_metric([service.key, *key], count)
                 for (tier, reason), count in statistics.picks.items():
                     picks.add_metric([service.key, tier, reason], count)
                 for (tier, outcome), count in statistics.attempts.items():
                     attempts.add_metric([service.key, tier, outcome], count)
-        yield from (requests, picks, attempts)
+        yield from (requests, picks, attempts, connects)
+        if self._each_instance:
+            yield from self._of_instances()
+
+    def _of_instances(self) -> Iterator[Metric | None]:
+        """Of each instance, as far as `INSTANCES` reach."""
+        labels = ["service", "instance", "node"]
+        attempts = CounterMetricFamily(
+            "meshlocal_instance_attempts",
+            "Attempts on an instance, with proxy.metrics.instances, by how they ended.",
+            labels=[*labels, "outcome"],
+        )
+        under_way = GaugeMetricFamily(
+            "meshlocal_instance_under_way", "Requests under way on an instance, likewise.", labels=labels
+        )
+        response = HistogramMetricFamily(
+            "meshlocal_instance_response_seconds",
+            "From a request to its response's end (HTTP), likewise.",
+            labels=labels,
+        )
+        left = INSTANCES
+        for service in list(self._services):
+            if service.picker is None:
+                continue
+            nodes = {key[:2]: instance.node for key, instance in service.picker.snapshot.instances.items()}
+            for piece in pieces(list(service.statistics.instances.items()), SERVICES):
+                yield None
+                for place, counts in piece[:left]:
+                    own = [service.key, format_host_port(*place), nodes.get(place, "")]
+                    attempts.add_metric([*own, "worked"], counts.worked)
+                    for word, count in counts.failures.items():
+                        attempts.add_metric([*own, word], count)
+                    under_way.add_metric(own, service.fitness.under_way.get(place, 0))
+                    if counts.response.count:
+                        response.add_metric(own, counts.response.buckets(), counts.response.total)
+                left = max(0, left - len(piece))
+        yield from (attempts, under_way, response)
 
     def _instances(self) -> Iterator[Metric | None]:
         instances = GaugeMetricFamily("meshlocal_instances", "Usable instances, by tier.", labels=["service", "tier"])

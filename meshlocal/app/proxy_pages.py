@@ -19,6 +19,7 @@ from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.readiness import Readiness
 from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import (
+    counts_view,
     explain_in_steps,
     health_view,
     instance_view,
@@ -28,6 +29,7 @@ from meshlocal.app.views import (
 )
 from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
+from meshlocal.client.statistics import InstanceStatistics
 from meshlocal.net.slices import pieces
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import ProxyConfig
@@ -201,7 +203,8 @@ class _ProxyPages:
             why = left_out.get(key)
             tier = names[picker.selector.tier(instance)] if why is None else None
             health = health_view(service.fitness, instance, now)
-            yield {**instance_view(instance), "tier": tier, "left_out": why, "health": health}
+            counts = counts_view(service.statistics.instances.get(key[:2]))
+            yield {**instance_view(instance), "tier": tier, "left_out": why, "health": health, "counts": counts}
 
     def overview(self, request: Request) -> Steps[Response]:
         """The page that shows a person the proxy as a whole."""
@@ -311,10 +314,12 @@ class _ProxyPages:
                     html.bad(why) if why else None,
                     _health(service, each, now) if why is None else None,
                     service.fitness.under_way.get(each.key[:2], 0),
+                    *_counts_cells(service.statistics.instances.get(each.key[:2])),
                 )
             )
             yield None
-        yield html.table(("Instance", "Node", "Tier", "Left out", "Health", "Under way"), lines)
+        columns = ("Instance", "Node", "Tier", "Left out", "Health", "Under way")
+        yield html.table((*columns, "Attempts", "Failed", "Connect", "Response p50, p99"), lines)
 
 
 def _tls_view(config: ProxyConfig, service: ServiceState) -> dict[str, Any] | None:
@@ -329,6 +334,26 @@ def _tls_view(config: ProxyConfig, service: ServiceState) -> dict[str, Any] | No
         "skip_tiers": list(tls.skip_tiers),
         "plaintext_attempts": service.statistics.tls_skipped,
     }
+
+
+def _counts_cells(counts: InstanceStatistics | None) -> tuple[object, ...]:
+    """What was counted of an instance, as cells of its row."""
+    if counts is None:
+        return (0, None, None, None)
+    failed = ", ".join(f"{word} {count}" for word, count in sorted(counts.failures.items()))
+    response = [counts.response.quantile(share) for share in (50, 99)]
+    return (
+        counts.attempts,
+        html.bad(failed) if failed else None,
+        _brief(counts.connect.quantile(50)),
+        ", ".join(map(_brief, response)) if response[0] is not None else None,
+    )
+
+
+def _brief(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:

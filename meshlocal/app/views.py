@@ -7,7 +7,7 @@ from heapq import merge
 from typing import Any, NamedTuple
 
 from meshlocal.client.fitness import Fitness
-from meshlocal.client.statistics import Outcome, RequestKey
+from meshlocal.client.statistics import InstanceStatistics, Outcome, RequestKey
 from meshlocal.net.slices import pieces
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import EndpointKey, Instance
@@ -43,6 +43,17 @@ def health_view(fitness: Fitness, instance: Instance, now: float) -> dict[str, A
     if standing.left is not None:
         view["next_trial_in"] = round(standing.left, 1)
         view["ejections"] = standing.ejections
+    return view
+
+
+def counts_view(counts: InstanceStatistics | None) -> dict[str, Any]:
+    """What was counted of an instance; times in seconds, as far as buckets can tell them."""
+    counts = counts if counts is not None else InstanceStatistics()
+    view: dict[str, Any] = {"attempts": counts.attempts, "worked": counts.worked, "failures": dict(counts.failures)}
+    for name, latency in (("connect", counts.connect), ("response", counts.response)):
+        if latency.count:
+            shares = ((f"p{share}", latency.quantile(share)) for share in (50, 90, 99))
+            view[name] = {key: round(value, 6) for key, value in shares if value is not None}
     return view
 
 

@@ -27,6 +27,7 @@ MERGED_BY: Mapping[str, Callable[[Iterable[float]], float]] = {
     "meshlocal_snapshot_age_seconds": max,
     "meshlocal_snapshot_stale": max,
     "meshlocal_connections_open": sum,
+    "meshlocal_instance_under_way": sum,
     "meshlocal_requests_waiting": sum,
     "meshlocal_connection_tasks_kept": sum,
     "meshlocal_http2_connections": sum,

@@ -18,8 +18,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import anyio
+
 from meshlocal.client.services import ServiceState
-from meshlocal.client.statistics import AttemptOutcome, Outcome, RequestKey
+from meshlocal.client.statistics import AttemptOutcome, InstanceStatistics, Outcome, RequestKey
 from meshlocal.client.tried import attempt_text
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance
@@ -64,6 +66,7 @@ class Account(Search):
 
     __slots__ = (
         "_counted",
+        "_counts",
         "_entered",
         "_held",
         "_instance",
@@ -86,6 +89,7 @@ class Account(Search):
         self.failures: list[FailedAttempt] | None = None
         self._entered: tuple[Limit, ...] = ()
         self._instance: Instance | None = None
+        self._counts: InstanceStatistics | None = None
         self._trying = False
         self._waiting = False
         self._counted = False
@@ -143,7 +147,13 @@ class Account(Search):
         if pick is not None:
             self._trying = True
             self.began = now
-            state.statistics.picks[self.tier, pick.reason or ""] += 1
+            statistics = state.statistics
+            statistics.picks[self.tier, pick.reason or ""] += 1
+            place = pick.instance.key[:2]
+            # Without a call of Python's own: every request passes here.
+            counts = statistics.instances.get(place)
+            self._counts = counts = counts if counts is not None else statistics.instance(place)
+            counts.attempts += 1
         return pick
 
     def may_wait(self) -> bool:
@@ -199,6 +209,10 @@ class Account(Search):
     def reached(self) -> None:
         """A connection was made to the instance (H1), which is not all that the attempt is for."""
         state, pick = self._tried
+        taken = anyio.current_time() - self.began
+        state.statistics.connects[self.tier].add(taken)
+        if self._counts is not None:
+            self._counts.connect.add(taken)
         state.fitness.connected(pick.instance, self.began)
 
     def connected(self) -> None:
@@ -219,6 +233,8 @@ class Account(Search):
         if self._trying:
             self._trying = False
             state.statistics.attempts[self.tier, _ANSWERED] += 1
+            if self._counts is not None:
+                self._counts.worked += 1
 
     def attempt_failed(
         self,
@@ -315,6 +331,11 @@ class Account(Search):
             state.in_use -= 1
         return first
 
+    def took(self, seconds: float) -> None:
+        """Note how long the request took, from its beginning to its response's end."""
+        if self.pick is not None and self._counts is not None:
+            self._counts.response.add(seconds)
+
     @property
     def _tried(self) -> tuple[ServiceState, Pick]:
         assert self.state is not None
@@ -338,3 +359,10 @@ class Account(Search):
         if self._trying and self.state is not None:
             self._trying = False
             self.state.statistics.attempts[self.tier, word] += 1
+            counts = self._counts
+            if counts is None:
+                return
+            if word == AttemptOutcome.CONNECTED:
+                counts.worked += 1
+            else:
+                counts.failures[word] += 1

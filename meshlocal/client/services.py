@@ -168,6 +168,8 @@ class ServiceState:
             self.first_snapshot.set()
         else:
             self.fitness.retain(snapshot.instances)
+            if change is None or change.removed:
+                self.statistics.retain(snapshot.instances)
             if self.fitness.health.unfit:
                 self._look_for_ready_again(before.snapshot, snapshot)
         if self.changed is not None:

@@ -7,8 +7,12 @@ integers in dictionaries, which a collector turns into metrics when it is asked.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
+
+from meshlocal.client.latency import Latency
+from meshlocal.policy.model import EndpointKey, HostPort
 
 
 class Outcome(StrEnum):
@@ -61,6 +65,27 @@ class RequestKey(NamedTuple):
     outcome: str
 
 
+class InstanceStatistics:
+    """What was counted of the attempts on one instance.
+
+    Attributes:
+        attempts: that were made on it.
+        worked: that it was connected by, or answered.
+        failures: the others, by how they failed, in a word.
+        connect: from an attempt to its connection.
+        response: from a request to its response's end (HTTP).
+    """
+
+    __slots__ = ("attempts", "connect", "failures", "response", "worked")
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.worked = 0
+        self.failures: defaultdict[str, int] = defaultdict(int)
+        self.connect = Latency()
+        self.response = Latency()
+
+
 class ServiceStatistics:
     """What was counted of one service's requests."""
 
@@ -70,6 +95,8 @@ class ServiceStatistics:
         "bytes_sent",
         "checks",
         "connecting",
+        "connects",
+        "instances",
         "open",
         "picks",
         "replays",
@@ -81,6 +108,10 @@ class ServiceStatistics:
         self.requests: defaultdict[RequestKey, int] = defaultdict(int)
         self.attempts: defaultdict[tuple[str, str], int] = defaultdict(int)
         """By tier and outcome."""
+        self.connects: defaultdict[str, Latency] = defaultdict(Latency)
+        """By tier: from an attempt to its connection."""
+        self.instances: dict[HostPort, InstanceStatistics] = {}
+        """Of the instances that there are, those that were tried."""
         self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)
         """By tier and reason."""
         self.replays: defaultdict[str, int] = defaultdict(int)
@@ -97,3 +128,17 @@ class ServiceStatistics:
         """To instances, on connections that ended."""
         self.bytes_received = 0
         """From instances, on connections that ended."""
+
+    def instance(self, place: HostPort) -> InstanceStatistics:
+        """What is counted of an instance."""
+        found = self.instances.get(place)
+        if found is None:
+            found = self.instances[place] = InstanceStatistics()
+        return found
+
+    def retain(self, keys: Iterable[EndpointKey]) -> None:
+        """Forget all instances but these."""
+        if self.instances:
+            places = {key[:2] for key in keys}
+            for place in [place for place in self.instances if place not in places]:
+                del self.instances[place]

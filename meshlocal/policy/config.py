@@ -241,6 +241,15 @@ class DrainConfig(Section, frozen=True):
     ] = 30.0
 
 
+class MetricsConfig(Section, frozen=True):
+    """What /metrics tells beside what it always does."""
+
+    instances: Annotated[
+        bool,
+        Meta(description="Counts of each instance, of 1,000 at most; the page and /services have them in any case."),
+    ] = False
+
+
 class ProxyConfig(Section, frozen=True):
     """The sidecar proxy."""
 
@@ -277,6 +286,7 @@ class ProxyConfig(Section, frozen=True):
         SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
     ] = SocketAddress("127.0.0.1", 15000)
     admin_access: Annotated[AdminAccessConfig, Meta(description="Who may read those pages.")] = AdminAccessConfig()
+    metrics: Annotated[MetricsConfig, Meta(description="What /metrics tells beside.")] = MetricsConfig()
     workers: Annotated[
         Workers,
         Meta(

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,7 +19,7 @@ from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.proxy_pages import proxy_routes
 from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy import model
-from meshlocal.policy.config import Config
+from meshlocal.policy.config import Config, MetricsConfig
 from meshlocal.policy.model import Conditions, ServiceKey, ServiceSnapshot, make_instance
 
 B, C = ServiceKey("b"), ServiceKey("c")
@@ -180,6 +181,46 @@ async def test_services_tells_each_instances_place() -> None:
     assert (c["known"], c["version"], c["instances"]) == (None, None, [])
     assert "&lt;n3&gt;" in (await page(process))
     assert "<n3>" not in (await page(process))
+
+
+async def test_which_instance_is_hot() -> None:
+    """Of each instance: attempts, failures by cause, and how long it took; as metrics only if they are asked for."""
+    process = make_process()
+    publish(process)
+    counts = process.services[B].statistics.instance(("10.0.0.2", 9000))
+    counts.attempts, counts.worked = 7, 4
+    counts.failures["refused"] = 3
+    for seconds in (0.002, 0.004, 0.4):
+        counts.connect.add(seconds)
+        counts.response.add(2 * seconds)
+    shown = await page(process)
+    assert "<th>Attempts</th><th>Failed</th><th>Connect</th><th>Response p50, p99</th>" in shown
+    assert '<td>7</td><td><span class="bad">refused 3</span></td><td>3.8 ms</td><td>' in shown
+    found = json.loads((await get(process, "/services")).body)[0]["instances"]
+    (view,) = [each["counts"] for each in found if each["address"] == "10.0.0.2"]
+    assert (view["attempts"], view["worked"], view["failures"]) == (7, 4, {"refused": 3})
+    assert 0.0025 <= view["connect"]["p50"] <= 0.005
+    assert not [name for name in await metrics(process) if name[0].startswith("meshlocal_instance_")]
+    proxy = msgspec.structs.replace(process.config.proxy, metrics=MetricsConfig(instances=True))
+    process.config = msgspec.structs.replace(process.config, proxy=proxy)
+    told = await metrics(process)
+    own = ("instance=10.0.0.2:9000", "node=n2")
+    assert told["meshlocal_instance_attempts_total", *own, "outcome=refused", "service=b"] == 3
+    assert told["meshlocal_instance_attempts_total", *own, "outcome=worked", "service=b"] == 4
+    assert told["meshlocal_instance_under_way", *own, "service=b"] == 0
+    assert told["meshlocal_instance_response_seconds_count", *own, "service=b"] == 3
+
+
+async def test_metrics_of_instances_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshlocal.app.proxy_metrics.INSTANCES", 2)
+    process = make_process()
+    publish(process)
+    proxy = msgspec.structs.replace(process.config.proxy, metrics=MetricsConfig(instances=True))
+    process.config = msgspec.structs.replace(process.config, proxy=proxy)
+    for number in range(1, 4):
+        process.services[B].statistics.instance((f"10.0.0.{number}", 9000)).attempts = 1
+    found = [name for name in await metrics(process) if name[0] == "meshlocal_instance_under_way"]
+    assert len(found) == 2
 
 
 async def test_services_that_are_not_there() -> None:

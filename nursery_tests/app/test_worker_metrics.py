@@ -79,7 +79,11 @@ def test_gauges_are_added_or_the_worst_of_all() -> None:
 
 async def test_it_is_known_of_every_gauge_how_to_merge_it() -> None:
     listen = ("tcp://127.0.0.1:0=b", "http://127.0.0.1:0")
-    flags = {"proxy.discovery.urls": ("grpc://127.0.0.1:1",), "proxy.listen": listen}
+    flags = {
+        "proxy.discovery.urls": ("grpc://127.0.0.1:1",),
+        "proxy.listen": listen,
+        "proxy.metrics.instances": True,
+    }
     process = ProxyProcess(lambda: load_config(None, flags, {}, "proxy"), random.Random(0), Operator({}))
     process.feed.status.confirmed_at = trio.current_time()
     metrics = [metric for collector in process.collectors() for metric in collector.collect()]

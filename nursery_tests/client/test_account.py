@@ -142,6 +142,39 @@ def test_a_failure_is_told_counted_and_goes_on() -> None:
     assert state.statistics.attempts == {("node", "refused"): 1, ("other", "no_response"): 1}
     assert state.statistics.requests == {RequestKey("other", "local_failed", Outcome.FAILED): 1}
     assert account.error == "no_response"
+    counted = {place: dict(each.failures) for place, each in state.statistics.instances.items()}
+    assert counted == {("10.0.0.1", 1): {"refused": 1}, ("10.0.0.1", 2): {"no_response": 1}}
+
+
+def test_what_is_counted_of_an_instance_goes_with_it() -> None:
+    state = service(3)
+    for _ in range(3):
+        account = begun(state)
+        while account.try_next(0.5) is not None:
+            account.attempt_failed(Failure.CONNECT, 0.6, "refused")
+        account.end(Outcome.FAILED)
+    kept = make_instance("10.0.0.1", 2, labels={"node": "n2"})
+    assert len(state.statistics.instances) == 3
+    before = state.statistics.instances[kept.key[:2]]
+    state.publish(ServiceSnapshot(B, "w", model.index([kept])))
+    assert state.statistics.instances == {kept.key[:2]: before}
+
+
+def test_how_long_a_connection_took() -> None:
+    """From the attempt's beginning, of the instance and of its tier; and a response, of its instance."""
+    state = service()
+    account = begun(state)
+    pick = account.try_next(0.9)
+    assert pick is not None
+    account.connected()
+    account.took(2.0)
+    counts = state.statistics.instances[pick.instance.key[:2]]
+    assert (counts.attempts, counts.worked) == (1, 1)
+    assert counts.connect.total == state.statistics.connects["node"].total == pytest.approx(0.1)
+    assert counts.response.total == 2.0
+    refused = begun(state)
+    refused.took(5.0)
+    assert counts.response.count == 1, "a request that no instance was tried for says nothing of one"
 
 
 def test_an_answer_that_is_dropped_is_settled() -> None:
@@ -212,4 +245,7 @@ def test_whatever_happens_each_pick_is_one_attempt_and_nothing_is_left(steps: li
         account.end(Outcome.CLIENT_LEFT)
         assert sum(state.statistics.requests.values()) == 1
         assert sum(state.statistics.attempts.values()) == sum(state.statistics.picks.values()) == account.attempts
+        counted = state.statistics.instances.values()
+        assert sum(each.attempts for each in counted) == account.attempts
+        assert sum(each.worked + sum(each.failures.values()) for each in counted) == account.attempts
         assert_nothing_is_held(state)

@@ -19,6 +19,7 @@ from meshlocal.policy.config import (
     DiscoveryServerConfig,
     DrainConfig,
     LogConfig,
+    MetricsConfig,
     ProxyConfig,
     ServiceConfig,
 )
@@ -143,6 +144,7 @@ FULL: dict[str, Any] = {
             },
             "c": None,
         },
+        "metrics": {"instances": True},
         "workers": 2,
         "busy_poll": 20,
         "access_log": True,
@@ -312,6 +314,7 @@ def test_every_key() -> None:
             },
             ejection=EjectionConfig(failures=1, time=2.0, max_time=3.0),
             limits=LimitsConfig(connections=1, requests=2, waiting=3),
+            metrics=MetricsConfig(instances=True),
             workers=2,
             busy_poll=20,
             tls=TlsConfig(

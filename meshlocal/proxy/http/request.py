@@ -6,8 +6,6 @@ Nothing here waits but for the request's own body. Who serves it, the lane in th
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
 import trio
 
 from meshlocal.client.statistics import Outcome
@@ -19,7 +17,7 @@ from meshlocal.proxy.http.ends import End, Expiry
 from meshlocal.proxy.http.record import HttpRecord
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.shared import HttpShared
-from meshlocal.proxy.http.statistics import LATENCY_BUCKETS, SERVER_FAULTS, STATUS_NAMES
+from meshlocal.proxy.http.statistics import SERVER_FAULTS, STATUS_NAMES
 from meshlocal.proxy.http.streams import ClientStream
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
@@ -269,8 +267,8 @@ class HttpRequest(HttpRecord):
             if self.grpc_status >= 0:
                 statistics.calls[self.tier, reason, self.grpc_status] += 1
             seconds = now - self.started
-            statistics.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
-            statistics.latency_sum += seconds
+            statistics.latency[self.tier].add(seconds)
+            self.took(seconds)
         if self.outcome is _DRAINED:
             self.shared.drained += 1
         for observer in self.shared.observers:

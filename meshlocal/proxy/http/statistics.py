@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import accumulate
 
-LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds in seconds."""
+from meshlocal.client.latency import Latency
 
 STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
 """By a status's hundreds; `none` where no response was begun."""
@@ -45,8 +43,7 @@ class HttpStatistics:
             version of HTTP that they came in.
         calls: gRPC calls that ended, by tier, reason (R1), and status.
         retries: by cause, a word of `policy.retry.Failure`.
-        latency: requests by bucket of the seconds from head to the response's end, and those beyond the last bucket.
-        latency_sum: all those seconds.
+        latency: from head to the response's end, by tier; empty for no instance.
         connections_made: to instances.
         connections_reused: how often a kept one was used again.
     """
@@ -57,7 +54,6 @@ class HttpStatistics:
         "connections_reused",
         "ended",
         "latency",
-        "latency_sum",
         "retries",
     )
 
@@ -65,8 +61,7 @@ class HttpStatistics:
         self.ended: defaultdict[tuple[str, str, int, str], int] = defaultdict(int)
         self.calls: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
-        self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
-        self.latency_sum = 0.0
+        self.latency: defaultdict[str, Latency] = defaultdict(Latency)
         self.connections_made = 0
         self.connections_reused = 0
 
@@ -78,8 +73,3 @@ class HttpStatistics:
             status = STATUS_CLASSES[hundreds] if hundreds < len(STATUS_CLASSES) else "other"
             found[tier, reason, status, protocol] += count
         return found
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """How many requests took at most so long: upper bound and count, the last without a bound."""
-        bounds = [*map(str, LATENCY_BUCKETS), "+Inf"]
-        return list(zip(bounds, map(float, accumulate(self.latency)), strict=True))

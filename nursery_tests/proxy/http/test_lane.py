@@ -52,7 +52,7 @@ def counted(proxy: Proxy) -> dict[str, Any]:
         "attempts": dict(statistics.attempts),
         "bytes": (statistics.bytes_sent, statistics.bytes_received),
         "responses": dict(service.statistics.responses),
-        "timed": sum(service.statistics.latency),
+        "timed": sum(each.count for each in service.statistics.latency.values()),
         "connections": (service.statistics.connections_made, service.statistics.connections_reused),
         "under way": (service.state.circuit.now[Limit.REQUESTS], proxy.table.circuit.now[Limit.REQUESTS]),
     }
@@ -486,7 +486,7 @@ async def test_what_is_kept_for_the_next_request_is_as_good_as_new(
         assert upstream.service is not None
         fresh.admit(upstream.service)
         fresh.plan, fresh.pick, fresh.tier, fresh.attempts = request.plan, request.pick, request.tier, 1
-        fresh.began, fresh._trying = request.began, True
+        fresh.began, fresh._trying, fresh._counts = request.began, True, request._counts
         if request.body is not None:
             # Its time began when the body was there.
             fresh.deadline = request.deadline

@@ -1,0 +1,58 @@
+"""How long something took, in fixed buckets: bounded, and as cheap to count as to add up."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from itertools import accumulate
+
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds in seconds."""
+
+
+class Latency:
+    """Times of one kind.
+
+    Attributes:
+        counts: how many fell into each bucket, and those beyond the last.
+        total: all of them together, in seconds.
+    """
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float | None:
+        """The time that so many of a hundred took at most, in seconds, as far as buckets can tell: between two bounds
+        it is taken to rise evenly. None: there were none. What lies beyond the last bound counts as that bound.
+
+        Args:
+            share: in percent.
+        """
+        count = self.count
+        if not count:
+            return None
+        rank = count * share / 100
+        before = 0
+        for number, size in enumerate(self.counts[:-1]):
+            if size and before + size >= rank:
+                lower = BUCKETS[number - 1] if number else 0.0
+                return lower + (BUCKETS[number] - lower) * max(rank - before, 0) / size
+            before += size
+        return BUCKETS[-1]
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """How many took at most so long: upper bound and count, the last without a bound; as Prometheus has it."""
+        bounds = [*map(str, BUCKETS), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
