@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,6 +100,35 @@ def fetch_instances(discovery: DiscoveryClientConfig, service: ServiceKey) -> Se
     return _ask(discovery, ask)
 
 
+def fetch_all(discovery: DiscoveryClientConfig) -> list[ServiceSnapshot]:
+    """Every service's instances, by the services' names. Each answer is of its own moment; who goes away meanwhile is
+    left out.
+
+    Raises:
+        QueryError: nobody could answer.
+    """
+    if (content := _read_file(discovery)) is not None:
+        return [ServiceSnapshot(name, "", index(listed)) for name, listed in sorted(content.services.items())]
+
+    async def ask(link: Link) -> list[ServiceSnapshot]:
+        with trio.fail_after(TIMEOUT):
+            known = await link.unary(LIST_SERVICES, pb.ListServicesRequest())
+        snapshots = []
+        for service in known.services:
+            with trio.fail_after(TIMEOUT):
+                try:
+                    answer = await link.unary(LIST_INSTANCES, pb.ListInstancesRequest(service=service.name))
+                except GrpcError as error:
+                    if error.code is StatusCode.NOT_FOUND:
+                        continue
+                    raise
+            message = pb.ServiceSnapshot(service=service.name, version=answer.version, instances=answer.instances)
+            snapshots.append(snapshot_from_message(message, _refuse))
+        return snapshots
+
+    return _ask(discovery, ask, timeout=math.inf)
+
+
 def _refuse(service: ServiceKey, error: ModelError) -> None:
     raise QueryError(f"the server's answer about {service} makes no sense: {error}")
 
@@ -121,7 +151,7 @@ def _read_file(discovery: DiscoveryClientConfig) -> InstancesFile | None:
         raise QueryError(str(error)) from None
 
 
-def _ask(discovery: DiscoveryClientConfig, question: Callable[[Link], Awaitable[T]]) -> T:
+def _ask(discovery: DiscoveryClientConfig, question: Callable[[Link], Awaitable[T]], *, timeout: float = TIMEOUT) -> T:
     """The first server's answer that is one. A server that answers `no` has answered."""
 
     options = msgspec.structs.replace(discovery, connect_timeout=TIMEOUT)
@@ -130,7 +160,7 @@ def _ask(discovery: DiscoveryClientConfig, question: Callable[[Link], Awaitable[
         problems = []
         for url in discovery.urls:
             try:
-                with trio.fail_after(TIMEOUT):
+                with trio.fail_after(timeout):
                     async with open_link(url, options) as link:
                         return await question(link)
             except GrpcError as error:

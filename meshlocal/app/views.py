@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import merge
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from meshlocal.client.fitness import Fitness
 from meshlocal.client.statistics import InstanceStatistics, Outcome, RequestKey
 from meshlocal.net.slices import pieces
 from meshlocal.policy.locality import LeftOut
-from meshlocal.policy.model import EndpointKey, Instance
+from meshlocal.policy.model import ZONE, EndpointKey, Instance, ServiceSnapshot, known
 from meshlocal.policy.picker import Cursors, Gate, Picker
 from meshlocal.policy.steps import Steps, finish
 
@@ -30,6 +31,27 @@ def instance_view(instance: Instance) -> dict[str, Any]:
         "terminating": conditions.terminating,
         "labels": dict(sorted(instance.labels.items())),
     }
+
+
+def nodes_view(snapshots: Iterable[ServiceSnapshot]) -> list[dict[str, Any]]:
+    """How many instances of each service each node has, by the nodes' names. Instances whose node nobody knows come
+    last; that name is null.
+    """
+    services: dict[str, Counter[str]] = {}
+    zones: dict[str, str] = {}
+    for snapshot in snapshots:
+        for instance in snapshot.instances.values():
+            services.setdefault(instance.node, Counter())[snapshot.service] += 1
+            zones[instance.node] = zones.get(instance.node) or known(instance.labels.get(ZONE))
+    return [
+        {
+            "name": node or None,
+            "zone": (zones[node] or None) if node else None,
+            "instances": services[node].total(),
+            "services": dict(sorted(services[node].items())),
+        }
+        for node in sorted(services, key=lambda node: (not node, node))
+    ]
 
 
 def health_view(fitness: Fitness, instance: Instance, now: float) -> dict[str, Any]:

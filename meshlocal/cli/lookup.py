@@ -1,4 +1,4 @@
-"""`get` and `explain`: answers as tables or JSON."""
+"""`get` and `explain`: answers as tables, JSON or YAML."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import os
 import ssl
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from random import Random
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
+import yaml
+
 from meshlocal.admin.access import read_token
-from meshlocal.app.query import QueryError, fetch_instances, list_clusters, list_services, list_zones
-from meshlocal.app.views import explain_view, instance_view
+from meshlocal.app.query import QueryError, fetch_all, fetch_instances, list_clusters, list_services, list_zones
+from meshlocal.app.views import explain_view, instance_view, nodes_view
 from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
 from meshlocal.net.following import FileProblemError
@@ -25,16 +27,34 @@ from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.exposure import is_loopback
 from meshlocal.policy.locality import Selector
-from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
+from meshlocal.policy.model import (
+    NODE,
+    REGISTRY,
+    SERVICE,
+    ModelError,
+    ServiceKey,
+    ServiceSnapshot,
+    parse_service_key,
+)
 from meshlocal.policy.picker import Cursors, Picker, explain_reason
 from meshlocal.policy.problems import Problem
 
 _ADMIN_TIMEOUT = 5.0
+_SHOWN = 5
 _LISTS = {"services": list_services, "zones": list_zones, "clusters": list_clusters}
 
+Output = Literal["table", "wide", "json", "yaml"]
+"""What an answer looks like: for people, with every column, or for machines."""
 
-def get(what: str, service: str | None, config: ProxyConfig, *, as_json: bool) -> str:
+
+def get(what: str, service: str | None, config: ProxyConfig, output: Output) -> str:
     """What discovery knows.
+
+    Args:
+        what: services, instances, nodes, zones or clusters.
+        service: of which the instances are; None: of all.
+        config: whom to ask.
+        output: what the answer looks like.
 
     Raises:
         QueryError: nobody could answer.
@@ -42,32 +62,53 @@ def get(what: str, service: str | None, config: ProxyConfig, *, as_json: bool) -
     discovery = config.discovery
     if what in _LISTS:
         rows = _LISTS[what](discovery)
-        if as_json:
-            return _json(rows)
         header = {"services": ("NAME", "INSTANCES"), "zones": ("NAME",), "clusters": ("NAME", "ZONE")}[what]
-        return table(header, (list(row.values()) for row in rows))
-    snapshot = fetch_instances(discovery, _service_key(service or "", config))
+        return _as(output, rows, lambda: table(header, (list(row.values()) for row in rows)))
+    if what == "nodes":
+        nodes = nodes_view(fetch_all(discovery))
+        return _as(output, nodes, lambda: _nodes(nodes, wide=output == "wide"))
+    if service is None:
+        found = [_instances_view(snapshot) for snapshot in fetch_all(discovery)]
+        return _as(output, found, lambda: _instances(found, wide=output == "wide", of_all=True))
+    view = _instances_view(fetch_instances(discovery, _service_key(service, config)))
+    return _as(output, view, lambda: _instances([view], wide=output == "wide", of_all=False))
+
+
+def _instances_view(snapshot: ServiceSnapshot) -> dict[str, Any]:
     instances = [instance_view(snapshot.instances[key]) for key in sorted(snapshot.instances)]
-    if as_json:
-        return _json({"service": snapshot.service, "version": snapshot.version or None, "instances": instances})
-    shown = ("node", "service", "registry")
-    return table(
-        ("ADDRESS", "PORT", "PORT NAME", "NODE", "STATE", "LABELS"),
-        (
-            (
-                each["address"],
-                each["port"],
-                each["port_name"],
-                each["node"],
-                _state(each),
-                ",".join(f"{key}={value}" for key, value in each["labels"].items() if key not in shown),
-            )
-            for each in instances
-        ),
-    )
+    return {"service": snapshot.service, "version": snapshot.version or None, "instances": instances}
 
 
-def explain(service: str, config: ProxyConfig, *, as_json: bool) -> str:
+def _instances(views: Iterable[Mapping[str, Any]], *, wide: bool, of_all: bool) -> str:
+    header = ["ADDRESS", "PORT", "PORT NAME", "NODE", "STATE"]
+    if of_all:
+        header.insert(0, "SERVICE")
+    header += ["PROTOCOL", "REGISTRY", "LABELS"] if wide else ["LABELS"]
+    rows = []
+    for view in views:
+        for each in view["instances"]:
+            row = [each["address"], each["port"], each["port_name"], each["node"], _state(each)]
+            if of_all:
+                row.insert(0, view["service"])
+            if wide:
+                row += [each.get("protocol", "tcp"), each["labels"].get(REGISTRY)]
+            labels = ((key, value) for key, value in each["labels"].items() if key not in (NODE, SERVICE, REGISTRY))
+            rows.append([*row, ",".join(f"{key}={value}" for key, value in labels)])
+    return table(header, rows)
+
+
+def _nodes(nodes: Iterable[Mapping[str, Any]], *, wide: bool) -> str:
+    """A node's services, each with its number of instances there; as many as a line holds, unless `wide`."""
+    rows = []
+    for node in nodes:
+        services = [f"{name} {count}" for name, count in node["services"].items()]
+        shown = services if wide else services[:_SHOWN]
+        more = [f"and {len(services) - len(shown)} more"] if len(services) > len(shown) else []
+        rows.append((node["name"], node["zone"], node["instances"], ", ".join([*shown, *more])))
+    return table(("NODE", "ZONE", "INSTANCES", "SERVICES"), rows)
+
+
+def explain(service: str, config: ProxyConfig, output: Output) -> str:
     """The plan of the next request of a proxy that stands where the config says (R2).
 
     Raises:
@@ -77,23 +118,21 @@ def explain(service: str, config: ProxyConfig, *, as_json: bool) -> str:
     snapshot = fetch_instances(config.discovery, key)
     picker = Picker.build(Selector(locality_of(config), config.service(key).port_name), snapshot)
     view = explain_view(picker, Cursors(Random()))
-    if as_json:
-        return _json(view)
     note = "Each tier's rotation starts anywhere (O4): ask a running proxy with --proxy for its own next plan."
-    return f"{_explanation(view)}\n\n{note}"
+    return _as(output, view, lambda: f"{_explanation(view)}\n\n{note}")
 
 
 def explain_running(
-    service: str, admin: str, *, ca_file: str | None = None, token_file: str | None = None, as_json: bool
+    service: str, admin: str, output: Output, *, ca_file: str | None = None, token_file: str | None = None
 ) -> tuple[str, bool]:
     """The plan of a running proxy's very next request.
 
     Args:
         service: its name.
         admin: the proxy's admin address; as the line has it that says that the proxy is ready, too.
+        output: what the answer looks like.
         ca_file: the authorities of an https:// address, in PEM; None: those of the system.
         token_file: holds the token that the pages want; None: they want none.
-        as_json: as the proxy gave it.
 
     Returns:
         The plan, and whether a registry knows the service.
@@ -140,7 +179,7 @@ def explain_running(
         view = None
     if not isinstance(view, dict) or "plan" not in view:
         raise QueryError(f"{admin} does not answer as a proxy's admin address does")
-    return (_json(view) if as_json else _explanation(view)), bool(view["known"])
+    return _as(output, view, lambda: _explanation(view)), bool(view["known"])
 
 
 @contextmanager
@@ -212,5 +251,10 @@ def _service_key(text: str, config: ProxyConfig) -> ServiceKey:
         raise QueryError(str(error)) from None
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def _as(output: Output, value: object, for_people: Callable[[], str]) -> str:
+    if output == "json":
+        return json.dumps(value, indent=2, ensure_ascii=False)
+    if output == "yaml":
+        text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+        return text.rstrip()
+    return for_people()

@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import meshlocal
 from meshlocal.policy.config_build import ConfigError, Role
+
+if TYPE_CHECKING:
+    from meshlocal.cli.lookup import Output
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,7 +60,11 @@ _credential_options = _options(
     click.option("--token-file", metavar="PATH", help="A file with the token that servers want."),
 )
 _output_option = click.option(
-    "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="For people, or for machines."
+    "-o",
+    "--output",
+    type=click.Choice(["table", "wide", "json", "yaml"]),
+    default="table",
+    help="For people (wide: with every column), or for machines.",
 )
 
 
@@ -152,7 +159,7 @@ def discovery(
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["services", "instances", "zones", "clusters"]))
+@click.argument("what", type=click.Choice(["services", "instances", "nodes", "zones", "clusters"]))
 @click.argument("service", required=False)
 @_discovery_option
 @_credential_options
@@ -165,15 +172,15 @@ def get(
     ca_file: str | None,
     token_file: str | None,
     config_file: Path | None,
-    output: str,
+    output: Output,
 ) -> int:
-    """Ask discovery what it knows: services, zones, clusters, or the instances of a SERVICE."""
+    """Ask discovery what it knows: services, nodes, zones, clusters, or instances, of all services or of one."""
     from meshlocal.cli import lookup
 
-    if (what == "instances") != (service is not None):
-        raise click.UsageError("instances needs a SERVICE, and nothing else takes one")
+    if what != "instances" and service is not None:
+        raise click.UsageError("only instances are those of a SERVICE")
     config = _load(config_file, _discovery_flags(urls, ca_file, token_file))
-    click.echo(lookup.get(what, service, config, as_json=output == "json"))
+    click.echo(lookup.get(what, service, config, output))
     return 0
 
 
@@ -199,23 +206,21 @@ def explain(
     port_name: str | None,
     proxy_admin: str | None,
     config_file: Path | None,
-    output: str,
+    output: Output,
     **place: Any,
 ) -> int:
     """Show the order in which the next request tries SERVICE's instances, tier by tier, and why."""
     from meshlocal.cli import lookup
 
     if proxy_admin is not None:
-        told, known = lookup.explain_running(
-            service, proxy_admin, ca_file=ca_file, token_file=token_file, as_json=output == "json"
-        )
+        told, known = lookup.explain_running(service, proxy_admin, output, ca_file=ca_file, token_file=token_file)
         click.echo(told)
         return 0 if known else 1
     flags = {**_discovery_flags(urls, ca_file, token_file), **_place_flags(**place)}
     if port_name is not None:
         flags["proxy.services"] = {service: {"port_name": port_name}}
     config = _load(config_file, flags)
-    click.echo(lookup.explain(service, config, as_json=output == "json"))
+    click.echo(lookup.explain(service, config, output))
     return 0
 
 

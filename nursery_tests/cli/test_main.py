@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+import yaml
 
 from meshlocal.app import run as run_module
 from meshlocal.cli.main import cli, main
@@ -102,9 +103,9 @@ def test_every_option_says_what_it_is() -> None:
         (["discovery", "--source", "file:"], "flag: discovery.sources[0]: "),
         (["discovery", "--source", "ftp:x"], "flag: discovery.sources[0]: "),
         (["discovery", "--source", "file:x", "--bind", "7070"], "flag: discovery.bind[0]: "),
-        (["get", "instances"], "instances needs a SERVICE"),
-        (["get", "services", "b"], "instances needs a SERVICE"),
-        (["get", "nodes"], "'nodes' is not one of"),
+        (["get", "services", "b"], "only instances are those of a SERVICE"),
+        (["get", "nodes", "b"], "only instances are those of a SERVICE"),
+        (["get", "pods"], "'pods' is not one of"),
         (["explain"], "Missing argument 'SERVICE'"),
         (["demo", "--seconds", "0"], "0.0 is not in the range"),
         (["serve"], "No such command 'serve'"),
@@ -211,6 +212,45 @@ def test_get_from_a_file(run: Run) -> None:
     assert lines(run("get", "instances", "empty", *FILE).out)[1:] == []
     assert lines(run("get", "zones", *FILE).out)[1:] == [["z1"]]
     assert lines(run("get", "clusters", *FILE).out)[1:] == [["c1", "z1"]]
+
+
+def test_get_instances_of_all_services(run: Run) -> None:
+    out = run("get", "instances", *FILE).out
+    assert [line[:3] for line in lines(out)] == [
+        ["SERVICE", "ADDRESS", "PORT"],
+        ["b", "127.0.0.1", "9001"],
+        ["b", "127.0.0.2", "9002"],
+        ["b", "127.0.0.3", "9003"],
+    ]
+    views = json.loads(run("get", "instances", *FILE, "-o", "json").out)
+    assert [(view["service"], len(view["instances"])) for view in views] == [("b", 3), ("empty", 0)]
+
+
+def test_get_wide_has_every_column(run: Run) -> None:
+    header, first, *_ = lines(run("get", "instances", "b", *FILE, "-o", "wide").out)
+    assert header == ["ADDRESS", "PORT", "PORT", "NAME", "NODE", "STATE", "PROTOCOL", "REGISTRY", "LABELS"]
+    assert first == ["127.0.0.1", "9001", "grpc", "n1", "ready", "tcp", "file", "cluster=c1,zone=z1"]
+
+
+def test_get_nodes_says_what_runs_where(run: Run) -> None:
+    many = "".join(f"  s{number}: [{{address: 127.0.0.1, port: 1, labels: {{node: n2}}}}]\n" for number in range(6))
+    Path("instances.yaml").write_text(INSTANCES.removesuffix("  empty: []\n") + many)
+    nodes = json.loads(run("get", "nodes", *FILE, "-o", "json").out)
+    assert [(node["name"], node["zone"], node["instances"]) for node in nodes] == [
+        ("n1", "z1", 1),
+        ("n2", "z1", 7),
+        (None, None, 1),
+    ]
+    assert nodes[1]["services"] == {"b": 1, **{f"s{number}": 1 for number in range(6)}}
+    _, _, n2, _ = lines(run("get", "nodes", *FILE).out)
+    assert " ".join(n2) == "n2 z1 7 b 1, s0 1, s1 1, s2 1, s3 1, and 2 more"
+    assert "s4 1, s5 1" in run("get", "nodes", *FILE, "-o", "wide").out
+
+
+@pytest.mark.parametrize("question", [["get", "services"], ["get", "nodes"], ["get", "instances", "b"]])
+def test_yaml_says_what_json_says(run: Run, question: list[str]) -> None:
+    both = [run(*question, *FILE, "-o", output).out for output in ("yaml", "json")]
+    assert yaml.safe_load(both[0]) == json.loads(both[1])
 
 
 def test_explain_says_the_plan_and_why(run: Run) -> None:

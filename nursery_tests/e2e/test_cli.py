@@ -101,6 +101,13 @@ async def test_get_and_explain_ask_a_server(cli: Cli, discovery: str) -> None:
     assert view["service"] == "b"
     assert [each["node"] for each in view["instances"]] == ["n1", "n2", None]
     assert lines((await ask("get", "clusters")).out)[1:] == [["c1", "z1"]]
+    assert [line[0] for line in lines((await ask("get", "instances")).out)] == ["SERVICE", "b", "b", "b"]
+    nodes = json.loads((await ask("get", "nodes", "-o", "json")).out)
+    assert [(node["name"], node["services"]) for node in nodes] == [
+        ("n1", {"b": 1}),
+        ("n2", {"b": 1}),
+        (None, {"b": 1}),
+    ]
     status, out, err = await ask("explain", "b")
     assert (status, err) == (0, "")
     steps = [line for line in lines(out) if line and line[0].isdecimal()]
