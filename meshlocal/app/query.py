@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import trio
 
 from meshlocal.client.link import Link
 from meshlocal.client.links import open_link
+from meshlocal.discovery.feeds import make_feed
 from meshlocal.discovery.file_source import FileSource
+from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
-from meshlocal.policy.model import CLUSTER, ZONE, Instance, ModelError, ServiceKey, ServiceSnapshot, index, known
+from meshlocal.policy.model import (
+    CLUSTER,
+    ZONE,
+    Instance,
+    ModelError,
+    ServiceChange,
+    ServiceKey,
+    ServiceSnapshot,
+    index,
+    known,
+)
 from meshlocal.wire.discovery_codec import snapshot_from_message
 from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_ZONES
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -127,6 +139,63 @@ def fetch_all(discovery: DiscoveryClientConfig) -> list[ServiceSnapshot]:
         return snapshots
 
     return _ask(discovery, ask, timeout=math.inf)
+
+
+def watch_instances(
+    discovery: DiscoveryClientConfig,
+    service: ServiceKey,
+    rng: UniformSource,
+    tell: Callable[[ServiceSnapshot], None],
+) -> NoReturn:
+    """Tell of the service's instances now, and whenever they changed, until `tell` fails.
+
+    A server that is away is waited for, as a proxy does. What comes while `tell` is busy is told as one (D4).
+
+    Raises:
+        OSError: what `tell` failed with.
+    """
+
+    async def follow() -> NoReturn:
+        latest = _Latest()
+        feed = make_feed(discovery, [service], latest, rng)
+        failed: OSError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed.run)
+            try:
+                while True:
+                    tell(await latest.next())
+            except OSError as error:
+                nursery.cancel_scope.cancel()
+                failed = error
+        assert failed is not None, "the nursery raises whatever else ends it"
+        raise failed
+
+    trio.run(follow)
+
+
+class _Latest:
+    """A `SnapshotSink` that keeps one service's latest state."""
+
+    def __init__(self) -> None:
+        self._snapshot: ServiceSnapshot | None = None
+        self._came = trio.Event()
+
+    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
+        """See `SnapshotSink.prepare`: nothing is."""
+        return iter(())
+
+    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
+        """See `SnapshotSink.publish`."""
+        self._snapshot = snapshot
+        self._came.set()
+
+    async def next(self) -> ServiceSnapshot:
+        """Wait for a state that was not given yet."""
+        while self._snapshot is None:
+            await self._came.wait()
+            self._came = trio.Event()
+        snapshot, self._snapshot = self._snapshot, None
+        return snapshot
 
 
 def _refuse(service: ServiceKey, error: ModelError) -> None:

@@ -10,14 +10,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from random import Random
-from typing import Any, Literal
+from typing import Any, NoReturn
 from urllib.parse import quote
 
+import click
 import yaml
 
 from meshlocal.admin.access import read_token
-from meshlocal.app.query import QueryError, fetch_all, fetch_instances, list_clusters, list_services, list_zones
+from meshlocal.app.query import (
+    QueryError,
+    fetch_all,
+    fetch_instances,
+    list_clusters,
+    list_services,
+    list_zones,
+    watch_instances,
+)
 from meshlocal.app.views import explain_view, instance_view, nodes_view
+from meshlocal.cli.instances import Changes, Output, columns, row
 from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
 from meshlocal.net.following import FileProblemError
@@ -27,24 +37,13 @@ from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.exposure import is_loopback
 from meshlocal.policy.locality import Selector
-from meshlocal.policy.model import (
-    NODE,
-    REGISTRY,
-    SERVICE,
-    ModelError,
-    ServiceKey,
-    ServiceSnapshot,
-    parse_service_key,
-)
+from meshlocal.policy.model import ModelError, ServiceKey, ServiceSnapshot, parse_service_key
 from meshlocal.policy.picker import Cursors, Picker, explain_reason
 from meshlocal.policy.problems import Problem
 
 _ADMIN_TIMEOUT = 5.0
 _SHOWN = 5
 _LISTS = {"services": list_services, "zones": list_zones, "clusters": list_clusters}
-
-Output = Literal["table", "wide", "json", "yaml"]
-"""What an answer looks like: for people, with every column, or for machines."""
 
 
 def get(what: str, service: str | None, config: ProxyConfig, output: Output) -> str:
@@ -80,21 +79,8 @@ def _instances_view(snapshot: ServiceSnapshot) -> dict[str, Any]:
 
 
 def _instances(views: Iterable[Mapping[str, Any]], *, wide: bool, of_all: bool) -> str:
-    header = ["ADDRESS", "PORT", "PORT NAME", "NODE", "STATE"]
-    if of_all:
-        header.insert(0, "SERVICE")
-    header += ["PROTOCOL", "REGISTRY", "LABELS"] if wide else ["LABELS"]
-    rows = []
-    for view in views:
-        for each in view["instances"]:
-            row = [each["address"], each["port"], each["port_name"], each["node"], _state(each)]
-            if of_all:
-                row.insert(0, view["service"])
-            if wide:
-                row += [each.get("protocol", "tcp"), each["labels"].get(REGISTRY)]
-            labels = ((key, value) for key, value in each["labels"].items() if key not in (NODE, SERVICE, REGISTRY))
-            rows.append([*row, ",".join(f"{key}={value}" for key, value in labels)])
-    return table(header, rows)
+    rows = (((view["service"],) * of_all + row(each, wide=wide)) for view in views for each in view["instances"])
+    return table(("SERVICE",) * of_all + columns(wide=wide), rows)
 
 
 def _nodes(nodes: Iterable[Mapping[str, Any]], *, wide: bool) -> str:
@@ -106,6 +92,27 @@ def _nodes(nodes: Iterable[Mapping[str, Any]], *, wide: bool) -> str:
         more = [f"and {len(services) - len(shown)} more"] if len(services) > len(shown) else []
         rows.append((node["name"], node["zone"], node["instances"], ", ".join([*shown, *more])))
     return table(("NODE", "ZONE", "INSTANCES", "SERVICES"), rows)
+
+
+def watch(service: str, config: ProxyConfig, output: Output, rng: Random) -> NoReturn:
+    """Print the service's instances, and from then on what becomes of them, until nobody reads it.
+
+    Raises:
+        BrokenPipeError: nobody reads it.
+        QueryError: the service's name is none.
+    """
+    changes = Changes(output)
+    unknown = False
+
+    def tell(snapshot: ServiceSnapshot) -> None:
+        nonlocal unknown
+        if snapshot.unknown and not unknown:
+            click.echo(f"meshlocal: no registry knows a service {snapshot.service!r}; waiting for one", err=True)
+        unknown = snapshot.unknown
+        if text := changes.text(snapshot):
+            click.echo(text)
+
+    watch_instances(config.discovery, _service_key(service, config), rng, tell)
 
 
 def explain(service: str, config: ProxyConfig, output: Output) -> str:
@@ -236,12 +243,6 @@ def _why(step: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     if (passed := step.get("passed_over")) is not None:
         why += f"; {passed}: only after the others"
     return f"{why}; last resort: it is terminating" if step["last_resort"] else why
-
-
-def _state(view: Mapping[str, Any]) -> str:
-    if view["terminating"]:
-        return "terminating" if view["serving"] else "terminating, not serving"
-    return "ready" if view["ready"] else "not ready"
 
 
 def _service_key(text: str, config: ProxyConfig) -> ServiceKey:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -17,7 +18,7 @@ import meshlocal
 from meshlocal.policy.config_build import ConfigError, Role
 
 if TYPE_CHECKING:
-    from meshlocal.cli.lookup import Output
+    from meshlocal.cli.instances import Output
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -161,6 +162,7 @@ def discovery(
 @cli.command()
 @click.argument("what", type=click.Choice(["services", "instances", "nodes", "zones", "clusters"]))
 @click.argument("service", required=False)
+@click.option("-w", "--watch", is_flag=True, help="Go on with what is added, changed or removed: of one SERVICE.")
 @_discovery_option
 @_credential_options
 @_config_option
@@ -168,6 +170,7 @@ def discovery(
 def get(
     what: str,
     service: str | None,
+    watch: bool,
     urls: tuple[str, ...],
     ca_file: str | None,
     token_file: str | None,
@@ -179,7 +182,11 @@ def get(
 
     if what != "instances" and service is not None:
         raise click.UsageError("only instances are those of a SERVICE")
+    if watch and service is None:
+        raise click.UsageError("--watch is for the instances of a SERVICE")
     config = _load(config_file, _discovery_flags(urls, ca_file, token_file))
+    if watch and service is not None:
+        lookup.watch(service, config, output, Random())
     click.echo(lookup.get(what, service, config, output))
     return 0
 

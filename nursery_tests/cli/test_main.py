@@ -104,6 +104,8 @@ def test_every_option_says_what_it_is() -> None:
         (["discovery", "--source", "ftp:x"], "flag: discovery.sources[0]: "),
         (["discovery", "--source", "file:x", "--bind", "7070"], "flag: discovery.bind[0]: "),
         (["get", "services", "b"], "only instances are those of a SERVICE"),
+        (["get", "instances", "-w"], "--watch is for the instances of a SERVICE"),
+        (["get", "services", "-w"], "--watch is for the instances of a SERVICE"),
         (["get", "nodes", "b"], "only instances are those of a SERVICE"),
         (["get", "pods"], "'pods' is not one of"),
         (["explain"], "Missing argument 'SERVICE'"),

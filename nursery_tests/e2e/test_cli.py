@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import ssl
 import struct
@@ -112,6 +113,48 @@ async def test_get_and_explain_ask_a_server(cli: Cli, discovery: str) -> None:
     assert (status, err) == (0, "")
     steps = [line for line in lines(out) if line and line[0].isdecimal()]
     assert [step[3] for step in steps] == ["node", "other", "other"]
+
+
+async def test_get_follows_instances(cli: Cli, discovery: str, processes: Any) -> None:
+    """What is there, and each change of it, until it is interrupted."""
+    watch = await processes.meshlocal("get", "instances", "b", "-w", "-o", "json", "--discovery", discovery)
+    for port in (9001, 9002, 9003):
+        await watch.printed(rf'{{"event": "added", "service": "b", "instance": .*"port": {port}', "out")
+    processes.write("instances.yaml", INSTANCES.replace("9002", "9004").replace("node: n1", "node: n7"))
+    await watch.printed(r'"changed", .*"port": 9001, .*"node": "n7"', "out")
+    await watch.printed(r'"removed", .*"port": 9002', "out")
+    await watch.printed(r'"added", .*"port": 9004', "out")
+    watch.signal(signal.SIGINT)
+    assert await watch.exited() == 130
+    assert watch.err == ""
+
+
+async def test_get_waits_for_a_service_that_nobody_knows(cli: Cli, processes: Any) -> None:
+    watch = await processes.meshlocal("get", "instances", "late", "-w", "--discovery", "file:instances.yaml")
+    await watch.printed("meshlocal: no registry knows a service 'late'; waiting for one")
+    processes.write("instances.yaml", f"{INSTANCES}  late: [{{address: 127.0.0.1, port: 9009}}]\n")
+    await watch.printed(r"added +127.0.0.1 +9009 ", "out")
+
+
+async def test_get_ends_when_nobody_reads_what_it_follows(cli: Cli, processes: Any) -> None:
+    """As `get -w | head` does. It ends with the next line that it cannot write."""
+    async with trio.open_nursery() as nursery:
+        done: list[Done] = []
+
+        async def follow() -> None:
+            file = "file:instances.yaml"
+            done.append(await cli("get", "instances", "b", "-w", "--discovery", file, shell="| head -n 1"))
+
+        nursery.start_soon(follow)
+        with trio.fail_after(15):
+            port = 9100
+            while not done:
+                port += 1
+                processes.write("instances.yaml", INSTANCES.replace("9002", str(port)))
+                # A file that changes all the time is not read: it is still being written.
+                await trio.sleep(1)
+    assert done[0].out.startswith("EVENT")
+    assert done[0].err == ""
 
 
 async def test_explain_asks_a_running_proxy(cli: Cli, processes: Any) -> None:
