@@ -117,6 +117,8 @@ async def test_get_and_explain_ask_a_server(cli: Cli, discovery: str) -> None:
 
 async def test_get_follows_instances(cli: Cli, discovery: str, processes: Any) -> None:
     """What is there, and each change of it, until it is interrupted."""
+    # What a shell runs in the background ignores Ctrl-C, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     watch = await processes.meshlocal("get", "instances", "b", "-w", "-o", "json", "--discovery", discovery)
     for port in (9001, 9002, 9003):
         await watch.printed(rf'{{"event": "added", "service": "b", "instance": .*"port": {port}', "out")
