@@ -21,6 +21,7 @@ from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState
 from meshlocal.net.sockets import abort
 from meshlocal.net.tls_pipe import TlsPipe
 from meshlocal.net.ways import CHUNK, LEAST, TURN, Need, Way
+from nursery_tests.pairs import tcp_pair
 
 AUTHORITY = trustme.CA()
 NAME = "b.example"
@@ -30,16 +31,6 @@ NAME = "b.example"
 def loop(request: pytest.FixtureRequest) -> str:
     """How bytes are moved in this test."""
     return str(request.param)
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        dialled = socket.create_connection(listener.getsockname())
-        accepted = listener.accept()[0]
-    for sock in (dialled, accepted):
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return dialled, accepted
 
 
 class Line:
@@ -79,7 +70,8 @@ def relay_loop(kind: str) -> Iterator[RelayLoop | None]:
 
 
 @contextmanager
-def shaken(line: Line) -> Iterator[Line]:
+def closing(line: Line) -> Iterator[Line]:
+    """Close its sockets with the block."""
     with ExitStack() as stack:
         for sock in line.sockets:
             stack.callback(sock.close)
@@ -107,7 +99,7 @@ async def test_an_end_that_comes_with_a_part_of_a_record_is_noticed(
     loop: str, ends: Callable[[socket.socket], None], kept: int
 ) -> None:
     """T2: that stream was cut. Both come as one event, and no other follows."""
-    with relay_loop(loop), shaken(Line()) as line:
+    with relay_loop(loop), closing(Line()) as line:
         await shake(line)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(line.relay)
@@ -120,7 +112,7 @@ async def test_an_end_that_comes_with_a_part_of_a_record_is_noticed(
 
 async def test_bytes_after_urgent_data_are_not_left_behind(loop: str) -> None:
     """A read ends before urgent data (tcp(7)), though there is more to read."""
-    with relay_loop(loop), shaken(Line()) as line:
+    with relay_loop(loop), closing(Line()) as line:
         await shake(line)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(line.relay)
@@ -173,7 +165,7 @@ async def test_a_fault_of_ours_ends_that_relay_alone(
         raise MemoryError
 
     monkeypatch.setattr(Way, "_move", fails)
-    with relay_loop("loop"), shaken(Line()) as line, shaken(Line()) as other:
+    with relay_loop("loop"), closing(Line()) as line, closing(Line()) as other:
         await shake(line)
         await shake(other)
         async with trio.open_nursery() as nursery:
@@ -195,7 +187,7 @@ async def test_a_fault_of_ours_ends_that_relay_alone(
 
 async def test_a_number_that_has_a_new_owner_is_left_to_it() -> None:
     """A task closes a socket of the pair, and its number is taken before the relay's own task runs again."""
-    with relay_loop("loop") as opened, shaken(Line()) as line, ExitStack() as stack:
+    with relay_loop("loop") as opened, closing(Line()) as line, ExitStack() as stack:
         assert opened is not None
         await shake(line)
         async with trio.open_nursery() as nursery:

@@ -25,16 +25,7 @@ from meshlocal.net.relay_loop import RelayLoop, current_loop, open_relay_loop
 from meshlocal.net.relay_state import RelayCounters, RelayResult
 from meshlocal.net.sockets import abort, close
 from meshlocal.net.ways import CHUNK
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        dialled = socket.create_connection(listener.getsockname())
-        accepted = listener.accept()[0]
-    for sock in (dialled, accepted):
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return dialled, accepted
+from nursery_tests.pairs import tcp_pair
 
 
 class Line:
