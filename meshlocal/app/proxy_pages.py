@@ -319,7 +319,7 @@ class _ProxyPages:
             )
             yield None
         columns = ("Instance", "Node", "Tier", "Left out", "Health", "Under way")
-        yield html.table((*columns, "Attempts", "Failed", "Connect", "Response p50, p99"), lines)
+        yield html.table((*columns, "Attempts", "Failed", "Connect p50", "Response p50, p99"), lines)
 
 
 def _tls_view(config: ProxyConfig, service: ServiceState) -> dict[str, Any] | None:

@@ -18,8 +18,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import anyio
-
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, InstanceStatistics, Outcome, RequestKey
 from meshlocal.client.tried import attempt_text
@@ -206,18 +204,22 @@ class Account(Search):
             instance, self._instance = self._instance, None
             self.state.fitness.end(instance)
 
-    def reached(self) -> None:
-        """A connection was made to the instance (H1), which is not all that the attempt is for."""
+    def reached(self, at: float | None) -> None:
+        """A connection was made to the instance (H1), which is not all that the attempt is for.
+
+        Args:
+            at: when; None: nobody knows, or it was there before.
+        """
         state, pick = self._tried
-        taken = anyio.current_time() - self.began
-        state.statistics.connects[self.tier].add(taken)
-        if self._counts is not None:
+        if at is not None and self._counts is not None:
+            taken = at - self.began
+            state.statistics.connects[self.tier].add(taken)
             self._counts.connect.add(taken)
         state.fitness.connected(pick.instance, self.began)
 
-    def connected(self) -> None:
-        """A connection was made, and that is the attempt."""
-        self.reached()
+    def connected(self, at: float) -> None:
+        """A connection was made at that time, and that is the attempt."""
+        self.reached(at)
         self.error = ""
         self._settle(AttemptOutcome.CONNECTED)
 

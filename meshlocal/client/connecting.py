@@ -203,7 +203,7 @@ def _settle(account: Account, dialled: Dialled | None) -> None:
     if dialled is None or (dialled.upstream is None and not dialled.error):
         account.abandoned()
     elif dialled.upstream is not None:
-        account.connected()
+        account.connected(trio.current_time())
     else:
         decision = account.attempt_failed(Failure.CONNECT, trio.current_time(), dialled.error, errno=dialled.errno)
         assert decision is not Decision.SAME

@@ -255,7 +255,7 @@ class MeshCall(Generic[Sent, Got]):
         except GrpcError as error:
             self._fail(account, Failure.CONNECT, error, sent=False)
             return False
-        account.reached()
+        account.reached(None)
         stack = AsyncExitStack()
         try:
             stack.enter_context(self._channels.using(held))

@@ -271,7 +271,8 @@ class MeshRequest(Account):
                 # From here on it is about the body, of which each read has the whole time again.
                 times["read"] = self._given.get("read")
                 if record.fresh:
-                    self.reached()
+                    # When it was connected is not known: the response is there by now.
+                    self.reached(None)
                 return response
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
                 raise

@@ -194,7 +194,7 @@ async def test_which_instance_is_hot() -> None:
         counts.connect.add(seconds)
         counts.response.add(2 * seconds)
     shown = await page(process)
-    assert "<th>Attempts</th><th>Failed</th><th>Connect</th><th>Response p50, p99</th>" in shown
+    assert "<th>Attempts</th><th>Failed</th><th>Connect p50</th><th>Response p50, p99</th>" in shown
     assert '<td>7</td><td><span class="bad">refused 3</span></td><td>3.8 ms</td><td>' in shown
     found = json.loads((await get(process, "/services")).body)[0]["instances"]
     (view,) = [each["counts"] for each in found if each["address"] == "10.0.0.2"]

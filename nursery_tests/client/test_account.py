@@ -81,7 +81,7 @@ def test_what_is_held_may_outlive_the_count() -> None:
     state = service()
     account = begun(state, Limit.CONNECTIONS, Limit.REQUESTS)
     account.try_next(0.0)
-    account.connected()
+    account.connected(1.0)
     account.enter_instance()
     assert account.end(Outcome.SERVED, hold=True)
     assert state.circuit.now[Limit.CONNECTIONS] == state.in_use == 1
@@ -166,7 +166,7 @@ def test_how_long_a_connection_took() -> None:
     account = begun(state)
     pick = account.try_next(0.9)
     assert pick is not None
-    account.connected()
+    account.connected(1.0)
     account.took(2.0)
     counts = state.statistics.instances[pick.instance.key[:2]]
     assert (counts.attempts, counts.worked) == (1, 1)
@@ -174,6 +174,11 @@ def test_how_long_a_connection_took() -> None:
     assert counts.response.total == 2.0
     refused = begun(state)
     refused.took(5.0)
+    pooled = begun(state)
+    again = pooled.try_next(2.0)
+    assert again is not None
+    pooled.reached(None)
+    assert state.statistics.connects["node"].count == 1, "a connection that was there before took no time"
     assert counts.response.count == 1, "a request that no instance was tried for says nothing of one"
 
 
@@ -200,7 +205,7 @@ def test_an_instance_that_falls_silent_after_its_connect_is_ejected() -> None:
     account = begun(state)
     pick = account.try_next(0.0)
     assert pick is not None
-    account.connected()
+    account.connected(1.0)
     account.fell_silent("reset")
     account.end(Outcome.CUT)
     assert not state.fitness.health.is_admitted(pick.instance.key[:2])
@@ -220,7 +225,7 @@ STEPS: dict[str, Callable[[Account], object]] = {
     "leave": lambda account: account.leave_instance(),
     "wait": lambda account: account.start_waiting() if not account.waiting else None,
     "stop": lambda account: account.stop_waiting(),
-    "connected": lambda account: account.trying and account.connected(),
+    "connected": lambda account: account.trying and account.connected(1.0),
     "answered": lambda account: account.trying and account.answered(),
     "abandoned": lambda account: account.trying and account.abandoned(),
     "failed": lambda account: account.trying and account.attempt_failed(Failure.CONNECT, 0.0, "refused"),
