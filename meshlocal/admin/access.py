@@ -8,12 +8,12 @@ import hmac
 import ssl
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from meshlocal.admin.messages import Request, Response
-from meshlocal.net.following import FileProblemError, Followed
+from meshlocal.net.following import Followed
 from meshlocal.net.tls import server_context
+from meshlocal.net.token_file import read_token
 from meshlocal.policy.config_access import AdminAccessConfig
 from meshlocal.policy.hosts import host_of, is_own_host, is_own_origin
 
@@ -35,7 +35,7 @@ class AdminAccess:
     def __init__(self, config: AdminAccessConfig, section: str) -> None:
         self._names = frozenset(name.lower() for name in config.names)
         self._key = f"{section}.admin_access"
-        self._token: Followed[bytes] | None = None
+        self._token: Followed[str] | None = None
         self._context: Followed[ssl.SSLContext] | None = None
         if config.token_file is not None:
             self._token = Followed([config.token_file], partial(read_token, config.token_file))
@@ -106,21 +106,4 @@ class AdminAccess:
         elif scheme.lower() != "bearer":
             return False
         # In constant time: how long it takes tells nothing of the token.
-        return hmac.compare_digest(token, self._token.current[0])
-
-
-def read_token(file: str) -> bytes:
-    """The token that a file holds.
-
-    Raises:
-        FileProblemError: it holds none, or cannot be read.
-    """
-    try:
-        token = Path(file).read_bytes().strip()
-        if not token:
-            raise ValueError("holds no token")
-        if not all(0x21 <= character <= 0x7E for character in token):
-            raise ValueError("holds no token: one is of printable characters of ASCII, without spaces")
-        return token
-    except (OSError, ValueError) as error:
-        raise FileProblemError(file, error) from None
+        return hmac.compare_digest(token, self._token.current[0].encode())

@@ -16,7 +16,6 @@ from urllib.parse import quote
 import click
 import yaml
 
-from meshlocal.admin.access import read_token
 from meshlocal.app.query import (
     QueryError,
     fetch_all,
@@ -32,6 +31,7 @@ from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
 from meshlocal.net.following import FileProblemError
 from meshlocal.net.tls import client_context
+from meshlocal.net.token_file import read_token
 from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_build import ConfigError
@@ -158,7 +158,7 @@ def explain_running(
             problem = "no token goes over plaintext beyond this machine: ask at https://"
             raise ConfigError([Problem("", problem, "--token-file")])
         with _blamed("--token-file"):
-            headers["Authorization"] = f"Bearer {read_token(token_file).decode('latin-1')}"
+            headers["Authorization"] = f"Bearer {read_token(token_file)}"
     connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)
     if admin.startswith("https://"):
         with _blamed("--ca-file"):

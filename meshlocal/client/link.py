@@ -5,12 +5,12 @@ from __future__ import annotations
 import ssl
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from meshlocal.net.blocking import BlockedError, Blocking
-from meshlocal.net.following import FileProblemError, Followed, why
+from meshlocal.net.following import FileProblemError, Followed
 from meshlocal.net.tls import SvidSource, TlsContext, client_context
+from meshlocal.net.token_file import read_token
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
@@ -82,8 +82,8 @@ class Credentials:
             return await self._files.run(self._look)
         except FileProblemError as error:
             raise GrpcError(StatusCode.UNAVAILABLE, str(error)) from None
-        except OSError as error:
-            raise GrpcError(StatusCode.UNAVAILABLE, f"{self._config.ca_file}: {_said(error)}") from None
+        except BlockedError as error:
+            raise GrpcError(StatusCode.UNAVAILABLE, f"{self._config.ca_file}: {error}") from None
 
     def _look(self) -> TlsContext:
         """The context of the files as they are now. A certificate or an authority that cannot be used is no reason to
@@ -114,19 +114,9 @@ class Credentials:
         if would_show_token(url, self._config):
             raise GrpcError(StatusCode.UNAUTHENTICATED, f"{TOKEN_IN_PLAINTEXT}, which {url} is")
         try:
-            token = (await self._files.run(_read, file)).decode("ascii").strip()
-        except UnicodeDecodeError:
-            token = ""
-        except OSError as error:
-            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{file}: {_said(error)}") from None
-        if not token.isprintable() or not token:
-            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{file}: holds no token")
+            token = await self._files.run(read_token, file)
+        except FileProblemError as error:
+            raise GrpcError(StatusCode.UNAUTHENTICATED, str(error)) from None
+        except BlockedError as error:
+            raise GrpcError(StatusCode.UNAUTHENTICATED, f"{file}: {error}") from None
         return (("authorization", f"Bearer {token}"),)
-
-
-def _read(file: str) -> bytes:
-    return Path(file).read_bytes()
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, BlockedError) else why(error)
