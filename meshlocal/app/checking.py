@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from meshlocal.admin.access import AdminAccess
+from meshlocal.app.certificates import make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, load_config, unused_variables
 from meshlocal.net.following import FileProblemError, Followed
 from meshlocal.net.tls import expiring, wall_clock
@@ -56,9 +58,6 @@ def check(
 
 
 def _of_proxy(config: ProxyConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    # Imported here, as it imports what a configuration needs.
-    from meshlocal.app.proxy import make_tls, make_workload
-
     yield from unused_keys(config)
     if not config.node_name:
         yield "proxy.node_name is not set, nor NODE_NAME: no instance is local to a proxy that does not know its node"
@@ -66,7 +65,7 @@ def _of_proxy(config: ProxyConfig, environment: Mapping[str, str]) -> Iterator[s
     yield from map(str, of_proxy(config))
     try:
         access = AdminAccess(config.admin_access, "proxy")
-        tls = make_tls(config, make_workload(config.tls.workload_api, _NO_RANDOMNESS))
+        tls = make_tls(config, make_workload(config.tls.workload_api, Random()))
     except FileProblemError as error:
         raise ConfigError([Problem("proxy", str(error), "")]) from None
     yield from _ending([*access.followed(), *(tls.followed() if tls is not None else ())])
@@ -77,11 +76,10 @@ def _of_proxy(config: ProxyConfig, environment: Mapping[str, str]) -> Iterator[s
 
 def _of_discovery(config: Config) -> Iterator[str]:
     from meshlocal.app.discovery_access import DiscoveryAccess
-    from meshlocal.app.proxy import make_workload
 
     server = config.discovery
     yield from map(str, of_server(server))
-    access = DiscoveryAccess(server, make_workload(server.tls_workload_api, _NO_RANDOMNESS))
+    access = DiscoveryAccess(server, make_workload(server.tls_workload_api, Random()))
     try:
         pages = AdminAccess(server.admin_access, "discovery")
     except FileProblemError as error:
@@ -97,14 +95,3 @@ def _plaintext_discovery(client: DiscoveryClientConfig) -> Iterator[str]:
 
 def _ending(followed: list[Followed[Any]]) -> Iterator[str]:
     return expiring(followed, wall_clock())
-
-
-class _Fixed:
-    """No client is run here, so that there is nothing to spread by chance."""
-
-    def uniform(self, a: float, b: float, /) -> float:
-        """See `UniformSource`."""
-        return a
-
-
-_NO_RANDOMNESS = _Fixed()

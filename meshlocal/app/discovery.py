@@ -20,8 +20,8 @@ import trio
 
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
+from meshlocal.app.certificates import expiring_now, make_workload
 from meshlocal.app.discovery_access import DiscoveryAccess
-from meshlocal.app.proxy import expiring_now, make_workload
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources

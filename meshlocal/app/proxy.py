@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import trio
 
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
+from meshlocal.app.certificates import expiring_now, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
@@ -40,9 +41,6 @@ from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
-from meshlocal.net.tls import expiring, wall_clock
-from meshlocal.policy.addresses import unix_path
-from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
@@ -55,7 +53,6 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
     from meshlocal.client.cache import SnapshotCache
-    from meshlocal.net.workload_api import WorkloadApi
     from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.returning import Lasting
@@ -485,36 +482,6 @@ def import_parts(config: ProxyConfig) -> None:
         meshlocal.proxy.checks.import_checkers(config)
     if any(service.failback is not None for service in config.services.values()):
         import meshlocal.proxy.returning
-
-
-def make_workload(address: str | None, rng: UniformSource) -> WorkloadApi | None:
-    """A client of the SPIFFE agent at an address; None: there is none."""
-    if address is None:
-        return None
-    # Imported here: a proxy without an agent needs no gRPC for it.
-    from meshlocal.net.workload_api import WorkloadApi
-
-    return WorkloadApi(unix_path(address), rng)
-
-
-def make_tls(config: ProxyConfig, workload: WorkloadApi | None) -> ProxyTls | None:
-    """What a configuration needs of TLS; None if nothing. It reads files.
-
-    Raises:
-        FileProblemError: one cannot be used.
-    """
-    services = (service.tls for service in config.services.values())
-    if not any(listen.is_tls for listen in config.listen) and all(tls is None for tls in services):
-        return None
-    # Imported here: a proxy without TLS holds no code for it.
-    from meshlocal.proxy.tls import ProxyTls
-
-    return ProxyTls(config, workload)
-
-
-def expiring_now(followed: Callable[[], Iterable[Followed[Any]]]) -> Iterator[str]:
-    """What is to be said of own certificates that end soon."""
-    return expiring(followed(), wall_clock())
 
 
 def freeze_garbage_collector() -> None:

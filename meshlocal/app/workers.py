@@ -28,9 +28,10 @@ import trio
 
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
+from meshlocal.app.certificates import expiring_now
 from meshlocal.app.config_loader import LoadConfig
 from meshlocal.app.operator import Operator
-from meshlocal.app.proxy import CONFIG_LIMIT, expiring_now, read_again
+from meshlocal.app.proxy import CONFIG_LIMIT, read_again
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, handle_signals
 from meshlocal.app.worker_channel import Answer, Beat, Call, Channel, Configure, Measure, Ready, Show, Start, StopOrder
