@@ -16,7 +16,7 @@ import yaml
 
 from nursery_tests.certificates import Authority
 from nursery_tests.interop.http.conftest import Process, new_address, wait_until
-from nursery_tests.interop.http.test_tls import Echo
+from nursery_tests.interop.http.tls_parts import Echo
 from nursery_tests.ports import free_port
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

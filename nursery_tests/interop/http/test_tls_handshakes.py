@@ -21,9 +21,8 @@ from typing import NamedTuple
 import pytest
 
 from nursery_tests.certificates import NO_TEXT, Pair
-from nursery_tests.interop.http.conftest import Proxy, Threaded, new_address, wait_until
-from nursery_tests.interop.http.test_tls import (
-    LIMIT,
+from nursery_tests.interop.http.conftest import LIMIT, Proxy, Threaded, new_address, wait_until
+from nursery_tests.interop.http.tls_parts import (
     WEB,
     Certificates,
     Echo,

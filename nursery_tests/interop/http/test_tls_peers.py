@@ -12,8 +12,18 @@ import grpc
 import pytest
 
 from bench.peers import ENVOY, Instance, Job, Tls
-from nursery_tests.interop.http.conftest import HERE, PORT, Nginx, Process, Proxy, listens, new_address, wait_until
-from nursery_tests.interop.http.test_tls import LIMIT, WEB, Certificates, settings, upstream
+from nursery_tests.interop.http.conftest import (
+    HERE,
+    LIMIT,
+    PORT,
+    Nginx,
+    Process,
+    Proxy,
+    listens,
+    new_address,
+    wait_until,
+)
+from nursery_tests.interop.http.tls_parts import WEB, Certificates, settings, upstream
 
 
 @pytest.fixture(scope="module")
