@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -109,3 +110,24 @@ class Authority:
             )
         )
         return pair
+
+
+def served(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
+    """The certificate that a handshake in memory shows."""
+    ends = []
+    buffers = ssl.MemoryBIO(), ssl.MemoryBIO()
+    for context, server_side in ((server, True), (client, False)):
+        incoming, outgoing = buffers if server_side else buffers[::-1]
+        name = None if server_side else "127.0.0.1"
+        ends.append(context.wrap_bio(incoming, outgoing, server_side=server_side, server_hostname=name))
+    done = [False, False]
+    for _ in range(10):
+        for number, end in enumerate(ends):
+            if not done[number]:
+                try:
+                    end.do_handshake()
+                    done[number] = True
+                except ssl.SSLWantReadError:
+                    pass
+    assert done == [True, True]
+    return ends[1].getpeercert(binary_form=True)

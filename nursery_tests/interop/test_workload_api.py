@@ -17,9 +17,8 @@ from meshlocal.net.tls import certificates, client_context, server_context
 from meshlocal.net.workload_api import WorkloadApi
 from meshlocal.policy.identity import identities
 from meshlocal.wire.pb import workload_pb2 as pb
-from nursery_tests.certificates import Authority
+from nursery_tests.certificates import Authority, served
 from nursery_tests.logged import events
-from nursery_tests.net.test_tls import served
 from nursery_tests.spiffe import Agent, answer
 
 WEB = "spiffe://td/ns/shop/sa/web"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from meshlocal.net.following import FileProblemError, Followed, Looks
 from meshlocal.net.tls import TlsContext, certificates, client_context, expiring, has_expired, server_context
 from meshlocal.wire.certificate import first_of_pem, validity
-from nursery_tests.certificates import Authority
+from nursery_tests.certificates import Authority, served
 
 
 def write(folder: Path, authority: trustme.CA, name: str = "127.0.0.1") -> tuple[str, str]:
@@ -39,27 +39,6 @@ def server(certificate: str, key: str | None) -> Followed[TlsContext]:
 def client(ca_file: str | None) -> Followed[TlsContext]:
     make = partial(client_context, ca_file, None, None, check_name=True, minimum="1.2", protocols=())
     return Followed([ca_file], make)
-
-
-def served(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
-    """The certificate that a handshake in memory shows."""
-    ends = []
-    buffers = ssl.MemoryBIO(), ssl.MemoryBIO()
-    for context, server_side in ((server, True), (client, False)):
-        incoming, outgoing = buffers if server_side else buffers[::-1]
-        name = None if server_side else "127.0.0.1"
-        ends.append(context.wrap_bio(incoming, outgoing, server_side=server_side, server_hostname=name))
-    done = [False, False]
-    for _ in range(10):
-        for number, end in enumerate(ends):
-            if not done[number]:
-                try:
-                    end.do_handshake()
-                    done[number] = True
-                except ssl.SSLWantReadError:
-                    pass
-    assert done == [True, True]
-    return ends[1].getpeercert(binary_form=True)
 
 
 def test_files_that_changed_are_for_new_connections(tmp_path: Path) -> None:
