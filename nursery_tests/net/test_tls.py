@@ -228,3 +228,10 @@ def test_what_is_no_certificate_is_refused_or_read_but_nothing_else(at: int, put
         except ValueError:
             continue
         assert len(found) == 2
+
+
+def test_nothing_is_renegotiated(tmp_path: Path) -> None:
+    """Neither as a server (RFC 8446, 4.1.2) nor as a client, whose writes would wait for what a server sends."""
+    certificate, key = write(tmp_path, trustme.CA())
+    contexts = server(certificate, key).current[0], client(None).current[0]
+    assert all(context.options & ssl.OP_NO_RENEGOTIATION for context in contexts)
