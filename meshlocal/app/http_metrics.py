@@ -75,7 +75,7 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
                 responses.add_metric([service.state.key, tier, reason, status, protocol], count)
             for (tier, reason, number), count in statistics.calls.items():
                 calls.add_metric([service.state.key, tier, reason, STATUS_NAMES[number]], count)
-            for tier, times in statistics.latency.items():
+            for tier, times in service.state.statistics.responses.items():
                 latency.add_metric([service.state.key, tier], times.buckets(), times.total)
     yield from (responses, calls, latency)
 

@@ -144,10 +144,17 @@ class ProxyCollector(Collector):
             "From an attempt to its connection with an instance, by tier.",
             labels=["service", "tier"],
         )
+        durations = HistogramMetricFamily(
+            "meshlocal_connection_seconds",
+            "From a connection with an instance to its end, by tier (tcp listeners).",
+            labels=["service", "tier"],
+        )
         for piece in pieces(list(self._services), SERVICES):
             yield None
             for service in piece:
                 statistics = service.statistics
+                for tier, times in statistics.durations.items():
+                    durations.add_metric([service.key, tier], times.buckets(), times.total)
                 for tier, times in statistics.connects.items():
                     connects.add_metric([service.key, tier], times.buckets(), times.total)
                 for key, count in statistics.requests.items():
@@ -156,7 +163,7 @@ class ProxyCollector(Collector):
                     picks.add_metric([service.key, tier, reason], count)
                 for (tier, outcome), count in statistics.attempts.items():
                     attempts.add_metric([service.key, tier, outcome], count)
-        yield from (requests, picks, attempts, connects)
+        yield from (requests, picks, attempts, connects, durations)
         if self._each_instance:
             yield from self._of_instances()
 

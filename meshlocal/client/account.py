@@ -16,11 +16,10 @@ that is served before what it holds is free, such as an application's stream, en
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
+from meshlocal.client.ended import Asked, EndedRequest, FailedAttempt, kept_attempts
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, InstanceStatistics, Outcome, RequestKey
-from meshlocal.client.tried import attempt_text
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Pick
@@ -29,24 +28,8 @@ from meshlocal.policy.search import Search
 
 _ANSWERED = AttemptOutcome.ANSWERED
 
-
-class FailedAttempt(NamedTuple):
-    """One attempt that came to nothing.
-
-    Attributes:
-        pick: what was tried.
-        tier: its tier's name.
-        error: how it failed, in a word.
-        errno: the system's number for it; 0 where the system gave none.
-    """
-
-    pick: Pick
-    tier: str
-    error: str
-    errno: int
-
-    def __str__(self) -> str:
-        return attempt_text(self.pick.instance.key, self.tier, self.error)
+_WELL = frozenset({Outcome.SERVED, Outcome.CLIENT_LEFT, Outcome.RETURNED, Outcome.DRAINED})
+"""Outcomes of requests that nothing went wrong with, as far as the mesh is concerned."""
 
 
 class Account(Search):
@@ -100,6 +83,20 @@ class Account(Search):
     def reason(self) -> str:
         """Why it left the first tier (R1); empty if it did not."""
         return (self.pick.reason or "") if self.pick is not None else ""
+
+    @property
+    def peer_address(self) -> object:
+        """The client's address, as its socket has it; None if it is in this very process."""
+        return None
+
+    def asked(self) -> Asked:
+        """What the request asks for."""
+        return Asked("tcp")
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the answer that it got says that its server failed."""
+        return False
 
     @property
     def trying(self) -> bool:
@@ -248,6 +245,7 @@ class Account(Search):
         sent: bool = False,
         idempotent: bool = True,
         held: bool = True,
+        failed_at: float | None = None,
     ) -> Decision:
         """The attempt failed; what follows.
 
@@ -259,8 +257,9 @@ class Account(Search):
             sent: see `Search.failed`, as for the next two.
             idempotent: by its method, or its Idempotency-Key.
             held: all of the body that was read from the client is still there to be sent again.
+            failed_at: when it did, if that is not what is decided by.
         """
-        self._note_failed(failure, word or failure, errno)
+        self._note_failed(failure, word or failure, errno, now if failed_at is None else failed_at)
         return self.failed(failure, now, sent=sent, idempotent=idempotent, held=held)
 
     def drop_answer(self, now: float, budget: RetryBudget, *, sent: bool, idempotent: bool, held: bool) -> bool:
@@ -270,7 +269,7 @@ class Account(Search):
         usable = len(state.picker) if state.picker is not None else 0
         if not self.replaces_answer(now, usable, budget, sent=sent, idempotent=idempotent, held=held):
             return False
-        self._note_failed(Failure.STATUS, Failure.STATUS, 0)
+        self._note_failed(Failure.STATUS, Failure.STATUS, 0, now)
         return True
 
     def abandoned(self, word: str = AttemptOutcome.ABANDONED) -> None:
@@ -301,11 +300,12 @@ class Account(Search):
             # It may have been taken for a trial, which another request can have (H1).
             self.state.fitness.abandoned(following.instance)
 
-    def end(self, outcome: Outcome, *, hold: bool = False) -> bool:
-        """End the request, whatever its outcome: count it, and give back all that it counts in; each once.
+    def end(self, outcome: Outcome, now: float | None = None, *, hold: bool = False) -> bool:
+        """End the request, whatever its outcome: count it, tell of it, and give back all that it counts in; each once.
 
         Args:
             outcome: what it is counted as, unless it was counted before.
+            now: when it ended, by the clock of `started`; None: nobody is told of it.
             hold: keep what it counts in, for another `end` to give back.
 
         Returns:
@@ -322,6 +322,11 @@ class Account(Search):
             reason = (pick.reason or "") if pick is not None else ""
             # As RequestKey(...) does, without a call of Python's own: every request passes here.
             state.statistics.requests[tuple.__new__(RequestKey, (self.tier, reason, outcome))] += 1
+            if now is not None:
+                told = state.told
+                failed = outcome not in _WELL or self.is_refused
+                if failed or reason or self.failures or told.followers:
+                    told.add(self._ended(state, outcome, now, failed))
         if not (hold or self._released):
             self._released = True
             if self._instance is not None:
@@ -335,8 +340,14 @@ class Account(Search):
 
     def took(self, seconds: float) -> None:
         """Note how long the request took, from its beginning to its response's end."""
+        if self.state is not None:
+            self.state.statistics.responses[self.tier].add(seconds)
         if self.pick is not None and self._counts is not None:
             self._counts.response.add(seconds)
+
+    def lasted(self, seconds: float) -> None:
+        """Note how long the connection with an instance lasted that the request was for."""
+        self._tried[0].statistics.durations[self.tier].add(seconds)
 
     @property
     def _tried(self) -> tuple[ServiceState, Pick]:
@@ -348,13 +359,32 @@ class Account(Search):
         self.error = f"limit_{limit}"
         return limit
 
-    def _note_failed(self, failure: Failure, word: str, errno: int) -> None:
+    def _ended(self, state: ServiceState, outcome: Outcome, now: float, failed: bool) -> EndedRequest:
+        pick = self.pick
+        return EndedRequest(
+            state.key,
+            self.peer_address,
+            self.asked(),
+            self.started,
+            now - self.started,
+            outcome,
+            failed,
+            self.tier,
+            self.reason,
+            self.error,
+            pick.instance if pick is not None else None,
+            max(now - self.began, 0.0),
+            self.attempts,
+            kept_attempts(self.failures),
+        )
+
+    def _note_failed(self, failure: Failure, word: str, errno: int, now: float) -> None:
         state, pick = self._tried
         self.error = word
         self._settle(word)
         if self.failures is None:
             self.failures = []
-        self.failures.append(FailedAttempt(pick, self.tier, word, errno))
+        self.failures.append(FailedAttempt(pick, self.tier, word, errno, self.began, now - self.began))
         state.fitness.judge(pick.instance, failure, word, self.began)
 
     def _settle(self, word: str) -> None:

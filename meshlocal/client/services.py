@@ -14,6 +14,7 @@ from typing import Protocol
 
 import anyio
 
+from meshlocal.client.ended import Told
 from meshlocal.client.fitness import Fitness
 from meshlocal.client.security import Security
 from meshlocal.client.statistics import ServiceStatistics
@@ -74,6 +75,7 @@ class ServiceState:
         circuit: how much of it is under way, and may be.
         first_snapshot: set once a snapshot has come.
         statistics: its counts.
+        told: what is told of its requests, one by one.
         changed: called with each snapshot, once the picker knows it: for who keeps connections to instances.
         on_demand: it is followed because a request named it.
         last_used: when a request last came for it, if it is on demand.
@@ -99,6 +101,7 @@ class ServiceState:
         "security",
         "selector",
         "statistics",
+        "told",
     )
 
     def __init__(
@@ -123,6 +126,7 @@ class ServiceState:
         self.circuit = Circuit(config.limits, whole)
         self.first_snapshot = anyio.Event()
         self.statistics = ServiceStatistics()
+        self.told = Told()
         self.changed: Callable[[ServiceSnapshot], None] | None = None
         self.on_demand = False
         self.last_used = 0.0

@@ -96,11 +96,13 @@ class ServiceStatistics:
         "checks",
         "connecting",
         "connects",
+        "durations",
         "instances",
         "open",
         "picks",
         "replays",
         "requests",
+        "responses",
         "tls_skipped",
     )
 
@@ -110,6 +112,10 @@ class ServiceStatistics:
         """By tier and outcome."""
         self.connects: defaultdict[str, Latency] = defaultdict(Latency)
         """By tier: from an attempt to its connection."""
+        self.responses: defaultdict[str, Latency] = defaultdict(Latency)
+        """By tier, empty for no instance: from a request to its response's end (HTTP)."""
+        self.durations: defaultdict[str, Latency] = defaultdict(Latency)
+        """By tier: how long connections with an instance lasted (tcp)."""
         self.instances: dict[HostPort, InstanceStatistics] = {}
         """Of the instances that there are, those that were tried."""
         self.picks: defaultdict[tuple[str, str], int] = defaultdict(int)

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from meshlocal.client.account import Account, FailedAttempt
+from meshlocal.client.account import Account
 from meshlocal.client.connecting import connect
+from meshlocal.client.ended import FailedAttempt
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.library.core import MeshCore

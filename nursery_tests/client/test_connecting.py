@@ -16,7 +16,8 @@ import trio
 from trio.testing import MockClock
 
 from meshlocal.client import connecting
-from meshlocal.client.account import Account, FailedAttempt
+from meshlocal.client.account import Account
+from meshlocal.client.ended import FailedAttempt
 from meshlocal.client.connecting import Client
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome

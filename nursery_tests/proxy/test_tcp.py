@@ -77,6 +77,30 @@ async def test_a_refused_local_instance_is_retried_within_the_connection(proxy: 
     assert proxy.table["b"].statistics.attempts[("node", "refused")] == 6
 
 
+async def test_what_left_the_node_is_kept_and_the_rest_is_counted(proxy: Any, upstream: Any) -> None:
+    """R1: of each attempt, which instance, what failed, and how long it took."""
+    near, far = await upstream("near", "n1"), await upstream("far", "n2")
+    proxy.publish([near, far])
+    assert await proxy.ask() == "near"
+    near.stop()
+    await wait_all_tasks_blocked()
+    assert await proxy.ask() == "far"
+    await finish(proxy)
+    [request] = proxy.table["b"].told.recent
+    assert (request.asked.protocol, request.tier, request.reason, request.outcome) == (
+        *("tcp", "other", "local_failed"),
+        "served",
+    )
+    assert request.peer[0] == "127.0.0.1"
+    [failed] = request.failures
+    assert (failed.pick.instance, failed.error) == (near.instance, "refused")
+    assert 0 <= failed.seconds <= request.seconds
+    assert {tier: times.count for tier, times in proxy.table["b"].statistics.durations.items()} == {
+        "node": 1,
+        "other": 1,
+    }
+
+
 async def test_every_instance_failed_resets_the_client(proxy: Any) -> None:
     """A6: a client whose request failed everywhere is reset, and never sees a clean end."""
     proxy.publish([refusing("n1"), refusing("n2")])

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 from meshlocal.client.account import Account
+from meshlocal.client.ended import Asked
 from meshlocal.client.statistics import Outcome
 from meshlocal.policy.retry import IDEMPOTENT_METHODS
 from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.statistics import SERVER_FAULTS
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
+
+PATH_TOLD = 200
+"""Bytes of a path that are told of a request: what is kept of many is bounded."""
 
 
 class HttpRecord(Account):
@@ -47,6 +52,22 @@ class HttpRecord(Account):
         self.grpc_status = -1
         self.outcome = Outcome.DRAINED
         self.problem: ProtocolError | None = None
+
+    @property
+    def peer_address(self) -> object:
+        """See `Account.peer_address`."""
+        return self.peer
+
+    def asked(self) -> Asked:
+        """See `Account.asked`."""
+        head = self.head
+        path = head.target.partition(b"?")[0][:PATH_TOLD].decode("ascii", "replace")
+        return Asked(head.protocol, head.method.decode("ascii", "replace"), path, self.status)
+
+    @property
+    def is_refused(self) -> bool:
+        """See `Account.is_refused`."""
+        return self.status >= 500 or self.grpc_status in SERVER_FAULTS
 
     @property
     def identity(self) -> str:

@@ -249,7 +249,7 @@ class HttpRequest(HttpRecord):
         """End the request, however it came: count it, and tell the observers, once."""
         if self.client.expired:
             self._expire()
-        if not self.end(self.outcome):
+        if not self.end(self.outcome, now):
             return
         service = self.service
         if service is not None:
@@ -266,9 +266,7 @@ class HttpRequest(HttpRecord):
             statistics.ended[self.tier, reason, hundreds, self.head.protocol] += 1
             if self.grpc_status >= 0:
                 statistics.calls[self.tier, reason, self.grpc_status] += 1
-            seconds = now - self.started
-            statistics.latency[self.tier].add(seconds)
-            self.took(seconds)
+            self.took(now - self.started)
         if self.outcome is _DRAINED:
             self.shared.drained += 1
         for observer in self.shared.observers:

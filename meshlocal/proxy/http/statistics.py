@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from meshlocal.client.latency import Latency
-
 STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
 """By a status's hundreds; `none` where no response was begun."""
 
@@ -43,7 +41,6 @@ class HttpStatistics:
             version of HTTP that they came in.
         calls: gRPC calls that ended, by tier, reason (R1), and status.
         retries: by cause, a word of `policy.retry.Failure`.
-        latency: from head to the response's end, by tier; empty for no instance.
         connections_made: to instances.
         connections_reused: how often a kept one was used again.
     """
@@ -53,7 +50,6 @@ class HttpStatistics:
         "connections_made",
         "connections_reused",
         "ended",
-        "latency",
         "retries",
     )
 
@@ -61,7 +57,6 @@ class HttpStatistics:
         self.ended: defaultdict[tuple[str, str, int, str], int] = defaultdict(int)
         self.calls: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self.retries: defaultdict[str, int] = defaultdict(int)
-        self.latency: defaultdict[str, Latency] = defaultdict(Latency)
         self.connections_made = 0
         self.connections_reused = 0
 

@@ -104,6 +104,11 @@ class TcpConnection(Account):
             self._scope = trio.CancelScope()
         return self._scope
 
+    @property
+    def peer_address(self) -> object:
+        """See `Account.peer_address`."""
+        return self.peer
+
     # Its return (F2): see `meshlocal.proxy.returning.Lasting`.
 
     def away_since(self, service: ServiceState) -> float | None:
@@ -242,7 +247,13 @@ class TcpConnection(Account):
             # All that was said is held, and by its configuration may be said again. As of the start, for a client may
             # speak long after: the deadline is for what has to be connected, and `connect_waiting` keeps to it.
             decision = self.attempt_failed(
-                Failure.NO_RESPONSE, self.started, heard.failed, sent=True, idempotent=True, held=True
+                Failure.NO_RESPONSE,
+                self.started,
+                heard.failed,
+                sent=True,
+                idempotent=True,
+                held=True,
+                failed_at=trio.current_time(),
             )
             assert decision is not Decision.SAME
             self.upstream.abort()
@@ -299,16 +310,23 @@ class TcpConnection(Account):
 
     # Its end.
 
-    def finish(self, outcome: Outcome) -> None:
-        """Let go of all that it has, and count it. A stream that was cut must not look complete: it is reset."""
+    def finish(self, outcome: Outcome, now: float) -> None:
+        """Let go of all that it has, and count it. A stream that was cut must not look complete: it is reset.
+
+        Args:
+            outcome: how it ended.
+            now: when it did, by trio.current_time().
+        """
         if self._connecting is not None:
             # A fault of ours came before its task could wait for it.
             close(self._connecting.socket, awaited=False)
         if not self._begun:
             # It is counted all the same, in no limit.
             super().begin(self.service, 0.0)
+        if self._connected:
+            self.lasted(now - self.began)
         self._lose_instance()
-        self.end(outcome)
+        self.end(outcome, now)
         _end(self.client.pipe, whole=outcome is Outcome.SERVED)
         if self.upstream is not None:
             _end(self.upstream, whole=outcome is Outcome.SERVED)

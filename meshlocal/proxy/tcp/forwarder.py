@@ -162,11 +162,12 @@ class TcpForwarder:
     def _finish(self, connection: TcpConnection, outcome: Outcome) -> None:
         """Let go of all that a connection has, count it, and tell of it."""
         del self._connections[connection]
-        connection.finish(outcome)
+        now = trio.current_time()
+        connection.finish(outcome, now)
         self.drained += outcome is Outcome.DRAINED
         if outcome in (Outcome.FAILED, Outcome.NO_INSTANCE, Outcome.DEADLINE):
             self._failed(
-                trio.current_time(),
+                now,
                 service=connection.service.key,
                 outcome=outcome,
                 attempts=connection.attempts,
@@ -178,7 +179,7 @@ class TcpForwarder:
             log_request(
                 connection,
                 outcome,
-                trio.current_time(),
+                now,
                 peer=connection.peer,
                 identity=connection.client.pipe.identity,
                 sent=counters.client_to_upstream if counters is not None else 0,

@@ -62,6 +62,28 @@ async def test_access_log(proxy: Proxy, pair: tuple[Upstream, Upstream], caplog:
         assert line == wanted
 
 
+async def test_what_left_the_node_or_failed_is_kept(proxy: Proxy, pair: tuple[Upstream, Upstream]) -> None:
+    """R1: with what was asked for, but no query, and each attempt's instance, failure and time."""
+    local, far = pair
+    async with await proxy.connect() as client:
+        await client.get("/near?secret=1")
+        local.behaviour = says(response(b"sorry", "500 Internal Server Error"))
+        await client.get("/broken?secret=1")
+        local.behaviour = closes
+        await client.get("/away?secret=1")
+    await proxy.idle()
+    broken, away = proxy.table[B].told.recent
+    assert broken.asked == ("1.1", "GET", "/broken", 500, "")
+    assert (broken.tier, broken.reason, broken.outcome, broken.failures) == ("node", "", "served", ())
+    assert away.asked == ("1.1", "GET", "/away", 200, "")
+    assert (away.tier, away.reason, away.attempts) == ("other", "local_failed", 2)
+    assert away.instance is not None
+    assert away.instance.key.port == far.port
+    [failed] = away.failures
+    assert (failed.pick.instance.key.port, failed.error) == (local.port, "no_response")
+    assert 0 <= failed.seconds <= away.seconds
+
+
 async def test_access_log_is_off_by_default_and_may_be_text(
     proxy: Proxy, local: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:

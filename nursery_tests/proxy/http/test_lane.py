@@ -52,7 +52,7 @@ def counted(proxy: Proxy) -> dict[str, Any]:
         "attempts": dict(statistics.attempts),
         "bytes": (statistics.bytes_sent, statistics.bytes_received),
         "responses": dict(service.statistics.responses),
-        "timed": sum(each.count for each in service.statistics.latency.values()),
+        "timed": sum(each.count for each in service.state.statistics.responses.values()),
         "connections": (service.statistics.connections_made, service.statistics.connections_reused),
         "under way": (service.state.circuit.now[Limit.REQUESTS], proxy.table.circuit.now[Limit.REQUESTS]),
     }

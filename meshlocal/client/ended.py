@@ -1,0 +1,153 @@
+"""What is told of requests that ended, one by one: those worth a look are kept, and who follows hears of each (R1).
+
+A request costs nothing here as long as it stays in the first tier, comes to a good end, and nobody follows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, Protocol
+
+from meshlocal.client.tried import attempt_text
+from meshlocal.policy.model import Instance, ServiceKey
+from meshlocal.policy.picker import Pick
+
+KEPT = 50
+"""Requests of a service that are kept: the last that left the first tier, or failed."""
+
+ATTEMPTS_KEPT = 10
+"""Failed attempts that are kept of a request: the first and the last ones, half of each."""
+
+
+class FailedAttempt(NamedTuple):
+    """One attempt that came to nothing.
+
+    Attributes:
+        pick: what was tried.
+        tier: its tier's name.
+        error: how it failed, in a word.
+        errno: the system's number for it; 0 where the system gave none.
+        began: when it did, by the clock of its request.
+        seconds: how long it took.
+    """
+
+    pick: Pick
+    tier: str
+    error: str
+    errno: int
+    began: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return attempt_text(self.pick.instance.key, self.tier, self.error)
+
+
+class Asked(NamedTuple):
+    """What a request asked for, as far as it says so.
+
+    Attributes:
+        protocol: `tcp`, or the version of HTTP.
+        method: of HTTP.
+        path: of HTTP, without its query, which carries secrets more often than paths do.
+        status: of the response; 0 if there is none.
+        id: the request's; empty if it has none.
+    """
+
+    protocol: str
+    method: str = ""
+    path: str = ""
+    status: int = 0
+    id: str = ""
+
+
+class EndedRequest(NamedTuple):
+    """A request that ended.
+
+    Attributes:
+        service: that it was for.
+        peer: the client's address, as the socket has it; None for a request of this very process.
+        asked: what it asked for.
+        started: when it did, by the clock of whoever serves it, in seconds.
+        seconds: how long it took.
+        outcome: how it ended, a word of `client.statistics.Outcome`.
+        failed: that is no good end, or the answer says that its server failed.
+        tier: of the last instance tried; empty for none.
+        reason: why that is not of the first tier (R1); empty if it is.
+        error: how the last attempt failed, or the request, in a word; empty if neither did.
+        instance: the last one tried; None: none was.
+        last: seconds from the beginning of the last attempt to the request's end.
+        attempts: how many instances were tried.
+        failures: those that failed, in order; of many, the first and the last.
+    """
+
+    service: ServiceKey
+    peer: object
+    asked: Asked
+    started: float
+    seconds: float
+    outcome: str
+    failed: bool
+    tier: str
+    reason: str
+    error: str
+    instance: Instance | None
+    last: float
+    attempts: int
+    failures: tuple[FailedAttempt, ...]
+
+    @property
+    def stumbled(self) -> bool:
+        """Whether it failed, or an attempt of it did."""
+        return self.failed or bool(self.failures)
+
+    @property
+    def ended(self) -> float:
+        """When it did, by the clock of its start."""
+        return self.started + self.seconds
+
+
+class Follower(Protocol):
+    """Who is told of each request of a service. It may neither raise nor wait."""
+
+    def ended(self, request: EndedRequest) -> None:
+        """A request ended."""
+        ...
+
+
+class Told:
+    """What is told of one service's requests.
+
+    Attributes:
+        recent: the last that left the first tier, or failed; the latest comes last.
+        followers: who is told of each request.
+    """
+
+    __slots__ = ("followers", "recent")
+
+    def __init__(self) -> None:
+        self.recent: deque[EndedRequest] = deque(maxlen=KEPT)
+        self.followers: tuple[Follower, ...] = ()
+
+    def add(self, request: EndedRequest) -> None:
+        """Keep a request if it is worth a look, and tell of it."""
+        if request.stumbled or request.reason:
+            self.recent.append(request)
+        for follower in self.followers:
+            follower.ended(request)
+
+    def follow(self, follower: Follower) -> None:
+        """Tell somebody of each request from now on, until `leave`."""
+        self.followers = (*self.followers, follower)
+
+    def leave(self, follower: Follower) -> None:
+        """Tell somebody no longer; one who was not told is passed over."""
+        self.followers = tuple(each for each in self.followers if each is not follower)
+
+
+def kept_attempts(failures: list[FailedAttempt] | None) -> tuple[FailedAttempt, ...]:
+    """Of failed attempts those that are kept."""
+    if not failures:
+        return ()
+    if len(failures) > ATTEMPTS_KEPT:
+        return (*failures[: ATTEMPTS_KEPT // 2], *failures[-ATTEMPTS_KEPT // 2 :])
+    return tuple(failures)
