@@ -168,9 +168,26 @@ def encode(response: Response, *, to: Head | None = None) -> bytes:
     Raises:
         ValueError: the status is none, or a header has control characters.
     """
+    kept = to is not None and to.keep_alive
+    # HTTP/1.1 keeps connections without a word.
+    connection = "" if kept and to is not None and not to.http10 else "keep-alive" if kept else "close"
+    head = _head(response, len(response.body), connection)
+    return head if to is not None and to.request.method == "HEAD" else head + response.body
+
+
+def encode_head(response: Response) -> bytes:
+    """The head of a response whose content follows, and ends with its connection.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    return _head(response, None, "close")
+
+
+def _head(response: Response, length: int | None, connection: str) -> bytes:
     headers = [
         ("Content-Type", response.content_type),
-        ("Content-Length", str(len(response.body))),
+        *([("Content-Length", str(length))] if length is not None else ()),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
@@ -179,15 +196,11 @@ def encode(response: Response, *, to: Head | None = None) -> bytes:
         ("Cross-Origin-Resource-Policy", "same-origin"),
         ("Cross-Origin-Opener-Policy", "same-origin"),
         *response.headers,
+        *([("Connection", connection)] if connection else ()),
     ]
-    if to is None or not to.keep_alive:
-        headers.append(("Connection", "close"))
-    elif to.http10:
-        headers.append(("Connection", "keep-alive"))
     lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
     for name, value in headers:
         if not (name + value).isprintable():
             raise ValueError(f"control characters in header {name!r}")
         lines.append(f"{name}: {value}")
-    head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-    return head if to is not None and to.request.method == "HEAD" else head + response.body
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"

@@ -12,19 +12,23 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 
 import trio
 from trio.abc import HalfCloseableStream
 
 from meshlocal.admin.access import AdminAccess
-from meshlocal.admin.messages import Head, Request, RequestReader, Response, encode
+from meshlocal.admin.messages import Head, Request, RequestReader, Response, encode, encode_head
+from meshlocal.admin.streaming import Stream, StreamRoute
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.steps import Steps
 
 MAX_CONNECTIONS = 64
+MAX_STREAMS = 16
+"""Answers that go on, at once: they make room for nobody, so they may not take all places."""
 HEAD_TIMEOUT = 10.0
 """Seconds that a request's head may take."""
 IDLE_TIMEOUT = 75.0
@@ -53,11 +57,19 @@ class AdminServer:
     Args:
         routes: by path.
         access: who may read them.
+        streams: routes to what goes on, by path.
         max_connections: that may be open at once.
+        max_streams: how many of them may have an answer that goes on.
     """
 
     def __init__(
-        self, routes: Mapping[str, Route | AsyncRoute], access: AdminAccess, *, max_connections: int = MAX_CONNECTIONS
+        self,
+        routes: Mapping[str, Route | AsyncRoute],
+        access: AdminAccess,
+        *,
+        streams: Mapping[str, StreamRoute] | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        max_streams: int = MAX_STREAMS,
     ) -> None:
         self._routes = dict(routes)
         self._access = access
@@ -65,6 +77,9 @@ class AdminServer:
         self._open: set[_Place] = set()
         self._idle: dict[_Place, trio.CancelScope] = {}
         self._refusing = 0
+        self._max_streams = max_streams
+        self._stream_routes = dict(streams or {})
+        self._streams = 0
         self._accept_failed = RateLimited(log, logging.WARNING, "admin server cannot accept", interval=10)
 
     async def serve(
@@ -142,7 +157,11 @@ class AdminServer:
                 return
             heads = reader.feed(data)
             for head in heads:
-                if not await _send(stream, await self._answer(head, local)):
+                response = await self._answer(head, local)
+                if isinstance(response, Stream):
+                    await self._stream(stream, response, head.request.path)
+                    return
+                if not await _send(stream, response):
                     return
                 if not head.keep_alive:
                     await _linger(stream)
@@ -157,14 +176,39 @@ class AdminServer:
                 idle = False
                 deadline = trio.current_time() + HEAD_TIMEOUT
 
-    async def _answer(self, head: Head, local: str) -> bytes:
+    async def _stream(self, stream: trio.abc.Stream, response: Stream, path: str) -> None:
+        """Send an answer that goes on, until its end or until its client leaves."""
+        self._streams += 1
         try:
-            return encode(await self._respond(head, local), to=head)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_wait_left, stream, nursery.cancel_scope)
+                try:
+                    async with aclosing(response.pieces) as pieces:
+                        going_on = await _send(stream, encode_head(Response(content_type=response.content_type)))
+                        while going_on and (piece := await anext(pieces, None)) is not None:
+                            going_on = await _send(stream, piece)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass  # the client left
+                except Exception:  # a route's fault is its own, here too
+                    log.exception("admin route failed", path=path)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._streams -= 1
+
+    async def _answer(self, head: Head, local: str) -> bytes | Stream:
+        try:
+            response = await self._respond(head, local)
+            if not isinstance(response, Stream):
+                return encode(response, to=head)
+            if self._streams < self._max_streams:
+                return response
+            await response.pieces.aclose()
+            return encode(Response.text("too many pages are followed already", 503), to=head)
         except Exception:  # a route's fault is its own; the server and its other routes go on
             log.exception("admin route failed", path=head.request.path)
             return encode(Response.text("this page failed; see the log", 500), to=head)
 
-    async def _respond(self, head: Head, local: str) -> Response:
+    async def _respond(self, head: Head, local: str) -> Response | Stream:
         request = head.request
         refusal = self._access.refusal(request, local)
         if refusal is not None:
@@ -174,9 +218,12 @@ class AdminServer:
             return refusal._replace(headers=(("Allow", "GET, HEAD"),))
         if head.has_body:
             return Response.text("a request with a body is not served here", 413)
+        if (stream := self._stream_routes.get(request.path)) is not None:
+            return await stream(request)
         route = self._routes.get(request.path)
         if route is None:
-            return Response.text("\n".join(["no such page; there are:", *sorted(self._routes)]), 404)
+            paths = sorted([*self._routes, *self._stream_routes])
+            return Response.text("\n".join(["no such page; there are:", *paths]), 404)
         return await answer(route, request)
 
     def _report(self, error: OSError) -> None:
@@ -195,6 +242,16 @@ class _Place:
     """One connection among those that may be open."""
 
     __slots__ = ()
+
+
+async def _wait_left(stream: trio.abc.Stream, scope: trio.CancelScope) -> None:
+    """Cancel once the client has closed; what it says until then is for nobody."""
+    try:
+        while await stream.receive_some(_READ_SIZE):
+            pass
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass
+    scope.cancel()
 
 
 async def _send(stream: trio.abc.Stream, data: bytes) -> bool:

@@ -17,8 +17,8 @@ from trio.testing import MockClock
 
 from meshlocal.client import connecting
 from meshlocal.client.account import Account
-from meshlocal.client.ended import FailedAttempt
 from meshlocal.client.connecting import Client
+from meshlocal.client.ended import FailedAttempt
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.pipe import PlainPipe
