@@ -37,12 +37,16 @@ Ask = Callable[[], Awaitable[Response]]
 """What is to be told now, a line each."""
 
 
-def stream_route(ask: Callable[[Request], Awaitable[Response]], pieces: Callable[[Ask], Stream]) -> StreamRoute:
+Pieces = Callable[[Ask], Stream]
+"""Makes the stream of what is told: `events` or `lines`."""
+
+
+def stream_route(ask: Callable[[Request], Awaitable[Response]], pieces: Pieces) -> StreamRoute:
     """A route that follows another one.
 
     Args:
         ask: that route.
-        pieces: makes the stream of what it says: `events` or `lines`.
+        pieces: makes the stream.
     """
 
     async def route(request: Request) -> Response | Stream:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from meshlocal.net.following import Followed
-from meshlocal.net.tls import expiring, wall_clock
+from meshlocal.net.tls import expiring
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.addresses import unix_path
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import ProxyConfig

@@ -11,7 +11,8 @@ from meshlocal.admin.access import AdminAccess
 from meshlocal.app.certificates import make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, load_config, unused_variables
 from meshlocal.net.following import FileProblemError, Followed
-from meshlocal.net.tls import expiring, wall_clock
+from meshlocal.net.tls import expiring
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.config import Config, DiscoveryClientConfig, ProxyConfig
 from meshlocal.policy.config_build import ConfigError, Role
 from meshlocal.policy.config_unused import unused_keys

@@ -27,6 +27,7 @@ from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
+from meshlocal.app.followed_pages import streams
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
@@ -306,7 +307,8 @@ class ProxyProcess:
             for listener in self.listeners.current:
                 opened.callback(listener.close)
             self._tell_unknown_labels()
-            admin = AdminServer(self._superior.routes(self), self.admin_access)
+            routes = self._superior.routes(self)
+            admin = AdminServer(routes, self.admin_access, streams=streams(routes))
             tell_exposures(of_proxy(config))
             async with trio.open_nursery() as lifetime:
                 self._lifetime = lifetime

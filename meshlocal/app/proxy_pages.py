@@ -15,9 +15,11 @@ from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
+from meshlocal.app.followed_pages import TAP
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.readiness import Readiness
 from meshlocal.app.security_facts import security_facts
+from meshlocal.app.tapping import Taps
 from meshlocal.app.views import (
     counts_view,
     explain_in_steps,
@@ -31,6 +33,7 @@ from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import InstanceStatistics
 from meshlocal.net.slices import pieces
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.exposure import of_proxy
@@ -54,8 +57,10 @@ _SHOWN = 200
 def proxy_routes(process: ProxyProcess) -> Mapping[str, Route | AsyncRoute]:
     """Every page of a proxy, by path."""
     pages = _ProxyPages(process)
+    taps = Taps(pages.find, trio.current_time, wall_clock)
     return {
         "/": pages.overview,
+        TAP: taps.page,
         "/livez": livez,
         "/readyz": lambda request: readyz(process.readiness),
         "/metrics": metrics_route(process.collectors, METRICS_MODULES),
@@ -131,6 +136,12 @@ class _ProxyPages:
     def __init__(self, process: ProxyProcess) -> None:
         self._process = process
 
+    def find(self, name: str) -> ServiceState | None:
+        """The service that is followed by this name."""
+        services, config = self._process.services, self._process.config.proxy
+        # A bare name is one of the proxy's own namespace, as it is to a listener.
+        return services.get(ServiceKey(name)) or services.get(config.service_key(ServiceKey(name)))
+
     def services(self, request: Request) -> Steps[Response]:
         """What the picker sees, whole."""
         views = []
@@ -149,8 +160,7 @@ class _ProxyPages:
         """The plan of the next request (R2)."""
         name = next(iter(request.values("service")), "")
         services, config = self._process.services, self._process.config.proxy
-        # A bare name is one of the proxy's own namespace, as it is to a listener.
-        service = services.get(ServiceKey(name)) or services.get(config.service_key(ServiceKey(name)))
+        service = self.find(name)
         if service is None:
             known = ", ".join(services.keys)
             if not name:

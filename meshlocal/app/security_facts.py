@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from meshlocal.app import html
 from meshlocal.net.following import Followed
-from meshlocal.net.tls import certificates, expiring, utc_text, wall_clock
+from meshlocal.net.tls import certificates, expiring
+from meshlocal.net.wall_clock import utc_text, wall_clock
 from meshlocal.policy.exposure import Exposure
 
 if TYPE_CHECKING:

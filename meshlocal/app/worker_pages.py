@@ -9,6 +9,7 @@ import trio
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_response
 from meshlocal.admin.server import AsyncRoute, Route
+from meshlocal.app.followed_pages import TAP
 from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
 from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
@@ -27,6 +28,7 @@ def worker_routes(supervisor: Supervisor) -> Mapping[str, Route | AsyncRoute]:
         "/metrics": pages.metrics,
         "/config": lambda request: json_response(config_view(supervisor.config)),
         "/services": pages.of_one,
+        TAP: pages.of_all,
         "/explain": pages.of_one,
         "/workers": pages.workers,
     }
@@ -81,6 +83,22 @@ class _WorkerPages:
             assert isinstance(response, Response)
             return response
         return plain(503, f"no worker {wanted[0]} is ready" if wanted else "no worker is ready")
+
+    async def of_all(self, request: Request) -> Response:
+        """The lines that a page of each worker has, or what the last one says that has none."""
+        found = []
+        problem = plain(503, "no worker is ready")
+        for worker in self._ready():
+            try:
+                response = await worker.ask(Show(request))
+            except WorkerGoneError:
+                continue
+            assert isinstance(response, Response)
+            if response.status == 200:
+                found.append(response)
+            else:
+                problem = response
+        return found[0]._replace(body=b"".join(each.body for each in found)) if found else problem
 
     def workers(self, request: Request) -> Response:
         """The workers, and what became of them."""

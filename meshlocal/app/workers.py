@@ -30,6 +30,7 @@ from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now
 from meshlocal.app.config_loader import LoadConfig
+from meshlocal.app.followed_pages import streams
 from meshlocal.app.operator import Operator
 from meshlocal.app.proxy import CONFIG_LIMIT, read_again
 from meshlocal.app.readiness import Readiness, tell_exposures
@@ -212,7 +213,9 @@ class Supervisor:
                 keep = self.supervision.keep
                 await lifetime.start(self._take_orders)
                 if admin_sockets:
-                    serve = partial(AdminServer(self._routes(self), self._access).serve, admin_sockets)
+                    routes = self._routes(self)
+                    admin = AdminServer(routes, self._access, streams=streams(routes))
+                    serve = partial(admin.serve, admin_sockets)
                     tell_exposures(of_proxy(self.config.proxy))
                     followed = self._access.followed
                     following = Following(followed, partial(expiring_now, followed))

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import ssl
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -26,22 +22,15 @@ from meshlocal.app.query import (
     watch_instances,
 )
 from meshlocal.app.views import explain_view, instance_view, nodes_view
+from meshlocal.cli.admin import Admin
 from meshlocal.cli.instances import Changes, Output, columns, row
 from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
-from meshlocal.net.following import FileProblemError
-from meshlocal.net.tls import client_context
-from meshlocal.net.token_file import read_token
-from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config import ProxyConfig
-from meshlocal.policy.config_build import ConfigError
-from meshlocal.policy.exposure import is_loopback
 from meshlocal.policy.locality import Selector
 from meshlocal.policy.model import ModelError, ServiceKey, ServiceSnapshot, parse_service_key
 from meshlocal.policy.picker import Cursors, Picker, explain_reason
-from meshlocal.policy.problems import Problem
 
-_ADMIN_TIMEOUT = 5.0
 _SHOWN = 5
 _LISTS = {"services": list_services, "zones": list_zones, "clusters": list_clusters}
 
@@ -129,72 +118,30 @@ def explain(service: str, config: ProxyConfig, output: Output) -> str:
     return _as(output, view, lambda: f"{_explanation(view)}\n\n{note}")
 
 
-def explain_running(
-    service: str, admin: str, output: Output, *, ca_file: str | None = None, token_file: str | None = None
-) -> tuple[str, bool]:
+def explain_running(service: str, admin: Admin, output: Output) -> tuple[str, bool]:
     """The plan of a running proxy's very next request.
 
     Args:
         service: its name.
-        admin: the proxy's admin address; as the line has it that says that the proxy is ready, too.
+        admin: of the proxy.
         output: what the answer looks like.
-        ca_file: the authorities of an https:// address, in PEM; None: those of the system.
-        token_file: holds the token that the pages want; None: they want none.
 
     Returns:
         The plan, and whether a registry knows the service.
 
     Raises:
-        ConfigError: `admin` is no address, or a file cannot be used.
         QueryError: the proxy could not be asked, or does not know the service.
     """
+    answer = admin.get(f"/explain?service={quote(service)}")
+    if answer.status != 200 and answer.word is not None:
+        raise QueryError(f"{admin.address}: {answer.word}")
     try:
-        address = SocketAddress.parse(admin.removeprefix("http://").removeprefix("https://").rstrip("/"))
-    except AddressError as error:
-        raise ConfigError([Problem("", str(error), "--proxy")]) from None
-    headers = {}
-    if token_file is not None:
-        if not admin.startswith("https://") and not is_loopback(address.host):
-            problem = "no token goes over plaintext beyond this machine: ask at https://"
-            raise ConfigError([Problem("", problem, "--token-file")])
-        with _blamed("--token-file"):
-            headers["Authorization"] = f"Bearer {read_token(token_file)}"
-    connection = HTTPConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT)
-    if admin.startswith("https://"):
-        with _blamed("--ca-file"):
-            context = client_context(ca_file, None, None, check_name=True, minimum="1.2", protocols=("http/1.1",))
-        connection = HTTPSConnection(address.host, address.port, timeout=_ADMIN_TIMEOUT, context=context)
-    try:
-        connection.request("GET", f"/explain?service={quote(service)}", headers=headers)
-        response = connection.getresponse()
-        body = response.read()
-    except (OSError, HTTPException) as error:
-        # What came in place of HTTP is some other program's, and nothing to print.
-        why = "its answer is no HTTP"
-        if isinstance(error, OSError):
-            foreign = isinstance(error, ssl.SSLError) or not error.errno
-            why = (str(error) or type(error).__name__) if foreign else os.strerror(error.errno or 0).lower()
-        raise QueryError(f"cannot ask the proxy at {admin}: {why}") from None
-    finally:
-        connection.close()
-    text = body.decode(errors="replace").strip()
-    if response.status != 200 and response.headers.get_content_type() == "text/plain" and "\n" not in text:
-        raise QueryError(f"{admin}: {text}")
-    try:
-        view = json.loads(body) if response.status == 200 else None
+        view = json.loads(answer.body) if answer.status == 200 else None
     except ValueError:
         view = None
     if not isinstance(view, dict) or "plan" not in view:
-        raise QueryError(f"{admin} does not answer as a proxy's admin address does")
+        raise QueryError(f"{admin.address} does not answer as a proxy's admin address does")
     return _as(output, view, lambda: _explanation(view)), bool(view["known"])
-
-
-@contextmanager
-def _blamed(option: str) -> Iterator[None]:
-    try:
-        yield
-    except FileProblemError as error:
-        raise ConfigError([Problem("", str(error), option)]) from None
 
 
 def _explanation(view: Mapping[str, Any]) -> str:

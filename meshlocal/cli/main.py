@@ -24,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _DEFAULT_DISCOVERY = "grpc://127.0.0.1:7070"
+_DEFAULT_ADMIN = "127.0.0.1:15000"
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -220,7 +221,9 @@ def explain(
     from meshlocal.cli import lookup
 
     if proxy_admin is not None:
-        told, known = lookup.explain_running(service, proxy_admin, output, ca_file=ca_file, token_file=token_file)
+        from meshlocal.cli.admin import Admin
+
+        told, known = lookup.explain_running(service, Admin(proxy_admin, ca_file, token_file), output)
         click.echo(told)
         return 0 if known else 1
     flags = {**_discovery_flags(urls, ca_file, token_file), **_place_flags(**place)}
@@ -228,6 +231,45 @@ def explain(
         flags["proxy.services"] = {service: {"port_name": port_name}}
     config = _load(config_file, flags)
     click.echo(lookup.explain(service, config, output))
+    return 0
+
+
+@cli.command()
+@click.argument("service")
+@click.option("--left", is_flag=True, help="Requests that left the first tier.")
+@click.option("--failed", is_flag=True, help="Requests that failed, or an attempt of which did.")
+@click.option(
+    "--proxy",
+    "proxy_admin",
+    metavar="HOST:PORT",
+    default=_DEFAULT_ADMIN,
+    show_default=True,
+    help="The proxy's admin address; http://HOST:PORT is the same, https:// over TLS.",
+)
+@_credential_options
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="For people, or for machines."
+)
+def tap(
+    service: str,
+    left: bool,
+    failed: bool,
+    proxy_admin: str,
+    ca_file: str | None,
+    token_file: str | None,
+    output: str,
+) -> int:
+    """Show SERVICE's requests at a running proxy as they end: where each went, and why.
+
+    A line for each request or connection, with the attempts that failed before. Of a busy service some are shown, and
+    how many were not is said. With --left and --failed, those that did either.
+    """
+    from meshlocal.cli.admin import Admin
+    from meshlocal.cli.tap import tap as follow
+
+    admin = Admin(proxy_admin, ca_file, token_file)
+    for line in follow(admin, service, left=left, failed=failed, as_json=output == "json"):
+        click.echo(line)
     return 0
 
 

@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio
@@ -23,6 +22,7 @@ import anyio.to_thread
 from meshlocal.client.feed import FeedStatus, SnapshotSink
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
 from meshlocal.wire.snapshot_cache import MAX_SIZE, CachedSnapshot, CacheError, decode_cache, encode_cache
 
@@ -49,11 +49,6 @@ SPARE = 20.0
 
 LAST_WRITE = 2.0
 """Seconds that the last write may take, when the proxy ends."""
-
-
-def wall_clock() -> float:
-    """Seconds since 1970: what is kept over a restart has no other clock."""
-    return datetime.now(UTC).timestamp()
 
 
 class SnapshotCache:

@@ -6,16 +6,15 @@ All of it reads files, so that none of it may be called in the event loop (P1): 
 
 from __future__ import annotations
 
-import datetime
 import os
 import ssl
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from meshlocal.net.following import FileProblemError, Followed, Versioned
 from meshlocal.net.tls_error import TlsError
+from meshlocal.net.wall_clock import utc_text, wall_clock
 from meshlocal.policy.identity import IdentityPattern, allowed, identities
 from meshlocal.wire.certificate import Validity, first_of_pem, validity
 from meshlocal.wire.svid import Svid
@@ -235,19 +234,6 @@ def _check_valid(context: TlsContext, source: str, pem: bytes) -> None:
     if now < found.not_before:
         raise ValueError(f"the certificate is not valid before {utc_text(found.not_before)}")
     context.certificate_file, context.validity = source, found
-
-
-def wall_clock() -> float:
-    """Seconds since 1970: what certificates are valid by."""
-    return datetime.datetime.now(datetime.UTC).timestamp()
-
-
-def utc_text(seconds: float) -> str:
-    """A time in seconds since 1970, for people (RFC 3339)."""
-    try:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-    except (OverflowError, ValueError, OSError):
-        return f"{seconds:.0f}"
 
 
 def certificates(followed: Iterable[Followed[Any]]) -> dict[str, Validity]:

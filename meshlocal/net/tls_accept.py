@@ -7,9 +7,10 @@ from contextlib import suppress
 
 import trio
 
-from meshlocal.net.tls import certificate_of, has_expired, wall_clock
+from meshlocal.net.tls import certificate_of, has_expired
 from meshlocal.net.tls_error import TlsError
 from meshlocal.net.trio_internals import last_words
+from meshlocal.net.wall_clock import wall_clock
 
 TIMEOUT = 10.0
 """Seconds that a client's handshake may take."""

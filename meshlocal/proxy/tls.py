@@ -23,9 +23,10 @@ from meshlocal.net.listen import Started
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.pipe import Pipe
 from meshlocal.net.sockets import abort, format_address
-from meshlocal.net.tls import SvidSource, TlsContext, client_context, has_expired, server_context, wall_clock
+from meshlocal.net.tls import SvidSource, TlsContext, client_context, has_expired, server_context
 from meshlocal.net.tls_error import TlsError
 from meshlocal.net.tls_pipe import TlsPipe
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
 from meshlocal.policy.identity import IdentityPattern, allowed, client_cert_value, fill, identities, is_svid

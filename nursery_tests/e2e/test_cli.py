@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -169,6 +170,41 @@ async def test_explain_asks_a_running_proxy(cli: Cli, processes: Any) -> None:
     assert "service b, seen from node n2" in out
     assert (await cli("explain", "b", "--proxy", f"http://{admin}/"))[:2] == (0, out)
     assert (await cli.failed("explain", "zz", "--proxy", admin)).startswith(f"meshlocal: {admin}: no listener names")
+
+
+async def test_tap_shows_requests_as_they_end(cli: Cli, processes: Any, here: Any) -> None:
+    """R1: for people and as JSON; a reader that leaves ends it without a word, and so does the proxy."""
+    far = await processes.instance("n2", "127.0.0.1", 0)
+    port = int((await far.printed(r"listening (\d+)", "out"))[1])
+    dead = free_port()
+    instances = f"""\
+services:
+  b:
+    - {{address: 127.0.0.1, port: {dead}, labels: {{node: n1}}}}
+    - {{address: 127.0.0.1, port: {port}, labels: {{node: n2}}}}
+"""
+    processes.write("instances.yaml", instances)
+    proxy = await processes.meshlocal(
+        *("proxy", "--discovery", "file:instances.yaml", *TCP, "--admin", "127.0.0.1:0", "--node-name", "n1")
+    )
+    ready = await proxy.printed(r"tcp://127.0.0.1:(\d+)=b admin=http://(\S+)", "out")
+    tap = await processes.meshlocal("tap", "b", "--left", "--proxy", ready[2])
+    machine = await processes.meshlocal("tap", "b", "--failed", "-o", "json", "--proxy", f"http://{ready[2]}")
+    none = await cli.failed("tap", "c", "--proxy", ready[2])
+    assert none == f"meshlocal: {ready[2]}: no such service: 'c'\n"
+    with trio.fail_after(20):
+        while not (tap.out and machine.out):
+            # Until both have begun to follow.
+            assert await here.ask("127.0.0.1", int(ready[1])) == "n2"
+    line = tap.out.splitlines()[0]
+    shown = rf"tcp  served  \S+  127.0.0.1:{port} \(n2, other\)  local_failed  after 127.0.0.1:{dead} \(node\) refused"
+    assert re.search(shown, line) or "local_ejected" in line
+    row = json.loads(machine.out.splitlines()[0])
+    assert (row["service"], row["tier"], row["failed"][0]["error"]) == ("b", "other", "refused")
+    proxy.signal(signal.SIGTERM)
+    assert await proxy.exited() == 0
+    assert (await tap.exited(), tap.err) == (0, "")
+    assert (await machine.exited(), machine.err) == (0, "")
 
 
 async def test_a_registry_that_does_not_know_the_service_is_told_by_a_status(cli: Cli, processes: Any) -> None:

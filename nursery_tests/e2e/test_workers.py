@@ -117,6 +117,28 @@ async def running(processes: Processes, here: Place) -> AsyncIterator[Running]:
         await trio.aclose_forcefully(stream)
 
 
+async def test_a_tap_follows_all_workers(running: Running) -> None:
+    """R1: whichever worker serves a request, it is told, and once."""
+    await running.start(B)
+    tap = await running.processes.meshlocal("tap", "b", "-o", "json", "--proxy", f"127.0.0.1:{running.admin}")
+    with trio.fail_after(LIMIT):
+        while not tap.out:  # until it follows
+            await running.ask()
+            await trio.sleep(0.05)
+    streams = await running.open_on_each()
+    peers = {"{}:{}".format(*stream.socket.getsockname()) for stream in running.streams}
+    for stream in running.streams:
+        await end(stream)
+    assert len(streams) == WORKERS
+    with trio.fail_after(LIMIT):
+        while True:
+            told = [json.loads(line)["client"] for line in tap.out.splitlines() if line.endswith("}")]
+            if peers <= set(told):
+                break
+            await trio.sleep(0.02)
+    assert len(told) == len(set(told))
+
+
 async def test_traffic_reaches_every_worker_and_is_counted_once(running: Running) -> None:
     """Two listeners on any port, one of them both families': each worker serves them, and `/metrics` adds up."""
     await running.start(B, "'http://127.0.0.1:0'")

@@ -1,0 +1,169 @@
+"""What is happening, request by request: `meshlocal tap` (R1).
+
+A tap is there as long as somebody asks for what it holds, and costs nothing while nobody does: one that was not asked
+for a while leaves with the next request. What it holds is bounded, and so is how much it takes of a busy service.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from meshlocal.admin.messages import Request, Response
+from meshlocal.admin.streaming import LINES
+from meshlocal.client.ended import EndedRequest
+from meshlocal.client.services import ServiceState
+from meshlocal.net.sockets import format_address
+from meshlocal.net.wall_clock import utc_text
+
+PER_SECOND = 200
+"""Requests that a tap takes in a second at most; of the others it says how many there were."""
+
+HELD = 1000
+"""Requests that it holds until it is asked for them."""
+
+PATIENCE = 5.0
+"""Seconds after which a tap that nobody asks is gone."""
+
+MOST = 16
+"""Taps at once."""
+
+
+class Tap:
+    """Follows one service's requests for one reader.
+
+    Args:
+        state: the service.
+        left: take those that left the first tier.
+        failed: take those that failed, or an attempt of which did. With neither, all are taken.
+        now: by the clock of requests, in seconds.
+
+    Attributes:
+        state: as given.
+        until: when it is gone, unless it is asked before.
+    """
+
+    def __init__(self, state: ServiceState, now: float, *, left: bool, failed: bool) -> None:
+        self.state = state
+        self.until = now + PATIENCE
+        self._left = left
+        self._failed = failed
+        self._held: deque[EndedRequest] = deque(maxlen=HELD)
+        self._skipped = 0
+        self._second = now
+        self._taken = 0
+        state.told.follow(self)
+
+    def ended(self, request: EndedRequest) -> None:
+        """See `Follower.ended`."""
+        now = request.ended
+        if now > self.until:
+            self.close()
+            return
+        chosen = (self._left and bool(request.reason)) or (self._failed and request.stumbled)
+        if not chosen and (self._left or self._failed):
+            return
+        if now - self._second >= 1:
+            self._second, self._taken = now, 0
+        if self._taken < PER_SECOND and len(self._held) < HELD:
+            self._taken += 1
+            self._held.append(request)
+        else:
+            self._skipped += 1
+
+    def take(self, now: float) -> tuple[list[EndedRequest], int]:
+        """What it holds, and how many were left out since it was last asked."""
+        self.until = now + PATIENCE
+        held, skipped = list(self._held), self._skipped
+        self._held.clear()
+        self._skipped = 0
+        return held, skipped
+
+    def close(self) -> None:
+        """Follow no longer."""
+        self.state.told.leave(self)
+
+
+class Taps:
+    """The taps of a proxy.
+
+    Args:
+        find: gives a service by what its name is asked for; None: there is none.
+        clock: of requests, in seconds.
+        wall: the time of day, in seconds since 1970.
+    """
+
+    def __init__(
+        self, find: Callable[[str], ServiceState | None], clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
+        self._find = find
+        self._clock = clock
+        self._wall = wall
+        self._taps: dict[str, Tap] = {}
+
+    def page(self, request: Request) -> Response:
+        """What ended since the same reader last asked, a line of JSON each: `?service=NAME&reader=WORD`, and `left` or
+        `failed` for some of all."""
+        name, reader = (next(iter(request.values(key)), "") for key in ("service", "reader"))
+        state = self._find(name)
+        if state is None:
+            return Response.text(f"no such service: {name!r}", 404)
+        now = self._clock()
+        for gone in [each for each, tap in self._taps.items() if now > tap.until]:
+            self._taps.pop(gone).close()
+        tap = self._taps.get(reader)
+        if tap is None or tap.state is not state:
+            if tap is not None:
+                tap.close()
+            elif len(self._taps) >= MOST:
+                return Response.text(f"{MOST} taps are open already", 503)
+            left, failed = (next(iter(request.values(key)), "") == "1" for key in ("left", "failed"))
+            tap = self._taps[reader] = Tap(state, now, left=left, failed=failed)
+        held, skipped = tap.take(now)
+        rows: list[dict[str, Any]] = [request_view(each, now, self._wall()) for each in held]
+        if skipped:
+            rows.append({"service": state.key, "skipped": skipped})
+        return Response(200, LINES, b"".join(msgspec.json.encode(row, enc_hook=str) + b"\n" for row in rows))
+
+
+def request_view(request: EndedRequest, now: float, wall: float) -> dict[str, Any]:
+    """A request that ended, as data: only what there is to say of it.
+
+    Args:
+        request: what is known of it.
+        now: by its clock.
+        wall: the time of day at that moment, in seconds since 1970.
+    """
+    asked, instance = request.asked, request.instance
+    view = {
+        "time": utc_text(wall - (now - request.ended), milliseconds=True),
+        "service": request.service,
+        "client": format_address(request.peer) if request.peer is not None else None,
+        "protocol": asked.protocol if asked.protocol == "tcp" else f"HTTP/{asked.protocol}",
+        "method": asked.method,
+        "path": asked.path,
+        "status": asked.status,
+        "request_id": asked.id,
+        "outcome": request.outcome,
+        "instance": str(instance.key) if instance is not None else None,
+        "node": instance.node if instance is not None else None,
+        "tier": request.tier,
+        "reason": request.reason,
+        "error": request.error,
+        "attempts": request.attempts,
+        "failed": [
+            {
+                "instance": str(each.pick.instance.key),
+                "node": each.pick.instance.node,
+                "tier": each.tier,
+                "error": each.error,
+                "seconds": round(each.seconds, 6),
+            }
+            for each in request.failures
+        ],
+        "seconds": round(request.seconds, 6),
+    }
+    return {key: value for key, value in view.items() if value or key in ("attempts", "seconds")}
