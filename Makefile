@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-restart \
 	bench-neighbours bench-attacks bench-resend \
-	bench-policy bench-kubernetes protos reference docs lock clean
+	bench-policy bench-kubernetes protos reference screenshots docs lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -130,6 +130,10 @@ protos: $(VENV)/dev.stamp
 # Pages of docs/ that are made from the code.
 reference: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_reference.py
+
+# Pictures of pages in docs/images, by Debian's chromium.
+screenshots: $(VENV)/dev.stamp
+	PYTHONPATH=. $(BIN)/python tools/screenshots.py
 
 # The site, in build/site; a link or an anchor that leads nowhere is a failure.
 docs: $(VENV)/docs.stamp

@@ -6,14 +6,12 @@ metrics, so that a sidecar that nobody scrapes never holds it.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.server import AsyncRoute
-from meshlocal.net.blocking import Blocking
+from meshlocal.net.late_import import import_late
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.steps import Steps
 
@@ -22,22 +20,12 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
 
-_files = Blocking()
-
-
 _LIBRARY = ("prometheus_client.exposition", "prometheus_client.core", "prometheus_client.openmetrics.exposition")
 
 
 async def import_metrics(modules: Iterable[str] = ()) -> None:
-    """Import the library, and these modules that need it, in a thread: an import reads files, and may hang (P1)."""
-    missing = [name for name in (*_LIBRARY, *modules) if name not in sys.modules]
-    if missing:
-        await _files.run(_import, missing)
-
-
-def _import(names: Iterable[str]) -> None:
-    for name in names:
-        importlib.import_module(name)
+    """Import the library, and these modules that need it."""
+    await import_late((*_LIBRARY, *modules))
 
 
 def metrics_route(collectors: Callable[[], Iterable[Collector]], modules: Iterable[str] = ()) -> AsyncRoute:

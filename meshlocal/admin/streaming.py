@@ -81,6 +81,7 @@ def events(ask: Ask, interval: float = 1.0) -> Stream:
 
 async def _events(ask: Ask, interval: float) -> AsyncGenerator[bytes]:
     told: list[bytes] = []
+    yield b"retry: %d\n\n" % (interval * 1000)
     silent_since = trio.current_time()
     while True:
         response = await ask()

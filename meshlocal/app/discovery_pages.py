@@ -11,8 +11,8 @@ from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
+from meshlocal.app.common_pages import config_view, json_in_steps, json_response, livez, plain, readyz
 from meshlocal.app.discovery import DiscoveryProcess
-from meshlocal.app.proxy_pages import config_view, json_in_steps, json_response, livez, plain, readyz
 from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
@@ -117,10 +117,10 @@ def _overview(process: DiscoveryProcess) -> Response:
             ]
         ),
         html.heading("Sources"),
-        html.table(("Source", "State", "Problem"), sources),
+        html.table("Sources", ("Source", "State", "Problem"), sources),
         *_source_tables(hub),
         html.heading("Services"),
-        html.table(("Service", "Instances", "Version"), services),
+        html.table("Services", ("Service", "Instances", "Version"), services),
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
     links = ["/watch", "/services", "/metrics", "/config", "/readyz", "/livez"]
@@ -140,7 +140,8 @@ def _source_tables(hub: Hub) -> Iterable[html.Html]:
             )
             for each in details.resources
         )
-        yield html.heading(f"What {name} follows")
-        yield html.table(("Resource", "State", "Last heard of", "Lists", "Events", "Failures"), resources)
+        title = f"What {name} follows"
+        yield html.heading(title)
+        yield html.table(title, ("Resource", "State", "Last heard of", "Lists", "Events", "Failures"), resources)
         if left_out := ", ".join(f"{cause} {count}" for cause, count in details.left_out.items() if count):
             yield html.paragraph(f"Left out: {left_out}.")

@@ -98,19 +98,20 @@ def facts(pairs: Iterable[tuple[str, Sequence[object]]]) -> Html:
     return Html(f"<dl>{''.join(rows)}</dl>")
 
 
-def share(part: int, whole: int) -> Html:
-    """A part of a whole as a bar, with its percentage."""
-    percent = 100 * part // whole if whole else 0
-    return Html(f'<meter value="{part}" max="{whole}"></meter> {percent} %')
+def table(label: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
+    """A table; one word if it has no rows. One that is wider than the window scrolls by itself, also by keyboard.
 
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table; one word if it has no rows."""
+    Args:
+        label: what it is, for who does not see it.
+        header: names of its columns.
+        rows: their cells.
+    """
     body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
     if not body:
         return paragraph("none")
     head = "".join(f"<th>{text(name)}</th>" for name in header)
-    return Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    made = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return Html(f'<div class="wide" role="region" aria-label="{text(label)}" tabindex="0">{made}</div>')
 
 
 def page(

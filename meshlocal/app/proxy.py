@@ -28,6 +28,7 @@ from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
 from meshlocal.app.followed_pages import streams
+from meshlocal.app.history import History
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
@@ -158,6 +159,7 @@ class ProxyProcess:
         self.services.is_away = lambda: not self.feed.status.connected
         if isinstance(self.feed, Refreshable):
             self.services.on_failing = self.feed.refresh
+        self.history = History(lambda: self.services)
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.supervision.on_dead = lambda task, problem: self.readiness.fail(f"{task}: {problem}")
         self.stop = Stop()
@@ -328,6 +330,8 @@ class ProxyProcess:
                 if self.workload is not None:
                     self.workload.on_update = self._following.look
                     lifetime.start_soon(keep, "workload api", self.workload.run)
+                if admin_sockets or self.worker:
+                    lifetime.start_soon(keep, "history", self.history.run)
                 if admin_sockets:
                     lifetime.start_soon(keep, "admin server", partial(admin.serve, admin_sockets))
                 bound = [format_address(sock.getsockname()) for sock in admin_sockets]

@@ -14,10 +14,9 @@ import msgspec
 
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.streaming import LINES
+from meshlocal.app.request_view import request_view
 from meshlocal.client.ended import EndedRequest
 from meshlocal.client.services import ServiceState
-from meshlocal.net.sockets import format_address
-from meshlocal.net.wall_clock import utc_text
 
 PER_SECOND = 200
 """Requests that a tap takes in a second at most; of the others it says how many there were."""
@@ -55,7 +54,7 @@ class Tap:
         self._skipped = 0
         self._second = now
         self._taken = 0
-        state.told.follow(self)
+        state.told.follow(self.ended)
 
     def ended(self, request: EndedRequest) -> None:
         """See `Follower.ended`."""
@@ -84,7 +83,7 @@ class Tap:
 
     def close(self) -> None:
         """Follow no longer."""
-        self.state.told.leave(self)
+        self.state.told.leave(self.ended)
 
 
 class Taps:
@@ -127,43 +126,3 @@ class Taps:
         if skipped:
             rows.append({"service": state.key, "skipped": skipped})
         return Response(200, LINES, b"".join(msgspec.json.encode(row, enc_hook=str) + b"\n" for row in rows))
-
-
-def request_view(request: EndedRequest, now: float, wall: float) -> dict[str, Any]:
-    """A request that ended, as data: only what there is to say of it.
-
-    Args:
-        request: what is known of it.
-        now: by its clock.
-        wall: the time of day at that moment, in seconds since 1970.
-    """
-    asked, instance = request.asked, request.instance
-    view = {
-        "time": utc_text(wall - (now - request.ended), milliseconds=True),
-        "service": request.service,
-        "client": format_address(request.peer) if request.peer is not None else None,
-        "protocol": asked.protocol if asked.protocol == "tcp" else f"HTTP/{asked.protocol}",
-        "method": asked.method,
-        "path": asked.path,
-        "status": asked.status,
-        "request_id": asked.id,
-        "outcome": request.outcome,
-        "instance": str(instance.key) if instance is not None else None,
-        "node": instance.node if instance is not None else None,
-        "tier": request.tier,
-        "reason": request.reason,
-        "error": request.error,
-        "attempts": request.attempts,
-        "failed": [
-            {
-                "instance": str(each.pick.instance.key),
-                "node": each.pick.instance.node,
-                "tier": each.tier,
-                "error": each.error,
-                "seconds": round(each.seconds, 6),
-            }
-            for each in request.failures
-        ],
-        "seconds": round(request.seconds, 6),
-    }
-    return {key: value for key, value in view.items() if value or key in ("attempts", "seconds")}

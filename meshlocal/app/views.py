@@ -8,12 +8,14 @@ from heapq import merge
 from typing import Any, NamedTuple
 
 from meshlocal.client.fitness import Fitness
+from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import InstanceStatistics, Outcome, RequestKey
 from meshlocal.net.slices import pieces
+from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.locality import LeftOut
 from meshlocal.policy.model import ZONE, EndpointKey, Instance, ServiceSnapshot, known
-from meshlocal.policy.picker import Cursors, Gate, Picker
-from meshlocal.policy.steps import Steps, finish
+from meshlocal.policy.picker import Picker
+from meshlocal.policy.steps import Steps
 
 
 def instance_view(instance: Instance) -> dict[str, Any]:
@@ -120,50 +122,6 @@ def sorted_in_steps(keys: Collection[EndpointKey]) -> Steps[list[EndpointKey]]:
     return found
 
 
-def explain_view(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> dict[str, Any]:
-    """The plan that the next request gets, and what is in no plan, each with its reason (R2)."""
-    return finish(explain_in_steps(picker, cursors, gate))
-
-
-def explain_in_steps(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> Steps[dict[str, Any]]:
-    """`explain_view` in steps: no step looks at more than a few instances."""
-    locality = picker.selector.locality
-    names = picker.selector.tiers
-    plan: list[dict[str, Any]] = []
-    for picks in pieces(picker.preview(cursors, gate)):
-        plan += (
-            {
-                "step": step,
-                "instance": str(pick.instance.key),
-                "node": pick.instance.node or None,
-                "tier": names[pick.tier],
-                "reason": pick.reason,
-                "last_resort": pick.last_resort,
-                "passed_over": pick.passed_over,
-            }
-            for step, pick in enumerate(picks, start=len(plan) + 1)
-        )
-        yield
-    left_out = yield from left_out_in_steps(picker)
-    out: list[dict[str, Any]] = []
-    keys = yield from sorted_in_steps(left_out)
-    for piece in pieces(keys):
-        for key in piece:
-            instance = picker.snapshot.instances[key]
-            out.append({"instance": str(key), "node": instance.node or None, "why": left_out[key]})
-        yield
-    return {
-        "service": picker.snapshot.service,
-        "known": not picker.snapshot.unknown,
-        "version": picker.snapshot.version,
-        "node": locality.node or None,
-        "prefer": list(locality.prefer),
-        "tiers": dict(picker.tier_sizes()),
-        "plan": plan,
-        "left_out": out,
-    }
-
-
 def left_out_in_steps(picker: Picker) -> Steps[dict[EndpointKey, LeftOut]]:
     """What is in no plan, and why."""
     found: dict[EndpointKey, LeftOut] = {}
@@ -174,3 +132,17 @@ def left_out_in_steps(picker: Picker) -> Steps[dict[EndpointKey, LeftOut]]:
                 found[instance.key] = why
         yield
     return found
+
+
+def tls_view(config: ProxyConfig, service: ServiceState) -> dict[str, Any] | None:
+    """How a service's instances are spoken to, if not in plaintext."""
+    tls = config.service(service.key).tls
+    if tls is None:
+        return None
+    return {
+        "server_name": tls.server_name,
+        "identity": tls.identity,
+        "port": tls.port,
+        "skip_tiers": list(tls.skip_tiers),
+        "plaintext_attempts": service.statistics.tls_skipped,
+    }

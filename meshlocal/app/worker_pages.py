@@ -9,8 +9,8 @@ import trio
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_response
 from meshlocal.admin.server import AsyncRoute, Route
-from meshlocal.app.followed_pages import TAP
-from meshlocal.app.proxy_pages import config_view, json_response, livez, plain, readyz
+from meshlocal.app.common_pages import config_view, json_response, livez, plain, readyz
+from meshlocal.app.followed_pages import LIVE, TAP
 from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
 from meshlocal.app.workers import Supervisor, Worker, WorkerGoneError
@@ -28,6 +28,7 @@ def worker_routes(supervisor: Supervisor) -> Mapping[str, Route | AsyncRoute]:
         "/metrics": pages.metrics,
         "/config": lambda request: json_response(config_view(supervisor.config)),
         "/services": pages.of_one,
+        LIVE: pages.of_one,
         TAP: pages.of_all,
         "/explain": pages.of_one,
         "/workers": pages.workers,

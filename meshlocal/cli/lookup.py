@@ -12,6 +12,7 @@ from urllib.parse import quote
 import click
 import yaml
 
+from meshlocal.app.explaining import explain_view
 from meshlocal.app.query import (
     QueryError,
     fetch_all,
@@ -21,7 +22,7 @@ from meshlocal.app.query import (
     list_zones,
     watch_instances,
 )
-from meshlocal.app.views import explain_view, instance_view, nodes_view
+from meshlocal.app.views import instance_view, nodes_view
 from meshlocal.cli.admin import Admin
 from meshlocal.cli.instances import Changes, Output, columns, row
 from meshlocal.cli.tables import table

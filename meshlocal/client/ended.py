@@ -6,7 +6,8 @@ A request costs nothing here as long as it stays in the first tier, comes to a g
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 from meshlocal.client.tried import attempt_text
 from meshlocal.policy.model import Instance, ServiceKey
@@ -106,12 +107,8 @@ class EndedRequest(NamedTuple):
         return self.started + self.seconds
 
 
-class Follower(Protocol):
-    """Who is told of each request of a service. It may neither raise nor wait."""
-
-    def ended(self, request: EndedRequest) -> None:
-        """A request ended."""
-        ...
+Follower = Callable[[EndedRequest], None]
+"""Is told of each request of a service. It may neither raise nor wait."""
 
 
 class Told:
@@ -133,7 +130,7 @@ class Told:
         if request.stumbled or request.reason:
             self.recent.append(request)
         for follower in self.followers:
-            follower.ended(request)
+            follower(request)
 
     def follow(self, follower: Follower) -> None:
         """Tell somebody of each request from now on, until `leave`."""
@@ -141,7 +138,7 @@ class Told:
 
     def leave(self, follower: Follower) -> None:
         """Tell somebody no longer; one who was not told is passed over."""
-        self.followers = tuple(each for each in self.followers if each is not follower)
+        self.followers = tuple(each for each in self.followers if each != follower)
 
 
 def kept_attempts(failures: list[FailedAttempt] | None) -> tuple[FailedAttempt, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -27,6 +28,16 @@ class Latency:
         """Count one."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.total += seconds
+
+    def since(self, before: Sequence[int]) -> Latency:
+        """Those that came after `counts` were so; its total is unknown, and 0.
+
+        Args:
+            before: as `counts`; empty: there were none.
+        """
+        found = Latency()
+        found.counts = [now - then for now, then in zip(self.counts, before or found.counts, strict=True)]
+        return found
 
     @property
     def count(self) -> int:

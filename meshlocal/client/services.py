@@ -83,6 +83,7 @@ class ServiceState:
     """
 
     __slots__ = (
+        "__weakref__",
         "_ports",
         "_prepared",
         "_warned_ports",

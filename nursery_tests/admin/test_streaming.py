@@ -75,7 +75,7 @@ async def test_events_tell_each_line_that_changed(
     assert f"Content-Type: {EVENTS}".encode() in head
     assert b"Connection: close" in head
     assert b"Content-Length" not in head
-    assert first == b'data: {"a":1}\n\ndata: {"b":1}\n\n'
+    assert first == b'retry: 1000\n\ndata: {"a":1}\n\ndata: {"b":1}\n\n'
     page.says(b'{"a":1}\n{"b":2}\n')
     assert await reader.next() == b'data: {"b":2}\n\n'
     page.says(b'{"a":1}\n')

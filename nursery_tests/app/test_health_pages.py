@@ -71,9 +71,11 @@ async def test_explain_tells_why_the_node_is_left(process: ProxyProcess) -> None
 
 async def test_the_page_shows_it(process: ProxyProcess) -> None:
     """H1."""
-    page = await get(process, "/")
-    assert "ejected: connect, " in page
-    assert "admitted" in page
+    lines = (await get(process, "/live?service=b")).splitlines()
+    local, remote = json.loads(lines[-1])["instances"]
+    assert (local["state"], local["cause"]) == ("ejected", "connect")
+    assert 4 <= local["left"] <= 6
+    assert (remote["state"], remote["under_way"]) == ("admitted", 1)
 
 
 async def test_metrics_count_it(process: ProxyProcess) -> None:

@@ -39,15 +39,11 @@ def test_values(value: object, shown: str) -> None:
 
 
 def test_a_table_and_its_absence() -> None:
-    made = html.table(("A", "<B>"), [(1, HOSTILE)])
+    made = html.table(HOSTILE, ("A", "<B>"), [(1, HOSTILE)])
     assert "<th>A</th><th>&lt;B&gt;</th>" in made
     assert f"<td>1</td><td>{ESCAPED}</td>" in made
-    assert html.table(("A",), []) == "<p>none</p>"
-
-
-@pytest.mark.parametrize(("part", "whole", "percent"), [(0, 0, 0), (0, 7, 0), (5, 8, 62), (999, 1000, 99), (7, 7, 100)])
-def test_a_share_is_whole_only_if_nothing_is_missing(part: int, whole: int, percent: int) -> None:
-    assert html.share(part, whole).endswith(f" {percent} %")
+    assert f'aria-label="{ESCAPED}"' in made
+    assert html.table("A", ("A",), []) == "<p>none</p>"
 
 
 def test_a_page_is_well_formed() -> None:
@@ -64,7 +60,7 @@ def test_a_page_is_well_formed() -> None:
             assert self.open.pop() == tag
 
     checker = Checker()
-    page = html.page(HOSTILE, ["/a", "/b"], [html.table(("A",), [(1,)]), html.facts([("x", ["y"])]), html.share(1, 2)])
+    page = html.page(HOSTILE, ["/a", "/b"], [html.table("A", ("A",), [(1,)]), html.facts([("x", ["y"])])])
     checker.feed(page.body.decode())
     assert checker.open == []
     assert f"<title>{ESCAPED}</title>".encode() in page.body

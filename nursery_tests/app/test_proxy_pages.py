@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,6 +22,9 @@ from meshlocal.client.statistics import Outcome, RequestKey
 from meshlocal.policy import model
 from meshlocal.policy.config import Config, MetricsConfig
 from meshlocal.policy.model import Conditions, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.retry import Failure
+from meshlocal.proxy.http.record import HttpRecord
+from meshlocal.wire.http1.request import parse_request
 
 B, C = ServiceKey("b"), ServiceKey("c")
 
@@ -52,8 +56,22 @@ async def get(process: ProxyProcess, target: str) -> Response:
     return await answer(proxy_routes(process)[path], Request("GET", path, query, {}))
 
 
+async def live(process: ProxyProcess, query: str = "?service=b") -> dict[str, Any]:
+    """What the page draws, by its parts."""
+    lines = (await get(process, f"/live{query}")).body.splitlines()
+    return {part.pop("part"): part for part in map(json.loads, lines)}
+
+
 async def page(process: ProxyProcess) -> str:
-    return (await get(process, "/")).body.decode()
+    """What is said of the proxy itself."""
+    facts: str = (await live(process))["proxy"]["facts"]
+    assert facts in (await get(process, "/")).body.decode()
+    return facts
+
+
+async def brief(process: ProxyProcess) -> Any:
+    """What is said of the first service in brief."""
+    return (await live(process))["services"]["services"][0]
 
 
 async def metrics(process: ProxyProcess, query: str = "") -> dict[tuple[str, ...], float]:
@@ -117,18 +135,19 @@ async def test_requests_by_tier_and_reason() -> None:
     """R1: how much stays on the node, and why the rest does not."""
     process = make_process()
     publish(process)
-    assert "no request yet" in (await page(process))
+    shown = await brief(process)
+    assert (shown["near"], shown["away"], shown["failed"], shown["since"]) == (0, 0, 0, [0, 0, 0])
     requests = process.services[B].statistics.requests
     requests[RequestKey("other", "local_failed", Outcome.FAILED)] = 1
-    assert "no request reached an instance" in (await page(process))
     requests[RequestKey("node", "", Outcome.SERVED)] = 3
     requests[RequestKey("other", "local_failed", Outcome.SERVED)] = 1
-    text = await page(process)
-    assert "75 %" in text
-    assert "of 4 requests that reached an instance" in text
     requests[RequestKey("node", "", Outcome.FAILED)] = 5
-    assert "75 %" in (await page(process)), "what failed stayed nowhere"
-    assert "<code>local_failed</code>: only after every instance of the same node failed" in text
+    shown = await brief(process)
+    assert (shown["near"], shown["away"], shown["failed"]) == (3, 1, 6), "what failed stayed nowhere"
+    assert shown["since"] == [3, 1, 6]
+    rows = (await live(process))["detail"]["requests"]
+    why = "local_failed: only after every instance of the same node failed"
+    assert {"tier": "other", "reason": why, "outcome": "served", "count": 1} in rows
     found = await metrics(process)
     name = "meshlocal_requests_total"
     assert found[name, "outcome=served", "reason=", "service=b", "tier=node"] == 3
@@ -179,8 +198,12 @@ async def test_services_tells_each_instances_place() -> None:
         ("<n3>", None, "not_ready"),
     ]
     assert (c["known"], c["version"], c["instances"]) == (None, None, [])
-    assert "&lt;n3&gt;" in (await page(process))
-    assert "<n3>" not in (await page(process))
+    rows = (await live(process))["detail"]["instances"]
+    assert [(row["node"], row["tier"], row["left_out"]) for row in rows] == [
+        ("n1", "node", ""),
+        ("n2", "other", ""),
+        ("<n3>", "", "not_ready"),
+    ]
 
 
 async def test_which_instance_is_hot() -> None:
@@ -193,9 +216,9 @@ async def test_which_instance_is_hot() -> None:
     for seconds in (0.002, 0.004, 0.4):
         counts.connect.add(seconds)
         counts.response.add(2 * seconds)
-    shown = await page(process)
-    assert "<th>Attempts</th><th>Failed</th><th>Connect p50</th><th>Response p50, p99</th>" in shown
-    assert '<td>7</td><td><span class="bad">refused 3</span></td><td>3.8 ms</td><td>' in shown
+    [shown] = [row for row in (await live(process))["detail"]["instances"] if row["instance"] == "10.0.0.2:9000"]
+    assert (shown["attempts"], shown["failures"], shown["connect"][0]) == (7, {"refused": 3}, 0.00375)
+    assert shown["response"][0] < shown["response"][1]
     found = json.loads((await get(process, "/services")).body)[0]["instances"]
     (view,) = [each["counts"] for each in found if each["address"] == "10.0.0.2"]
     assert (view["attempts"], view["worked"], view["failures"]) == (7, 4, {"refused": 3})
@@ -225,19 +248,65 @@ async def test_metrics_of_instances_are_bounded(monkeypatch: pytest.MonkeyPatch)
 
 async def test_services_that_are_not_there() -> None:
     process = make_process()
-    assert "nothing heard of it yet" in (await page(process))
+    assert (await brief(process))["state"] == "nothing heard of it yet"
+    assert (await live(process))["detail"]["instances"] == []
     publish(process, unknown=True)
-    assert "no registry knows it" in (await page(process))
+    assert (await brief(process))["state"] == "no registry knows it: requests are refused"
+    assert "detail" not in await live(process, "?service=zz")
+    assert "detail" not in await live(process, "")
     assert json.loads((await get(process, "/services")).body)[0]["known"] is False
 
 
 async def test_a_long_list_is_cut_on_the_page_only() -> None:
     process = make_process()
-    many = [make_instance(f"10.0.{number // 250}.{number % 250}", 1) for number in range(500)]
+    many = [make_instance(f"10.0.{number // 250}.{number % 250}", 1) for number in range(700)]
     process.services.publish(ServiceSnapshot(B, "1", model.index(many)))
-    assert "The first 200 of 500 instances" in (await page(process))
-    assert (await page(process)).count("<tr><td><code>10.0.") == 200
-    assert len(json.loads((await get(process, "/services")).body)[0]["instances"]) == 500
+    detail = (await live(process))["detail"]
+    assert (len(detail["instances"]), detail["known"], len(detail["plan"])) == (500, 700, 20)
+    assert len(json.loads((await get(process, "/services")).body)[0]["instances"]) == 700
+
+
+async def test_what_left_the_node_is_told_with_its_attempts() -> None:
+    """R1: the latest first."""
+    process = make_process()
+    publish(process)
+    for path in ("/first", "/second"):
+        record = HttpRecord(
+            ("127.0.0.1", 5),
+            parse_request(f"GET {path}?x=1 HTTP/1.1\r\nHost: b\r\n\r\n".encode()),
+            trio.current_time(),
+            None,
+        )
+        record.begin(process.services[B], 10.0)
+        record.try_next(trio.current_time())
+        record.attempt_failed(Failure.CONNECT, trio.current_time(), "refused")
+        record.try_next(trio.current_time())
+        record.answered()
+        record.status = 200
+        record.end(Outcome.SERVED, trio.current_time())
+    second, first = (await live(process))["detail"]["recent"]
+    assert (second["path"], first["path"]) == ("/second", "/first")
+    assert (first["method"], first["status"], first["tier"], first["reason"]) == ("GET", 200, "other", "local_failed")
+    assert [(each["instance"], each["error"]) for each in first["failed"]] == [("10.0.0.1:9000", "refused")]
+
+
+async def test_an_ejection_counts_down(autojump_clock: trio.testing.MockClock) -> None:
+    """H1."""
+    process = make_process()
+    publish(process)
+    fitness, picker = process.services[B].fitness, process.services[B].picker
+    assert picker is not None
+    [near] = [each for each in picker.snapshot.instances.values() if each.node == "n1"]
+    while not len(fitness.health):
+        fitness.judge(near, Failure.CONNECT, "refused", trio.current_time())
+    left = []
+    for _ in range(2):
+        [row] = [row for row in (await live(process))["detail"]["instances"] if row["node"] == "n1"]
+        assert (row["state"], row["cause"]) == ("ejected", "connect")
+        left.append(row["left"])
+        await trio.sleep(1)
+    assert 0 <= left[1] < left[0]
+    assert (await brief(process))["ejected"] == 1
 
 
 async def test_explain() -> None:

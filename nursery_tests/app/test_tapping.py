@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from meshlocal.admin.messages import Request
-from meshlocal.app.tapping import HELD, MOST, PATIENCE, PER_SECOND, Taps, request_view
+from meshlocal.app.request_view import request_view
+from meshlocal.app.tapping import HELD, MOST, PATIENCE, PER_SECOND, Taps
 from meshlocal.cli.tap import request_line
 from meshlocal.client.ended import Asked, EndedRequest, FailedAttempt
 from meshlocal.client.services import ServiceState
@@ -114,7 +115,7 @@ def test_what_is_held_is_bounded(proxy: Proxy) -> None:
         for _ in range(PER_SECOND):
             proxy.serve()
             [tap] = proxy.state.told.followers
-            tap.until = proxy.now + PATIENCE  # type: ignore[attr-defined]  # as if it were asked for nothing
+            tap.__self__.until = proxy.now + PATIENCE  # type: ignore[attr-defined]  # as if it were asked for nothing
     *told, skipped = proxy.poll()
     assert len(told) == HELD
     assert skipped["skipped"] == 3 * PER_SECOND

@@ -137,11 +137,11 @@ def test_of_many_attempts_the_first_and_the_last_are_kept() -> None:
 @pytest.mark.parametrize(("serve", "stumbled"), [(served_nearby, False), (served_elsewhere, True)])
 def test_who_follows_hears_of_each_until_he_leaves(serve: Callable[[ServiceState], None], stumbled: bool) -> None:
     state, listener, other = service(), Listener(), Listener()
-    state.told.follow(listener)
-    state.told.follow(other)
+    state.told.follow(listener.ended)
+    state.told.follow(other.ended)
     serve(state)
-    state.told.leave(listener)
-    state.told.leave(listener)
+    state.told.leave(listener.ended)
+    state.told.leave(listener.ended)
     serve(state)
     assert [each.stumbled for each in listener.heard] == [stumbled]
     assert [each.stumbled for each in other.heard] == [stumbled, stumbled]

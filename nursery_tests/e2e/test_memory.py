@@ -16,6 +16,9 @@ import meshlocal
 LIMIT = 40 * 1024
 """Kilobytes resident, the goal of an idle proxy with one service."""
 
+LOOKED_AT = 512
+"""Kilobytes more, once a person has looked at its page."""
+
 INSTANCES = """\
 services:
   b:
@@ -40,6 +43,7 @@ HEAVY = {
     "kr8s": "only the Kubernetes source needs it",
     "meshlocal.app.demo": "another command",
     "meshlocal.app.discovery": "another command",
+    "meshlocal.app.html": "nobody looks at a page",
     "meshlocal.app.query": "another command",
     "meshlocal.library": "for applications",
     "meshlocal.proxy.http": "no http listener is configured",
@@ -92,10 +96,14 @@ async def test_an_idle_proxy_stays_small(processes: Any, here: Any, source: str)
     await here.get(admin, "/readyz")
     assert resident(proxy.process) <= LIMIT
     if source == "grpc":
-        # Also once people and Prometheus have looked at it.
-        for path in ("/", "/services", "/metrics", "/metrics"):
+        # Also once Prometheus has looked at it.
+        for path in ("/services", "/metrics", "/metrics"):
             assert (await here.get(admin, path))[0] == 200
         assert resident(proxy.process) <= LIMIT
+        # And a little more once people have: only they need what makes the page.
+        for path in ("/", "/live?service=b", "/live?service=b"):
+            assert (await here.get(admin, path))[0] == 200
+        assert resident(proxy.process) <= LIMIT + LOOKED_AT
 
 
 def is_loaded(name: str, loaded: set[str]) -> bool:

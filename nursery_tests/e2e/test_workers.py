@@ -70,10 +70,9 @@ class Running:
 
     async def open(self, worker: int) -> int:
         """Connections open now, with one worker alone."""
-        _, text = await self.here.get(self.admin, f"/?worker={worker}")
-        found = re.search(r"(\d+) connections open", text)
-        assert found is not None
-        return int(found[1])
+        _, text = await self.here.get(self.admin, f"/live?worker={worker}")
+        services: list[dict[str, int]] = json.loads(text.splitlines()[1])["services"]
+        return sum(service["open"] for service in services)
 
     async def until(self, path: str, holds: Callable[[tuple[int, str]], bool]) -> None:
         with trio.fail_after(LIMIT):

@@ -1,0 +1,63 @@
+"""The plan that the next request gets, as plain data (R2): for the proxy's page, and for the command line's table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from meshlocal.app.views import left_out_in_steps, sorted_in_steps
+from meshlocal.net.slices import pieces
+from meshlocal.policy.picker import Cursors, Gate, Pick, Picker
+from meshlocal.policy.steps import Steps, finish
+
+
+def step_view(step: int, pick: Pick, names: Sequence[str]) -> dict[str, Any]:
+    """A step of a plan.
+
+    Args:
+        step: which one, from 1.
+        pick: what is tried.
+        names: of the tiers.
+    """
+    return {
+        "step": step,
+        "instance": str(pick.instance.key),
+        "node": pick.instance.node or None,
+        "tier": names[pick.tier],
+        "reason": pick.reason,
+        "last_resort": pick.last_resort,
+        "passed_over": pick.passed_over,
+    }
+
+
+def explain_view(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> dict[str, Any]:
+    """The plan that the next request gets, and what is in no plan, each with its reason (R2)."""
+    return finish(explain_in_steps(picker, cursors, gate))
+
+
+def explain_in_steps(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> Steps[dict[str, Any]]:
+    """`explain_view` in steps: no step looks at more than a few instances."""
+    locality = picker.selector.locality
+    names = picker.selector.tiers
+    plan: list[dict[str, Any]] = []
+    for picks in pieces(picker.preview(cursors, gate)):
+        plan += (step_view(step, pick, names) for step, pick in enumerate(picks, start=len(plan) + 1))
+        yield
+    left_out = yield from left_out_in_steps(picker)
+    out: list[dict[str, Any]] = []
+    keys = yield from sorted_in_steps(left_out)
+    for piece in pieces(keys):
+        for key in piece:
+            instance = picker.snapshot.instances[key]
+            out.append({"instance": str(key), "node": instance.node or None, "why": left_out[key]})
+        yield
+    return {
+        "service": picker.snapshot.service,
+        "known": not picker.snapshot.unknown,
+        "version": picker.snapshot.version,
+        "node": locality.node or None,
+        "prefer": list(locality.prefer),
+        "tiers": dict(picker.tier_sizes()),
+        "plan": plan,
+        "left_out": out,
+    }
