@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -16,11 +16,16 @@ from meshlocal.app.discovery import DiscoveryProcess
 from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
+from meshlocal.app.watchers import behind_first, watcher_view
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.source import source_details
 from meshlocal.policy.hosts import host_of
+from meshlocal.policy.hot_nodes import HotNode, hot_nodes
 from meshlocal.policy.model import EndpointKey, ServiceSnapshot
 from meshlocal.policy.steps import Steps
+
+_SHOWN = 100
+"""Rows of a table that the overview lists."""
 
 METRICS_MODULES = ("meshlocal.app.discovery_metrics", "meshlocal.app.process_metrics")
 """What `DiscoveryProcess.collectors` imports."""
@@ -35,6 +40,7 @@ def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route | AsyncRou
         "/metrics": metrics_route(process.collectors, METRICS_MODULES),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": lambda request: _services(process.hub, request),
+        "/proxies": lambda request: _proxies(process),
         "/watch": lambda request: _watch(process, request),
     }
 
@@ -70,13 +76,24 @@ def _services(hub: Hub, request: Request) -> Steps[Response]:
     return response
 
 
+def _proxies(process: DiscoveryProcess) -> Steps[Response]:
+    """Who watches, and the hot nodes."""
+    watchers, left_out = yield from process.service.watchers()
+    hot = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
+    found = {"proxies": [watcher_view(each) for each in watchers], "left_out": left_out}
+    yield
+    return json_response({**found, "hot_nodes": [each._asdict() for each in hot]})
+
+
 def _service_view(snapshot: ServiceSnapshot, keys: Iterable[EndpointKey]) -> Iterator[dict[str, Any]]:
     yield {"service": snapshot.service, "version": snapshot.version}
     for key in keys:
         yield instance_view(snapshot.instances[key])
 
 
-def _overview(process: DiscoveryProcess) -> Response:
+def _overview(process: DiscoveryProcess) -> Steps[Response]:
+    watchers, left_out = yield from process.service.watchers()
+    hot = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
     hub, reason = process.hub, process.readiness.reason
     state = html.bad(f"not ready: {reason}") if reason else html.good("ready")
     sources = (
@@ -119,12 +136,46 @@ def _overview(process: DiscoveryProcess) -> Response:
         html.heading("Sources"),
         html.table("Sources", ("Source", "State", "Problem"), sources),
         *_source_tables(hub),
+        *_watcher_tables([watcher_view(each) for each in watchers], left_out, hot),
         html.heading("Services"),
         html.table("Services", ("Service", "Instances", "Version"), services),
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
-    links = ["/watch", "/services", "/metrics", "/config", "/readyz", "/livez"]
+    links = ["/watch", "/services", "/proxies", "/metrics", "/config", "/readyz", "/livez"]
     return html.page(title, links, parts, refresh=html.REFRESH)
+
+
+def _watcher_tables(
+    watchers: Sequence[Mapping[str, Any]], left_out: int, hot: Sequence[HotNode]
+) -> Iterator[html.Html]:
+    """Who watches, those that are behind first; and where callers outnumber instances, if they do somewhere."""
+    yield html.heading("Proxies and applications that follow this server")
+    rows = (
+        (
+            each["name"],
+            html.code(each["node"]) if each["node"] else html.bad("unknown"),
+            html.code(each["address"]),
+            each["software"],
+            html.bad(f"for {each['behind']:.1f} s") if each["behind"] else html.good("no"),
+            f"{each['age']} s",
+            len(each["services"]),
+        )
+        for each in behind_first(watchers)[:_SHOWN]
+    )
+    yield html.table("Proxies", ("Name", "Node", "Address", "Software", "Behind", "Watches for", "Services"), rows)
+    more = max(0, len(watchers) - _SHOWN) + left_out
+    if more:
+        yield html.paragraph(f"And {more} more; /proxies has them, with their services and versions.")
+    if hot:
+        yield html.heading("Hot nodes")
+        yield html.paragraph("More proxies here call the service than it has ready instances on the node.")
+        lines = (
+            (each.service, html.code(each.node), each.callers, each.instances or html.bad("none: all requests leave"))
+            for each in hot[:_SHOWN]
+        )
+        yield html.table("Hot nodes", ("Service", "Node", "Callers", "Instances"), lines)
+        if len(hot) > _SHOWN:
+            yield html.paragraph(f"And {len(hot) - _SHOWN} more; /proxies has all.")
 
 
 def _source_tables(hub: Hub) -> Iterable[html.Html]:

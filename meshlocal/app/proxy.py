@@ -19,10 +19,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from random import Random
+from socket import gethostname
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
+import meshlocal
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now, make_tls, make_workload
@@ -47,6 +49,7 @@ from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
 from meshlocal.policy.exposure import of_proxy
+from meshlocal.policy.model import Caller
 from meshlocal.policy.problems import Problem
 from meshlocal.proxy.listeners import Listeners, Server
 from meshlocal.proxy.tcp.forwarder import TcpForwarder
@@ -151,7 +154,13 @@ class ProxyProcess:
         if self.cache is not None:
             self.cache.try_path()
         self.feed = make_feed(
-            proxy.discovery, self.services.keys, self.cache or self.services, rng, held, self.workload
+            proxy.discovery,
+            self.services.keys,
+            self.cache or self.services,
+            rng,
+            held,
+            self.workload,
+            self._caller(),
         )
         if self.cache is not None:
             self.cache.status = self.feed.status
@@ -163,6 +172,11 @@ class ProxyProcess:
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.supervision.on_dead = lambda task, problem: self.readiness.fail(f"{task}: {problem}")
         self.stop = Stop()
+
+    def _caller(self) -> Caller:
+        """What it says of itself to discovery servers."""
+        name = f"{gethostname()}, worker {self.worker}" if self.worker else gethostname()
+        return Caller(name, self.services.locality.node, f"meshlocal proxy {meshlocal.__version__}")
 
     def collectors(self) -> list[Collector]:
         """What the metrics are made of."""

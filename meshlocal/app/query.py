@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from socket import gethostname
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import trio
 
+import meshlocal
+from meshlocal.app.watchers import watcher_view
 from meshlocal.client.link import Link
 from meshlocal.client.links import open_link
 from meshlocal.discovery.feeds import make_feed
@@ -19,6 +22,7 @@ from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import (
     CLUSTER,
     ZONE,
+    Caller,
     Instance,
     ModelError,
     ServiceChange,
@@ -28,7 +32,7 @@ from meshlocal.policy.model import (
     known,
 )
 from meshlocal.wire.discovery_codec import snapshot_from_message
-from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_ZONES
+from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_WATCHERS, LIST_ZONES
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.instances_file import InstancesFile, InstancesFileError
 from meshlocal.wire.pb import discovery_pb2 as pb
@@ -112,6 +116,22 @@ def fetch_instances(discovery: DiscoveryClientConfig, service: ServiceKey) -> Se
     return _ask(discovery, ask)
 
 
+def list_watchers(discovery: DiscoveryClientConfig) -> tuple[list[dict[str, Any]], int]:
+    """Who watches the first server that answers, and how many more there are than it lists.
+
+    Raises:
+        QueryError: nobody could answer.
+    """
+    if discovery.urls[0].scheme == "file":
+        raise QueryError("nobody watches a file: ask a discovery server, with --discovery grpc://HOST:PORT")
+
+    async def ask(link: Link) -> tuple[list[dict[str, Any]], int]:
+        answer = await link.unary(LIST_WATCHERS, pb.ListWatchersRequest())
+        return [watcher_view(each) for each in answer.watchers], answer.left_out
+
+    return _ask(discovery, ask)
+
+
 def fetch_all(discovery: DiscoveryClientConfig) -> list[ServiceSnapshot]:
     """Every service's instances, by the services' names. Each answer is of its own moment; who goes away meanwhile is
     left out.
@@ -157,7 +177,8 @@ def watch_instances(
 
     async def follow() -> NoReturn:
         latest = _Latest()
-        feed = make_feed(discovery, [service], latest, rng)
+        caller = Caller(gethostname(), software=f"meshlocal get {meshlocal.__version__}")
+        feed = make_feed(discovery, [service], latest, rng, caller=caller)
         failed: OSError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feed.run)

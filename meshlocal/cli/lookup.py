@@ -19,18 +19,22 @@ from meshlocal.app.query import (
     fetch_instances,
     list_clusters,
     list_services,
+    list_watchers,
     list_zones,
     watch_instances,
 )
 from meshlocal.app.views import instance_view, nodes_view
+from meshlocal.app.watchers import behind_first
 from meshlocal.cli.admin import Admin
 from meshlocal.cli.instances import Changes, Output, columns, row
 from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
 from meshlocal.policy.config import ProxyConfig
+from meshlocal.policy.hot_nodes import hot_nodes
 from meshlocal.policy.locality import Selector
 from meshlocal.policy.model import ModelError, ServiceKey, ServiceSnapshot, parse_service_key
 from meshlocal.policy.picker import Cursors, Picker, explain_reason
+from meshlocal.policy.steps import finish
 
 _SHOWN = 5
 _LISTS = {"services": list_services, "zones": list_zones, "clusters": list_clusters}
@@ -40,7 +44,7 @@ def get(what: str, service: str | None, config: ProxyConfig, output: Output) -> 
     """What discovery knows.
 
     Args:
-        what: services, instances, nodes, zones or clusters.
+        what: services, instances, nodes, zones, clusters, proxies or hot-nodes.
         service: of which the instances are; None: of all.
         config: whom to ask.
         output: what the answer looks like.
@@ -56,6 +60,14 @@ def get(what: str, service: str | None, config: ProxyConfig, output: Output) -> 
     if what == "nodes":
         nodes = nodes_view(fetch_all(discovery))
         return _as(output, nodes, lambda: _nodes(nodes, wide=output == "wide"))
+    if what == "proxies":
+        watchers, left_out = list_watchers(discovery)
+        return _as(output, watchers, lambda: _proxies(watchers, left_out, wide=output == "wide"))
+    if what == "hot-nodes":
+        watchers, _ = list_watchers(discovery)
+        callers = [(each["node"] or "", each["services"]) for each in watchers]
+        hot = [each._asdict() for each in finish(hot_nodes(callers, fetch_all(discovery)))]
+        return _as(output, hot, lambda: _hot_nodes(hot))
     if service is None:
         found = [_instances_view(snapshot) for snapshot in fetch_all(discovery)]
         return _as(output, found, lambda: _instances(found, wide=output == "wide", of_all=True))
@@ -82,6 +94,45 @@ def _nodes(nodes: Iterable[Mapping[str, Any]], *, wide: bool) -> str:
         more = [f"and {len(services) - len(shown)} more"] if len(services) > len(shown) else []
         rows.append((node["name"], node["zone"], node["instances"], ", ".join([*shown, *more])))
     return table(("NODE", "ZONE", "INSTANCES", "SERVICES"), rows)
+
+
+def _proxies(watchers: Iterable[Mapping[str, Any]], left_out: int, *, wide: bool) -> str:
+    rows = [
+        (
+            each["name"],
+            each["node"],
+            each["address"],
+            each["software"],
+            f"{each['behind']:.1f}s" if each["behind"] else "no",
+            _age(each["age"]),
+            _followed(each["services"], wide=wide),
+        )
+        for each in behind_first(watchers)
+    ]
+    shown = table(("NAME", "NODE", "ADDRESS", "SOFTWARE", "BEHIND", "AGE", "SERVICES"), rows)
+    return f"{shown}\n… and {left_out} more" if left_out else shown
+
+
+def _followed(services: Mapping[str, str | None], *, wide: bool) -> str:
+    """Services, with `wide` all of them, each with the beginning of the version that was told."""
+    if wide:
+        return ", ".join(f"{name}@{(version or 'nothing')[:12]}" for name, version in services.items())
+    names = list(services)
+    return ", ".join([*names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])])
+
+
+def _age(seconds: int) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def _hot_nodes(rows: Iterable[Mapping[str, Any]]) -> str:
+    return table(
+        ("SERVICE", "NODE", "CALLERS", "INSTANCES"),
+        ((each["service"], each["node"], each["callers"], each["instances"]) for each in rows),
+    )
 
 
 def watch(service: str, config: ProxyConfig, output: Output, rng: Random) -> NoReturn:

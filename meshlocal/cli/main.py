@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_LISTS = ("services", "instances", "nodes", "zones", "clusters", "proxies", "hot-nodes")
 _DEFAULT_DISCOVERY = "grpc://127.0.0.1:7070"
 _DEFAULT_ADMIN = "127.0.0.1:15000"
 
@@ -161,7 +162,7 @@ def discovery(
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["services", "instances", "nodes", "zones", "clusters"]))
+@click.argument("what", type=click.Choice(_LISTS))
 @click.argument("service", required=False)
 @click.option("-w", "--watch", is_flag=True, help="Go on with what is added, changed or removed: of one SERVICE.")
 @_discovery_option
@@ -178,7 +179,10 @@ def get(
     config_file: Path | None,
     output: Output,
 ) -> int:
-    """Ask discovery what it knows: services, nodes, zones, clusters, or instances, of all services or of one."""
+    """Ask discovery what it knows: services, nodes, zones, clusters, or instances, of all services or of one.
+
+    proxies: who follows it, and what of; hot-nodes: where more proxies call a service than it has instances.
+    """
     from meshlocal.cli import lookup
 
     if what != "instances" and service is not None:

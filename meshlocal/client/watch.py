@@ -36,9 +36,17 @@ from meshlocal.net.tls import SvidSource
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
-from meshlocal.policy.model import BaseMismatchError, ModelError, ServiceChange, ServiceKey, ServiceSnapshot, apply
+from meshlocal.policy.model import (
+    BaseMismatchError,
+    Caller,
+    ModelError,
+    ServiceChange,
+    ServiceKey,
+    ServiceSnapshot,
+    apply,
+)
 from meshlocal.policy.steps import STEP
-from meshlocal.wire.discovery_codec import change_in_steps, snapshot_in_steps
+from meshlocal.wire.discovery_codec import caller_to_message, change_in_steps, snapshot_in_steps
 from meshlocal.wire.grpc.status import PUSHBACK, GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
@@ -81,6 +89,7 @@ class DiscoveryWatch:
         config: how servers are reached, and reached again; its URLs do not count here.
         held: snapshots from before, to resume from (D2).
         workload: gives the certificate and authorities that `config` names no files of.
+        caller: who follows, for the servers' operators to see.
     """
 
     def __init__(
@@ -92,10 +101,12 @@ class DiscoveryWatch:
         config: DiscoveryClientConfig | None = None,
         held: Iterable[ServiceSnapshot] = (),
         workload: SvidSource | None = None,
+        caller: Caller = Caller(),  # noqa: B008 - it is immutable
     ) -> None:
         if not urls:
             raise ValueError("a watch needs at least one discovery server")
         self._urls = urls
+        self._caller = caller_to_message(caller)
         self._services = list(dict.fromkeys(services))
         self._sink = sink
         self._config = config or DiscoveryClientConfig()
@@ -253,7 +264,8 @@ class DiscoveryWatch:
             subscriptions=[
                 pb.Subscription(service=service, version=held.version if (held := self._held.get(service)) else "")
                 for service in services
-            ]
+            ],
+            caller=self._caller,
         )
         limit = FIRST_EVENT_LIMIT
         async with link.watch(request) as events:

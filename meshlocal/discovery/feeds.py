@@ -9,7 +9,7 @@ from meshlocal.client.feed import Feed, NoFeed, SnapshotSink
 from meshlocal.net.tls import SvidSource
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
-from meshlocal.policy.model import ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import Caller, ServiceKey, ServiceSnapshot
 
 
 def make_feed(
@@ -19,6 +19,7 @@ def make_feed(
     rng: UniformSource,
     held: Iterable[ServiceSnapshot] = (),
     workload: SvidSource | None = None,
+    caller: Caller = Caller(),  # noqa: B008 - it is immutable
 ) -> Feed:
     """The feed that a config's discovery URLs ask for.
 
@@ -29,6 +30,7 @@ def make_feed(
         rng: for the jitter of reconnects.
         held: snapshots from before, to resume from (D2).
         workload: gives the certificate and authorities that `config` names no files of.
+        caller: who follows, for the servers' operators to see.
     """
     urls = config.urls
     if not urls:
@@ -43,4 +45,4 @@ def make_feed(
     # Likewise: who reads a file needs no gRPC.
     from meshlocal.client.watch import DiscoveryWatch
 
-    return DiscoveryWatch(urls, services, sink, rng, config, held, workload)
+    return DiscoveryWatch(urls, services, sink, rng, config, held, workload, caller)

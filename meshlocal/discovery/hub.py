@@ -27,7 +27,7 @@ take away what the others have (D8).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -363,6 +363,15 @@ class Watcher:
         self._wake = anyio.Event()
         self._push: Push | None = None
         self.pending = set(subscriptions)
+
+    @property
+    def services(self) -> Collection[ServiceKey]:
+        """What it watches."""
+        return self._resume.keys() | self._held.keys()
+
+    def versions(self) -> dict[ServiceKey, str]:
+        """Of each of its services, the version that it holds, as far as it was told or says so itself; empty: none."""
+        return {**self._resume, **{service: held.version for service, held in self._held.items()}}
 
     def _mark(self, service: ServiceKey) -> None:
         self._marked[service] = None

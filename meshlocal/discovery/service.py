@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import trio
@@ -14,21 +15,32 @@ from meshlocal.discovery.limits import ServerLimits
 from meshlocal.net.grpc.server import Routes, unary
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.slices import in_slices, pieces
 from meshlocal.policy.model import (
     CLUSTER,
     ZONE,
+    Caller,
     ModelError,
     ServiceKey,
     ServiceSnapshot,
     known,
     parse_service_key,
 )
+from meshlocal.policy.steps import Steps
 from meshlocal.policy.visibility import ALL, View
-from meshlocal.wire.discovery_codec import change_event, heartbeat_event, instance_to_message, snapshot_event
+from meshlocal.wire.discovery_codec import (
+    caller_from_message,
+    caller_to_message,
+    change_event,
+    heartbeat_event,
+    instance_to_message,
+    snapshot_event,
+)
 from meshlocal.wire.discovery_methods import (
     LIST_CLUSTERS,
     LIST_INSTANCES,
     LIST_SERVICES,
+    LIST_WATCHERS,
     LIST_ZONES,
     WATCH_INSTANCES,
 )
@@ -49,7 +61,55 @@ _MOST_OF = 0.8
 _STEP = 0.01
 """Seconds that a drain sleeps at least, if it sleeps between two goodbyes."""
 
+_LONGEST = (1 << 32) - 1
+"""Milliseconds that are told of at most."""
+
 _Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
+
+
+MOST_LISTED = 5000
+"""Watchers that one answer names."""
+
+
+class Watching:
+    """One watch, as it is told of.
+
+    Args:
+        caller: who it says to be.
+        address: that it comes from.
+        identity: that it proved; empty for none.
+        watcher: its place in the hub.
+        began: when it did, by trio.current_time().
+
+    Attributes:
+        behind_since: when there was something for it first that it has not taken yet; None: it is current.
+    """
+
+    __slots__ = ("address", "began", "behind_since", "caller", "identity", "watcher")
+
+    def __init__(self, caller: Caller, address: str, identity: str, watcher: Watcher, began: float) -> None:
+        self.caller = caller
+        self.address = address
+        self.identity = identity
+        self.watcher = watcher
+        self.began = began
+        self.behind_since: float | None = began
+
+    def to_message(self, view: View, now: float) -> pb.Watcher:
+        """What a caller with this view is told of it."""
+        behind = now - self.behind_since if self.behind_since is not None else 0.0
+        return pb.Watcher(
+            caller=caller_to_message(self.caller),
+            address=self.address,
+            identity=self.identity,
+            age_seconds=max(0, int(now - self.began)),
+            behind_ms=min(_LONGEST, max(0, math.ceil(behind * 1000))),
+            services=[
+                pb.Watched(service=service, version=version)
+                for service, version in sorted(self.watcher.versions().items())
+                if view.sees(service)
+            ],
+        )
 
 
 class EncodedEvents:
@@ -91,7 +151,7 @@ def _event(update: Update) -> pb.WatchInstancesResponse:
 
 
 class DiscoveryService:
-    """The five methods over one hub.
+    """The six methods over one hub.
 
     Args:
         hub: what is served.
@@ -105,7 +165,7 @@ class DiscoveryService:
         self._heartbeat_interval = heartbeat_interval
         self._encoded = EncodedEvents()
         self._draining = False
-        self._watches: dict[trio.CancelScope, None] = {}
+        self._watches: dict[trio.CancelScope, Watching] = {}
         self.events_sent = 0
         self.hidden = 0
         """Services that were asked for, and that the caller may not see."""
@@ -119,6 +179,7 @@ class DiscoveryService:
             LIST_SERVICES: unary(self._list_services),
             LIST_INSTANCES: unary(self._list_instances),
             WATCH_INSTANCES: self._watch_instances,
+            LIST_WATCHERS: unary(self._list_watchers),
         }
 
     def _require_sync(self) -> None:
@@ -185,6 +246,39 @@ class DiscoveryService:
             instances=[instance_to_message(each) for each in instances if _carries(each.labels, wanted)],
         )
 
+    async def _list_watchers(
+        self, request: pb.ListWatchersRequest, call: ServerCall[Any, Any]
+    ) -> pb.ListWatchersResponse:
+        wanted = _service_key("service", request.service) if request.service else None
+        listed, left_out = await in_slices(self.watchers(_view(call), wanted))
+        return pb.ListWatchersResponse(watchers=listed, left_out=left_out)
+
+    def watchers(self, view: View = ALL, wanted: ServiceKey | None = None) -> Steps[tuple[list[pb.Watcher], int]]:
+        """Who watches now, and how many more there are than are listed, in steps.
+
+        Args:
+            view: what may be told of: who watches nothing of it is not there.
+            wanted: only who watches this service; None: any.
+        """
+        now = trio.current_time()
+        found: list[pb.Watcher] = []
+        left_out = 0
+        for piece in pieces(list(self._watches.values())):
+            for each in piece:
+                services = each.watcher.services
+                if not (any(map(view.sees, services)) if wanted is None else wanted in services and view.sees(wanted)):
+                    continue
+                if len(found) < MOST_LISTED:
+                    found.append(each.to_message(view, now))
+                else:
+                    left_out += 1
+            yield
+        return found, left_out
+
+    def callers(self) -> list[tuple[str, Iterable[ServiceKey]]]:
+        """The node of each watcher, and the services that it watches."""
+        return [(each.caller.node, each.watcher.services) for each in self._watches.values()]
+
     async def drain(self, within: float) -> None:
         """End every watch with UNAVAILABLE, so that watchers turn to another server; new ones end likewise, at once.
 
@@ -219,9 +313,11 @@ class DiscoveryService:
         ):
             if self._draining:
                 leaving.cancel()
-            self._watches[leaving] = None
+            caller = caller_from_message(request.caller)
+            watching = Watching(caller, call.peer, view.caller, watcher, trio.current_time())
+            self._watches[leaving] = watching
             try:
-                await self._serve_watch(call, watcher, hidden)
+                await self._serve_watch(call, watching, hidden)
             finally:
                 del self._watches[leaving]
         raise GrpcError(StatusCode.UNAVAILABLE, "this server is going away; watch another one")
@@ -231,16 +327,20 @@ class DiscoveryService:
         self.hidden += len(services)
         self._told_hidden(trio.current_time(), client=call.peer, caller=_view(call).caller, services=",".join(services))
 
-    async def _serve_watch(self, call: _Call, watcher: Watcher, hidden: Sequence[ServiceKey]) -> None:
+    async def _serve_watch(self, call: _Call, watching: Watching, hidden: Sequence[ServiceKey]) -> None:
         """Serve a watch. Services that its caller may not see are unknown to it: they cost it none of the others."""
         for service in hidden:
             await call.send(snapshot_event(ServiceSnapshot(service, "", {}, unknown=True)))
         resumed = True
-        pusher = _Pusher(self, call, watcher)
+        watcher = watching.watcher
+        pusher = _Pusher(self, call, watching)
         while True:
             updates = [*pusher.take_left(), *watcher.take()]
+            if updates and watching.behind_since is None:
+                watching.behind_since = trio.current_time()
             for update in updates:
                 await call.send_encoded(self._encoded.encode(update))
+            watching.behind_since = None
             # The first round ends with a heartbeat too, which tells one that resumed that it is current.
             if resumed or not updates:
                 resumed = False
@@ -254,10 +354,11 @@ class DiscoveryService:
 class _Pusher:
     """Sends a waiting watch its updates from the hub's task, as far as they can be sent at once."""
 
-    def __init__(self, service: DiscoveryService, call: _Call, watcher: Watcher) -> None:
+    def __init__(self, service: DiscoveryService, call: _Call, watching: Watching) -> None:
         self._service = service
         self._call = call
-        self._watcher = watcher
+        self._watching = watching
+        self._watcher = watching.watcher
         self._left: list[Update] = []
 
     def push(self) -> bool:
@@ -268,6 +369,8 @@ class _Pusher:
         for position, update in enumerate(updates):
             if not self._try(update):
                 self._left = updates[position:]
+                if self._watching.behind_since is None:
+                    self._watching.behind_since = trio.current_time()
                 return False
             self._service.events_sent += 1
         return True

@@ -12,11 +12,13 @@ import os
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from socket import gethostname
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import anyio
 import anyio.lowlevel
 
+import meshlocal
 from meshlocal.client.feed import Feed, SnapshotSink
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.library.core import MeshCore
@@ -26,7 +28,7 @@ from meshlocal.library.views import MeshStatistics, ServicePlan, plan_of, statis
 from meshlocal.net.groups import single
 from meshlocal.policy.config import AttemptPolicy, ServiceConfig
 from meshlocal.policy.config_health import EjectionConfig
-from meshlocal.policy.model import NODE, ServiceKey, ServiceSnapshot
+from meshlocal.policy.model import NODE, Caller, ServiceKey, ServiceSnapshot
 from meshlocal.wire.grpc.framing import DEFAULT_MAX_MESSAGE_SIZE
 
 if TYPE_CHECKING:
@@ -241,7 +243,8 @@ async def open_mesh(
     core = MeshCore(config, rng)
     file = config.discovery.cache_file
     sink: SnapshotSink = core if file is None else await core.open_cache(file)
-    feed = own[0].feed(sink) if own else make_feed(config.discovery, (), sink, rng)
+    caller = Caller(gethostname(), core.services.locality.node, f"meshlocal library {meshlocal.__version__}")
+    feed = own[0].feed(sink) if own else make_feed(config.discovery, (), sink, rng, caller=caller)
     failure: Exception | None = None
     try:
         async with anyio.create_task_group() as tasks:

@@ -34,6 +34,20 @@ _PLAIN_IPV4 = re.compile(rf"(?:[1-9]|[1-9][0-9]|1[0-9][0-9]|2[01][0-9]|22[0-3])(
 _SERVICE_KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 
 
+class Caller(NamedTuple):
+    """Who asks discovery, in its own words.
+
+    Attributes:
+        name: of the proxy or application.
+        node: that it runs on; empty if it does not know.
+        software: what it is, and its version.
+    """
+
+    name: str = ""
+    node: str = ""
+    software: str = ""
+
+
 class ModelError(ValueError):
     """A value that no registry may publish. `where` names the field, `what` says why."""
 

@@ -7,6 +7,7 @@ from ipaddress import ip_address
 
 from meshlocal.policy.model import (
     READY,
+    Caller,
     Conditions,
     EndpointKey,
     Instance,
@@ -21,6 +22,24 @@ from meshlocal.wire.pb import discovery_pb2 as pb
 
 OnBadInstance = Callable[[ServiceKey, ModelError], None]
 """Told of each instance in an answer that is left out, and why; the others are used."""
+
+
+CALLER_TEXT = 253
+"""Characters of each text that are kept of what a caller says of itself."""
+
+
+def caller_to_message(caller: Caller) -> pb.Caller:
+    """A caller as it travels."""
+    return pb.Caller(name=caller.name, node=caller.node, software=caller.software)
+
+
+def caller_from_message(message: pb.Caller) -> Caller:
+    """A caller as it describes itself, cut to what is kept of it."""
+    return Caller(*map(_told, (message.name, message.node, message.software)))
+
+
+def _told(text: str) -> str:
+    return "".join(char for char in text[:CALLER_TEXT] if char.isprintable())
 
 
 def instance_to_message(instance: Instance) -> pb.Instance:

@@ -28,7 +28,7 @@ from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config import DiscoveryClientConfig, DiscoveryServerConfig
 from meshlocal.policy.config_access import AllowConfig
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
-from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_ZONES
+from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_WATCHERS, LIST_ZONES
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
 from nursery_tests.certificates import NO_TEXT, Authority
@@ -168,6 +168,25 @@ async def test_a_watch_is_told_that_what_it_may_not_see_is_unknown(setup: Setup,
                 break
             seen[event.snapshot.service] = event.snapshot.unknown, len(event.snapshot.instances)
     assert seen == {"ledger.bank": (True, 0), "cart.shop": (False, 1)}
+
+
+async def test_who_watches_is_listed_as_far_as_its_services_are_seen(setup: Setup, scheme: str) -> None:
+    """A watcher of nothing that the caller may see is not there; and of the others, only that is told."""
+    wanted = [pb.Subscription(service=name) for name in ("ledger.bank", "cart.shop")]
+    async with (
+        serving(setup.config, scheme) as served,
+        served.link(setup.client(token="t0ps")) as ops,
+        served.link(setup.client(uri=WEB)) as web,
+        ops.watch(pb.WatchInstancesRequest(subscriptions=wanted)) as both,
+        ops.watch(pb.WatchInstancesRequest(subscriptions=wanted[:1])) as hidden,
+    ):
+        await both.receive()
+        await hidden.receive()
+        seen = await web.unary(LIST_WATCHERS, pb.ListWatchersRequest())
+        assert [[each.service for each in watcher.services] for watcher in seen.watchers] == [["cart.shop"]]
+        assert not (await web.unary(LIST_WATCHERS, pb.ListWatchersRequest(service="ledger.bank"))).watchers
+        all_ = await ops.unary(LIST_WATCHERS, pb.ListWatchersRequest())
+        assert sorted(len(watcher.services) for watcher in all_.watchers) == [1, 2]
 
 
 @pytest.mark.parametrize(

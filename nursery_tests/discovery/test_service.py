@@ -25,10 +25,12 @@ from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.model import Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.policy.steps import finish
 from meshlocal.wire.discovery_methods import (
     LIST_CLUSTERS,
     LIST_INSTANCES,
     LIST_SERVICES,
+    LIST_WATCHERS,
     LIST_ZONES,
     METHODS,
     SERVICE_NAME,
@@ -527,3 +529,129 @@ def test_the_whole_is_sent_where_a_change_would_not_do(base: ServiceSnapshot | N
     event = pb.WatchInstancesResponse.FromString(EncodedEvents().encode(Update(base, latest)))
     assert event.snapshot.version == latest.version
     assert event.snapshot.unknown == latest.unknown
+
+
+async def list_watchers(served: Served, service: str = "") -> list[pb.Watcher]:
+    answer = await served.channel.unary(LIST_WATCHERS, pb.ListWatchersRequest(service=service))
+    assert answer.left_out == 0
+    return list(answer.watchers)
+
+
+async def test_who_watches_is_listed(serving: Serving, autojump_clock: MockClock) -> None:
+    """Its words, its address, since when, and which version of each service it was told."""
+    async with serving() as served:
+        served.source.update("b", at(1))
+        await served.in_sync()
+        assert await list_watchers(served) == []
+        request = subscribe("b", "c")
+        request.caller.CopyFrom(pb.Caller(name="web-1", node="n1", software="meshlocal proxy 1"))
+        async with served.channel.call(WATCH_INSTANCES) as events:
+            await events.send(request, end=True)
+            while not (await events.receive()).HasField("heartbeat"):
+                pass
+            await trio.sleep(5)
+            [watcher] = await list_watchers(served)
+            assert (watcher.caller.name, watcher.caller.node, watcher.caller.software) == (
+                *("web-1", "n1"),
+                "meshlocal proxy 1",
+            )
+            assert (watcher.age_seconds, watcher.behind_ms, watcher.identity) == (5, 0, "")
+            told = served.hub.snapshot(B)
+            assert told is not None
+            assert {each.service: each.version for each in watcher.services}["b"] == told.version
+            assert len(await list_watchers(served, "b")) == 1
+            assert await list_watchers(served, "zz") == []
+            served.source.update("b", at(1), at(2))
+            await events.receive()
+            changed = served.hub.snapshot(B)
+            assert changed is not None
+            [watcher] = await list_watchers(served, "b")
+            assert {each.service: each.version for each in watcher.services}["b"] == changed.version != told.version
+        await wait_all_tasks_blocked()
+        assert await list_watchers(served) == []
+
+
+async def test_what_a_caller_says_of_itself_is_cut(serving: Serving) -> None:
+    """Bounded, and nothing that a terminal would obey."""
+    async with serving() as served:
+        await served.in_sync()
+        request = subscribe("b")
+        request.caller.name = "x" * 10_000
+        request.caller.node = "n1\x1b[31m\n"
+        async with served.channel.call(WATCH_INSTANCES) as events:
+            await events.send(request, end=True)
+            await events.receive()
+            [watcher] = await list_watchers(served)
+            assert (watcher.caller.name, watcher.caller.node) == ("x" * 253, "n1[31m")
+
+
+async def test_a_list_of_watchers_is_bounded(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshlocal.discovery.service.MOST_LISTED", 1)
+    async with serving() as served:
+        await served.in_sync()
+        async with served.channel.call(WATCH_INSTANCES) as one, served.channel.call(WATCH_INSTANCES) as two:
+            for call in (one, two):
+                await call.send(subscribe("b"), end=True)
+                await call.receive()
+            answer = await served.channel.unary(LIST_WATCHERS, pb.ListWatchersRequest())
+            assert (len(answer.watchers), answer.left_out) == (1, 1)
+
+
+class SlowCall:
+    """A caller that reads nothing until it is let."""
+
+    caller = None
+    peer = "10.0.0.9"
+
+    def __init__(self) -> None:
+        self.reads = trio.Event()
+
+    async def receive(self) -> pb.WatchInstancesRequest:
+        await trio.lowlevel.checkpoint()
+        return subscribe("b")
+
+    async def send(self, response: pb.WatchInstancesResponse) -> None:
+        await self.reads.wait()
+
+    async def send_encoded(self, payload: bytes) -> None:
+        await self.reads.wait()
+
+    def try_send_encoded(self, payload: bytes) -> bool:
+        return self.reads.is_set()
+
+
+async def test_who_does_not_read_is_behind(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """From when there was something for it until it has taken all of it."""
+    source = HeldSource()
+    hub = Hub([source], random.Random(0))
+    service = DiscoveryService(hub, 1000.0)
+    await nursery.start(hub.run)
+    await wait_all_tasks_blocked()
+    source.update("b", at(1))
+    source.sync.set()
+    await hub.wait_in_sync()
+    call = SlowCall()
+    watch: Any = service.handlers()[WATCH_INSTANCES]
+    nursery.start_soon(watch, call)
+    await wait_all_tasks_blocked()
+
+    def behind() -> int:
+        [watcher], _ = finish(service.watchers())
+        return watcher.behind_ms
+
+    await trio.sleep(2)
+    assert behind() == 2000
+    call.reads.set()
+    await wait_all_tasks_blocked()
+    assert behind() == 0
+    call.reads = trio.Event()
+    source.update("b", at(1), at(2))
+    await trio.sleep(3)
+    assert 2900 <= behind() <= 3000
+    source.update("b", at(1), at(2), at(3))
+    await trio.sleep(1)
+    assert 3900 <= behind() <= 4000, "what is for it meanwhile makes it no younger"
+    call.reads.set()
+    await wait_all_tasks_blocked()
+    assert behind() == 0
+    nursery.cancel_scope.cancel()

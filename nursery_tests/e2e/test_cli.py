@@ -116,6 +116,39 @@ async def test_get_and_explain_ask_a_server(cli: Cli, discovery: str) -> None:
     assert [step[3] for step in steps] == ["node", "other", "other"]
 
 
+async def test_who_follows_discovery_and_where_callers_outnumber_instances(
+    cli: Cli, discovery: str, processes: Any
+) -> None:
+    """Which proxies there are, whether one is behind, and which nodes are hot: by one question each."""
+    assert lines((await cli("get", "proxies", "--discovery", discovery)).out) == [
+        ["NAME", "NODE", "ADDRESS", "SOFTWARE", "BEHIND", "AGE", "SERVICES"]
+    ]
+    for node in ("n1", "n1", "n9"):
+        listen = ("--listen", "tcp://127.0.0.1:0=b", "--listen", "tcp://127.0.0.1:0=empty")
+        proxy = await processes.meshlocal("proxy", "--discovery", discovery, *listen, *UNUSED, env={"NODE_NAME": node})
+        await proxy.printed("meshlocal proxy ready", "out")
+    proxies = json.loads((await cli("get", "proxies", "-o", "json", "--discovery", discovery)).out)
+    assert sorted(each["node"] for each in proxies) == ["n1", "n1", "n9"]
+    for each in proxies:
+        assert each["software"].startswith("meshlocal proxy ")
+        assert (each["name"], each["behind"], sorted(each["services"])) == (socket.gethostname(), 0, ["b", "empty"])
+    assert len({each["services"]["b"] for each in proxies}) == 1
+    hot = (await cli("get", "hot-nodes", "--discovery", discovery)).out
+    assert sorted(lines(hot)[1:]) == [
+        ["b", "n1", "2", "1"],
+        ["b", "n9", "1", "0"],
+        ["empty", "n1", "2", "0"],
+        [
+            *("empty", "n9"),
+            *("1", "0"),
+        ],
+    ]
+    wide = (await cli("get", "proxies", "-o", "wide", "--discovery", discovery)).out
+    assert f"b@{proxies[0]['services']['b'][:12]}, empty@" in wide
+    refused = await cli.failed("get", "proxies", "--discovery", "file:instances.yaml")
+    assert "nobody watches a file: ask a discovery server" in refused
+
+
 async def test_get_follows_instances(cli: Cli, discovery: str, processes: Any) -> None:
     """What is there, and each change of it, until it is interrupted."""
     # What a shell runs in the background ignores Ctrl-C, and so would all that is started here.

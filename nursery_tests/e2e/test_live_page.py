@@ -83,7 +83,7 @@ async def test_a_kill_is_seen_without_a_reload(
     async with showing(processes, here, program) as running:
         tab = running.tab
         await tab.evaluate("window.unchanged = true")
-        assert await tab.evaluate("document.querySelector('#services [aria-current] a').textContent") == "b"
+        await tab.until("document.querySelector('#services [aria-current] a')?.textContent === 'b'")
         await running.ask(4, "n1")
         await tab.until(f"{cell('services', 0, 'Local share, 10 min')}.trim() === '100 %'")
         near, far = (f"127.0.0.1:{running.ports[node]}" for node in ("n1", "n2"))

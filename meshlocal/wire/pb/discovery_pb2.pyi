@@ -141,10 +141,60 @@ class Subscription(_message.Message):
     def __init__(self, service: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class WatchInstancesRequest(_message.Message):
-    __slots__ = ("subscriptions",)
+    __slots__ = ("subscriptions", "caller")
     SUBSCRIPTIONS_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     subscriptions: _containers.RepeatedCompositeFieldContainer[Subscription]
-    def __init__(self, subscriptions: _Optional[_Iterable[_Union[Subscription, _Mapping]]] = ...) -> None: ...
+    caller: Caller
+    def __init__(self, subscriptions: _Optional[_Iterable[_Union[Subscription, _Mapping]]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+
+class Caller(_message.Message):
+    __slots__ = ("name", "node", "software")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    node: str
+    software: str
+    def __init__(self, name: _Optional[str] = ..., node: _Optional[str] = ..., software: _Optional[str] = ...) -> None: ...
+
+class ListWatchersRequest(_message.Message):
+    __slots__ = ("service",)
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    def __init__(self, service: _Optional[str] = ...) -> None: ...
+
+class ListWatchersResponse(_message.Message):
+    __slots__ = ("watchers", "left_out")
+    WATCHERS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    watchers: _containers.RepeatedCompositeFieldContainer[Watcher]
+    left_out: int
+    def __init__(self, watchers: _Optional[_Iterable[_Union[Watcher, _Mapping]]] = ..., left_out: _Optional[int] = ...) -> None: ...
+
+class Watcher(_message.Message):
+    __slots__ = ("caller", "address", "identity", "age_seconds", "services", "behind_ms")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SERVICES_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_MS_FIELD_NUMBER: _ClassVar[int]
+    caller: Caller
+    address: str
+    identity: str
+    age_seconds: int
+    services: _containers.RepeatedCompositeFieldContainer[Watched]
+    behind_ms: int
+    def __init__(self, caller: _Optional[_Union[Caller, _Mapping]] = ..., address: _Optional[str] = ..., identity: _Optional[str] = ..., age_seconds: _Optional[int] = ..., services: _Optional[_Iterable[_Union[Watched, _Mapping]]] = ..., behind_ms: _Optional[int] = ...) -> None: ...
+
+class Watched(_message.Message):
+    __slots__ = ("service", "version")
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    version: str
+    def __init__(self, service: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class WatchInstancesResponse(_message.Message):
     __slots__ = ("snapshot", "change", "heartbeat")
