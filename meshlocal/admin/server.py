@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -24,6 +24,7 @@ from meshlocal.admin.streaming import Stream, StreamRoute
 from meshlocal.net.listen import accept_loop
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.slices import in_slices
+from meshlocal.policy.exposure import is_loopback
 from meshlocal.policy.steps import Steps
 
 MAX_CONNECTIONS = 64
@@ -58,6 +59,7 @@ class AdminServer:
         routes: by path.
         access: who may read them.
         streams: routes to what goes on, by path.
+        changed: paths of routes that PUT changes something by: who asks at a loopback address may.
         max_connections: that may be open at once.
         max_streams: how many of them may have an answer that goes on.
     """
@@ -68,6 +70,7 @@ class AdminServer:
         access: AdminAccess,
         *,
         streams: Mapping[str, StreamRoute] | None = None,
+        changed: Collection[str] = (),
         max_connections: int = MAX_CONNECTIONS,
         max_streams: int = MAX_STREAMS,
     ) -> None:
@@ -79,6 +82,7 @@ class AdminServer:
         self._refusing = 0
         self._max_streams = max_streams
         self._stream_routes = dict(streams or {})
+        self._changed = frozenset(changed)
         self._streams = 0
         self._accept_failed = RateLimited(log, logging.WARNING, "admin server cannot accept", interval=10)
 
@@ -213,7 +217,10 @@ class AdminServer:
         refusal = self._access.refusal(request, local)
         if refusal is not None:
             return refusal
-        if request.method not in ("GET", "HEAD"):
+        if request.method == "PUT" and request.path in self._changed:
+            if not is_loopback(local):
+                return Response.text("only who is on this machine may change this, at a loopback address", 403)
+        elif request.method not in ("GET", "HEAD"):
             refusal = Response.text(f"{request.method} is not allowed here", 405)
             return refusal._replace(headers=(("Allow", "GET, HEAD"),))
         if head.has_body:

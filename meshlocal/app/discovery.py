@@ -22,6 +22,7 @@ from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now, make_workload
 from meshlocal.app.discovery_access import DiscoveryAccess
+from meshlocal.app.log_page import PATH as LOG
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
@@ -88,7 +89,7 @@ class DiscoveryProcess:
         self._files = Blocking(limit=CONFIG_LIMIT)
         self.supervision = Supervision(rng)
         self.config = load()
-        configure_logging(self.config.log.level, self.config.log.format)
+        configure_logging(self.config.log.level, self.config.log.format, levels=self.config.log.levels)
         config = self.config.discovery
         self.hub = Hub(make_sources(config, rng, environment), rng, self.supervision)
         self.limits = ServerLimits(config.limits)
@@ -178,7 +179,7 @@ class DiscoveryProcess:
                 )
                 for sock in group
             ]
-            pages = AdminServer(self._routes(self), self.admin_access)
+            pages = AdminServer(self._routes(self), self.admin_access, changed=[LOG])
             tell_exposures(self.exposures)
             async with trio.open_nursery() as lifetime:
                 keep = self.supervision.keep
@@ -284,7 +285,7 @@ class DiscoveryProcess:
             _log.error("config not applied", problem=str(error))
             return
         self.config = config
-        configure_logging(config.log.level, config.log.format)
+        configure_logging(config.log.level, config.log.format, levels=config.log.levels)
         _log.info("config applied")
 
 

@@ -13,6 +13,8 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
 from meshlocal.app.common_pages import config_view, json_in_steps, json_response, livez, plain, readyz
 from meshlocal.app.discovery import DiscoveryProcess
+from meshlocal.app.log_page import PATH as LOG
+from meshlocal.app.log_page import log_page
 from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
@@ -40,6 +42,7 @@ def discovery_routes(process: DiscoveryProcess) -> Mapping[str, Route | AsyncRou
         "/metrics": metrics_route(process.collectors, METRICS_MODULES),
         "/config": lambda request: json_response(config_view(process.config)),
         "/services": lambda request: _services(process.hub, request),
+        LOG: log_page,
         "/proxies": lambda request: _proxies(process),
         "/watch": lambda request: _watch(process, request),
     }

@@ -31,6 +31,7 @@ from meshlocal.app.certificates import expiring_now, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
 from meshlocal.app.followed_pages import streams
 from meshlocal.app.history import History
+from meshlocal.app.log_page import PATH as LOG
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
@@ -124,7 +125,7 @@ class ProxyProcess:
         self._files = Blocking(limit=CONFIG_LIMIT)
         self.supervision = Supervision(rng)
         self.config = config if config is not None else load()
-        configure_logging(self.config.log.level, self.config.log.format)
+        configure_logging(self.config.log.level, self.config.log.format, levels=self.config.log.levels)
         proxy = self.config.proxy
         self.services = ServiceTable(proxy, locality_of(proxy), rng)
         self.forwarder = TcpForwarder(self.services, access_log=proxy.access_log)
@@ -324,7 +325,7 @@ class ProxyProcess:
                 opened.callback(listener.close)
             self._tell_unknown_labels()
             routes = self._superior.routes(self)
-            admin = AdminServer(routes, self.admin_access, streams=streams(routes))
+            admin = AdminServer(routes, self.admin_access, streams=streams(routes), changed=[LOG])
             tell_exposures(of_proxy(config))
             async with trio.open_nursery() as lifetime:
                 self._lifetime = lifetime
@@ -440,7 +441,7 @@ class ProxyProcess:
         except ListenError as error:
             return [str(error)]
         self.config = config
-        configure_logging(config.log.level, config.log.format)
+        configure_logging(config.log.level, config.log.format, levels=config.log.levels)
         before = self.services.locality
         self._use_tls(tls)
         self.services.reconfigure(proxy, locality_of(proxy))

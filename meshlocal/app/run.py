@@ -25,7 +25,7 @@ def run_proxy(load: LoadConfig) -> int:
     from meshlocal.app.proxy import ProxyProcess, freeze_garbage_collector, tell_unused
 
     config = load()
-    configure_logging(config.log.level, config.log.format)
+    configure_logging(config.log.level, config.log.format, levels=config.log.levels)
     tell_unused(config.proxy, os.environ)
     operator = Operator(os.environ)
     if config.proxy.workers > 1:

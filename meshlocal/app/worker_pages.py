@@ -11,6 +11,8 @@ from meshlocal.admin.metrics_page import metrics_response
 from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app.common_pages import config_view, json_response, livez, plain, readyz
 from meshlocal.app.followed_pages import LIVE, TAP
+from meshlocal.app.log_page import PATH as LOG
+from meshlocal.app.log_page import log_page
 from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
 from meshlocal.app.workers import Supervisor, Worker, WorkerGoneError
@@ -30,6 +32,7 @@ def worker_routes(supervisor: Supervisor) -> Mapping[str, Route | AsyncRoute]:
         "/services": pages.of_one,
         LIVE: pages.of_one,
         TAP: pages.of_all,
+        LOG: pages.log,
         "/explain": pages.of_one,
         "/workers": pages.workers,
     }
@@ -100,6 +103,13 @@ class _WorkerPages:
             else:
                 problem = response
         return found[0]._replace(body=b"".join(each.body for each in found)) if found else problem
+
+    async def log(self, request: Request) -> Response:
+        """What is logged, by this process; a change is one of all processes."""
+        response = log_page(request)
+        if request.method == "PUT" and response.status == 200:
+            await self.of_all(request)
+        return response
 
     def workers(self, request: Request) -> Response:
         """The workers, and what became of them."""

@@ -31,6 +31,7 @@ from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now
 from meshlocal.app.config_loader import LoadConfig
 from meshlocal.app.followed_pages import streams
+from meshlocal.app.log_page import PATH as LOG
 from meshlocal.app.operator import Operator
 from meshlocal.app.proxy import CONFIG_LIMIT, read_again
 from meshlocal.app.readiness import Readiness, tell_exposures
@@ -198,7 +199,7 @@ class Supervisor:
         Raises:
             ListenError: an address cannot be listened on.
         """
-        configure_logging(self.config.log.level, self.config.log.format)
+        configure_logging(self.config.log.level, self.config.log.format, levels=self.config.log.levels)
         raise_limit()
         with ExitStack() as opened:
             where = self.config.proxy.admin
@@ -214,7 +215,7 @@ class Supervisor:
                 await lifetime.start(self._take_orders)
                 if admin_sockets:
                     routes = self._routes(self)
-                    admin = AdminServer(routes, self._access, streams=streams(routes))
+                    admin = AdminServer(routes, self._access, streams=streams(routes), changed=[LOG])
                     serve = partial(admin.serve, admin_sockets)
                     tell_exposures(of_proxy(self.config.proxy))
                     followed = self._access.followed
@@ -410,7 +411,7 @@ class Supervisor:
         for configured, address in zip(config.proxy.listen, addresses, strict=True):
             address.reconfigure(config.proxy, configured)
         self.config, self._addresses = config, addresses
-        configure_logging(config.log.level, config.log.format)
+        configure_logging(config.log.level, config.log.format, levels=config.log.levels)
         return []
 
     async def _configure(self, worker: Worker, config: Config, addresses: list[BoundAddress]) -> list[str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from meshlocal.client.ended import Asked, EndedRequest, FailedAttempt, kept_attempts
+from meshlocal.client.ended import Asked, EndedRequest, FailedAttempt, kept_attempts, log
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, InstanceStatistics, Outcome, RequestKey
 from meshlocal.policy.limits import Limit
@@ -325,7 +325,7 @@ class Account(Search):
             if now is not None:
                 told = state.told
                 failed = outcome not in _WELL or self.is_refused
-                if failed or reason or self.failures or told.followers:
+                if failed or reason or self.failures or told.followers or log.tells_all:
                     told.add(self._ended(state, outcome, now, failed))
         if not (hold or self._released):
             self._released = True

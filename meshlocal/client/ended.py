@@ -9,9 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from meshlocal.client.tried import attempt_text
+from meshlocal.client.tried import attempt_text, in_a_row
+from meshlocal.net.log import get_log
 from meshlocal.policy.model import Instance, ServiceKey
 from meshlocal.policy.picker import Pick
+
+log = get_log("meshlocal.requests")
+"""At the level debug, a line for each request: what was picked, and what became of each attempt."""
 
 KEPT = 50
 """Requests of a service that are kept: the last that left the first tier, or failed."""
@@ -131,6 +135,8 @@ class Told:
             self.recent.append(request)
         for follower in self.followers:
             follower(request)
+        if log.tells_all:
+            _tell(request)
 
     def follow(self, follower: Follower) -> None:
         """Tell somebody of each request from now on, until `leave`."""
@@ -148,3 +154,20 @@ def kept_attempts(failures: list[FailedAttempt] | None) -> tuple[FailedAttempt, 
     if len(failures) > ATTEMPTS_KEPT:
         return (*failures[: ATTEMPTS_KEPT // 2], *failures[-ATTEMPTS_KEPT // 2 :])
     return tuple(failures)
+
+
+def _tell(request: EndedRequest) -> None:
+    instance = request.instance
+    log.debug(
+        "request ended",
+        service=request.service,
+        outcome=request.outcome,
+        instance=str(instance.key) if instance is not None else None,
+        node=(instance.node or None) if instance is not None else None,
+        tier=request.tier or None,
+        reason=request.reason or None,
+        error=request.error or None,
+        attempts=request.attempts,
+        failed=in_a_row([f"{each} after {each.seconds:.6f} s" for each in request.failures]) or None,
+        seconds=round(request.seconds, 6),
+    )

@@ -86,6 +86,11 @@ class Log:
         """Log an error with the exception that is being handled."""
         self.log(logging.ERROR, event, fields, exc_info=True)
 
+    @property
+    def tells_all(self) -> bool:
+        """Whether it logs what only a developer wants to see: for who would have to make that up first."""
+        return self._logger.isEnabledFor(logging.DEBUG)
+
     def log(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
         """Log at a level of the standard library (`logging.INFO`, ...)."""
         if self._logger.isEnabledFor(level):
@@ -227,19 +232,52 @@ def dropped_lines() -> int:
     return sum(each.writer.dropped for each in logging.getLogger().handlers if isinstance(each, _Handler))
 
 
-def configure_logging(level: str = "info", format: Format = "auto", stream: TextIO | None = None) -> None:
+def set_level(level: str, logger: str = "") -> None:
+    """Log from this level on, until it is set again or logging is configured.
+
+    Args:
+        level: debug, info, warning or error.
+        logger: of which; empty: all of this package's, and from `info` on those of libraries.
+
+    Raises:
+        ValueError: the level is none.
+    """
+    number = _LEVELS.get(level.lower())
+    if number is None:
+        raise ValueError(f"log level {level!r} is none of {', '.join(_LEVELS)}")
+    if logger and logger != _OWN:
+        _own_levels[logger] = level.lower()
+        logging.getLogger(logger).setLevel(number)
+    else:
+        logging.getLogger().setLevel(max(number, logging.INFO))
+        logging.getLogger(_OWN).setLevel(number)
+
+
+def levels() -> dict[str, object]:
+    """The levels in force: `level`, and `levels` of loggers that have their own."""
+    return {"level": logging.getLevelName(logging.getLogger(_OWN).level).lower(), "levels": dict(_own_levels)}
+
+
+_own_levels: dict[str, str] = {}
+
+
+def configure_logging(
+    level: str = "info",
+    format: Format = "auto",
+    stream: TextIO | None = None,
+    levels: Mapping[str, str] | None = None,
+) -> None:
     """Send every logger's records to a stream (default: stderr). Calling it again replaces what it set before.
 
-    What libraries say at the level debug is never among them: some print whole headers, and with those what a client
-    proves itself by.
+    What libraries say at the level debug is not among them unless `levels` names them: some print whole headers, and
+    with those what a client proves itself by.
 
     `auto` means text on a terminal and JSON elsewhere. Colour needs a terminal, and NO_COLOR unset or empty.
 
     Raises:
-        ValueError: the level is none of debug, info, warning and error, or the format none of auto, text and json.
+        ValueError: a level is none of debug, info, warning and error, or the format none of auto, text and json.
     """
-    number = _LEVELS.get(level.lower())
-    if number is None:
+    if level.lower() not in _LEVELS:
         raise ValueError(f"log level {level!r} is none of {', '.join(_LEVELS)}")
     if format not in ("auto", "text", "json"):
         raise ValueError(f"log format {format!r} is none of auto, text, json")
@@ -264,8 +302,12 @@ def configure_logging(level: str = "info", format: Format = "auto", stream: Text
             handler._told = handler.writer.dropped
             old.writer.close()
     root.addHandler(handler)
-    root.setLevel(max(number, logging.INFO))
-    logging.getLogger(_OWN).setLevel(number)
+    for name in _own_levels:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    _own_levels.clear()
+    set_level(level)
+    for name, each in (levels or {}).items():
+        set_level(each, name)
 
 
 def _level_word(record: logging.LogRecord) -> str:

@@ -441,6 +441,13 @@ class LogConfig(Section, frozen=True):
     format: Annotated[
         Literal["auto", "text", "json"], Meta(description="auto: text on a terminal, JSON elsewhere.")
     ] = "auto"
+    levels: Annotated[
+        Mapping[str, Literal["debug", "info", "warning", "error"]],
+        Meta(
+            description="Other levels for single loggers, by name: `meshlocal.client` and all below it, or a library's."
+            " What libraries say at debug may hold secrets."
+        ),
+    ] = {}
 
 
 class Config(Section, frozen=True):

@@ -99,6 +99,27 @@ def statuses(answer: bytes | bytearray) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
 
 
+@pytest.mark.parametrize(
+    ("local", "request_", "status"),
+    [
+        ("127.0.0.1", b"PUT /echo?a=1", 200),
+        ("::1", b"PUT /echo?a=1", 200),
+        ("10.0.0.1", b"PUT /echo?a=1", 403),
+        ("127.0.0.1", b"PUT /json", 405),
+        ("127.0.0.1", b"DELETE /echo", 405),
+        ("127.0.0.1", b"POST /echo", 405),
+    ],
+)
+async def test_what_changes_something_is_for_who_is_on_this_machine(local: str, request_: bytes, status: int) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(AdminServer(ROUTES, ACCESS, changed=["/echo"]).serve_stream, ours, local)
+        await theirs.send_all(request_ + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = await read_all(theirs)
+        nursery.cancel_scope.cancel()
+    assert int(answer.split(b" ")[1]) == status
+
+
 async def test_a_page_with_its_headers() -> None:
     async with serving() as address:
         answer = await ask(address, get("/echo?a=1&a=2%203&b=4", "X: one", "x: two"))

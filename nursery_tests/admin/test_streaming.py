@@ -10,7 +10,7 @@ import trio.testing
 
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.messages import Request, Response
-from meshlocal.admin.server import SEND_TIMEOUT, AdminServer
+from meshlocal.admin.server import MAX_STREAMS, SEND_TIMEOUT, AdminServer
 from meshlocal.admin.streaming import EVENTS, LINES, SILENCE, Ask, Stream, events, lines, stream_route
 from meshlocal.policy.config_access import AdminAccessConfig
 from nursery_tests.logged import events as logged
@@ -36,9 +36,9 @@ class Page:
         return self.response
 
 
-def server(page: Page, pieces: Callable[[Ask], Stream] = events, **limits: int) -> AdminServer:
+def server(page: Page, pieces: Callable[[Ask], Stream] = events, max_streams: int = MAX_STREAMS) -> AdminServer:
     routes = {"/other": lambda _: Response.text("other")}
-    return AdminServer(routes, ACCESS, streams={"/followed": stream_route(page, pieces)}, **limits)
+    return AdminServer(routes, ACCESS, streams={"/followed": stream_route(page, pieces)}, max_streams=max_streams)
 
 
 class Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.locality import Locality, Selector
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.policy.retry import Failure
+from nursery_tests.logged import entry, events
 
 B = ServiceKey("b")
 
@@ -147,3 +149,19 @@ def test_who_follows_hears_of_each_until_he_leaves(serve: Callable[[ServiceState
     assert [each.stumbled for each in other.heard] == [stumbled, stumbled]
     assert not any(each.failed for each in other.heard)
     assert other.heard[0].asked.protocol == "tcp"
+
+
+def test_at_debug_each_request_has_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    """What was picked, and what became of each attempt; nothing of it at any other level."""
+    state = service()
+    with caplog.at_level(logging.INFO, "meshlocal"):
+        served_elsewhere(state)
+    assert not caplog.records
+    with caplog.at_level(logging.DEBUG, "meshlocal"):
+        served_nearby(state)
+        served_elsewhere(state)
+    assert events(caplog.records) == ["request ended", "request ended"]
+    near, far = (entry(each).fields for each in caplog.records)
+    assert (near["instance"], near["tier"], near["reason"], near["failed"]) == ("10.0.0.1:1", "node", None, None)
+    assert (far["node"], far["reason"], far["attempts"]) == ("n2", "local_failed", 2)
+    assert far["failed"] == "10.0.0.1:1 (node) refused after 0.250000 s"

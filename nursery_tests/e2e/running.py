@@ -182,16 +182,17 @@ class Place:
                 raise ConnectionError("the connection ended without an answer")
             return answer.decode().strip()
 
-    async def get(self, port: int, path: str) -> tuple[int, str]:
+    async def get(self, port: int, path: str, *, method: str = "GET") -> tuple[int, str]:
         """Status and body of a page of an admin server on this place's loopback."""
         answer = b""
         with trio.fail_after(LIMIT):
             async with await self.connect("127.0.0.1", port) as stream:
-                await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+                head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                await stream.send_all(head.encode())
                 async for part in stream:
                     answer += part
-        head, _, body = answer.partition(b"\r\n\r\n")
-        return int(head.split()[1]), body.decode()
+        told, _, body = answer.partition(b"\r\n\r\n")
+        return int(told.split()[1]), body.decode()
 
     async def metrics(self, port: int) -> Metrics:
         status, text = await self.get(port, "/metrics")

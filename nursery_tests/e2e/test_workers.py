@@ -138,6 +138,27 @@ async def test_a_tap_follows_all_workers(running: Running) -> None:
     assert len(told) == len(set(told))
 
 
+async def test_the_log_level_is_changed_in_all_processes(running: Running) -> None:
+    """At debug, each worker says what became of each request; and from then on no more."""
+    await running.start(B)
+    for level, told in (("debug", True), ("info", False)):
+        status, _ = await running.here.get(running.admin, f"/log?level={level}", method="PUT")
+        assert status == 200
+        assert await running.page("/log") == {"level": level, "levels": {}}
+        start = len(running.proxy.err)
+        streams = await running.open_on_each()
+        for stream in running.streams:
+            await end(stream)
+        running.streams.clear()
+        if told:
+            for number in streams:
+                await running.proxy.printed(rf'"event":"request ended","service":"b",.*"worker":{number}', start=start)
+        else:
+            assert "request ended" not in running.proxy.err[start:]
+    status, text = await running.here.get(running.admin, "/log?level=loud", method="PUT")
+    assert (status, text.startswith("log level 'loud' is none of debug, info, warning, error")) == (400, True)
+
+
 async def test_traffic_reaches_every_worker_and_is_counted_once(running: Running) -> None:
     """Two listeners on any port, one of them both families': each worker serves them, and `/metrics` adds up."""
     await running.start(B, "'http://127.0.0.1:0'")

@@ -14,7 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.net.log import JsonFormatter, Log, RateLimited, TextFormatter, configure_logging, get_log
+from meshlocal.net.log import (
+    JsonFormatter,
+    Log,
+    RateLimited,
+    TextFormatter,
+    configure_logging,
+    get_log,
+    levels,
+    set_level,
+)
 
 
 class Terminal(io.StringIO):
@@ -168,6 +177,36 @@ def test_text_off_a_terminal_has_no_colour_and_json_may_be_forced_on_one() -> No
     assert piped.getvalue().endswith("info    sample text a=1\n")
     assert "\x1b" not in piped.getvalue()
     assert json.loads(terminal.getvalue())["event"] == "json"
+
+
+def test_levels_of_single_loggers_change_while_running() -> None:
+    """What a library says at debug is told only if it is asked for by name; the next configuration forgets it."""
+    stream = io.StringIO()
+    library = logging.getLogger("some_library.part")
+
+    def told() -> list[str]:
+        stream.seek(0)
+        stream.truncate()
+        library.debug("of a library")
+        get_log("meshlocal.client.sample").debug("of a part")
+        get_log("meshlocal.proxy.sample").debug("of another")
+        return [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
+
+    configure_logging("debug", "json", stream)
+    assert told() == ["of a part", "of another"]
+    configure_logging("info", "json", stream, {"some_library": "debug", "meshlocal.client": "debug"})
+    assert levels() == {"level": "info", "levels": {"some_library": "debug", "meshlocal.client": "debug"}}
+    assert told() == ["of a library", "of a part"]
+    set_level("info", "some_library")
+    set_level("DEBUG")
+    assert told() == ["of a part", "of another"]
+    set_level("error")
+    assert told() == ["of a part"]
+    configure_logging("info", "json", stream)
+    assert (told(), levels()) == ([], {"level": "info", "levels": {}})
+    for wrong in ("loud", ""):
+        with pytest.raises(ValueError, match=f"log level '{wrong}' is none of"):
+            set_level(wrong)
 
 
 def test_configure_names_what_is_wrong() -> None:

@@ -189,7 +189,7 @@ FULL: dict[str, Any] = {
         },
         "drain": {"timeout": 0},
     },
-    "log": {"level": "debug", "format": "json"},
+    "log": {"level": "debug", "format": "json", "levels": {"trio": "warning"}},
 }
 
 
@@ -363,7 +363,7 @@ def test_every_key() -> None:
             ),
             drain=DrainConfig(timeout=0.0),
         ),
-        log=LogConfig(level="debug", format="json"),
+        log=LogConfig(level="debug", format="json", levels={"trio": "warning"}),
     )
 
 
