@@ -26,7 +26,6 @@ def request_view(request: EndedRequest, now: float, wall: float) -> dict[str, An
         "method": asked.method,
         "path": asked.path,
         "status": asked.status,
-        "request_id": asked.id,
         "outcome": request.outcome,
         "instance": str(instance.key) if instance is not None else None,
         "node": instance.node if instance is not None else None,

@@ -39,6 +39,7 @@ class Account(Search):
         started: when the request did, in seconds of the caller's clock.
 
     Attributes:
+        peer: the client's address, as its socket has it; None if it is in this very process.
         state: its service; None before `begin`.
         began: when the attempt did whose outcome is told next; what it shows of its instance counts from then.
         error: how the last attempt failed, or the request, in a word; empty if neither did.
@@ -60,6 +61,8 @@ class Account(Search):
         "started",
         "state",
     )
+
+    peer: object = None
 
     def __init__(self, started: float) -> None:
         super().__init__(math.inf, None)
@@ -84,18 +87,13 @@ class Account(Search):
         """Why it left the first tier (R1); empty if it did not."""
         return (self.pick.reason or "") if self.pick is not None else ""
 
-    @property
-    def peer_address(self) -> object:
-        """The client's address, as its socket has it; None if it is in this very process."""
-        return None
-
     def asked(self) -> Asked:
         """What the request asks for."""
         return Asked("tcp")
 
     @property
-    def is_refused(self) -> bool:
-        """Whether the answer that it got says that its server failed."""
+    def is_server_fault(self) -> bool:
+        """Whether the answer that went to the client says that a server failed."""
         return False
 
     @property
@@ -324,7 +322,7 @@ class Account(Search):
             state.statistics.requests[tuple.__new__(RequestKey, (self.tier, reason, outcome))] += 1
             if now is not None:
                 told = state.told
-                failed = outcome not in _WELL or self.is_refused
+                failed = outcome not in _WELL or self.is_server_fault
                 if failed or reason or self.failures or told.followers or log.tells_all:
                     told.add(self._ended(state, outcome, now, failed))
         if not (hold or self._released):
@@ -363,7 +361,7 @@ class Account(Search):
         pick = self.pick
         return EndedRequest(
             state.key,
-            self.peer_address,
+            self.peer,
             self.asked(),
             self.started,
             now - self.started,
@@ -373,7 +371,6 @@ class Account(Search):
             self.reason,
             self.error,
             pick.instance if pick is not None else None,
-            max(now - self.began, 0.0),
             self.attempts,
             kept_attempts(self.failures),
         )

@@ -55,14 +55,12 @@ class Asked(NamedTuple):
         method: of HTTP.
         path: of HTTP, without its query, which carries secrets more often than paths do.
         status: of the response; 0 if there is none.
-        id: the request's; empty if it has none.
     """
 
     protocol: str
     method: str = ""
     path: str = ""
     status: int = 0
-    id: str = ""
 
 
 class EndedRequest(NamedTuple):
@@ -80,7 +78,6 @@ class EndedRequest(NamedTuple):
         reason: why that is not of the first tier (R1); empty if it is.
         error: how the last attempt failed, or the request, in a word; empty if neither did.
         instance: the last one tried; None: none was.
-        last: seconds from the beginning of the last attempt to the request's end.
         attempts: how many instances were tried.
         failures: those that failed, in order; of many, the first and the last.
     """
@@ -96,7 +93,6 @@ class EndedRequest(NamedTuple):
     reason: str
     error: str
     instance: Instance | None
-    last: float
     attempts: int
     failures: tuple[FailedAttempt, ...]
 

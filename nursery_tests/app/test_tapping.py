@@ -53,7 +53,6 @@ class Proxy:
             "local_failed" if left else "",
             "",
             FAR if left else NEAR,
-            0.1,
             1 + retried,
             (attempt,) * retried,
         )
@@ -186,11 +185,11 @@ def test_what_is_told_of_a_request(proxy: Proxy) -> None:
     ("request_", "line"),
     [
         (
-            EndedRequest(B, None, Asked("tcp"), 9.0, 2.0, "no_instance", True, "", "", "", None, 0.0, 0, ()),
+            EndedRequest(B, None, Asked("tcp"), 9.0, 2.0, "no_instance", True, "", "", "", None, 0, ()),
             "01:46:40.000  tcp  no_instance  2.0s",
         ),
         (
-            EndedRequest(B, None, Asked("tcp"), 9.0, 2.0, "cut", True, "node", "", "reset", NEAR, 0.0, 1, ()),
+            EndedRequest(B, None, Asked("tcp"), 9.0, 2.0, "cut", True, "node", "", "reset", NEAR, 1, ()),
             "01:46:40.000  tcp  cut  2.0s  10.0.0.1:9000 (n1, node)  error=reset",
         ),
     ],

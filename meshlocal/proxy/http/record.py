@@ -53,11 +53,6 @@ class HttpRecord(Account):
         self.outcome = Outcome.DRAINED
         self.problem: ProtocolError | None = None
 
-    @property
-    def peer_address(self) -> object:
-        """See `Account.peer_address`."""
-        return self.peer
-
     def asked(self) -> Asked:
         """See `Account.asked`."""
         head = self.head
@@ -65,9 +60,18 @@ class HttpRecord(Account):
         return Asked(head.protocol, head.method.decode("ascii", "replace"), path, self.status)
 
     @property
-    def is_refused(self) -> bool:
-        """See `Account.is_refused`."""
-        return self.status >= 500 or self.grpc_status in SERVER_FAULTS
+    def status_class(self) -> int:
+        """The hundreds of the response's status, 0 for none; of a call that failed, those of the status that would say
+        so: its failure hides behind 200."""
+        hundreds = self.status // 100
+        if self.grpc_status > 0 and hundreds == 2:
+            return 5 if self.grpc_status in SERVER_FAULTS else 4
+        return hundreds
+
+    @property
+    def is_server_fault(self) -> bool:
+        """See `Account.is_server_fault`."""
+        return self.status_class >= 5
 
     @property
     def identity(self) -> str:

@@ -17,7 +17,7 @@ from meshlocal.proxy.http.ends import End, Expiry
 from meshlocal.proxy.http.record import HttpRecord
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.shared import HttpShared
-from meshlocal.proxy.http.statistics import SERVER_FAULTS, STATUS_NAMES
+from meshlocal.proxy.http.statistics import STATUS_NAMES
 from meshlocal.proxy.http.streams import ClientStream
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
@@ -259,11 +259,7 @@ class HttpRequest(HttpRecord):
                 counts.bytes_sent += self.body.size
             pick = self.pick
             reason = (pick.reason or "") if pick is not None else ""
-            hundreds = self.status // 100
-            if self.grpc_status > 0 and hundreds == 2:
-                # Failures hide behind 200.
-                hundreds = 5 if self.grpc_status in SERVER_FAULTS else 4
-            statistics.ended[self.tier, reason, hundreds, self.head.protocol] += 1
+            statistics.ended[self.tier, reason, self.status_class, self.head.protocol] += 1
             if self.grpc_status >= 0:
                 statistics.calls[self.tier, reason, self.grpc_status] += 1
             self.took(now - self.started)

@@ -104,11 +104,6 @@ class TcpConnection(Account):
             self._scope = trio.CancelScope()
         return self._scope
 
-    @property
-    def peer_address(self) -> object:
-        """See `Account.peer_address`."""
-        return self.peer
-
     # Its return (F2): see `meshlocal.proxy.returning.Lasting`.
 
     def away_since(self, service: ServiceState) -> float | None:

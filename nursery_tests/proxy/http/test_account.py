@@ -73,9 +73,9 @@ async def test_what_left_the_node_or_failed_is_kept(proxy: Proxy, pair: tuple[Up
         await client.get("/away?secret=1")
     await proxy.idle()
     broken, away = proxy.table[B].told.recent
-    assert broken.asked == ("1.1", "GET", "/broken", 500, "")
+    assert broken.asked == ("1.1", "GET", "/broken", 500)
     assert (broken.tier, broken.reason, broken.outcome, broken.failures) == ("node", "", "served", ())
-    assert away.asked == ("1.1", "GET", "/away", 200, "")
+    assert away.asked == ("1.1", "GET", "/away", 200)
     assert (away.tier, away.reason, away.attempts) == ("other", "local_failed", 2)
     assert away.instance is not None
     assert away.instance.key.port == far.port
