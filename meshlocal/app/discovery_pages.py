@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
+
 import meshlocal
 from meshlocal.admin.messages import Request, Response
 from meshlocal.admin.metrics_page import metrics_route
@@ -18,13 +20,15 @@ from meshlocal.app.log_page import log_page
 from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
-from meshlocal.app.watchers import behind_first, watcher_view
+from meshlocal.app.watchers import watcher_view
 from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.service import MOST_LISTED
 from meshlocal.discovery.source import source_details
 from meshlocal.policy.hosts import host_of
 from meshlocal.policy.hot_nodes import HotNode, hot_nodes
 from meshlocal.policy.model import EndpointKey, ServiceSnapshot
 from meshlocal.policy.steps import Steps
+from meshlocal.wire.pb import discovery_pb2 as pb
 
 _SHOWN = 100
 """Rows of a table that the overview lists."""
@@ -81,11 +85,19 @@ def _services(hub: Hub, request: Request) -> Steps[Response]:
 
 def _proxies(process: DiscoveryProcess) -> Steps[Response]:
     """Who watches, and the hot nodes."""
-    watchers, left_out = yield from process.service.watchers()
-    hot = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
-    found = {"proxies": [watcher_view(each) for each in watchers], "left_out": left_out}
-    yield
-    return json_response({**found, "hot_nodes": [each._asdict() for each in hot]})
+    watchers, left_out = yield from process.service.watchers(MOST_LISTED)
+    hot, total = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
+    rows = []
+    for each in watchers:
+        rows.append(msgspec.json.encode(watcher_view(each)))
+        yield
+    view = {
+        "proxies": msgspec.Raw(b"[\n " + b",\n ".join(rows) + b"]"),
+        "left_out": left_out,
+        "hot_nodes": [each._asdict() for each in hot],
+        "hot_nodes_in_all": total,
+    }
+    return Response(200, "application/json", msgspec.json.encode(view) + b"\n")
 
 
 def _service_view(snapshot: ServiceSnapshot, keys: Iterable[EndpointKey]) -> Iterator[dict[str, Any]]:
@@ -95,8 +107,8 @@ def _service_view(snapshot: ServiceSnapshot, keys: Iterable[EndpointKey]) -> Ite
 
 
 def _overview(process: DiscoveryProcess) -> Steps[Response]:
-    watchers, left_out = yield from process.service.watchers()
-    hot = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
+    watchers, left_out = yield from process.service.watchers(_SHOWN)
+    hot, total = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
     hub, reason = process.hub, process.readiness.reason
     state = html.bad(f"not ready: {reason}") if reason else html.good("ready")
     sources = (
@@ -139,7 +151,7 @@ def _overview(process: DiscoveryProcess) -> Steps[Response]:
         html.heading("Sources"),
         html.table("Sources", ("Source", "State", "Problem"), sources),
         *_source_tables(hub),
-        *_watcher_tables([watcher_view(each) for each in watchers], left_out, hot),
+        *_watcher_tables(watchers, left_out, hot[:_SHOWN], total),
         html.heading("Services"),
         html.table("Services", ("Service", "Instances", "Version"), services),
     ]
@@ -149,9 +161,16 @@ def _overview(process: DiscoveryProcess) -> Steps[Response]:
 
 
 def _watcher_tables(
-    watchers: Sequence[Mapping[str, Any]], left_out: int, hot: Sequence[HotNode]
+    watchers: Iterable[pb.Watcher], left_out: int, hot: Sequence[HotNode], total: int
 ) -> Iterator[html.Html]:
-    """Who watches, those that are behind first; and where callers outnumber instances, if they do somewhere."""
+    """Who watches; and where callers outnumber instances, if they do somewhere.
+
+    Args:
+        watchers: some of those that there are.
+        left_out: how many others there are.
+        hot: the hottest nodes.
+        total: how many hot nodes there are.
+    """
     yield html.heading("Proxies and applications that follow this server")
     rows = (
         (
@@ -163,22 +182,21 @@ def _watcher_tables(
             f"{each['age']} s",
             len(each["services"]),
         )
-        for each in behind_first(watchers)[:_SHOWN]
+        for each in map(watcher_view, watchers)
     )
     yield html.table("Proxies", ("Name", "Node", "Address", "Software", "Behind", "Watches for", "Services"), rows)
-    more = max(0, len(watchers) - _SHOWN) + left_out
-    if more:
-        yield html.paragraph(f"And {more} more; /proxies has them, with their services and versions.")
+    if left_out:
+        yield html.paragraph(f"And {left_out} more; /proxies has them, with their services and versions.")
     if hot:
         yield html.heading("Hot nodes")
-        yield html.paragraph("More proxies here call the service than it has ready instances on the node.")
+        yield html.paragraph("Nodes with more proxies that follow a service than ready instances of it.")
         lines = (
             (each.service, html.code(each.node), each.callers, each.instances or html.bad("none: all requests leave"))
-            for each in hot[:_SHOWN]
+            for each in hot
         )
         yield html.table("Hot nodes", ("Service", "Node", "Callers", "Instances"), lines)
-        if len(hot) > _SHOWN:
-            yield html.paragraph(f"And {len(hot) - _SHOWN} more; /proxies has all.")
+        if total > len(hot):
+            yield html.paragraph(f"And {total - len(hot)} more; /proxies names the hottest thousand.")
 
 
 def _source_tables(hub: Hub) -> Iterable[html.Html]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -24,7 +24,6 @@ from meshlocal.app.query import (
     watch_instances,
 )
 from meshlocal.app.views import instance_view, nodes_view
-from meshlocal.app.watchers import behind_first
 from meshlocal.cli.admin import Admin
 from meshlocal.cli.instances import Changes, Output, columns, row
 from meshlocal.cli.tables import table
@@ -66,11 +65,12 @@ def get(what: str, service: str | None, config: ProxyConfig, output: Output) -> 
     if what == "hot-nodes":
         watchers, _ = list_watchers(discovery)
         callers = [(each["node"] or "", each["services"]) for each in watchers]
-        hot = [each._asdict() for each in finish(hot_nodes(callers, fetch_all(discovery)))]
-        return _as(output, hot, lambda: _hot_nodes(hot))
+        found, total = finish(hot_nodes(callers, fetch_all(discovery)))
+        hot = [each._asdict() for each in found]
+        return _as(output, hot, lambda: _hot_nodes(hot, total))
     if service is None:
-        found = [_instances_view(snapshot) for snapshot in fetch_all(discovery)]
-        return _as(output, found, lambda: _instances(found, wide=output == "wide", of_all=True))
+        views = [_instances_view(snapshot) for snapshot in fetch_all(discovery)]
+        return _as(output, views, lambda: _instances(views, wide=output == "wide", of_all=True))
     view = _instances_view(fetch_instances(discovery, _service_key(service, config)))
     return _as(output, view, lambda: _instances([view], wide=output == "wide", of_all=False))
 
@@ -107,7 +107,7 @@ def _proxies(watchers: Iterable[Mapping[str, Any]], left_out: int, *, wide: bool
             _age(each["age"]),
             _followed(each["services"], wide=wide),
         )
-        for each in behind_first(watchers)
+        for each in watchers
     ]
     shown = table(("NAME", "NODE", "ADDRESS", "SOFTWARE", "BEHIND", "AGE", "SERVICES"), rows)
     return f"{shown}\n… and {left_out} more" if left_out else shown
@@ -128,11 +128,12 @@ def _age(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def _hot_nodes(rows: Iterable[Mapping[str, Any]]) -> str:
-    return table(
+def _hot_nodes(rows: Sequence[Mapping[str, Any]], total: int) -> str:
+    shown = table(
         ("SERVICE", "NODE", "CALLERS", "INSTANCES"),
         ((each["service"], each["node"], each["callers"], each["instances"]) for each in rows),
     )
+    return f"{shown}\n… and {total - len(rows)} more" if total > len(rows) else shown
 
 
 def watch(service: str, config: ProxyConfig, output: Output, rng: Random) -> NoReturn:

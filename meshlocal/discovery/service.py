@@ -6,6 +6,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import trio
@@ -250,34 +251,40 @@ class DiscoveryService:
         self, request: pb.ListWatchersRequest, call: ServerCall[Any, Any]
     ) -> pb.ListWatchersResponse:
         wanted = _service_key("service", request.service) if request.service else None
-        listed, left_out = await in_slices(self.watchers(_view(call), wanted))
+        listed, left_out = await in_slices(self.watchers(MOST_LISTED, _view(call), wanted))
         return pb.ListWatchersResponse(watchers=listed, left_out=left_out)
 
-    def watchers(self, view: View = ALL, wanted: ServiceKey | None = None) -> Steps[tuple[list[pb.Watcher], int]]:
-        """Who watches now, and how many more there are than are listed, in steps.
+    def watchers(
+        self, most: int, view: View = ALL, wanted: ServiceKey | None = None
+    ) -> Steps[tuple[list[pb.Watcher], int]]:
+        """Who watches now, and how many more there are than are listed, in steps. What is behind comes first, the
+        longest of all; the others follow as they came.
 
         Args:
+            most: how many are listed.
             view: what may be told of: who watches nothing of it is not there.
             wanted: only who watches this service; None: any.
         """
         now = trio.current_time()
-        found: list[pb.Watcher] = []
-        left_out = 0
+        behind: list[Watching] = []
+        current: list[Watching] = []
         for piece in pieces(list(self._watches.values())):
             for each in piece:
                 services = each.watcher.services
-                if not (any(map(view.sees, services)) if wanted is None else wanted in services and view.sees(wanted)):
-                    continue
-                if len(found) < MOST_LISTED:
-                    found.append(each.to_message(view, now))
-                else:
-                    left_out += 1
+                if any(map(view.sees, services)) if wanted is None else wanted in services and view.sees(wanted):
+                    (current if each.behind_since is None else behind).append(each)
             yield
-        return found, left_out
+        behind.sort(key=lambda each: each.behind_since or 0.0)
+        yield
+        found: list[pb.Watcher] = []
+        for each in islice(chain(behind, current), most):
+            found.append(each.to_message(view, now))
+            yield
+        return found, len(behind) + len(current) - len(found)
 
-    def callers(self) -> list[tuple[str, Iterable[ServiceKey]]]:
+    def callers(self) -> Iterator[tuple[str, Iterable[ServiceKey]]]:
         """The node of each watcher, and the services that it watches."""
-        return [(each.caller.node, each.watcher.services) for each in self._watches.values()]
+        return ((each.caller.node, each.watcher.services) for each in list(self._watches.values()))
 
     async def drain(self, within: float) -> None:
         """End every watch with UNAVAILABLE, so that watchers turn to another server; new ones end likewise, at once.

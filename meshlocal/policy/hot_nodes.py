@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from heapq import nsmallest
+from itertools import islice
 from typing import NamedTuple
 
 from meshlocal.policy.model import ServiceKey, ServiceSnapshot
-from meshlocal.policy.steps import Steps
+from meshlocal.policy.steps import STEP, Steps
 
 
 class HotNode(NamedTuple):
@@ -26,10 +28,15 @@ class HotNode(NamedTuple):
     instances: int
 
 
+MOST = 1000
+"""Hot nodes that are named."""
+
+
 def hot_nodes(
     callers: Iterable[tuple[str, Iterable[ServiceKey]]], snapshots: Iterable[ServiceSnapshot]
-) -> Steps[list[HotNode]]:
-    """The hot nodes, in steps: those without an instance first, then those with the most callers for each instance.
+) -> Steps[tuple[list[HotNode], int]]:
+    """The hottest nodes, and how many hot ones there are, in steps: those without an instance come first, then those
+    with the most callers for each instance.
 
     Args:
         callers: of each its node, and the services that it follows. Those whose node nobody knows count nowhere.
@@ -45,12 +52,25 @@ def hot_nodes(
     for snapshot in snapshots:
         if not snapshot.unknown:
             known.add(snapshot.service)
-            ready.update((snapshot.service, each.node) for each in snapshot.instances.values() if each.conditions.ready)
+            for position, instance in enumerate(snapshot.instances.values()):
+                ready[snapshot.service, instance.node] += instance.conditions.ready
+                if position % STEP == STEP - 1:
+                    yield
         yield
-    found = [
-        HotNode(service, node, count, ready[service, node])
-        for (service, node), count in calling.items()
-        if service in known and count > ready[service, node]
-    ]
-    yield
-    return sorted(found, key=lambda each: (each.instances > 0, -each.callers / max(each.instances, 1), each))
+    hottest: list[HotNode] = []
+    total = 0
+    pairs = iter(calling.items())
+    while some := list(islice(pairs, STEP)):
+        hot = [
+            HotNode(service, node, count, ready[service, node])
+            for (service, node), count in some
+            if service in known and count > ready[service, node]
+        ]
+        total += len(hot)
+        hottest = nsmallest(MOST, hottest + hot, key=_coolness)
+        yield
+    return hottest, total
+
+
+def _coolness(each: HotNode) -> tuple[bool, float, HotNode]:
+    return each.instances > 0, -each.callers / max(each.instances, 1), each

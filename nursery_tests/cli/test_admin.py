@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from meshlocal.app.query import QueryError
-from meshlocal.app.watchers import behind_first, watcher_view
+from meshlocal.app.watchers import watcher_view
 from meshlocal.cli import lookup
 from meshlocal.cli.admin import Admin
 from meshlocal.cli.tap import tap
@@ -124,14 +124,7 @@ def watchers() -> list[dict[str, Any]]:
         ),
         pb.Watcher(address="10.0.0.2:6", age_seconds=200_000, behind_ms=1500, services=[pb.Watched(service="s0")]),
     ]
-    return [watcher_view(each) for each in messages]
-
-
-def test_watchers_as_they_want_attention() -> None:
-    """Who is behind comes first; what nobody said of itself is missing, not empty."""
-    first, second = behind_first(watchers())
-    assert (first["name"], first["behind"], first["services"]) == (None, 1.5, {"s0": None})
-    assert (second["name"], second["behind"], second["age"]) == ("web-1", 0, 90)
+    return [watcher_view(each) for each in reversed(messages)]
 
 
 def test_get_proxies_and_hot_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +145,8 @@ def test_get_proxies_and_hot_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "s0@nothing" in wide
     assert "s6@abcdefabcdef" in wide
     assert [each["address"] for each in json.loads(lookup.get("proxies", None, CONFIG, "json"))] == [
-        "10.0.0.1:5",
         "10.0.0.2:6",
+        "10.0.0.1:5",
     ]
     hot = lookup.get("hot-nodes", None, CONFIG, "table").splitlines()
     assert [line.split() for line in hot] == [["SERVICE", "NODE", "CALLERS", "INSTANCES"], ["s1", "n1", "1", "0"]]

@@ -636,7 +636,7 @@ async def test_who_does_not_read_is_behind(autojump_clock: MockClock, nursery: t
     await wait_all_tasks_blocked()
 
     def behind() -> int:
-        [watcher], _ = finish(service.watchers())
+        [watcher], _ = finish(service.watchers(10))
         return watcher.behind_ms
 
     await trio.sleep(2)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlocal.policy import model
-from meshlocal.policy.hot_nodes import hot_nodes
+from meshlocal.policy.hot_nodes import MOST, hot_nodes
 from meshlocal.policy.model import Conditions, ServiceKey, ServiceSnapshot, make_instance
 from meshlocal.policy.steps import finish
 
@@ -45,7 +45,7 @@ def test_hot_nodes(
     callers: list[tuple[str, list[ServiceKey]]], snapshots: list[ServiceSnapshot], hot: list[tuple[str, str, int, int]]
 ) -> None:
     """Without an instance first, then by callers for each instance; who does not know its node counts nowhere."""
-    assert finish(hot_nodes(callers, snapshots)) == hot
+    assert finish(hot_nodes(callers, snapshots)) == (hot, len(hot))
 
 
 @given(
@@ -53,10 +53,22 @@ def test_hot_nodes(
     st.lists(st.sampled_from(["", "n1", "n2"]), max_size=6),
 )
 def test_each_is_hot_for_a_reason(callers: list[tuple[str, list[ServiceKey]]], nodes: list[str]) -> None:
-    found = finish(hot_nodes(callers, [snapshot("b", nodes)]))
+    found, total = finish(hot_nodes(callers, [snapshot("b", nodes)]))
+    assert total == len(found)
     assert len({(each.service, each.node) for each in found}) == len(found)
     for each in found:
         assert each.callers == sum(node == each.node and "b" in services for node, services in callers)
         assert each.instances == nodes.count(each.node)
         assert each.node
         assert each.callers > each.instances
+
+
+def test_so_many_are_named_and_the_others_counted() -> None:
+    """The hottest of them, in order, whichever came first; and no step looks at more than a few."""
+    callers = [(f"n{number}", [ServiceKey("b")]) for number in range(3 * MOST) for _ in range(1 + number % 7)]
+    steps = hot_nodes(callers, [snapshot("b", [])])
+    found, total = finish(steps)
+    assert (len(found), total) == (MOST, 3 * MOST)
+    assert [each.callers for each in found] == sorted((1 + number % 7 for number in range(3 * MOST)), reverse=True)[
+        :MOST
+    ]
