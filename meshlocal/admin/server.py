@@ -59,7 +59,7 @@ class AdminServer:
         routes: by path.
         access: who may read them.
         streams: routes to what goes on, by path.
-        changed: paths of routes that PUT changes something by: who asks at a loopback address may.
+        changing: paths of routes by which PUT changes something, for who asks at a loopback address.
         max_connections: that may be open at once.
         max_streams: how many of them may have an answer that goes on.
     """
@@ -70,7 +70,7 @@ class AdminServer:
         access: AdminAccess,
         *,
         streams: Mapping[str, StreamRoute] | None = None,
-        changed: Collection[str] = (),
+        changing: Collection[str] = (),
         max_connections: int = MAX_CONNECTIONS,
         max_streams: int = MAX_STREAMS,
     ) -> None:
@@ -82,7 +82,7 @@ class AdminServer:
         self._refusing = 0
         self._max_streams = max_streams
         self._stream_routes = dict(streams or {})
-        self._changed = frozenset(changed)
+        self._changing = frozenset(changing)
         self._streams = 0
         self._accept_failed = RateLimited(log, logging.WARNING, "admin server cannot accept", interval=10)
 
@@ -217,12 +217,12 @@ class AdminServer:
         refusal = self._access.refusal(request, local)
         if refusal is not None:
             return refusal
-        if request.method == "PUT" and request.path in self._changed:
-            if not is_loopback(local):
-                return Response.text("only who is on this machine may change this, at a loopback address", 403)
-        elif request.method not in ("GET", "HEAD"):
+        methods = ("GET", "HEAD", "PUT") if request.path in self._changing else ("GET", "HEAD")
+        if request.method not in methods:
             refusal = Response.text(f"{request.method} is not allowed here", 405)
-            return refusal._replace(headers=(("Allow", "GET, HEAD"),))
+            return refusal._replace(headers=(("Allow", ", ".join(methods)),))
+        if request.method == "PUT" and not is_loopback(local):
+            return Response.text("only who is on this machine may change this, at a loopback address", 403)
         if head.has_body:
             return Response.text("a request with a body is not served here", 413)
         if (stream := self._stream_routes.get(request.path)) is not None:

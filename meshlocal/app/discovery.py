@@ -22,7 +22,7 @@ from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now, make_workload
 from meshlocal.app.discovery_access import DiscoveryAccess
-from meshlocal.app.log_page import PATH as LOG
+from meshlocal.app.log_page import LOG
 from meshlocal.app.readiness import Readiness, announce, notify_service_manager, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set, handle_signals
 from meshlocal.app.sources import make_sources
@@ -179,7 +179,7 @@ class DiscoveryProcess:
                 )
                 for sock in group
             ]
-            pages = AdminServer(self._routes(self), self.admin_access, changed=[LOG])
+            pages = AdminServer(self._routes(self), self.admin_access, changing=[LOG])
             tell_exposures(self.exposures)
             async with trio.open_nursery() as lifetime:
                 keep = self.supervision.keep

@@ -15,8 +15,7 @@ from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app import html
 from meshlocal.app.common_pages import config_view, json_in_steps, json_response, livez, plain, readyz
 from meshlocal.app.discovery import DiscoveryProcess
-from meshlocal.app.log_page import PATH as LOG
-from meshlocal.app.log_page import log_page
+from meshlocal.app.log_page import LOG, log_page
 from meshlocal.app.security_facts import security_facts
 from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page

@@ -30,5 +30,5 @@ def streams(routes: Mapping[str, Route | AsyncRoute]) -> dict[str, StreamRoute]:
 
 async def _follow(path: str, route: Route | AsyncRoute, pieces: Pieces, request: Request) -> Response | Stream:
     # Each reader is told what it was not told yet: so the page has to know one from another.
-    query = f"{request.query}&reader=stream-{next(_readers)}".lstrip("&")
+    query = f"reader=stream-{next(_readers)}&{request.query}"
     return await stream_route(partial(answer, route), pieces)(request._replace(path=path, query=query))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from meshlocal.admin.messages import Request, Response
 from meshlocal.net.log import get_log, levels, set_level
 
-PATH = "/log"
+LOG = "/log"
 
 _log = get_log(__name__)
 
@@ -20,6 +20,6 @@ def log_page(request: Request) -> Response:
         try:
             set_level(level, logger)
         except ValueError as error:
-            return Response.text(f"{error}; PUT {PATH}?level=LEVEL, and &logger=NAME for one logger alone", 400)
+            return Response.text(f"{error}; PUT {LOG}?level=LEVEL, and &logger=NAME for one logger alone", 400)
         _log.warning("log level changed", level=level.lower(), logger=logger or None)
     return Response.json(levels())

@@ -31,7 +31,7 @@ from meshlocal.app.certificates import expiring_now, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
 from meshlocal.app.followed_pages import streams
 from meshlocal.app.history import History
-from meshlocal.app.log_page import PATH as LOG
+from meshlocal.app.log_page import LOG
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
@@ -325,7 +325,7 @@ class ProxyProcess:
                 opened.callback(listener.close)
             self._tell_unknown_labels()
             routes = self._superior.routes(self)
-            admin = AdminServer(routes, self.admin_access, streams=streams(routes), changed=[LOG])
+            admin = AdminServer(routes, self.admin_access, streams=streams(routes), changing=[LOG])
             tell_exposures(of_proxy(config))
             async with trio.open_nursery() as lifetime:
                 self._lifetime = lifetime

@@ -12,8 +12,7 @@ from meshlocal.admin.metrics_page import metrics_route
 from meshlocal.admin.server import AsyncRoute, Route, answer
 from meshlocal.app.common_pages import config_view, json_in_steps, json_response, livez, readyz
 from meshlocal.app.followed_pages import LIVE, TAP
-from meshlocal.app.log_page import PATH as LOG
-from meshlocal.app.log_page import log_page
+from meshlocal.app.log_page import LOG, log_page
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.views import counts_view, health_view, instance_view, left_out_in_steps, sorted_in_steps, tls_view
 from meshlocal.client.services import ServiceState

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
 import trio
 
@@ -11,8 +13,7 @@ from meshlocal.admin.metrics_page import metrics_response
 from meshlocal.admin.server import AsyncRoute, Route
 from meshlocal.app.common_pages import config_view, json_response, livez, plain, readyz
 from meshlocal.app.followed_pages import LIVE, TAP
-from meshlocal.app.log_page import PATH as LOG
-from meshlocal.app.log_page import log_page
+from meshlocal.app.log_page import LOG, log_page
 from meshlocal.app.worker_channel import Measure, Metrics, Show
 from meshlocal.app.worker_metrics import Fixed, Totals, WorkersCollector
 from meshlocal.app.workers import Supervisor, Worker, WorkerGoneError
@@ -47,11 +48,7 @@ class _WorkerPages:
     async def metrics(self, request: Request) -> Response:
         """What all workers count, added up."""
         supervisor = self._supervisor
-        measured: dict[Worker, Metrics] = {}
-        async with trio.open_nursery() as nursery:
-            for worker in supervisor.workers.values():
-                if worker.announced is not None:
-                    nursery.start_soon(self._measure, worker, measured)
+        measured: dict[Worker, Metrics] = await self._ask_all(Measure())
         # One that ended meanwhile was counted when it did, and another has its number by now.
         living = sorted(supervisor.workers.items())
         found = {number: measured[worker] for number, worker in living if worker in measured}
@@ -63,14 +60,18 @@ class _WorkerPages:
         ]
         return await in_slices(metrics_response(request, collectors))
 
-    async def _measure(self, worker: Worker, measured: dict[Worker, Metrics]) -> None:
+    async def _ask_all(self, message: Measure | Show) -> dict[Worker, Any]:
+        """What each worker that may be sent work answers, all asked at once; those that do not are left out."""
+        answers: dict[Worker, Any] = {}
 
-        try:
-            found = await worker.ask(Measure())
-        except WorkerGoneError:
-            return
-        assert isinstance(found, list)
-        measured[worker] = found
+        async def ask(worker: Worker) -> None:
+            with suppress(WorkerGoneError):
+                answers[worker] = await worker.ask(message)
+
+        async with trio.open_nursery() as nursery:
+            for worker in self._ready():
+                nursery.start_soon(ask, worker)
+        return answers
 
     async def of_one(self, request: Request) -> Response:
         """A page of the worker that `?worker=` names, else of the first that may be sent work."""
@@ -89,20 +90,12 @@ class _WorkerPages:
         return plain(503, f"no worker {wanted[0]} is ready" if wanted else "no worker is ready")
 
     async def of_all(self, request: Request) -> Response:
-        """The lines that a page of each worker has, or what the last one says that has none."""
-        found = []
-        problem = plain(503, "no worker is ready")
-        for worker in self._ready():
-            try:
-                response = await worker.ask(Show(request))
-            except WorkerGoneError:
-                continue
-            assert isinstance(response, Response)
-            if response.status == 200:
-                found.append(response)
-            else:
-                problem = response
-        return found[0]._replace(body=b"".join(each.body for each in found)) if found else problem
+        """The lines that each worker's page has; or what one of them says, if none has lines."""
+        answers: dict[Worker, Response] = await self._ask_all(Show(request))
+        found = [each for each in answers.values() if each.status == 200]
+        if not found:
+            return next(iter(answers.values()), plain(503, "no worker is ready"))
+        return found[0]._replace(body=b"".join(each.body for each in found))
 
     async def log(self, request: Request) -> Response:
         """What is logged, by this process; a change is one of all processes."""

@@ -31,7 +31,7 @@ from meshlocal.admin.server import AdminServer, AsyncRoute, Route
 from meshlocal.app.certificates import expiring_now
 from meshlocal.app.config_loader import LoadConfig
 from meshlocal.app.followed_pages import streams
-from meshlocal.app.log_page import PATH as LOG
+from meshlocal.app.log_page import LOG
 from meshlocal.app.operator import Operator
 from meshlocal.app.proxy import CONFIG_LIMIT, read_again
 from meshlocal.app.readiness import Readiness, tell_exposures
@@ -215,7 +215,7 @@ class Supervisor:
                 await lifetime.start(self._take_orders)
                 if admin_sockets:
                     routes = self._routes(self)
-                    admin = AdminServer(routes, self._access, streams=streams(routes), changed=[LOG])
+                    admin = AdminServer(routes, self._access, streams=streams(routes), changing=[LOG])
                     serve = partial(admin.serve, admin_sockets)
                     tell_exposures(of_proxy(self.config.proxy))
                     followed = self._access.followed

@@ -1,4 +1,4 @@
-"""Asks a running process at its admin address."""
+"""Asks a running proxy at its admin address."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import NamedTuple
 
+from meshlocal.admin.streaming import LINES
 from meshlocal.app.query import QueryError
 from meshlocal.net.following import FileProblemError
 from meshlocal.net.tls import client_context
@@ -18,6 +19,9 @@ from meshlocal.policy.addresses import AddressError, SocketAddress
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.exposure import is_loopback
 from meshlocal.policy.problems import Problem
+
+NO_PROXY = "{} does not answer as a proxy's admin address does"
+"""What is said of an address at which something else answers."""
 
 _TIMEOUT = 5.0
 _SILENCE = 60.0
@@ -39,24 +43,23 @@ class Answer(NamedTuple):
 
 
 class Admin:
-    """The admin pages of a process.
+    """The admin pages of a proxy.
 
     Args:
         address: as given: HOST:PORT, or as the line has it that says that the process is ready.
         ca_file: the authorities of an https:// address, in PEM; None: those of the system.
         token_file: holds the token that the pages want; None: they want none.
-        option: that the address was given by.
 
     Raises:
         ConfigError: that is no address, or a file cannot be used.
     """
 
-    def __init__(self, address: str, ca_file: str | None, token_file: str | None, option: str = "--proxy") -> None:
+    def __init__(self, address: str, ca_file: str | None, token_file: str | None) -> None:
         self.address = address
         try:
             self._place = SocketAddress.parse(address.removeprefix("http://").removeprefix("https://").rstrip("/"))
         except AddressError as error:
-            raise ConfigError([Problem("", str(error), option)]) from None
+            raise ConfigError([Problem("", str(error), "--proxy")]) from None
         secure = address.startswith("https://")
         self._headers = {}
         self._context: ssl.SSLContext | None = None
@@ -91,6 +94,8 @@ class Admin:
             if response.status != 200:
                 answer = Answer(response.status, response.headers, response.read())
                 raise QueryError(f"{self.address}: {answer.word or f'status {response.status}'}")
+            if response.headers.get_content_type() != LINES:
+                raise QueryError(NO_PROXY.format(self.address))
             while line := response.readline():
                 if line.strip():
                     yield line
@@ -107,7 +112,8 @@ class Admin:
             connection.connect()
             connection.sock.settimeout(silence)
             connection.request("GET", target, headers=self._headers)
-            yield connection.getresponse()
+            with connection.getresponse() as response:
+                yield response
         except (OSError, HTTPException) as error:
             # What came in place of HTTP is some other program's, and nothing to print.
             why = "its answer is no HTTP"

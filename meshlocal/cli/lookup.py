@@ -24,7 +24,7 @@ from meshlocal.app.query import (
     watch_instances,
 )
 from meshlocal.app.views import instance_view, nodes_view
-from meshlocal.cli.admin import Admin
+from meshlocal.cli.admin import NO_PROXY, Admin
 from meshlocal.cli.instances import Changes, Output, columns, row
 from meshlocal.cli.tables import table
 from meshlocal.client.place import locality_of
@@ -193,7 +193,7 @@ def explain_running(service: str, admin: Admin, output: Output) -> tuple[str, bo
     except ValueError:
         view = None
     if not isinstance(view, dict) or "plan" not in view:
-        raise QueryError(f"{admin.address} does not answer as a proxy's admin address does")
+        raise QueryError(NO_PROXY.format(admin.address))
     return _as(output, view, lambda: _explanation(view)), bool(view["known"])
 
 

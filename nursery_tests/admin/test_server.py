@@ -113,7 +113,7 @@ def statuses(answer: bytes | bytearray) -> list[int]:
 async def test_what_changes_something_is_for_who_is_on_this_machine(local: str, request_: bytes, status: int) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(AdminServer(ROUTES, ACCESS, changed=["/echo"]).serve_stream, ours, local)
+        nursery.start_soon(AdminServer(ROUTES, ACCESS, changing=["/echo"]).serve_stream, ours, local)
         await theirs.send_all(request_ + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         answer = await read_all(theirs)
         nursery.cancel_scope.cancel()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from meshlocal.admin.messages import Request, Response
-from meshlocal.app.log_page import PATH, log_page
+from meshlocal.app.log_page import LOG, log_page
 from meshlocal.net.log import configure_logging
 from nursery_tests.logged import entry
 
@@ -21,7 +21,7 @@ def _as_before() -> Iterator[None]:
 
 
 def ask(method: str, query: str = "") -> Response:
-    return log_page(Request(method, PATH, query, {}))
+    return log_page(Request(method, LOG, query, {}))
 
 
 def test_the_level_is_shown_and_changed(caplog: pytest.LogCaptureFixture) -> None:

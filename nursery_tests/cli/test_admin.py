@@ -66,7 +66,8 @@ def test_a_page_is_asked_for_with_the_token(tmp_path: Path) -> None:
 
 def test_a_tap_is_read_line_by_line_to_its_end() -> None:
     row = {"time": "2026-01-01T10:11:12.013Z", "service": "b", "outcome": "served", "attempts": 1, "seconds": 0.25}
-    with answering(reply(json.dumps(row).encode() + b"\n\n" + b'{"service":"b","skipped":7}\n')) as (address, asked):
+    lines = json.dumps(row).encode() + b"\n\n" + b'{"service":"b","skipped":7}\n'
+    with answering(reply(lines, kind="application/x-ndjson")) as (address, asked):
         found = list(tap(Admin(address, None, None), "b", left=True, failed=True, as_json=False))
         assert found == ["10:11:12.013  tcp  served  250.0ms", "… 7 more: too many to show"]
         raw = list(tap(Admin(address, None, None), "b c", left=False, failed=False, as_json=True))
@@ -80,6 +81,7 @@ def test_a_tap_is_read_line_by_line_to_its_end() -> None:
     [
         (reply(b"no such service: 'b'\n", "404 Not Found", "text/plain"), "no such service: 'b'"),
         (reply(b"<html>", "503 Service Unavailable", "text/html"), "status 503"),
+        (reply(b"<html>", kind="text/html"), "{} does not answer as a proxy's admin address does"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot ask the proxy at {}: its answer is no HTTP"),
     ],
 )
