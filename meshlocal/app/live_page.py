@@ -23,7 +23,7 @@ from meshlocal.app.history import History, Sample
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.request_view import request_view
 from meshlocal.app.security_facts import security_facts
-from meshlocal.app.views import summary
+from meshlocal.app.views import counts_view, health_view, summary
 from meshlocal.client.latency import Latency
 from meshlocal.client.place import unknown_labels
 from meshlocal.client.services import ServiceState
@@ -210,30 +210,15 @@ def _standing(picker: Picker | None) -> str:
 
 
 def _instance(service: ServiceState, picker: Picker, instance: Instance, now: float) -> dict[str, Any]:
-    place = instance.key[:2]
     why = picker.selector.left_out(instance)
-    standing = service.fitness.health.standing(place, now)
-    row: dict[str, Any] = {
+    return {
         "instance": str(instance.key),
         "node": instance.node,
         "tier": picker.selector.tiers[picker.selector.tier(instance)] if why is None else "",
         "left_out": why or "",
-        "state": standing.state,
-        "cause": standing.cause or "",
-        "row": standing.failures,
-        "left": round(standing.left) if standing.left is not None else None,
-        "under_way": service.fitness.under_way.get(place, 0),
-        "attempts": 0,
+        **health_view(service.fitness, instance, now),
+        **counts_view(service.statistics.instances.get(instance.key[:2])),
     }
-    counts = service.statistics.instances.get(place)
-    if counts is not None:
-        row.update(
-            attempts=counts.attempts,
-            failures=counts.failures,
-            connect=_quantiles(counts.connect),
-            response=_quantiles(counts.response),
-        )
-    return row
 
 
 def _quantiles(latency: Latency) -> list[float | None]:

@@ -74,7 +74,7 @@ async def test_the_page_shows_it(process: ProxyProcess) -> None:
     lines = (await get(process, "/live?service=b")).splitlines()
     local, remote = json.loads(lines[-1])["instances"]
     assert (local["state"], local["cause"]) == ("ejected", "connect")
-    assert 4 <= local["left"] <= 6
+    assert 4 <= local["next_trial_in"] <= 6
     assert (remote["state"], remote["under_way"]) == ("admitted", 1)
 
 

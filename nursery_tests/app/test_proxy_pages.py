@@ -217,8 +217,8 @@ async def test_which_instance_is_hot() -> None:
         counts.connect.add(seconds)
         counts.response.add(2 * seconds)
     [shown] = [row for row in (await live(process))["detail"]["instances"] if row["instance"] == "10.0.0.2:9000"]
-    assert (shown["attempts"], shown["failures"], shown["connect"][0]) == (7, {"refused": 3}, 0.00375)
-    assert shown["response"][0] < shown["response"][1]
+    assert (shown["attempts"], shown["failures"], shown["connect"]["p50"]) == (7, {"refused": 3}, 0.00375)
+    assert shown["response"]["p50"] < shown["response"]["p99"]
     found = json.loads((await get(process, "/services")).body)[0]["instances"]
     (view,) = [each["counts"] for each in found if each["address"] == "10.0.0.2"]
     assert (view["attempts"], view["worked"], view["failures"]) == (7, 4, {"refused": 3})
@@ -303,7 +303,7 @@ async def test_an_ejection_counts_down(autojump_clock: trio.testing.MockClock) -
     for _ in range(2):
         [row] = [row for row in (await live(process))["detail"]["instances"] if row["node"] == "n1"]
         assert (row["state"], row["cause"]) == ("ejected", "connect")
-        left.append(row["left"])
+        left.append(row["next_trial_in"])
         await trio.sleep(1)
     assert 0 <= left[1] < left[0]
     assert (await brief(process))["ejected"] == 1

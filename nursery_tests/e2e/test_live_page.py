@@ -147,8 +147,6 @@ async def test_tables_are_sorted_and_filtered(processes: Processes, here: Place,
         assert await tab.evaluate(sorted_by) == ["ascendingAttempts"]
         await sort("Node")
         assert [row[1] for row in await tab.rows("#instances")] == ["n1", "n2"]
-        await tab.evaluate("document.getElementById('instances-filter').focus()")
-        await tab.press("2", 50, "2")
         filter_ = "document.getElementById('instances-filter')"
         await tab.evaluate(f"{filter_}.value = 'n2', {filter_}.dispatchEvent(new Event('input'))")
         assert [row[1] for row in await tab.rows("#instances")] == ["n2"]

@@ -81,7 +81,7 @@ class Grid {
       const line = this.rows.get(key) || this.make();
       kept.set(key, line);
       this.columns.forEach((column, index) => this.fill(line.cells[index], column, row));
-      if (column_current(this, row)) line.setAttribute("aria-current", "true"); else line.removeAttribute("aria-current");
+      if (isChosen(this, row)) line.setAttribute("aria-current", "true"); else line.removeAttribute("aria-current");
       if (line === place) place = place.nextElementSibling; else this.body.insertBefore(line, place);
     });
     for (const [key, line] of this.rows) if (!kept.has(key)) line.remove();
@@ -106,7 +106,7 @@ class Grid {
     cell.classList.toggle("bad", Boolean(bad));
   }
 }
-const column_current = (grid, row) => grid === grids.services && row.name === state.chosen;
+const isChosen = (grid, row) => grid === grids.services && row.name === state.chosen;
 
 // Bars of one height: how what ended in each ten seconds is divided.
 function bars(samples, width, height, kind) {
@@ -159,8 +159,9 @@ const quantile = (service, place) => of(service, "response", place) ?? of(servic
 const tiers = (service) => Object.entries(service.tiers).map(([tier, size]) => size + " " + tier).join(", ");
 function health(row) {
   if (row.left_out) return row.left_out;
-  if (row.state === "admitted") return row.row ? row.row + " failed in a row" : "admitted";
-  return row.state + ": " + row.cause + (row.left == null ? "" : row.left > 0 ? ", tried again in " + row.left + " s" : ", tried again now");
+  if (row.state === "admitted") return row.failures_in_a_row ? row.failures_in_a_row + " failed in a row" : "admitted";
+  const left = row.next_trial_in;
+  return row.state + ": " + row.cause + (left == null ? "" : left > 0 ? ", tried again in " + Math.ceil(left) + " s" : ", tried again now");
 }
 
 const grids = {};
@@ -184,9 +185,9 @@ grids.instances = new Grid("instances", [
   {title: "Attempts/s", number: true, text: (row) => perSecond(rates.instances.of(row.instance)), value: (row) => rates.instances.of(row.instance) ?? -1},
   {title: "Attempts", number: true, text: (row) => row.attempts, value: (row) => row.attempts},
   {title: "Failed", text: failures, value: (row) => sum(Object.values(row.failures || {})), bad: failures},
-  {title: "Connect p50", number: true, text: (row) => time((row.connect || [])[0]), value: (row) => (row.connect || [])[0] ?? -1},
-  {title: "Response p50", number: true, text: (row) => time((row.response || [])[0]), value: (row) => (row.response || [])[0] ?? -1},
-  {title: "p99", number: true, text: (row) => time((row.response || [])[1]), value: (row) => (row.response || [])[1] ?? -1},
+  {title: "Connect p50", number: true, text: (row) => time(row.connect?.p50), value: (row) => row.connect?.p50 ?? -1},
+  {title: "Response p50", number: true, text: (row) => time(row.response?.p50), value: (row) => row.response?.p50 ?? -1},
+  {title: "p99", number: true, text: (row) => time(row.response?.p99), value: (row) => row.response?.p99 ?? -1},
 ], (row) => row.instance);
 grids.latency = new Grid("latency", [
   {title: "Tier", text: (row) => row.tier || "no instance"},
