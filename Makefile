@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-restart \
-	bench-neighbours bench-attacks bench-resend \
+	bench-neighbours bench-attacks bench-resend bench-live-page \
 	bench-policy bench-kubernetes protos reference screenshots docs lock clean
 
 demo: $(VENV)/run.stamp
@@ -110,6 +110,10 @@ bench-resend: $(VENV)/run.stamp
 # A cluster's first sync and 1,000 changes a second, with made-up slices.
 bench-kubernetes: $(VENV)/run.stamp
 	$(BIN)/python -m bench.kubernetes
+
+# What the proxy's page costs traffic, and whether it is smooth.
+bench-live-page: $(VENV)/dev.stamp
+	PYTHONPATH=. $(BIN)/python -m bench.live_page
 
 # What a pick and a change cost.
 bench-policy: $(VENV)/run.stamp

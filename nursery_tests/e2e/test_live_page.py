@@ -151,6 +151,11 @@ async def test_tables_are_sorted_and_filtered(processes: Processes, here: Place,
         await tab.evaluate(f"{filter_}.value = 'n2', {filter_}.dispatchEvent(new Event('input'))")
         assert [row[1] for row in await tab.rows("#instances")] == ["n2"]
         assert await tab.evaluate("document.getElementById('instances-count').textContent") == "1 of 2"
+        # What is found is what is shown: the bars are a share in words, and no numbers of theirs.
+        filter_ = "document.getElementById('services-filter')"
+        for wanted, found in (("100 % local", ["b"]), ("missing", ["missing"]), ("0,0", [])):
+            await tab.evaluate(f"{filter_}.value = '{wanted}', {filter_}.dispatchEvent(new Event('input'))")
+            assert [row[0] for row in await tab.rows("#services")] == found
 
 
 async def test_the_keyboard_is_enough(processes: Processes, here: Place, program: Callable[[str], str]) -> None:

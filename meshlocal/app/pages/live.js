@@ -1,7 +1,7 @@
 "use strict";
 const element = (id) => document.getElementById(id);
 const DASH = "\u2013", SAMPLES = 60, RATE_SECONDS = 5;
-const state = { services: [], history: {}, detail: null, chosen: "", source: null, retry: 0 };
+const state = { services: [], history: {}, told: {}, detail: null, chosen: "", source: null, retry: 0 };
 
 const time = (seconds) => seconds == null ? "" : seconds < 1 ? (seconds * 1000).toFixed(1) + " ms" : seconds.toFixed(1) + " s";
 const perSecond = (rate) => rate == null ? "" : rate === 0 ? "0" : rate < 10 ? rate.toFixed(1) : Math.round(rate).toString();
@@ -67,7 +67,7 @@ class Grid {
   set(data) { this.data = data; this.draw(); }
   draw() {
     const wanted = this.filter ? this.filter.value.trim().toLowerCase() : "";
-    const text = (row) => this.columns.map((column) => column.text(row)).join(" ").toLowerCase();
+    const text = (row) => this.columns.map((column) => (column.said || column.text)(row)).join(" ").toLowerCase();
     let shown = wanted ? this.data.filter((row) => text(row).includes(wanted)) : this.data;
     if (this.column) {
       const value = this.column.value || this.column.text, sign = this.ascending ? 1 : -1;
@@ -167,7 +167,7 @@ function health(row) {
 const grids = {};
 grids.services = new Grid("services", [
   {title: "Service", text: (row) => row.name, draw: drawName},
-  {title: "Local share, 10 min", text: (row) => JSON.stringify(samplesOf(row)), value: (row) => share(samplesOf(row)) ?? -1, draw: drawShare},
+  {title: "Local share, 10 min", text: (row) => (state.told[row.name] || "") + row.since, said: (row) => shareText(samplesOf(row)), value: (row) => share(samplesOf(row)) ?? -1, draw: drawShare},
   {title: "Requests/s", number: true, text: (row) => perSecond(rates.total.of(row.name)), value: (row) => rates.total.of(row.name) ?? -1},
   {title: "Failed/s", number: true, text: (row) => perSecond(rates.failed.of(row.name)), value: (row) => rates.failed.of(row.name) ?? -1, bad: (row) => rates.failed.of(row.name) > 0},
   {title: "p50", number: true, text: (row) => time(quantile(row, 0)), value: (row) => quantile(row, 0) ?? -1},
@@ -281,6 +281,9 @@ function take(message) {
     if (!state.chosen && state.services.length) choose(state.services.map((each) => each.name).sort()[0]);
   } else if (part.part === "history") {
     state.history = part.services;
+    // By this it is seen whether a bar is to be drawn anew; those of a service that nobody uses are all the same.
+    state.told = {};
+    for (const [name, samples] of Object.entries(part.services)) if (samples.some(sum)) state.told[name] = JSON.stringify(samples);
   } else if (part.part === "detail" && part.name === state.chosen) {
     state.detail = part;
   }
