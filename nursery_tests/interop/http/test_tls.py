@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +42,7 @@ from nursery_tests.interop.http.tls_parts import (
     TlsInstance,
     client_context,
     connected,
+    echoed,
     exchanged,
     settings,
     upstream,
@@ -85,13 +85,7 @@ def test_tcp_inside_tls(proxy: Proxy, certificates: Certificates) -> None:
     context = client_context(certificates, certificates.web)
     assert exchanged(proxy.ports["tls=echo"], context) == b"hello"
     with connected(proxy.ports["tls=echo"], context) as stream:
-        writer = threading.Thread(target=stream.sendall, args=(large,))
-        writer.start()
-        got = b""
-        while len(got) < len(large):
-            got += stream.recv(65536)
-        writer.join()
-        assert got == large
+        assert echoed(stream, large) == large
         # The end is passed on, and comes back as one (T2).
         stream.unwrap()
     proxy.printed(rf"access request service=echo client=\S+ identity={WEB} ")

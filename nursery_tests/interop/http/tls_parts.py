@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import sys
@@ -102,6 +103,31 @@ def exchanged(port: int, context: ssl.SSLContext, said: bytes = b"hello") -> byt
                 break
             got += data
         return got
+
+
+def echoed(stream: ssl.SSLSocket, said: bytes) -> bytes:
+    """As many bytes as were said, sent and read at once.
+
+    By one thread: up to Python 3.12 one that reads and one that writes spoil each other's state of the connection.
+    """
+    stream.setblocking(False)
+    got, sent = b"", 0
+    while len(got) < len(said):
+        moved = False
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if sent < len(said):
+                sent += stream.send(said[sent : sent + 65536])
+                moved = True
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            data = stream.recv(65536)
+            assert data, f"ended after {len(got)} bytes"
+            got += data
+            moved = True
+        if not moved:
+            ready = select.select([stream], [stream] if sent < len(said) else [], [], LIMIT)
+            assert any(ready), f"nothing came behind {len(got)} bytes"
+    stream.settimeout(LIMIT)
+    return got
 
 
 def upstream(made: Certificates, what: str) -> str:
