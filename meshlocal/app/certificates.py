@@ -13,6 +13,7 @@ from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import ProxyConfig
 
 if TYPE_CHECKING:
+    from meshlocal.app.tracing import CollectorFiles
     from meshlocal.net.workload_api import WorkloadApi
     from meshlocal.proxy.tls import ProxyTls
 
@@ -40,6 +41,20 @@ def make_tls(config: ProxyConfig, workload: WorkloadApi | None) -> ProxyTls | No
     from meshlocal.proxy.tls import ProxyTls
 
     return ProxyTls(config, workload)
+
+
+def make_collector(config: ProxyConfig) -> CollectorFiles | None:
+    """What a configuration needs of files for its collector of spans; None: there is no collector. It reads files.
+
+    Raises:
+        FileProblemError: one cannot be used.
+    """
+    if config.tracing.endpoint is None:
+        return None
+    # Imported here: a proxy without tracing holds no code for it.
+    from meshlocal.app.tracing import CollectorFiles
+
+    return CollectorFiles(config.tracing)
 
 
 def expiring_now(followed: Callable[[], Iterable[Followed[Any]]]) -> Iterator[str]:

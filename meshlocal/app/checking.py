@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from meshlocal.admin.access import AdminAccess
-from meshlocal.app.certificates import make_tls, make_workload
+from meshlocal.app.certificates import make_collector, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, load_config, unused_variables
 from meshlocal.net.following import FileProblemError, Followed
 from meshlocal.net.tls import expiring
@@ -67,6 +67,7 @@ def _of_proxy(config: ProxyConfig, environment: Mapping[str, str]) -> Iterator[s
     try:
         access = AdminAccess(config.admin_access, "proxy")
         tls = make_tls(config, make_workload(config.tls.workload_api, Random()))
+        make_collector(config)
     except FileProblemError as error:
         raise ConfigError([Problem("proxy", str(error), "")]) from None
     yield from _ending([*access.followed(), *(tls.followed() if tls is not None else ())])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -22,10 +22,14 @@ class HttpCollector(Collector):
 
     Args:
         forwarder: gives what serves them; None while there are none.
+        spans: gives how many spans were exported or lost, by what became of them.
     """
 
-    def __init__(self, forwarder: Callable[[], HttpForwarder | None]) -> None:
+    def __init__(
+        self, forwarder: Callable[[], HttpForwarder | None], spans: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
         self._forwarder = forwarder
+        self._spans = spans
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
@@ -43,8 +47,17 @@ class HttpCollector(Collector):
             clients.add_metric([], len(forwarder))
             for reason, count in forwarder.shared.refused.items():
                 refused.add_metric([reason], count)
+        spans = CounterMetricFamily(
+            "meshlocal_trace_spans",
+            "Spans by what became of them: exported; dropped, as too many waited; refused by the collector; failed, as"
+            " it was away.",
+            labels=["outcome"],
+        )
+        for outcome, count in self._spans().items():
+            spans.add_metric([outcome], count)
         yield clients
         yield refused
+        yield spans
         yield from _responses(services)
         yield from _retries(services)
         yield from _pools(services)

@@ -27,7 +27,7 @@ import trio
 import meshlocal
 from meshlocal.admin.access import AdminAccess
 from meshlocal.admin.server import AdminServer, AsyncRoute, Route
-from meshlocal.app.certificates import expiring_now, make_tls, make_workload
+from meshlocal.app.certificates import expiring_now, make_collector, make_tls, make_workload
 from meshlocal.app.config_loader import UNUSED_VARIABLE, LoadConfig, unused_variables
 from meshlocal.app.followed_pages import streams
 from meshlocal.app.history import History
@@ -46,6 +46,7 @@ from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_unused import unused_keys
@@ -58,11 +59,13 @@ from meshlocal.proxy.tcp.forwarder import TcpForwarder
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
+    from meshlocal.app.tracing import CollectorFiles, Exporter
     from meshlocal.client.cache import SnapshotCache
     from meshlocal.policy.model import ServiceKey
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.returning import Lasting
     from meshlocal.proxy.tls import PipeServer, ProxyTls, TlsServer
+    from meshlocal.wire.otlp import Value
 
 _log = get_log(__name__)
 
@@ -140,11 +143,14 @@ class ProxyProcess:
         self._checking = False
         self._returning = False
         self._following_files = False
+        self.exporter: Exporter | None = None
+        self._exporting = False
         self._following = Following(self.followed, partial(expiring_now, self.followed))
         self.workload = make_workload(proxy.tls.workload_api, rng)
         import_parts(proxy)
         try:
             self._use_tls(make_tls(proxy, self.workload))
+            self._use_collector(make_collector(proxy))
             self.admin_access = AdminAccess(proxy.admin_access, "proxy")
         except FileProblemError as error:
             raise ConfigError([Problem("proxy", str(error), "")]) from None
@@ -200,7 +206,7 @@ class ProxyProcess:
                 exposures=of_proxy(self.config.proxy) if not self.worker else None,
                 each_instance=self.config.proxy.metrics.instances,
             ),
-            HttpCollector(lambda: self.http),
+            HttpCollector(lambda: self.http, lambda: self.exporter.spans if self.exporter is not None else {}),
             ProcessCollector(self.supervision),
         ]
 
@@ -211,10 +217,42 @@ class ProxyProcess:
         # Imported here: a proxy without http listeners holds no HTTP code.
         from meshlocal.proxy.http.forwarder import HttpForwarder
 
-        self.http = self._servers["http"] = HttpForwarder(self.services, config, self.supervision)
+        self.http = self._servers["http"] = HttpForwarder(self.services, config, self.supervision, self._rng)
+        self._observe(config)
         self._serve_tls("https", self.http)
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
+
+    def _use_collector(self, files: CollectorFiles | None) -> None:
+        """Have spans go to this collector from now on; None: to none."""
+        if self.exporter is not None:
+            self.exporter.files = files or self.exporter.files
+        elif files is not None:
+            # Imported here: a proxy without tracing holds no code for it.
+            from meshlocal.app.tracing import Exporter
+
+            self.exporter = Exporter(files, self._resource(), meshlocal.__version__, self._rng, wall_clock)
+
+    def _resource(self) -> dict[str, Value]:
+        """What spans say of this process."""
+        caller = self._caller()
+        found: dict[str, Value] = {"service.version": meshlocal.__version__, "service.instance.id": caller.name}
+        return {**found, "host.name": gethostname(), "meshlocal.node": caller.node}
+
+    def _observe(self, config: ProxyConfig) -> None:
+        """Have the exporter told of HTTP requests that are traced, once there are both."""
+        if self.exporter is None or self.http is None or self.http.traced is not None:
+            return
+        from meshlocal.proxy.http.traced import TracedRequests
+
+        self.http.traced = TracedRequests(self.exporter.add)
+        self.http.reconfigure(config)
+
+    def _export(self, lifetime: trio.Nursery) -> None:
+        """Export spans from now on, once there are some."""
+        if self.exporter is not None and not self._exporting:
+            self._exporting = True
+            lifetime.start_soon(self.supervision.keep, "tracing", self.exporter.run)
 
     def _use_tls(self, tls: ProxyTls | None) -> None:
         """Have what is connected from now on speak TLS as this says, once the services are configured again."""
@@ -243,6 +281,8 @@ class ProxyProcess:
         yield from self.admin_access.followed()
         if self.tls is not None:
             yield from self.tls.followed()
+        if self.exporter is not None:
+            yield from self.exporter.files.followed()
 
     def _follow_files(self, lifetime: trio.Nursery) -> None:
         """Follow the files of certificates and tokens from now on, once there are some."""
@@ -342,6 +382,7 @@ class ProxyProcess:
                 self._check_health(lifetime, config)
                 self._return_connections(lifetime, config)
                 self._follow_files(lifetime)
+                self._export(lifetime)
                 if self.workload is not None:
                     self.workload.on_update = self._following.look
                     lifetime.start_soon(keep, "workload api", self.workload.run)
@@ -353,6 +394,8 @@ class ProxyProcess:
                 lifetime.start_soon(partial(keep, "readiness", self._become_ready, bound, may_end=True))
                 cut = await self._serve_connections(lifetime)
                 lifetime.cancel_scope.cancel()
+            if self.exporter is not None and not self.stop.now.is_set():
+                await self.exporter.flush()
         return cut
 
     async def _take_orders(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -427,11 +470,12 @@ class ProxyProcess:
         try:
             await self._files.run(import_parts, config.proxy)
             tls = await self._files.run(make_tls, config.proxy, self.workload)
+            collector = await self._files.run(make_collector, config.proxy)
         except (BlockedError, FileProblemError) as error:
             return [str(error)]
-        return self.apply(config, tls)
+        return self.apply(config, tls, collector)
 
-    def apply(self, config: Config, tls: ProxyTls | None) -> list[str]:
+    def apply(self, config: Config, tls: ProxyTls | None, collector: CollectorFiles | None) -> list[str]:
         """Apply a configuration that `read_again` let pass; returns what prevents it, empty if it holds now."""
         if self.stop.requested.is_set():
             return ["draining"]
@@ -444,16 +488,19 @@ class ProxyProcess:
         configure_logging(config.log.level, config.log.format, levels=config.log.levels)
         before = self.services.locality
         self._use_tls(tls)
+        self._use_collector(collector)
         self.services.reconfigure(proxy, locality_of(proxy))
         if self.services.locality.unknown != before.unknown:
             self._tell_unknown_labels()
         if self.http is not None:
             self.http.reconfigure(proxy)
         self._serve_http(proxy)
+        self._observe(proxy)
         if self._lifetime is not None:
             self._check_health(self._lifetime, proxy)
             self._return_connections(self._lifetime, proxy)
             self._follow_files(self._lifetime)
+            self._export(self._lifetime)
         self.listeners.adopt(prepared, proxy)
         self.forwarder.access_log = proxy.access_log
         self._set_busy_poll(proxy)
@@ -503,6 +550,9 @@ def import_parts(config: ProxyConfig) -> None:
         meshlocal.proxy.checks.import_checkers(config)
     if any(service.failback is not None for service in config.services.values()):
         import meshlocal.proxy.returning
+    if config.tracing.endpoint is not None:
+        import meshlocal.app.tracing
+        import meshlocal.proxy.http.traced
 
 
 def freeze_garbage_collector() -> None:

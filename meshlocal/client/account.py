@@ -381,7 +381,7 @@ class Account(Search):
         self._settle(word)
         if self.failures is None:
             self.failures = []
-        self.failures.append(FailedAttempt(pick, self.tier, word, errno, self.began, now - self.began))
+        self.failures.append(FailedAttempt(pick, self.attempts, self.tier, word, errno, self.began, now - self.began))
         state.fitness.judge(pick.instance, failure, word, self.began)
 
     def _settle(self, word: str) -> None:

@@ -29,6 +29,7 @@ class FailedAttempt(NamedTuple):
 
     Attributes:
         pick: what was tried.
+        number: the how manieth attempt of its request it was; from 1.
         tier: its tier's name.
         error: how it failed, in a word.
         errno: the system's number for it; 0 where the system gave none.
@@ -37,6 +38,7 @@ class FailedAttempt(NamedTuple):
     """
 
     pick: Pick
+    number: int
     tier: str
     error: str
     errno: int
@@ -55,12 +57,16 @@ class Asked(NamedTuple):
         method: of HTTP.
         path: of HTTP, without its query, which carries secrets more often than paths do.
         status: of the response; 0 if there is none.
+        request_id: what the request is called; empty: nothing.
+        trace_id: of its trace, in 32 digits; empty: it has none.
     """
 
     protocol: str
     method: str = ""
     path: str = ""
     status: int = 0
+    request_id: str = ""
+    trace_id: str = ""
 
 
 class EndedRequest(NamedTuple):
@@ -157,6 +163,8 @@ def _tell(request: EndedRequest) -> None:
     log.debug(
         "request ended",
         service=request.service,
+        request_id=request.asked.request_id or None,
+        trace_id=request.asked.trace_id or None,
         outcome=request.outcome,
         instance=str(instance.key) if instance is not None else None,
         node=(instance.node or None) if instance is not None else None,

@@ -14,6 +14,7 @@ from meshlocal.policy.model import FIXED, ModelError, ServiceKey, is_fixed, pars
 from meshlocal.policy.problems import quote
 
 _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_COLLECTOR = re.compile(r"(https?)://([^/?#@]+)(/[!-\"$-~]*)?", re.IGNORECASE)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _PORT = re.compile(r"[0-9]{1,5}")
 _HTTP_SCHEMES = ("http", "https")
@@ -170,6 +171,41 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
         return cls(scheme, check_host(host), port)
+
+
+class CollectorUrl(msgspec.Struct, frozen=True):
+    """A collector of spans, by OTLP over HTTP.
+
+    Attributes:
+        scheme: `http` or `https`.
+        host: an IP address without brackets, or a DNS name.
+        port: 1 to 65535.
+        path: what is asked there, from its slash.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{format_host_port(self.host, self.port)}{self.path}"
+
+    @classmethod
+    def parse(cls, text: str) -> CollectorUrl:
+        """Read `http://HOST:PORT` or `https://HOST:PORT`, with a path or without one, which is `/v1/traces` then.
+
+        Raises:
+            AddressError: it is written otherwise.
+        """
+        form = "http://HOST:PORT or https://HOST:PORT"
+        match = _COLLECTOR.fullmatch(text)
+        if match is None:
+            raise AddressError(f"expected {form}, got {quote(text)}")
+        host, port = _split_host_port(match[2], form, text)
+        if port == 0:
+            raise AddressError("port 0 is not within 1 to 65535")
+        return cls(match[1].lower(), check_host(host), port, match[3] if match[3] not in (None, "/") else "/v1/traces")
 
 
 def format_host_port(host: str, port: int) -> str:

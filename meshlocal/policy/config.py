@@ -19,6 +19,7 @@ from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
+from meshlocal.policy.config_tracing import TracingConfig
 from meshlocal.policy.config_types import (
     Bytes,
     Count,
@@ -313,6 +314,7 @@ class ProxyConfig(Section, frozen=True):
     tls: Annotated[TlsConfig, Meta(description="The proxy's certificate, and whom tls and https listeners let in.")] = (
         TlsConfig()
     )
+    tracing: Annotated[TracingConfig, Meta(description="Traces of HTTP requests.")] = TracingConfig()
     access_log: Annotated[
         bool, Meta(description="One log line for each connection (tcp) or request (http), at its end.")
     ] = False

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import msgspec.inspect as schema
 
-from meshlocal.policy.addresses import AddressError, DiscoveryUrl, ListenAddress, SocketAddress
+from meshlocal.policy.addresses import AddressError, CollectorUrl, DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import Config
 from meshlocal.policy.config_check import check_config
 from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote, unknown_key
@@ -115,6 +115,7 @@ _PARSERS: Mapping[type, Callable[[str], object]] = {
     ListenAddress: ListenAddress.parse,
     DiscoveryUrl: DiscoveryUrl.parse,
     SourceUrl: SourceUrl.parse,
+    CollectorUrl: CollectorUrl.parse,
 }
 
 

@@ -12,7 +12,8 @@ from meshlocal.policy.config_access import AdminAccessConfig
 from meshlocal.policy.config_health import HealthCheckConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_tls import UpstreamTlsConfig
-from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
+from meshlocal.policy.config_tracing import TracingConfig
+from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, is_loopback, would_show_token
 from meshlocal.policy.identity import IdentityError, IdentityPattern, is_identity, placeholders
 from meshlocal.policy.model import MAX_LABEL_LENGTH, MAX_LABELS, NODE, ModelError, is_fixed, parse_service_key
 from meshlocal.policy.problems import KeyPath, format_path, quote
@@ -83,6 +84,7 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
     yield from _check_sockets(sockets)
     yield from _check_routes(proxy.http)
     yield from _check_tls(proxy)
+    yield from _check_tracing(proxy.tracing)
     for key in proxy.services:
         try:
             if str(parse_target(key)) != key:
@@ -120,6 +122,19 @@ def _check_tls(proxy: ProxyConfig) -> Iterator[Finding]:
         yield (*at, "allow"), "takes proxy.tls.client_ca_file: without it no client proves who it is"
     if tls.allow and tls.client_certificate == "optional":
         yield (*at, "allow"), "lets in nobody without a certificate: proxy.tls.client_certificate must be required"
+
+
+def _check_tracing(tracing: TracingConfig) -> Iterator[Finding]:
+    at, url = ("proxy", "tracing"), tracing.endpoint
+    for key in ("token_file", "ca_file"):
+        if url is None and getattr(tracing, key) is not None:
+            yield (*at, key), "takes proxy.tracing.endpoint too"
+    if url is None:
+        return
+    if tracing.ca_file is not None and url.scheme != "https":
+        yield (*at, "ca_file"), f"{url} is without TLS: there is no certificate to check"
+    if tracing.token_file is not None and url.scheme != "https" and not is_loopback(url.host):
+        yield (*at, "token_file"), f"no token goes over plaintext beyond this machine, where {url} is: use https"
 
 
 def _check_socket(at: KeyPath, text: str) -> Iterator[Finding]:

@@ -104,6 +104,13 @@ class HttpConfig(Section, frozen=True):
         Name | None, Meta(description="The name that Via gets, in requests and responses; null: no Via is added.")
     ] = None
     http2: Annotated[Http2Config, Meta(description="What holds for HTTP/2.")] = Http2Config()
+    request_id: Annotated[
+        Literal["keep", "make"],
+        Meta(
+            description="keep: X-Request-Id passes through, and an answer of the proxy's own gets one where a request"
+            " has none; make: every request without one gets one, which its instance is told."
+        ),
+    ] = "keep"
     response_headers: Annotated[
         bool, Meta(description="Tell in x-meshlocal-instance, -tier, -reason and -attempts how a response came about.")
     ] = False

@@ -21,6 +21,7 @@ MessageSize: TypeAlias = Annotated[int, Meta(ge=1024, le=2**30)]
 ByteRate: TypeAlias = Annotated[int, Meta(ge=8192, le=2**40)]
 Window: TypeAlias = Annotated[int, Meta(ge=1024, le=2**24)]
 Percent: TypeAlias = Annotated[int, Meta(ge=0, le=100)]
+AnyPercent: TypeAlias = Annotated[float, Meta(ge=0, le=100)]
 GrpcStatus: TypeAlias = Literal[
     "CANCELLED",
     "UNKNOWN",

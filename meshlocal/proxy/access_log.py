@@ -19,6 +19,7 @@ def log_request(
     *,
     peer: object,
     identity: str = "",
+    ids: Mapping[str, object] | None = None,
     sent: int,
     received: int,
     asked: Mapping[str, object] | None = None,
@@ -32,6 +33,7 @@ def log_request(
         now: when it did, by the clock of its start.
         peer: the client's address.
         identity: who the client proved to be; empty if it proved nothing.
+        ids: fields that say which request it was.
         sent: bytes of it that went to the instance.
         received: bytes that came from there.
         asked: fields that say what it asked for.
@@ -43,6 +45,7 @@ def log_request(
         service=account.state.key if account.state is not None else None,
         client=format_address(peer),
         **({"identity": identity} if identity else {}),
+        **(ids or {}),
         **(asked or {}),
         instance=str(pick.instance.key) if pick is not None else None,
         node=(pick.instance.node or None) if pick is not None else None,

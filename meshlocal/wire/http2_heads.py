@@ -16,8 +16,8 @@ from meshlocal.wire.grpc.metadata import is_grpc, parse_timeout
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.http1.chunked import NO_TRAILERS
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.fields import CLIENT_CERT_SPELLINGS, TOKEN, end_to_end
-from meshlocal.wire.http1.request import HeadLimits, RequestHead, parse_content_length, read_authority
+from meshlocal.wire.http1.fields import CLIENT_CERT_SPELLINGS, TOKEN, OwnFields, end_to_end
+from meshlocal.wire.http1.request import MARKS, HeadLimits, RequestHead, parse_content_length, read_authority
 from meshlocal.wire.http1.response import ResponseHead
 from meshlocal.wire.http2 import Headers
 
@@ -41,6 +41,7 @@ _DECISIVE = frozenset(
         b"grpc-timeout",
         b"host",
         b"idempotency-key",
+        *MARKS,
         b"x-forwarded-for",
         b"x-forwarded-proto",
     }
@@ -206,6 +207,8 @@ def _read_fields(head: Http2RequestHead, decisive: Iterable[tuple[bytes, bytes]]
             head.idempotency_key = True
         elif name in _ONE_HOP:
             head.hop_fields = True
+        elif name in MARKS:
+            head.note_mark(name, value)
         else:
             head.forwarded = True
     if head.ends and head.content_length is None:
@@ -232,6 +235,13 @@ def onward_request(head: Http2RequestHead, extra: Fields, *, authority: bytes, s
     if strip_forwarded and head.forwarded:
         fields = tuple(field for field in fields if field[0] not in _FORWARDED)
     return (*fields, *extra) if extra else fields
+
+
+def with_own(fields: Headers, head: RequestHead, own: OwnFields) -> Headers:
+    """A request's fields with those that it alone gets."""
+    if own.cut and head.marked:
+        fields = [field for field in fields if field[0] not in own.cut]
+    return [*fields, *own.add]
 
 
 def with_timeout(fields: Headers, timeout: bytes) -> Headers:

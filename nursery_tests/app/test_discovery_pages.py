@@ -62,7 +62,7 @@ async def get(process: DiscoveryProcess, path: str) -> Response:
     return await answer(discovery_routes(process)[path], Request("GET", path, "", {}))
 
 
-async def test_who_follows_and_who_is_behind(process: DiscoveryProcess, autojump_clock: trio.testing.MockClock) -> None:
+async def test_who_follows_and_who_is_behind(process: DiscoveryProcess, mock_clock: trio.testing.MockClock) -> None:
     """What is behind comes first; names are text; each with what it was told."""
     empty = (await get(process, "/")).body.decode()
     assert "Proxies and applications that follow this server</h2><p>none</p>" in empty
@@ -82,7 +82,7 @@ async def test_who_follows_and_who_is_behind(process: DiscoveryProcess, autojump
         assert first["services"]["b"] == snapshot.version
 
 
-async def test_hot_nodes(process: DiscoveryProcess, autojump_clock: trio.testing.MockClock) -> None:
+async def test_hot_nodes(process: DiscoveryProcess, mock_clock: trio.testing.MockClock) -> None:
     """Without an instance first; who does not know its node is nobody's caller."""
     with (
         watched(process, "1", "n1"),
@@ -103,7 +103,7 @@ async def test_hot_nodes(process: DiscoveryProcess, autojump_clock: trio.testing
 
 
 async def test_lists_are_bounded(
-    process: DiscoveryProcess, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+    process: DiscoveryProcess, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("meshlocal.app.discovery_pages._SHOWN", 1)
     monkeypatch.setattr("meshlocal.app.discovery_pages.MOST_LISTED", 1)

@@ -40,7 +40,7 @@ class Proxy:
         return response.status, response.body.decode().strip()
 
     def serve(self, path: str = "/", *, left: bool = False, failed: bool = False, retried: bool = False) -> None:
-        attempt = FailedAttempt(Pick(NEAR, 0, None, False), "node", "refused", 111, self.now - 0.5, 0.25)
+        attempt = FailedAttempt(Pick(NEAR, 0, None, False), 1, "node", "refused", 111, self.now - 0.5, 0.25)
         request = EndedRequest(
             B,
             ("127.0.0.1", 5),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
+from meshlocal.policy.addresses import CollectorUrl, DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import (
     AttemptOverrides,
     AttemptPolicy,
@@ -29,6 +29,7 @@ from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import Http2Config, HttpConfig, RouteConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
+from meshlocal.policy.config_tracing import TracingConfig
 from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.sources import FileOptions, SourceUrl
 
@@ -97,6 +98,7 @@ FULL: dict[str, Any] = {
             "retry_floor": 14,
             "x_forwarded": "append",
             "via": "mesh",
+            "request_id": "make",
             "response_headers": True,
             "http2": {
                 "max_streams": 1,
@@ -147,6 +149,13 @@ FULL: dict[str, Any] = {
         "metrics": {"instances": True},
         "workers": 2,
         "busy_poll": 20,
+        "tracing": {
+            "endpoint": "https://collector.example:4318/otlp",
+            "sample_percent": 0.5,
+            "service_name": "edge",
+            "token_file": "/run/token",
+            "ca_file": "/run/collector.pem",
+        },
         "access_log": True,
         "drain": {"delay": 1, "timeout": 2},
     },
@@ -277,6 +286,7 @@ def test_every_key() -> None:
                 retry_floor=14,
                 x_forwarded="append",
                 via="mesh",
+                request_id="make",
                 response_headers=True,
                 http2=Http2Config(
                     max_streams=1,
@@ -325,6 +335,13 @@ def test_every_key() -> None:
                 allow=("spiffe://td/ns/*", "*.example"),
                 min_version="1.2",
                 handshake_timeout=1.0,
+            ),
+            tracing=TracingConfig(
+                endpoint=CollectorUrl("https", "collector.example", 4318, "/otlp"),
+                sample_percent=0.5,
+                service_name="edge",
+                token_file="/run/token",
+                ca_file="/run/collector.pem",
             ),
             access_log=True,
             drain=DrainConfig(delay=1.0, timeout=2.0),
@@ -473,6 +490,28 @@ def test_numbers_are_floats_where_they_are_times() -> None:
         (
             {"proxy": {"discovery": {"urls": ["grpc://h:1", "grpc://H:1/"]}}},
             "proxy.discovery.urls[1]: 'grpc://h:1' is already proxy.discovery.urls[0]",
+        ),
+        (
+            {"proxy": {"tracing": {"endpoint": "grpc://h:4317"}}},
+            "proxy.tracing.endpoint: expected http://HOST:PORT or https://HOST:PORT, got 'grpc://h:4317'",
+        ),
+        (
+            {"proxy": {"tracing": {"endpoint": "http://h"}}},
+            "proxy.tracing.endpoint: expected http://HOST:PORT or https://HOST:PORT, got 'http://h'",
+        ),
+        ({"proxy": {"tracing": {"endpoint": "http://h:0"}}}, "proxy.tracing.endpoint: port 0 is not within 1 to 65535"),
+        (
+            {"proxy": {"tracing": {"ca_file": "x"}}},
+            "proxy.tracing.ca_file: takes proxy.tracing.endpoint too",
+        ),
+        (
+            {"proxy": {"tracing": {"endpoint": "http://127.0.0.1:1", "ca_file": "x"}}},
+            "proxy.tracing.ca_file: http://127.0.0.1:1/v1/traces is without TLS: there is no certificate to check",
+        ),
+        (
+            {"proxy": {"tracing": {"endpoint": "http://h:1/", "token_file": "x"}}},
+            "proxy.tracing.token_file: no token goes over plaintext beyond this machine, where http://h:1/v1/traces is:"
+            " use https",
         ),
         (
             {"proxy": {"discovery": {"urls": ["http://h:1"]}}},

@@ -10,12 +10,12 @@ from urllib.parse import urlencode
 import msgspec
 import trio
 
-from meshlocal.discovery.kubernetes import http
 from meshlocal.discovery.kubernetes.credentials import Credentials, CredentialsError, Secrets, UtcNow, make_tls
-from meshlocal.discovery.kubernetes.http import HttpError, Origin, Response
 from meshlocal.discovery.kubernetes.kubeconfig import Access, KubeconfigError
 from meshlocal.discovery.kubernetes.objects import UNREADABLE, Status, decode_status
+from meshlocal.net import http_client
 from meshlocal.net.blocking import Blocking
+from meshlocal.net.http_client import HttpError, Origin, Response
 
 HEAD_TIMEOUT = 30.0
 """Seconds to connect and to get an answer's head."""
@@ -148,7 +148,7 @@ class Api:
                 origin, headers, prefix = await self._prepare(*known, accept)
                 with trio.fail_after(self._head_timeout):
                     target = f"{prefix}{path}?{urlencode(query)}" if query else prefix + path
-                    response = await stack.enter_async_context(http.get(origin, target, headers))
+                    response = await stack.enter_async_context(http_client.send(origin, "GET", target, headers))
                     if response.status != 200:
                         error = await _read_error(response)
                 if error is None:

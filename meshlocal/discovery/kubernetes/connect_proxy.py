@@ -11,22 +11,9 @@ import base64
 import ipaddress
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-
-class ConnectProxy(NamedTuple):
-    """A proxy that is asked to CONNECT.
-
-    Attributes:
-        host: its name or address.
-        port: 1 to 65535.
-        authorization: its Proxy-Authorization header; empty: none.
-    """
-
-    host: str
-    port: int
-    authorization: str
+from meshlocal.net.http_client import ConnectProxy
 
 
 def parse_proxy(text: str) -> ConnectProxy:

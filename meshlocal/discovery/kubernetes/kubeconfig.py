@@ -18,7 +18,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
-from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy, parse_proxy
+from meshlocal.discovery.kubernetes.connect_proxy import parse_proxy
+from meshlocal.net.http_client import ConnectProxy
 from meshlocal.policy.problems import KeyPath, Problem, describe, did_you_mean, format_path, quote
 from meshlocal.wire.yaml_document import YamlDocument, YamlError, parse_yaml
 

@@ -40,7 +40,6 @@ from meshlocal.discovery.kubernetes.api import (
     StreamError,
     describe_failure,
 )
-from meshlocal.discovery.kubernetes.http import Response
 from meshlocal.discovery.kubernetes.objects import (
     UNREADABLE,
     ListMeta,
@@ -50,6 +49,7 @@ from meshlocal.discovery.kubernetes.objects import (
     decode_status,
 )
 from meshlocal.discovery.retry import Retry
+from meshlocal.net.http_client import Response
 from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.backoff import Backoff, UniformSource

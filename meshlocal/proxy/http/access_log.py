@@ -20,6 +20,7 @@ class HttpAccessLog:
             now,
             peer=record.peer,
             identity=record.identity,
+            ids={"request_id": record.request_id or None, "trace_id": record.trace_id or None},
             asked={
                 "method": head.method.decode("ascii"),
                 "host": head.authority.decode("ascii") or None,

@@ -25,6 +25,10 @@ class Answer(NamedTuple):
         """The answer to a request that is refused."""
         return cls(error.status, error.reason, str(error))
 
+    def of(self, request_id: bytes) -> tuple[str, tuple[bytes, bytes]]:
+        """The line for people to whom a request has an id, and the field that tells programs."""
+        return f"{self.text} (request {request_id.decode('ascii', 'replace')})", (b"x-request-id", request_id)
+
 
 def grpc_status(answer: Answer) -> int:
     """The gRPC status of an answer (C3): 4 DEADLINE_EXCEEDED, 8 RESOURCE_EXHAUSTED, 12 UNIMPLEMENTED, 14 UNAVAILABLE;

@@ -12,7 +12,7 @@ from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import BODY_TIMEOUT, HEAD_TIMEOUT, Answer
 from meshlocal.proxy.http.calls import Calls
 from meshlocal.proxy.http.ends import ClientLeftError, End, Expiry
-from meshlocal.proxy.http.h1.client import CHUNK, H1Client
+from meshlocal.proxy.http.h1.client import CHUNK, H1Client, own_answer
 from meshlocal.proxy.http.h1.upstream import H1Upstream
 from meshlocal.proxy.http.h2.client import H2ClientLink
 from meshlocal.proxy.http.lane import Lane
@@ -214,8 +214,9 @@ class ClientConnection(H1Client):
         if self.expiry is Expiry.HEAD:
             await self._answer(HEAD_TIMEOUT)
             return End.LINGER
-        if self.expiry is Expiry.BODY and not (self.request is not None and self.request.response_begun):
-            await self._say(generated_answer(*BODY_TIMEOUT, close=True))
+        request = self.request
+        if self.expiry is Expiry.BODY and request is not None and not request.response_begun:
+            await self._say(own_answer(request, BODY_TIMEOUT, close=True))
             return End.LINGER
         return End.CLOSE if self.expiry in (Expiry.FIRST, Expiry.IDLE) else End.ABORT
 

@@ -27,8 +27,9 @@ from meshlocal.proxy.http.access_log import HttpAccessLog
 from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.h1.client import DRAIN_GRACE
 from meshlocal.proxy.http.h2.client import H2Client
+from meshlocal.proxy.http.marks import RandomBits
+from meshlocal.proxy.http.record import Observer
 from meshlocal.proxy.http.service import HttpService
-from meshlocal.proxy.http.settings import HttpSettings
 from meshlocal.proxy.http.shared import HttpShared
 
 _log = get_log(__name__)
@@ -53,20 +54,29 @@ class HttpForwarder:
         services: the services that listeners name, and those that requests do.
         config: the proxy's section.
         supervision: of what keeps all limits of time, which is vital.
+        rng: draws requests' ids, and which of them are traced.
 
     Attributes:
         shared: what the connections share.
+        traced: is told of requests that are traced, once the configuration has some be; None: nobody is.
     """
 
-    def __init__(self, services: ServiceTable, config: ProxyConfig, supervision: Supervision | None = None) -> None:
+    def __init__(
+        self,
+        services: ServiceTable,
+        config: ProxyConfig,
+        supervision: Supervision | None = None,
+        rng: RandomBits | None = None,
+    ) -> None:
         self._supervision = supervision or Supervision(random.Random())
         self._table = services
         self._connections: dict[ClientConnection, None] = {}
-        self.shared = HttpShared(services, config)
+        self.shared = HttpShared(services, config, rng or random.Random())
         self._drain_begins = trio.Event()
         self._busy = trio.Event()
         """There is something to sweep."""
         self._shed_again = -math.inf
+        self.traced: Observer | None = None
         self._observe(config)
 
     def __len__(self) -> int:
@@ -87,7 +97,10 @@ class HttpForwarder:
         return self.shared.services
 
     def _observe(self, config: ProxyConfig) -> None:
-        self.shared.observers = (HttpAccessLog(),) if config.access_log else ()
+        observers: list[Observer] = [HttpAccessLog()] if config.access_log else []
+        if self.traced is not None and config.tracing.endpoint is not None:
+            observers.append(self.traced)
+        self.shared.observers = tuple(observers)
 
     def accepting(self) -> AbstractContextManager[None]:
         """See `Server.accepting`."""
@@ -155,7 +168,7 @@ class HttpForwarder:
 
     def reconfigure(self, config: ProxyConfig) -> None:
         """Apply another configuration: requests that begin now go by it (S2)."""
-        self.shared.settings = HttpSettings(config)
+        self.shared.reconfigure(config)
         self._observe(config)
         for service in self.services.values():
             service.reconfigure(config.http)

@@ -9,10 +9,13 @@ from meshlocal.client.ended import Asked
 from meshlocal.client.statistics import Outcome
 from meshlocal.policy.retry import IDEMPOTENT_METHODS
 from meshlocal.proxy.http.answers import Answer
+from meshlocal.proxy.http.marks import ID_TOLD, Mark
 from meshlocal.proxy.http.statistics import SERVER_FAULTS
 from meshlocal.wire.http1.errors import ProtocolError
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import RequestHead
+from meshlocal.wire.http2_heads import Http2RequestHead
+from meshlocal.wire.trace_context import parse_traceparent
 
 PATH_TOLD = 200
 """Bytes of a path that are told of a request: what is kept of many is bounded."""
@@ -37,9 +40,21 @@ class HttpRecord(Account):
         outcome: how it is counted, should it end now.
         grpc_status: of the call; -1 while there is none, and where it is none.
         problem: what is wrong with the instance's response; None if nothing is.
+        mark: its id and its trace, as far as they are made here; None if neither is.
     """
 
-    __slots__ = ("body", "grpc_status", "head", "idempotent", "outcome", "peer", "problem", "received", "status")
+    __slots__ = (
+        "body",
+        "grpc_status",
+        "head",
+        "idempotent",
+        "mark",
+        "outcome",
+        "peer",
+        "problem",
+        "received",
+        "status",
+    )
 
     def __init__(self, peer: object, head: RequestHead, started: float, body: RequestBody | None) -> None:
         super().__init__(started)
@@ -52,12 +67,27 @@ class HttpRecord(Account):
         self.grpc_status = -1
         self.outcome = Outcome.DRAINED
         self.problem: ProtocolError | None = None
+        self.mark: Mark | None = None
 
     def asked(self) -> Asked:
         """See `Account.asked`."""
         head = self.head
         path = head.target.partition(b"?")[0][:PATH_TOLD].decode("ascii", "replace")
-        return Asked(head.protocol, head.method.decode("ascii", "replace"), path, self.status)
+        method = head.method.decode("ascii", "replace")
+        return Asked(head.protocol, method, path, self.status, self.request_id, self.trace_id)
+
+    @property
+    def request_id(self) -> str:
+        """What it is called; empty: nothing."""
+        given = self.head.request_id[:ID_TOLD] or (self.mark.request_id if self.mark is not None else b"")
+        return given.decode("ascii", "replace")
+
+    @property
+    def trace_id(self) -> str:
+        """Its trace in 32 digits, whether it is recorded here or not; empty: it has none."""
+        trace = self.mark.trace if self.mark is not None else None
+        found = trace or (parse_traceparent(self.head.trace_parent) if self.head.trace_parent else None)
+        return f"{found.trace_id:032x}" if found is not None else ""
 
     @property
     def status_class(self) -> int:
@@ -77,6 +107,17 @@ class HttpRecord(Account):
     def identity(self) -> str:
         """Who the client proved to be; empty if it proved nothing."""
         return ""
+
+    @property
+    def scheme(self) -> str:
+        """How it came: `http`, or `https` over TLS."""
+        return "http"
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether it is a gRPC call, whose status counts."""
+        head = self.head
+        return isinstance(head, Http2RequestHead) and head.grpc
 
     @property
     def sent(self) -> int:

@@ -20,9 +20,9 @@ from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.statistics import STATUS_NAMES
 from meshlocal.proxy.http.streams import ClientStream
 from meshlocal.wire.http1.errors import ProtocolError
+from meshlocal.wire.http1.fields import NO_FIELDS, OwnFields
 from meshlocal.wire.http1.messages import RequestBody
 from meshlocal.wire.http1.request import NO_HEAD, RequestHead
-from meshlocal.wire.http2_heads import Http2RequestHead
 
 # Looked up once: an attribute of an enum costs as much as a call, and every request passes here.
 _REQUESTS, _DRAINED, _CUT, _ABORT = Limit.REQUESTS, Outcome.DRAINED, Outcome.CUT, End.ABORT
@@ -54,6 +54,8 @@ class HttpRequest(HttpRecord):
         super().__init__(client.peer, head, started, body)
         self.client = client
         self.shared: HttpShared = client.shared
+        if self.shared.marker.needed:
+            self.mark = self.shared.marker.mark(head)
         self.service: HttpService | None = None
         self.refusal: Answer | None = None
         self.response_begun = False
@@ -64,9 +66,14 @@ class HttpRequest(HttpRecord):
         """See `HttpRecord.identity`."""
         return self.client.identity
 
+    @property
+    def scheme(self) -> str:
+        """See `HttpRecord.scheme`."""
+        return self.client.scheme
+
     def rest(self) -> None:
         """Let go of what an idle client must not hold: the request is over, and kept for its client's next one."""
-        self.plan = self.pick = self.body = self.state = self.service = None
+        self.plan = self.pick = self.body = self.state = self.service = self.mark = None
         self.head = NO_HEAD
 
     def renew(self, head: RequestHead, started: float, body: RequestBody | None) -> None:
@@ -84,18 +91,15 @@ class HttpRequest(HttpRecord):
         self.outcome = _DRAINED
         self.response_begun = self._counted = self._released = False
         self.client_end = _ABORT
+        # A request that rests has none.
+        if self.shared.marker.needed:
+            self.mark = self.shared.marker.mark(head)
 
     @property
     def idle_limit(self) -> float:
         """Seconds that its response, or a tunnel, may stand still (A1)."""
         limit = self.service.state.policy.idle_timeout if self.service is not None else None
         return float("inf") if limit is None else limit
-
-    @property
-    def is_grpc(self) -> bool:
-        """Whether it is a gRPC call, whose status counts."""
-        head = self.head
-        return isinstance(head, Http2RequestHead) and head.grpc
 
     # Its service and its instances.
 
@@ -121,7 +125,17 @@ class HttpRequest(HttpRecord):
     def payload(self) -> bytes:
         """The head for an instance that speaks HTTP/1.1, with what is there of the body."""
         assert self.service is not None
-        return self.client.payload(self.head, self.service.state.key, self.body)
+        return self.client.payload(self.head, self.service.state.key, self.body, self.own_fields())
+
+    def own_fields(self) -> OwnFields:
+        """What the instance that is tried gets that others with this head do not."""
+        return self.mark.fields(self.attempts) if self.mark is not None else NO_FIELDS
+
+    def identify(self) -> bytes:
+        """What it is called, for who tells its client of a failure: an id is made if it has none."""
+        if not self.request_id:
+            self.mark = self.shared.marker.identify(self.mark)
+        return self.request_id.encode("ascii", "replace")
 
     async def read_body(self) -> bytes:
         """The next piece of the body; see `ClientStream.read_body`."""
@@ -223,6 +237,7 @@ class HttpRequest(HttpRecord):
         self.outcome = Outcome.LIMITED if answer in answers.LIMITED else Outcome.NO_INSTANCE
         self.shared.refused[answer.reason] += 1
         if self.service is not None:
+            self.identify()
             self.shared.report_failure(self, answer)
 
     def reject(self, error: ProtocolError) -> Answer:
@@ -234,6 +249,7 @@ class HttpRequest(HttpRecord):
     def fail(self, answer: Answer, outcome: Outcome) -> None:
         """Instances were tried in vain (A6)."""
         self.outcome = outcome
+        self.identify()
         self.shared.report_failure(self, answer)
 
     def why_none(self, unknown: Answer = answers.UNKNOWN_SERVICE) -> Answer:

@@ -16,6 +16,7 @@ from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http import answers
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.links import UpstreamLink
+from meshlocal.proxy.http.marks import Marker, RandomBits
 from meshlocal.proxy.http.record import HttpRecord, Observer
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.settings import HttpSettings
@@ -34,10 +35,12 @@ class HttpShared:
     Args:
         table: the services that listeners name, and those that requests do.
         config: the proxy's section.
+        rng: draws ids.
 
     Attributes:
         table: as given.
         settings: what the config says; replaced by another config (S2).
+        marker: gives requests ids and traces; replaced likewise.
         services: those that had requests.
         patience: tells those who wait how late it is.
         refused: requests that no instance was tried for, by reason.
@@ -47,9 +50,10 @@ class HttpShared:
         nursery: where shared connections to instances live.
     """
 
-    def __init__(self, table: ServiceTable, config: ProxyConfig) -> None:
+    def __init__(self, table: ServiceTable, config: ProxyConfig, rng: RandomBits) -> None:
         self.table = table
-        self.settings = HttpSettings(config)
+        self._rng = rng
+        self.reconfigure(config)
         self.services: dict[ServiceKey, HttpService] = {}
         self.patience = Patience()
         self.refused: defaultdict[str, int] = defaultdict(int)
@@ -59,6 +63,11 @@ class HttpShared:
         self.nursery: trio.Nursery | None = None
         self._broken = RateLimited(_log, logging.WARNING, "http2 connection ended", interval=_WARNING_INTERVAL)
         self._failed = RateLimited(_log, logging.WARNING, "request failed", interval=_WARNING_INTERVAL)
+
+    def reconfigure(self, config: ProxyConfig) -> None:
+        """Have requests that begin from now on go by another configuration (S2)."""
+        self.settings = HttpSettings(config)
+        self.marker = Marker(config.tracing.share, self._rng, makes_ids=config.http.request_id == "make")
 
     # The service of a request.
 
@@ -117,6 +126,8 @@ class HttpShared:
             trio.current_time(),
             service=record.state.key if record.state is not None else None,
             answer=answer.reason,
+            request_id=record.request_id or None,
+            trace_id=record.trace_id or None,
             attempts=record.attempts,
             tried=in_a_row(list(map(str, record.failures))) if record.failures else None,
             last_error=record.error or None,

@@ -13,6 +13,7 @@ from meshlocal.policy.model import ServiceKey
 from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.ends import Expiry
 from meshlocal.proxy.http.shared import HttpShared
+from meshlocal.wire.http1.fields import OwnFields
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import ResponseHead
@@ -43,6 +44,10 @@ class ServedRequest(Protocol):
     @property
     def idle_limit(self) -> float:
         """Seconds that its response may stand still."""
+        ...
+
+    def identify(self) -> bytes:
+        """What it is called, for who tells its client of a failure."""
         ...
 
     def closes_client(self, unread: bool = False) -> bool:
@@ -100,6 +105,11 @@ class ClientStream(Protocol):
         ...
 
     @property
+    def scheme(self) -> str:
+        """How it came: `http`, or `https` over TLS."""
+        ...
+
+    @property
     def pipe(self) -> Pipe:
         """What a tunnel goes over."""
         ...
@@ -139,8 +149,15 @@ class ClientStream(Protocol):
 
     # For an instance that speaks HTTP/1.1.
 
-    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None) -> bytes:
-        """A request's head for an instance of the service, with what is held of the body."""
+    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None, own: OwnFields) -> bytes:
+        """A request's head for an instance of the service, with what is held of the body.
+
+        Args:
+            head: as the client sent it.
+            service: that it is for.
+            body: of the request; None: it has none.
+            own: what this request alone gets.
+        """
         ...
 
     def interim(self, head: ResponseHead) -> bytes:

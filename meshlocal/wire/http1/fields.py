@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import NamedTuple
 
 from meshlocal.wire.http1.errors import ProtocolError
 
@@ -52,6 +53,21 @@ _COMMON_OPTIONS = {
     b"Close": frozenset({b"close"}),
     b"Upgrade": frozenset({b"upgrade"}),
 }
+
+
+class OwnFields(NamedTuple):
+    """What the head of one request gets on its way to an instance that others with the same fields do not.
+
+    Attributes:
+        add: names, in small letters, and values.
+        cut: names of fields that it must not have beside these.
+    """
+
+    add: tuple[tuple[bytes, bytes], ...] = ()
+    cut: frozenset[bytes] = frozenset()
+
+
+NO_FIELDS = OwnFields()
 
 
 def connection_options(values: Collection[bytes]) -> frozenset[bytes]:

@@ -13,6 +13,9 @@ from meshlocal.wire.http1.fields import CLIENT_CERT_LOOKALIKE, FIELD_LINES, TOKE
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 """How a client begins that takes it for known that HTTP/2 is served, as far as it looks like a head (RFC 9113, 3.4)."""
 
+MARKS = frozenset({b"traceparent", b"tracestate", b"x-request-id"})
+"""Fields that say which request one is, or of which trace."""
+
 MAX_BODY = 10**18
 """The longest body that a Content-Length may announce: well within 64 bits, everywhere."""
 
@@ -21,9 +24,8 @@ _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb"+) ([!-~]+) HTTP/([0-9])\.([0-9])"
 
 _DECISIVE = re.compile(
     rb"\r\n(connection|content-length|expect|host|http2-settings|idempotency-key|keep-alive|proxy-authorization"
-    rb"|proxy-connection|te|transfer-encoding|upgrade|x-forwarded-for|x-forwarded-proto|"
-    + CLIENT_CERT_LOOKALIKE
-    + rb"):[ \t]*+([^\r]*+)",
+    rb"|proxy-connection|te|traceparent|tracestate|transfer-encoding|upgrade|x-forwarded-for|x-forwarded-proto"
+    rb"|x-request-id|" + CLIENT_CERT_LOOKALIKE + rb"):[ \t]*+([^\r]*+)",
     re.IGNORECASE,
 )
 _HOST = re.compile(
@@ -72,6 +74,9 @@ class RequestHead:
         expect_continue: the client waits for 100 before it sends the body.
         idempotency_key: it carries one, so that sending it twice does no harm.
         forwarded: it has an X-Forwarded-For or -Proto field.
+        marked: it has a field that says which request it is, or of which trace.
+        request_id: what it is called; empty: it does not say.
+        trace_parent: the field `traceparent`; empty if there is none, and no trace's if there is more than one.
         timeout: seconds that its client gives it; None if it does not say. A call's (`meshlocal.wire.http2_heads`).
         onward: what goes to an instance behind the first line, by what it depends on (`rewrite.upstream_head`); shared
             by all heads with these field lines.
@@ -93,13 +98,16 @@ class RequestHead:
         "host",
         "idempotency_key",
         "keep_alive",
+        "marked",
         "method",
         "minor",
         "onward",
         "options",
         "plain_size",
         "raw",
+        "request_id",
         "target",
+        "trace_parent",
         "upgrade",
     )
 
@@ -123,6 +131,9 @@ class RequestHead:
         self.expect_continue = False
         self.idempotency_key = False
         self.forwarded = False
+        self.marked = False
+        self.request_id = b""
+        self.trace_parent = b""
         self.onward: dict[tuple[bytes, bytes, bool, bytes], bytes] = {}
 
     def with_target(self, raw: bytes, target: bytes) -> RequestHead:
@@ -161,6 +172,9 @@ class RequestHead:
         head.expect_continue = self.expect_continue
         head.idempotency_key = self.idempotency_key
         head.forwarded = self.forwarded
+        head.marked = self.marked
+        head.request_id = self.request_id
+        head.trace_parent = self.trace_parent
         head.onward = self.onward
         return head
 
@@ -173,6 +187,20 @@ class RequestHead:
     def has_body(self) -> bool:
         """Whether bytes of a body follow."""
         return self.chunked or bool(self.content_length)
+
+    def note_mark(self, name: bytes, value: bytes) -> None:
+        """Note a field that says which request it is, or of which trace.
+
+        Args:
+            name: `x-request-id`, `traceparent` or `tracestate`.
+            value: of the field. It decides nothing here, so that no value is refused.
+        """
+        if name == b"x-request-id":
+            self.request_id = self.request_id or value
+        elif name == b"traceparent":
+            # Of two, neither counts (Trace Context, 3.2.2).
+            self.trace_parent = b"-" if self.trace_parent else value
+        self.marked = True
 
 
 NO_HEAD = RequestHead(b"", b"", b"", 1, b"")
@@ -256,6 +284,8 @@ def _read_fields(head: RequestHead, start: int) -> None:
             head.hop_fields = True
         elif name in (b"x-forwarded-for", b"x-forwarded-proto"):
             head.forwarded = True
+        elif name in MARKS:
+            head.note_mark(name, value.rstrip(b" \t"))
         else:
             head.hop_fields = True
     if connection:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from meshlocal.wire.http1.fields import end_to_end, end_to_end_head, without
+from meshlocal.wire.http1.fields import NO_FIELDS, OwnFields, end_to_end, end_to_end_head, without
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import Framing, ResponseHead
 
@@ -19,7 +19,14 @@ _KEPT = 8
 """Ways of passing the same head on that are remembered: most heads have one."""
 
 
-def upstream_head(head: RequestHead, extra: bytes = b"", *, host: bytes = b"", strip_forwarded: bool = False) -> bytes:
+def upstream_head(
+    head: RequestHead,
+    extra: bytes = b"",
+    *,
+    host: bytes = b"",
+    strip_forwarded: bool = False,
+    own: OwnFields = NO_FIELDS,
+) -> bytes:
     """The request's head for an instance, always HTTP/1.1.
 
     Args:
@@ -27,6 +34,7 @@ def upstream_head(head: RequestHead, extra: bytes = b"", *, host: bytes = b"", s
         extra: whole field lines to append.
         host: for the Host field of a request that has none.
         strip_forwarded: leave X-Forwarded-For and -Proto out.
+        own: what this request alone gets, so that it is not kept.
     """
     key = extra, host, strip_forwarded, head.upgrade
     fields = head.onward.get(key) if head.as_sent else None
@@ -34,6 +42,10 @@ def upstream_head(head: RequestHead, extra: bytes = b"", *, host: bytes = b"", s
         fields = _fields_to_instance(head, extra, host, strip_forwarded)
         if head.as_sent and len(head.onward) < _KEPT:
             head.onward[key] = fields
+    if own.cut and head.marked:
+        fields = without(fields[:-2], own.cut) + b"\r\n"
+    if own.add:
+        fields = b"".join([b"%b: %b\r\n" % field for field in own.add]) + fields
     return b"%b %b HTTP/1.1\r\n%b" % (head.method, head.target, fields)
 
 

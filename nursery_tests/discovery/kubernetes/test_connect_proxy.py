@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from meshlocal.discovery.kubernetes.access import find_access
-from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy, proxy_of_environment
+from meshlocal.discovery.kubernetes.connect_proxy import proxy_of_environment
+from meshlocal.net.http_client import ConnectProxy
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 
 PROXY = ConnectProxy("proxy.example", 3128, "")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import trio
 
-from meshlocal.discovery.kubernetes import http
 from meshlocal.discovery.kubernetes.api import FAILURES, Api, ApiError, describe_failure
-from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy
-from meshlocal.discovery.kubernetes.http import HttpError, Origin
 from meshlocal.discovery.kubernetes.kubeconfig import Access
+from meshlocal.net import http_client
+from meshlocal.net.http_client import ConnectProxy, HttpError, Origin
 
 
 @asynccontextmanager
@@ -45,7 +44,10 @@ async def peer(answer: Any, *, hold: Any = False) -> AsyncIterator[Any]:
 
 
 async def get(answer: Any, limit: Any = 10_000, **more: Any) -> Any:
-    async with peer(answer) as (port, heads), http.get(Origin("127.0.0.1", port), "/a?b=c", more) as response:
+    async with (
+        peer(answer) as (port, heads),
+        http_client.send(Origin("127.0.0.1", port), "GET", "/a?b=c", more) as response,
+    ):
         found = response.status, await response.receive_all(limit)
         assert await response.receive() == b"", "the end stays the end"
         assert heads == [
@@ -110,7 +112,7 @@ async def test_headers_cannot_be_added_to() -> None:
     async with peer(b"") as (port, heads):
         for value, message in (("a\r\nB: c", "a control character"), ("\u20ac", "HTTP does not allow")):
             with pytest.raises(HttpError, match=message):
-                async with http.get(Origin("127.0.0.1", port), "/", {"A": value}):
+                async with http_client.send(Origin("127.0.0.1", port), "GET", "/", {"A": value}):
                     pass
         assert not heads
 
@@ -118,14 +120,14 @@ async def test_headers_cannot_be_added_to() -> None:
 async def test_leaving_early_closes() -> None:
     """In the middle of a body, by cancellation too; the peer sees it at once."""
     async with peer(CHUNKED[:60], hold=True) as (port, _):
-        async with http.get(Origin("127.0.0.1", port), "/", {}) as response:
+        async with http_client.send(Origin("127.0.0.1", port), "GET", "/", {}) as response:
             assert await response.receive() == b"abc"
             with trio.move_on_after(0.01) as scope:
                 await response.receive()
                 await response.receive()
             assert scope.cancelled_caught
         with trio.move_on_after(0.01) as scope:
-            async with http.get(Origin("127.0.0.1", port), "/", {}) as response:
+            async with http_client.send(Origin("127.0.0.1", port), "GET", "/", {}) as response:
                 await response.receive_all(1000)
         assert scope.cancelled_caught
 

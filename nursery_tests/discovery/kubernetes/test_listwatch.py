@@ -15,8 +15,8 @@ import trio
 import trio.testing
 
 from meshlocal.discovery.kubernetes.api import ApiError, DataError
-from meshlocal.discovery.kubernetes.http import HttpError
 from meshlocal.discovery.kubernetes.listwatch import Limits, ListWatch, Resource, collection
+from meshlocal.net.http_client import HttpError
 
 LIMITS = Limits(
     page=2, watch_shortest=100, silence=50, max_line=1000, steady=5, backoff_initial=1, backoff_max=16, page_timeout=9

@@ -12,6 +12,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from meshlocal.app.http_metrics import HttpCollector
+from meshlocal.client.ended import Asked
 from meshlocal.net.log import JsonFormatter, TextFormatter
 from nursery_tests.proxy.http.conftest import B, Proxy, Served, Upstream, closes, response, says, until
 
@@ -56,6 +57,8 @@ async def test_access_log(proxy: Proxy, pair: tuple[Upstream, Upstream], caplog:
     outcomes = ["served", "served", "served", "failed", "no_instance", None]
     got = [{name: value for name, value in line.items() if value is not None} for line in lines(caplog)]
     assert [line.pop("outcome", None) for line in got] == outcomes
+    # Who is told of a failure is told which request it was.
+    assert [bool(line.pop("request_id", None)) for line in got] == [False, False, False, True, True, False]
     for line, wanted in zip(got, expected, strict=True):
         if "method" in wanted:
             wanted = {"attempts": 1, "sent": 0, "received": 0, "protocol": "1.1", **wanted}
@@ -73,9 +76,9 @@ async def test_what_left_the_node_or_failed_is_kept(proxy: Proxy, pair: tuple[Up
         await client.get("/away?secret=1")
     await proxy.idle()
     broken, away = proxy.table[B].told.recent
-    assert broken.asked == ("1.1", "GET", "/broken", 500)
+    assert broken.asked == Asked("1.1", "GET", "/broken", 500)
     assert (broken.tier, broken.reason, broken.outcome, broken.failures) == ("node", "", "served", ())
-    assert away.asked == ("1.1", "GET", "/away", 200)
+    assert away.asked == Asked("1.1", "GET", "/away", 200)
     assert (away.tier, away.reason, away.attempts) == ("other", "local_failed", 2)
     assert away.instance is not None
     assert away.instance.key.port == far.port

@@ -79,7 +79,7 @@ class Both:
         self.table = ServiceTable(config, Locality({"node": "n1"}), random.Random(1))
         instance = make_instance("127.0.0.1", 9000, labels={"node": "n1"})
         self.table.publish(ServiceSnapshot(B, "1", index([instance])))
-        shared = HttpShared(self.table, config)
+        shared = HttpShared(self.table, config, random.Random(1))
         self.socket, self._other = socket.socketpair()
         made: Any = shared.find(B, NO_HEAD, time.monotonic())
         made.links._run = lambda link: None

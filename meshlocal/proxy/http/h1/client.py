@@ -16,7 +16,7 @@ from meshlocal.proxy.http.ends import ClientLeftError, Expiry
 from meshlocal.proxy.http.shared import HttpShared
 from meshlocal.proxy.http.streams import ServedRequest
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.fields import CLIENT_CERT
+from meshlocal.wire.http1.fields import CLIENT_CERT, OwnFields
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import Framing, ResponseHead
@@ -79,6 +79,11 @@ class H1Client(Client):
     def identity(self) -> str:
         """See `ClientStream`."""
         return self.pipe.identity
+
+    @property
+    def scheme(self) -> str:
+        """See `ClientStream`."""
+        return "http" if self.pipe.plain is not None else "https"
 
     @property
     def is_idle(self) -> bool:
@@ -158,7 +163,7 @@ class H1Client(Client):
             self.early += data[used:]
         return piece
 
-    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None) -> bytes:
+    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None, own: OwnFields) -> bytes:
         """See `ClientStream.payload`."""
         settings = self.shared.settings
         extra = settings.via
@@ -167,7 +172,7 @@ class H1Client(Client):
         if told := self.pipe.told:
             extra += b"%b: %b\r\n" % (CLIENT_CERT, told)
         host = b"" if head.has_host else service.encode()
-        raw = upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded)
+        raw = upstream_head(head, extra, host=host, strip_forwarded=settings.strip_forwarded, own=own)
         return raw + b"".join(body.held) if body is not None and body.held else raw
 
     def interim(self, head: ResponseHead) -> bytes:
@@ -196,9 +201,9 @@ class H1Client(Client):
         request.error = answer.reason
         request.response_begun = True
         await self.send(
-            generated_answer(
-                *answer,
-                extra=request.explanation(),
+            own_answer(
+                request,
+                answer,
                 close=close,
                 announce_keep_alive=not close and head.minor == 0,
                 without_body=head.method == b"HEAD",
@@ -213,8 +218,7 @@ class H1Client(Client):
             self._forwarded = f"x-forwarded-for: {host}\r\n".encode()
         if head.forwarded and b"\r\nx-forwarded-proto:" in head.raw.lower():
             return self._forwarded
-        scheme = b"http" if self.pipe.plain is not None else b"https"
-        return self._forwarded + b"x-forwarded-proto: " + scheme + b"\r\n"
+        return self._forwarded + b"x-forwarded-proto: " + self.scheme.encode() + b"\r\n"
 
     async def send(self, data: bytes) -> None:
         """Send bytes to the client.
@@ -235,3 +239,24 @@ class H1Client(Client):
         except OSError:
             raise ClientLeftError from None
         self.deadline = math.inf
+
+
+def own_answer(
+    request: ServedRequest,
+    answer: Answer,
+    *,
+    close: bool = False,
+    announce_keep_alive: bool = False,
+    without_body: bool = False,
+) -> bytes:
+    """The bytes of an answer of the proxy's own to a request; see `generated_answer`."""
+    text, field = answer.of(request.identify())
+    return generated_answer(
+        answer.status,
+        answer.reason,
+        text,
+        extra=request.explanation() + b"%b: %b\r\n" % field,
+        close=close,
+        announce_keep_alive=announce_keep_alive,
+        without_body=without_body,
+    )

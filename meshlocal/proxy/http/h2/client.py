@@ -27,7 +27,7 @@ from meshlocal.proxy.http.streams import ServedRequest
 from meshlocal.wire.grpc.metadata import encode_grpc_message, is_grpc
 from meshlocal.wire.grpc.status import StatusCode
 from meshlocal.wire.http1.errors import ProtocolError
-from meshlocal.wire.http1.fields import CLIENT_CERT
+from meshlocal.wire.http1.fields import CLIENT_CERT, NO_FIELDS, OwnFields
 from meshlocal.wire.http1.messages import RequestBody, ResponseFlow
 from meshlocal.wire.http1.request import RequestHead
 from meshlocal.wire.http1.response import ResponseHead
@@ -57,6 +57,7 @@ from meshlocal.wire.http2_heads import (
     response_from_http1,
     trailers_from_http1,
     trailers_to_http1,
+    with_own,
 )
 
 WAITING = 65_536
@@ -185,6 +186,11 @@ class H2Client:
     def identity(self) -> str:
         """See `ClientStream`."""
         return self.link.pipe.identity
+
+    @property
+    def scheme(self) -> str:
+        """See `ClientStream`."""
+        return self.link.scheme
 
     @property
     def pipe(self) -> Pipe:
@@ -453,7 +459,7 @@ class H2Client:
         """See `ClientStream.has_input`."""
         return False
 
-    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None) -> bytes:
+    def payload(self, head: RequestHead, service: ServiceKey, body: RequestBody | None, own: OwnFields) -> bytes:
         """See `ClientStream.payload`."""
         assert isinstance(head, Http2RequestHead)
         settings = self.shared.settings
@@ -463,13 +469,17 @@ class H2Client:
             extra += b"".join(b"%b: %b\r\n" % field for field in self.link.forwarded(head))
         if told := self.link.pipe.told:
             extra += b"%b: %b\r\n" % (CLIENT_CERT, told)
-        raw = upstream_head(as_http1, extra, strip_forwarded=settings.strip_forwarded)
+        raw = upstream_head(as_http1, extra, strip_forwarded=settings.strip_forwarded, own=own)
         if not isinstance(body, Http2Body) or body.held is None:
             return raw
         return raw + self._framed(body, self._take(body, body.held))
 
-    def fields(self, head: Http2RequestHead, service: ServiceKey) -> Headers:
-        """The request's fields for an instance that speaks HTTP/2."""
+    def fields(self, head: Http2RequestHead, service: ServiceKey, own: OwnFields) -> Headers:
+        """The request's fields for an instance that speaks HTTP/2; `own` is what it alone gets."""
+        fields = self._fields(head, service)
+        return fields if own is NO_FIELDS else with_own(fields, head, own)
+
+    def _fields(self, head: Http2RequestHead, service: ServiceKey) -> Headers:
         settings = self.link.shared.settings
         told = self.link.pipe.told
         if settings.plain and head.has_host and not head.hop_fields and not told:
@@ -551,17 +561,18 @@ class H2Client:
     def answer_now(self, request: ServedRequest, answer: Answer) -> None:
         """Queue an answer of the proxy's own: in gRPC, of trailers only (C3)."""
         head = request.head
-        told = request.explanation_fields()
+        text, named = answer.of(request.identify())
+        told = (named, *request.explanation_fields())
         if request.is_grpc:
             request.grpc_status = answers.grpc_status(answer)
-            fields: Headers = [*_trailers_only(answer), *told]
+            fields: Headers = [*_trailers_only(answer, text), *told]
             request.status = 200
             body = b""
         else:
-            fields, text = _plain(answer)
+            fields, whole = _plain(answer, text)
             fields = [*fields, *told]
             request.status = answer.status
-            body = b"" if head.method == b"HEAD" else text
+            body = b"" if head.method == b"HEAD" else whole
         request.error = answer.reason
         request.response_begun = True
         self.begin(fields, end=not body)
@@ -573,9 +584,9 @@ class H2Client:
         named = dict(asked)
         self.deadline = self.link.now() + self.shared.settings.config.body_timeout
         if is_grpc(named.get(b"content-type") or b""):
-            self.begin(_trailers_only(answer), end=True)
+            self.begin(_trailers_only(answer, answer.text), end=True)
             return
-        fields, text = _plain(answer)
+        fields, text = _plain(answer, answer.text)
         without_body = named.get(b":method") == b"HEAD"
         self.begin(fields, end=without_body)
         if not without_body:
@@ -702,9 +713,9 @@ class H2Client:
         self.over()
 
 
-def _plain(answer: Answer) -> tuple[Headers, bytes]:
+def _plain(answer: Answer, line: str) -> tuple[Headers, bytes]:
     """An answer of the proxy's own where it is not gRPC: its fields, and its body (A6)."""
-    text = f"meshlocal: {answer.text}\n".encode()
+    text = f"meshlocal: {line}\n".encode()
     fields = [
         (b":status", b"%d" % answer.status),
         (b"content-type", b"text/plain; charset=utf-8"),
@@ -714,13 +725,13 @@ def _plain(answer: Answer) -> tuple[Headers, bytes]:
     return fields, text
 
 
-def _trailers_only(answer: Answer) -> Headers:
+def _trailers_only(answer: Answer, line: str) -> Headers:
     """An answer of the proxy's own in gRPC (C3)."""
     return [
         (b":status", b"200"),
         (b"content-type", b"application/grpc"),
         (b"grpc-status", b"%d" % answers.grpc_status(answer)),
-        (b"grpc-message", encode_grpc_message(f"meshlocal: {answer.text}")),
+        (b"grpc-message", encode_grpc_message(f"meshlocal: {line}")),
         (b"x-meshlocal-error", answer.reason.encode()),
     ]
 
@@ -820,12 +831,16 @@ class H2ClientLink(Link):
         """For a task of a stream's."""
         return Wakeup(self._wakes)
 
+    @property
+    def scheme(self) -> str:
+        """See `ClientStream`."""
+        return "http" if self.pipe.plain is not None else "https"
+
     def forwarded(self, head: RequestHead) -> tuple[tuple[bytes, bytes], ...]:
         """The X-Forwarded-For and -Proto fields to append to a request."""
         if not self._forwarded:
             host = self.peer[0] if isinstance(self.peer, tuple) else "unknown"
-            scheme = b"http" if self.pipe.plain is not None else b"https"
-            self._forwarded = ((b"x-forwarded-for", host.encode()), (b"x-forwarded-proto", scheme))
+            self._forwarded = ((b"x-forwarded-for", host.encode()), (b"x-forwarded-proto", self.scheme.encode()))
         if isinstance(head, Http2RequestHead) and any(name == b"x-forwarded-proto" for name, _ in head.fields):
             return self._forwarded[:1]
         return self._forwarded

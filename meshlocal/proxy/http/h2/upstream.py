@@ -109,7 +109,7 @@ class H2Upstream:
         self.client.upstream = self
         request.began = self.moved = now
         request.enter_instance()
-        fields = self.client.fields(head, self.service.state.key)
+        fields = self.client.fields(head, self.service.state.key, request.own_fields())
         if head.timeout is not None:
             fields = with_timeout(fields, format_timeout(max(request.deadline - now, 0.0)))
         end = body is None or (body.ended and not body.size and not body.trailers)

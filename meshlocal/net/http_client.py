@@ -1,4 +1,4 @@
-"""One GET over HTTP/1.1 (RFC 9112), with TLS, and nothing more: what a list and a watch need.
+"""One request over HTTP/1.1 (RFC 9112), with TLS, and nothing more: what a list, a watch and an export need.
 
 A connection serves one request. The answer's body is read piece by piece, however it is framed, and an end that the
 framing did not announce is an error: a cut is never passed off as an end. Deadlines are the caller's cancel scopes;
@@ -14,13 +14,12 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import httptools
 import msgspec
 import trio
 
-from meshlocal.discovery.kubernetes.connect_proxy import ConnectProxy
 from meshlocal.policy.addresses import format_host_port
 
 MAX_HEAD = 65536
@@ -33,6 +32,20 @@ _Stream: TypeAlias = "trio.SocketStream | trio.SSLStream[trio.SocketStream]"
 
 class HttpError(Exception):
     """The peer speaks no HTTP/1.1 that can be used, or the connection ended before its answer did."""
+
+
+class ConnectProxy(NamedTuple):
+    """A proxy that is asked to CONNECT.
+
+    Attributes:
+        host: its name or address.
+        port: 1 to 65535.
+        authorization: its Proxy-Authorization header; empty: none.
+    """
+
+    host: str
+    port: int
+    authorization: str
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -151,13 +164,17 @@ class Response:
 
 
 @asynccontextmanager
-async def get(origin: Origin, target: str, headers: Mapping[str, str]) -> AsyncIterator[Response]:
-    """Send a GET request, and wait for the answer's head.
+async def send(
+    origin: Origin, method: str, target: str, headers: Mapping[str, str], body: bytes | None = None
+) -> AsyncIterator[Response]:
+    """Send a request, and wait for the answer's head.
 
     Args:
         origin: where to.
+        method: such as GET.
         target: path and query, encoded.
-        headers: beside Host, Connection and Accept-Encoding.
+        headers: beside Host, Connection, Accept-Encoding and Content-Length.
+        body: None: there is none.
 
     Raises:
         HttpError: the answer is no HTTP/1.1, or the proxy refused.
@@ -166,9 +183,11 @@ async def get(origin: Origin, target: str, headers: Mapping[str, str]) -> AsyncI
     """
     stream = await _connect(origin)
     try:
-        lines = [f"GET {target} HTTP/1.1", f"Host: {origin.authority}", "Connection: close"]
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {origin.authority}", "Connection: close"]
         lines.append("Accept-Encoding: identity")
-        await stream.send_all(_head(lines, headers))
+        if body is not None:
+            lines.append(f"Content-Length: {len(body)}")
+        await stream.send_all(_head(lines, headers) + (body or b""))
         response = Response(stream)
         await response._receive_head()
         yield response
