@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-restart \
-	bench-neighbours bench-attacks bench-resend bench-live-page \
+	bench-neighbours bench-attacks bench-resend bench-live-page bench-observed \
 	bench-policy bench-kubernetes protos reference screenshots docs lock clean
 
 demo: $(VENV)/run.stamp
@@ -47,6 +47,7 @@ check: $(VENV)/dev.stamp $(VENV)/docs.stamp
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_protos.py --check
 	$(BIN)/python tools/generate_reference.py --check
+	$(BIN)/python tools/generate_monitoring.py --check
 	$(BIN)/python tools/check_manifests.py
 	$(BIN)/hadolint deploy/container/Containerfile
 	$(BIN)/python tools/build_site.py
@@ -111,7 +112,11 @@ bench-resend: $(VENV)/run.stamp
 bench-kubernetes: $(VENV)/run.stamp
 	$(BIN)/python -m bench.kubernetes
 
-# What the proxy's page costs traffic, and whether it is smooth.
+# What it costs to be seen: traces, ids, metrics of each instance, a page and a tap.
+bench-observed: $(VENV)/run.stamp
+	$(BIN)/python -m bench.observed
+
+# What the proxy's page costs: the longest step of making its data, and how smooth it is in a browser.
 bench-live-page: $(VENV)/dev.stamp
 	PYTHONPATH=. $(BIN)/python -m bench.live_page
 
@@ -134,6 +139,7 @@ protos: $(VENV)/dev.stamp
 # Pages of docs/ that are made from the code.
 reference: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_reference.py
+	$(BIN)/python tools/generate_monitoring.py
 
 # Pictures of pages in docs/images, by Debian's chromium.
 screenshots: $(VENV)/dev.stamp

@@ -81,11 +81,13 @@ class Running(NamedTuple):
     Attributes:
         pid: its process.
         ports: on 127.0.0.1, by service.
+        admin: the port of meshlocal's pages; 0 for others.
     """
 
     name: str
     pid: int
     ports: Mapping[str, int]
+    admin: int = 0
 
 
 class Peer(NamedTuple):
@@ -443,30 +445,42 @@ def _missing_envoy(job: Job) -> str:
 
 
 @contextmanager
-def _start_meshlocal(folder: Path, job: Job, *, name: str = "meshlocal", checkout: Path = ROOT) -> Iterator[Running]:
-    """As it runs in production: fed by a discovery server, with its admin address."""
+def start_meshlocal(
+    folder: Path, job: Job, *, name: str = "meshlocal", checkout: Path = ROOT, config: str = ""
+) -> Iterator[Running]:
+    """As it runs in production: fed by a discovery server, with its admin address.
+
+    Args:
+        folder: its own.
+        job: what it has to do.
+        name: what tables call it.
+        checkout: where it stands.
+        config: YAML of a job without TLS, beside what the job needs.
+    """
     file = folder / "instances.yaml"
     instances_file(file, job.services)
     scheme = "http" if job.http else "tcp" if job.tls is None else "tls"
-    config = ["--config", str(_meshlocal_tls(folder, job.tls))] if job.tls is not None else []
+    if job.tls is not None:
+        config = _meshlocal_tls(job.tls)
+    if config:
+        (folder / "proxy.yaml").write_text(config)
+    given = ["--config", str(folder / "proxy.yaml")] if config else []
     discovery = meshlocal("discovery", "--bind", "127.0.0.1:0", "--source", f"file:{file}", checkout=checkout)
     with discovery as (_, line):
         url = f"grpc://127.0.0.1:{port_in(line, DISCOVERY_PORT)}"
         listen = [part for service in job.services for part in ("--listen", f"{scheme}://127.0.0.1:0={service}")]
-        flags = ["--discovery", url, *listen, "--admin", "127.0.0.1:0", *config]
+        flags = ["--discovery", url, *listen, "--admin", "127.0.0.1:0", *given]
         with meshlocal("proxy", *flags, node=OWN_NODE, checkout=checkout) as (process, line):
             ports = {service: port_in(line, rf"{scheme}://127\.0\.0\.1:(\d+)={service}\b") for service in job.services}
-            yield Running(name, process.pid, ports)
+            yield Running(name, process.pid, ports, port_in(line, r"admin=http://127\.0\.0\.1:(\d+)"))
 
 
-def _meshlocal_tls(folder: Path, tls: Tls) -> Path:
+def _meshlocal_tls(tls: Tls) -> str:
     own = f"certificate_file: {tls.certificate}, key_file: {tls.key}"
     services = ", ".join(
         f"{name}: {{tls: {{ca_file: {tls.authority}, server_name: {tls.name}}}}}" for name in tls.onward
     )
-    config = folder / "proxy.yaml"
-    config.write_text(f"proxy: {{tls: {{{own}, min_version: '1.2'}}, services: {{{services}}}}}\n")
-    return config
+    return f"proxy: {{tls: {{{own}, min_version: '1.2'}}, services: {{{services}}}}}\n"
 
 
 DISCOVERY_PORT = r"grpc://127\.0\.0\.1:(\d+)"
@@ -474,10 +488,10 @@ DISCOVERY_PORT = r"grpc://127\.0\.0\.1:(\d+)"
 HAPROXY = Peer("HAProxy", _missing_haproxy, _start_haproxy)
 NGINX = Peer("nginx", _missing_nginx, _start_nginx)
 ENVOY = Peer("Envoy", _missing_envoy, _start_envoy)
-MESHLOCAL = Peer("meshlocal", lambda job: "", _start_meshlocal)
+MESHLOCAL = Peer("meshlocal", lambda job: "", start_meshlocal)
 PEERS = (HAPROXY, NGINX, ENVOY, MESHLOCAL)
 
 
 def of_checkout(name: str, checkout: Path) -> Peer:
     """meshlocal as it stands in another checkout."""
-    return Peer(name, lambda job: "", partial(_start_meshlocal, name=name, checkout=checkout))
+    return Peer(name, lambda job: "", partial(start_meshlocal, name=name, checkout=checkout))

@@ -1,9 +1,10 @@
-"""Build every kustomization in deploy/kubernetes, and check what comes out: one line for each thing wrong.
+"""Build every kustomization in deploy, and check what comes out: one line for each thing wrong.
 
 Each manifest is checked against the schemas of every Kubernetes version from OLDEST to the newest that
 kubernetes-validate carries, strictly, and against the rules of manifest_rules.py and manifest_commands.py. Objects of
 cert-manager are checked against tools/schemas/cert-manager.json: what its custom resource definitions (1.21, v1) say of
-a `spec`, without the kinds of issuer that nothing here uses.
+a `spec`, without the kinds of issuer that nothing here uses; those of the Prometheus operator against
+tools/schemas/prometheus-operator.json: the same of its (0.82 and newer, v1), without what has to do with credentials.
 Components are built on top of base/discovery.
 """
 
@@ -28,11 +29,13 @@ import meshlocal
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = ROOT / "deploy" / "kubernetes"
+MONITORING = ROOT / "deploy" / "monitoring"
 BASE = Path("base/discovery")
 OLDEST = "1.29"
 """The first version in which a sidecar is an init container without a feature gate."""
-CERT_MANAGER = "cert-manager.io/v1"
-CERT_MANAGER_SCHEMAS = Path(__file__).resolve().parent / "schemas" / "cert-manager.json"
+SCHEMAS = Path(__file__).resolve().parent / "schemas"
+CUSTOM = {"cert-manager.io/v1": "cert-manager.json", "monitoring.coreos.com/v1": "prometheus-operator.json"}
+"""Where the schemas of custom resources are, by their API version."""
 KUBECTL = Path(sys.executable).with_name("kubectl")
 
 
@@ -83,10 +86,23 @@ def build_all(manifests: Path) -> tuple[list[Build], list[str]]:
     return builds, findings
 
 
+def build_monitoring() -> tuple[list[Build], list[str]]:
+    """deploy/monitoring on top of the discovery server that it watches, likewise."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(MANIFESTS / BASE, Path(folder, "discovery"))
+        shutil.copytree(MONITORING, Path(folder, "monitoring"))
+        both = {"resources": ["discovery", "monitoring"]}
+        Path(folder, "kustomization.yaml").write_text(json.dumps(both))
+        try:
+            return [Build("monitoring", kustomize(Path(folder)), meshlocal.__version__)], []
+        except ValueError as error:
+            return [], [f"monitoring: cannot be built: {error}"]
+
+
 def schema_problem(document: dict[str, Any], version: str) -> str | None:
     """What the schema of the version has against a manifest."""
-    if document["apiVersion"] == CERT_MANAGER:
-        return _cert_manager_problem(document)
+    if document["apiVersion"] in CUSTOM:
+        return _custom_problem(document)
     try:
         kubernetes_validate.validate(document, version, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -97,10 +113,11 @@ def schema_problem(document: dict[str, Any], version: str) -> str | None:
     return None
 
 
-def _cert_manager_problem(document: dict[str, Any]) -> str | None:
-    schema = json.loads(CERT_MANAGER_SCHEMAS.read_text()).get(document["kind"])
+def _custom_problem(document: dict[str, Any]) -> str | None:
+    version = document["apiVersion"]
+    schema = json.loads((SCHEMAS / CUSTOM[version]).read_text()).get(document["kind"])
     if schema is None:
-        return f"no {document['kind']} of {CERT_MANAGER} is known"
+        return f"no {document['kind']} of {version} is known"
     for error in jsonschema.Draft7Validator(schema).iter_errors(document.get("spec", {})):
         return f"{'.'.join(['spec', *map(str, error.absolute_path)])}: {error.message}"
     return None
@@ -109,6 +126,9 @@ def _cert_manager_problem(document: dict[str, Any]) -> str | None:
 def check(manifests: Path = MANIFESTS) -> tuple[list[str], int]:
     """Every finding, once; and how many manifests there are."""
     builds, findings = build_all(manifests)
+    if manifests == MANIFESTS:
+        more, problems = build_monitoring()
+        builds, findings = builds + more, findings + problems
     seen: set[str] = set()
     for build in builds:
         for document in build.documents:

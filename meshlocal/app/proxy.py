@@ -218,7 +218,7 @@ class ProxyProcess:
         from meshlocal.proxy.http.forwarder import HttpForwarder
 
         self.http = self._servers["http"] = HttpForwarder(self.services, config, self.supervision, self._rng)
-        self._observe(config)
+        self._observe()
         self._serve_tls("https", self.http)
         if self._lifetime is not None:
             self._lifetime.start_soon(self.http.run)
@@ -239,14 +239,10 @@ class ProxyProcess:
         found: dict[str, Value] = {"service.version": meshlocal.__version__, "service.instance.id": caller.name}
         return {**found, "host.name": gethostname(), "meshlocal.node": caller.node}
 
-    def _observe(self, config: ProxyConfig) -> None:
+    def _observe(self) -> None:
         """Have the exporter told of HTTP requests that are traced, once there are both."""
-        if self.exporter is None or self.http is None or self.http.traced is not None:
-            return
-        from meshlocal.proxy.http.traced import TracedRequests
-
-        self.http.traced = TracedRequests(self.exporter.add)
-        self.http.reconfigure(config)
+        if self.exporter is not None and self.http is not None:
+            self.http.shared.traced = self.exporter.ended
 
     def _export(self, lifetime: trio.Nursery) -> None:
         """Export spans from now on, once there are some."""
@@ -495,7 +491,7 @@ class ProxyProcess:
         if self.http is not None:
             self.http.reconfigure(proxy)
         self._serve_http(proxy)
-        self._observe(proxy)
+        self._observe()
         if self._lifetime is not None:
             self._check_health(self._lifetime, proxy)
             self._return_connections(self._lifetime, proxy)
@@ -552,7 +548,6 @@ def import_parts(config: ProxyConfig) -> None:
         import meshlocal.proxy.returning
     if config.tracing.endpoint is not None:
         import meshlocal.app.tracing
-        import meshlocal.proxy.http.traced
 
 
 def freeze_garbage_collector() -> None:

@@ -315,6 +315,11 @@ class ProxyCollector(Collector):
             "1 while nothing is known, or what is known comes from the cache file, unconfirmed.",
             feed.unconfirmed,
         )
+        yield gauge(
+            "meshlocal_snapshot_missing",
+            "1 while nothing is known: no discovery server was heard yet, and there is no cache file.",
+            feed.confirmed_at is None,
+        )
         for name, text, count in (
             ("meshlocal_discovery_reconnects", "Connections to discovery lost, or not made.", feed.reconnects),
             ("meshlocal_discovery_refused_instances", "Instances refused as malformed.", feed.refused_instances),

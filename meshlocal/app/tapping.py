@@ -54,24 +54,26 @@ class Tap:
         self._skipped = 0
         self._second = now
         self._taken = 0
-        state.told.follow(self.ended)
+        state.told.follow(self)
 
-    def ended(self, request: EndedRequest) -> None:
-        """See `Follower.ended`."""
-        now = request.ended
+    def wants(self, now: float, reason: str, stumbled: bool) -> bool:
+        """See `Follower.wants`."""
         if now > self.until:
             self.close()
-            return
-        chosen = (self._left and bool(request.reason)) or (self._failed and request.stumbled)
-        if not chosen and (self._left or self._failed):
-            return
+            return False
+        if (self._left or self._failed) and not ((self._left and reason) or (self._failed and stumbled)):
+            return False
         if now - self._second >= 1:
             self._second, self._taken = now, 0
         if self._taken < PER_SECOND and len(self._held) < HELD:
             self._taken += 1
-            self._held.append(request)
-        else:
-            self._skipped += 1
+            return True
+        self._skipped += 1
+        return False
+
+    def ended(self, request: EndedRequest) -> None:
+        """See `Follower.ended`."""
+        self._held.append(request)
 
     def take(self, now: float) -> tuple[list[EndedRequest], int]:
         """What it holds, and how many were left out since it was last asked."""
@@ -83,7 +85,7 @@ class Tap:
 
     def close(self) -> None:
         """Follow no longer."""
-        self.state.told.leave(self.ended)
+        self.state.told.leave(self)
 
 
 class Taps:

@@ -26,7 +26,8 @@ from meshlocal.net.token_file import read_token
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.policy.config_tracing import TracingConfig
 from meshlocal.policy.steps import Steps
-from meshlocal.proxy.http.traced import TracedRequest
+from meshlocal.proxy.http.record import HttpRecord
+from meshlocal.proxy.http.traced import TracedRequest, traced_request
 from meshlocal.wire.otlp import CONTENT_TYPE, Value, encode_spans, rejected
 
 _log = get_log(__name__)
@@ -51,6 +52,9 @@ FLUSH_LIMIT = 2.0
 
 ANSWER_LIMIT = 65536
 """Bytes of an answer that are read."""
+
+_SLICE = 0.0002
+"""Seconds that spans are encoded for in a row: a batch takes milliseconds, in which requests want many turns."""
 
 _BACKOFF_FIRST, _BACKOFF_MOST = 1.0, 30.0
 
@@ -135,6 +139,11 @@ class Exporter:
         self._many = trio.Event()
         self._problem = RateLimited(_log, logging.WARNING, "spans not exported", interval=_WARNING_INTERVAL)
 
+    def ended(self, record: HttpRecord, now: float) -> None:
+        """A request ended, at this moment by its clock."""
+        if record.mark is not None and record.mark.trace is not None:
+            self.add(traced_request(record, record.mark.trace, now))
+
     def add(self, request: TracedRequest) -> None:
         """Take a request that ended."""
         if len(self._queue) >= QUEUE:
@@ -173,7 +182,7 @@ class Exporter:
         if not batch:
             return
         try:
-            body = await in_slices(self._encode(batch))
+            body = await in_slices(self._encode(batch), _SLICE)
             await self._send(body, batch, tries)
         except BaseException:
             # Most likely it was cancelled: who flushes has another try.

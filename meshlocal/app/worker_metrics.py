@@ -26,6 +26,7 @@ MERGED_BY: Mapping[str, Callable[[Iterable[float]], float]] = {
     "meshlocal_discovery_connected": min,
     "meshlocal_snapshot_age_seconds": max,
     "meshlocal_snapshot_stale": max,
+    "meshlocal_snapshot_missing": max,
     "meshlocal_connections_open": sum,
     "meshlocal_instance_under_way": sum,
     "meshlocal_requests_waiting": sum,

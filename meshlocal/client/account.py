@@ -323,8 +323,10 @@ class Account(Search):
             if now is not None:
                 told = state.told
                 failed = outcome not in _WELL or self.is_server_fault
-                if failed or reason or self.failures or told.followers or log.tells_all:
-                    told.add(self._ended(state, outcome, now, failed))
+                stumbled = failed or bool(self.failures)
+                wanting = told.wanting(now, reason, stumbled) if told.followers else ()
+                if stumbled or reason or wanting or log.tells_all:
+                    told.add(self._ended(state, outcome, now, failed), wanting)
         if not (hold or self._released):
             self._released = True
             if self._instance is not None:

@@ -6,8 +6,8 @@ A request costs nothing here as long as it stays in the first tier, comes to a g
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 from meshlocal.client.tried import attempt_text, in_a_row
 from meshlocal.net.log import get_log
@@ -113,8 +113,22 @@ class EndedRequest(NamedTuple):
         return self.started + self.seconds
 
 
-Follower = Callable[[EndedRequest], None]
-"""Is told of each request of a service. It may neither raise nor wait."""
+class Follower(Protocol):
+    """Is told of requests of a service. It may neither raise nor wait."""
+
+    def wants(self, now: float, reason: str, stumbled: bool) -> bool:
+        """Whether it is to be told of a request that ends now. Asked once of each, before anything is made of it.
+
+        Args:
+            now: by the clock of requests.
+            reason: why it left the first tier; empty if it did not.
+            stumbled: it failed, or an attempt of it did.
+        """
+        ...
+
+    def ended(self, request: EndedRequest) -> None:
+        """A request ended that it wants."""
+        ...
 
 
 class Told:
@@ -131,12 +145,16 @@ class Told:
         self.recent: deque[EndedRequest] = deque(maxlen=KEPT)
         self.followers: tuple[Follower, ...] = ()
 
-    def add(self, request: EndedRequest) -> None:
-        """Keep a request if it is worth a look, and tell of it."""
+    def wanting(self, now: float, reason: str, stumbled: bool) -> list[Follower]:
+        """Those who are to be told of a request; see `Follower.wants`."""
+        return [follower for follower in self.followers if follower.wants(now, reason, stumbled)]
+
+    def add(self, request: EndedRequest, wanting: Iterable[Follower]) -> None:
+        """Keep a request if it is worth a look, and tell those of it who want it."""
         if request.stumbled or request.reason:
             self.recent.append(request)
-        for follower in self.followers:
-            follower(request)
+        for follower in wanting:
+            follower.ended(request)
         if log.tells_all:
             _tell(request)
 

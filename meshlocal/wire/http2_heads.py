@@ -241,7 +241,7 @@ def with_own(fields: Headers, head: RequestHead, own: OwnFields) -> Headers:
     """A request's fields with those that it alone gets."""
     if own.cut and head.marked:
         fields = [field for field in fields if field[0] not in own.cut]
-    return [*fields, *own.add]
+    return [*fields, *own.fields()]
 
 
 def with_timeout(fields: Headers, timeout: bytes) -> Headers:

@@ -56,7 +56,8 @@ class Proxy:
             1 + retried,
             (attempt,) * retried,
         )
-        self.state.told.add(request)
+        told = self.state.told
+        told.add(request, told.wanting(request.ended, request.reason, request.stumbled))
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_what_is_held_is_bounded(proxy: Proxy) -> None:
         for _ in range(PER_SECOND):
             proxy.serve()
             [tap] = proxy.state.told.followers
-            tap.__self__.until = proxy.now + PATIENCE  # type: ignore[attr-defined]  # as if it were asked for nothing
+            tap.until = proxy.now + PATIENCE  # type: ignore[attr-defined]  # as if it were asked for nothing
     *told, skipped = proxy.poll()
     assert len(told) == HELD
     assert skipped["skipped"] == 3 * PER_SECOND

@@ -61,6 +61,12 @@ def served_elsewhere(state: ServiceState) -> None:
 class Listener:
     def __init__(self) -> None:
         self.heard: list[EndedRequest] = []
+        self.asked: list[tuple[float, str, bool]] = []
+        self.listens = True
+
+    def wants(self, now: float, reason: str, stumbled: bool) -> bool:
+        self.asked.append((now, reason, stumbled))
+        return self.listens
 
     def ended(self, request: EndedRequest) -> None:
         self.heard.append(request)
@@ -139,16 +145,20 @@ def test_of_many_attempts_the_first_and_the_last_are_kept() -> None:
 @pytest.mark.parametrize(("serve", "stumbled"), [(served_nearby, False), (served_elsewhere, True)])
 def test_who_follows_hears_of_each_until_he_leaves(serve: Callable[[ServiceState], None], stumbled: bool) -> None:
     state, listener, other = service(), Listener(), Listener()
-    state.told.follow(listener.ended)
-    state.told.follow(other.ended)
+    state.told.follow(listener)
+    state.told.follow(other)
     serve(state)
-    state.told.leave(listener.ended)
-    state.told.leave(listener.ended)
+    state.told.leave(listener)
+    state.told.leave(listener)
     serve(state)
     assert [each.stumbled for each in listener.heard] == [stumbled]
     assert [each.stumbled for each in other.heard] == [stumbled, stumbled]
     assert not any(each.failed for each in other.heard)
     assert other.heard[0].asked.protocol == "tcp"
+    assert [(each.ended, each.reason, each.stumbled) for each in other.heard] == other.asked
+    other.listens = False
+    serve(state)
+    assert (len(other.asked), len(other.heard)) == (3, 2)
 
 
 def test_at_debug_each_request_has_a_line(caplog: pytest.LogCaptureFixture) -> None:

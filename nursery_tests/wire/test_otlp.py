@@ -99,7 +99,7 @@ def test_a_root_that_went_well() -> None:
 def test_many_are_encoded_in_steps() -> None:
     """P1: others have their turn in between."""
     steps = encode_spans({}, ("meshlocal", "1"), [SPAN] * 100)
-    assert sum(1 for _ in steps) == 100 // 16 + 1
+    assert sum(1 for _ in steps) == 100 // 8 + 1
 
 
 @pytest.mark.parametrize(

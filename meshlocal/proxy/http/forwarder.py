@@ -28,7 +28,6 @@ from meshlocal.proxy.http.connection import ClientConnection
 from meshlocal.proxy.http.h1.client import DRAIN_GRACE
 from meshlocal.proxy.http.h2.client import H2Client
 from meshlocal.proxy.http.marks import RandomBits
-from meshlocal.proxy.http.record import Observer
 from meshlocal.proxy.http.service import HttpService
 from meshlocal.proxy.http.shared import HttpShared
 
@@ -58,7 +57,6 @@ class HttpForwarder:
 
     Attributes:
         shared: what the connections share.
-        traced: is told of requests that are traced, once the configuration has some be; None: nobody is.
     """
 
     def __init__(
@@ -76,7 +74,6 @@ class HttpForwarder:
         self._busy = trio.Event()
         """There is something to sweep."""
         self._shed_again = -math.inf
-        self.traced: Observer | None = None
         self._observe(config)
 
     def __len__(self) -> int:
@@ -97,10 +94,7 @@ class HttpForwarder:
         return self.shared.services
 
     def _observe(self, config: ProxyConfig) -> None:
-        observers: list[Observer] = [HttpAccessLog()] if config.access_log else []
-        if self.traced is not None and config.tracing.endpoint is not None:
-            observers.append(self.traced)
-        self.shared.observers = tuple(observers)
+        self.shared.observers = (HttpAccessLog(),) if config.access_log else ()
 
     def accepting(self) -> AbstractContextManager[None]:
         """See `Server.accepting`."""

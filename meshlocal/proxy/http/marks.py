@@ -20,7 +20,10 @@ ID_TOLD = 128
 
 _CUT_PARENT = frozenset({b"traceparent"})
 _CUT_STATE = frozenset({b"traceparent", b"tracestate"})
-_CUT_ID = frozenset({b"x-request-id"})
+_ID_NAME = b"x-request-id"
+_ID = _ID_NAME + b": "
+_CUT_ID = frozenset({_ID_NAME})
+_NO_CUT: frozenset[bytes] = frozenset()
 
 
 class RandomBits(Protocol):
@@ -54,41 +57,53 @@ class Trace(NamedTuple):
         """The span of an attempt, the first of which has the number 1."""
         return (self.span_id + number) & _SPANS or 1
 
-    def fields(self, number: int) -> tuple[bytes, bytes]:
-        """The field that tells an instance of its attempt."""
-        return b"traceparent", TraceParent(self.trace_id, self.attempt_id(number), self.flags).format()
+    def line(self, number: int) -> bytes:
+        """The field line that tells an instance of its attempt."""
+        return b"traceparent: %b\r\n" % TraceParent(self.trace_id, self.attempt_id(number), self.flags).format()
 
 
-class Mark:
+class Mark(OwnFields):
     """What one request gets.
 
     Attributes:
-        request_id: made here; empty: it came with one, or is not to have one.
         trace: None: it is not recorded.
     """
 
-    __slots__ = ("_told", "request_id", "trace")
+    __slots__ = ("_id_line", "trace")
 
-    def __init__(self, request_id: bytes, trace: Trace | None, *, told: bool) -> None:
-        self.request_id = request_id
+    def __init__(self, id_line: bytes, trace: Trace | None, told: bool) -> None:
+        """`id_line` has the id that was made here, empty: none was; `told`: instances get it."""
+        # Every request passes here that gets an id: no more is done than has to be.
+        self._id_line = id_line
         self.trace = trace
-        self._told = told
-
-    def fields(self, attempt: int) -> OwnFields:
-        """What an instance gets with an attempt, the first of which has the number 1."""
-        add: tuple[tuple[bytes, bytes], ...] = ()
-        cut: frozenset[bytes] = frozenset()
-        if self._told and self.request_id:
-            add, cut = ((b"x-request-id", self.request_id),), _CUT_ID
-        if self.trace is not None:
-            add = (*add, self.trace.fields(attempt))
+        if told:
+            self.lines = id_line
+            self.cut = _CUT_ID
+        else:
+            self.lines = b""
+            self.cut = _NO_CUT
+        if trace is not None:
             # What vendors say of a trace goes on with it (Trace Context, 3.3); one that begins here has none.
-            cut |= _CUT_PARENT if self.trace.parent_id else _CUT_STATE
-        return OwnFields(add, cut)
+            self.cut |= _CUT_PARENT if trace.parent_id else _CUT_STATE
+
+    @property
+    def request_id(self) -> bytes:
+        """The id that was made here; empty: it came with one, or is not to have one."""
+        return self._id_line[len(_ID) : -2]
+
+    def at(self, attempt: int) -> OwnFields:
+        """What an instance gets with an attempt, the first of which has the number 1; until that is asked again."""
+        if self.trace is not None:
+            told = self._id_line if _ID_NAME in self.cut else b""
+            self.lines = told + self.trace.line(attempt)
+        return self
 
 
 class Marker:
     """Marks requests as they begin.
+
+    An id has 32 digits: 20 that are drawn once, and a count. That is quicker than to draw each, and as unlikely to be
+    another's.
 
     Args:
         sampled: the share of requests without a trace whose trace begins here, from 0 to 1; None: nothing is recorded,
@@ -104,30 +119,37 @@ class Marker:
         self._sampled = sampled
         self._makes_ids = makes_ids
         self._rng = rng
+        self._random = rng.random
+        self._id_lines = _ID + b"%020x%%012x\r\n" % rng.getrandbits(80)
+        self._made = 0
         self.needed = makes_ids or sampled is not None
 
     def mark(self, head: RequestHead) -> Mark | None:
         """What a request gets as it begins; None: nothing."""
-        trace = self._trace(head) if self._sampled is not None else None
+        trace = None
+        # Every request passes here.
+        if self._sampled is not None and (head.trace_parent or self._random() < self._sampled):
+            trace = self._trace(head, self._sampled)
         if self._makes_ids and not head.request_id:
-            return Mark(self.new_id(), trace, told=True)
-        return Mark(b"", trace, told=False) if trace is not None else None
+            self._made = made = self._made + 1
+            return Mark(self._id_lines % made, trace, True)
+        return Mark(b"", trace, False) if trace is not None else None
 
     def identify(self, mark: Mark | None) -> Mark:
         """The same for a request that was not to have an id, and is to be told of with one."""
-        return Mark(self.new_id(), mark.trace if mark is not None else None, told=False)
+        self._made += 1
+        return Mark(self._id_lines % self._made, mark.trace if mark is not None else None, False)
 
-    def new_id(self) -> bytes:
-        """A request's id: 32 digits."""
-        return b"%032x" % self._rng.getrandbits(128)
-
-    def _trace(self, head: RequestHead) -> Trace | None:
-        parent = parse_traceparent(head.trace_parent) if head.trace_parent else None
+    def _trace(self, head: RequestHead, sampled: float) -> Trace | None:
+        """What is recorded: a trace that its caller records, or one that begins here; None: nothing."""
         rng = self._rng
-        if parent is not None:
-            return Trace(parent.trace_id, parent.parent_id, self._span(), parent.flags) if parent.is_sampled else None
-        if self._sampled is None or rng.random() >= self._sampled:
-            return None
+        if head.trace_parent:
+            parent = parse_traceparent(head.trace_parent)
+            if parent is not None:
+                own = self._span()
+                return Trace(parent.trace_id, parent.parent_id, own, parent.flags) if parent.is_sampled else None
+            if rng.random() >= sampled:
+                return None
         return Trace(rng.getrandbits(128) or 1, 0, self._span(), SAMPLED)
 
     def _span(self) -> int:

@@ -129,7 +129,10 @@ class HttpRequest(HttpRecord):
 
     def own_fields(self) -> OwnFields:
         """What the instance that is tried gets that others with this head do not."""
-        return self.mark.fields(self.attempts) if self.mark is not None else NO_FIELDS
+        mark = self.mark
+        if mark is None:
+            return NO_FIELDS
+        return mark if mark.trace is None else mark.at(self.attempts)
 
     def identify(self) -> bytes:
         """What it is called, for who tells its client of a failure: an id is made if it has none."""
@@ -281,6 +284,8 @@ class HttpRequest(HttpRecord):
             self.took(now - self.started)
         if self.outcome is _DRAINED:
             self.shared.drained += 1
+        if self.mark is not None and self.mark.trace is not None and self.shared.traced is not None:
+            self.shared.traced(self, now)
         for observer in self.shared.observers:
             observer.ended(self, now)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 
 import trio
 
@@ -47,6 +48,7 @@ class HttpShared:
         draining: connections end with their next response (S1).
         drained: requests that a drain cut (S1).
         observers: who is told of each request's end.
+        traced: is told of the end of those that are traced; None: nobody is.
         nursery: where shared connections to instances live.
     """
 
@@ -60,6 +62,7 @@ class HttpShared:
         self.draining = False
         self.drained = 0
         self.observers: tuple[Observer, ...] = ()
+        self.traced: Callable[[HttpRecord, float], None] | None = None
         self.nursery: trio.Nursery | None = None
         self._broken = RateLimited(_log, logging.WARNING, "http2 connection ended", interval=_WARNING_INTERVAL)
         self._failed = RateLimited(_log, logging.WARNING, "request failed", interval=_WARNING_INTERVAL)

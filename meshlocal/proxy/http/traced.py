@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from meshlocal.client.ended import Asked, FailedAttempt, kept_attempts
 from meshlocal.policy.model import Instance, ServiceKey
-from meshlocal.proxy.http.answers import Answer
 from meshlocal.proxy.http.marks import Trace
 from meshlocal.proxy.http.record import HttpRecord
 
@@ -60,46 +58,28 @@ class TracedRequest(NamedTuple):
     failures: tuple[FailedAttempt, ...]
 
 
-class TracedRequests:
-    """An `Observer` that tells of those that are traced.
-
-    Args:
-        tell: is told of each. It may neither raise nor wait.
-    """
-
-    def __init__(self, tell: Callable[[TracedRequest], None]) -> None:
-        self._tell = tell
-
-    def ended(self, record: HttpRecord, now: float) -> None:
-        """See `Observer.ended`."""
-        trace = record.mark.trace if record.mark is not None else None
-        if trace is None:
-            return
-        pick = record.pick
-        self._tell(
-            TracedRequest(
-                trace,
-                record.state.key if record.state is not None else None,
-                record.asked(),
-                record.scheme,
-                record.head.authority.decode("ascii", "replace"),
-                record.peer,
-                record.identity,
-                record.started,
-                now,
-                record.outcome,
-                record.grpc_status,
-                record.is_grpc,
-                record.is_server_fault,
-                record.tier,
-                record.reason,
-                record.error,
-                record.attempts,
-                pick.instance if pick is not None else None,
-                record.began,
-                kept_attempts(record.failures),
-            )
-        )
-
-    def refused(self, peer: object, answer: Answer) -> None:
-        """See `Observer.refused`: what is no request has no trace."""
+def traced_request(record: HttpRecord, trace: Trace, now: float) -> TracedRequest:
+    """What is told of a request that ended at this moment, by the clock of its start."""
+    pick = record.pick
+    return TracedRequest(
+        trace,
+        record.state.key if record.state is not None else None,
+        record.asked(),
+        record.scheme,
+        record.head.authority.decode("ascii", "replace"),
+        record.peer,
+        record.identity,
+        record.started,
+        now,
+        record.outcome,
+        record.grpc_status,
+        record.is_grpc,
+        record.is_server_fault,
+        record.tier,
+        record.reason,
+        record.error,
+        record.attempts,
+        pick.instance if pick is not None else None,
+        record.began,
+        kept_attempts(record.failures),
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import NamedTuple
 
 from meshlocal.wire.http1.errors import ProtocolError
 
@@ -55,16 +54,27 @@ _COMMON_OPTIONS = {
 }
 
 
-class OwnFields(NamedTuple):
+class OwnFields:
     """What the head of one request gets on its way to an instance that others with the same fields do not.
 
     Attributes:
-        add: names, in small letters, and values.
+        lines: whole field lines, with names in small letters.
         cut: names of fields that it must not have beside these.
     """
 
-    add: tuple[tuple[bytes, bytes], ...] = ()
-    cut: frozenset[bytes] = frozenset()
+    __slots__ = ("cut", "lines")
+
+    def __init__(self, lines: bytes = b"", cut: frozenset[bytes] = frozenset()) -> None:
+        self.lines = lines
+        self.cut = cut
+
+    def fields(self) -> list[tuple[bytes, bytes]]:
+        """The same, name by name."""
+        found = []
+        for line in self.lines.split(b"\r\n")[:-1]:
+            name, _, value = line.partition(b": ")
+            found.append((name, value))
+        return found
 
 
 NO_FIELDS = OwnFields()

@@ -44,9 +44,7 @@ def upstream_head(
             head.onward[key] = fields
     if own.cut and head.marked:
         fields = without(fields[:-2], own.cut) + b"\r\n"
-    if own.add:
-        fields = b"".join([b"%b: %b\r\n" % field for field in own.add]) + fields
-    return b"%b %b HTTP/1.1\r\n%b" % (head.method, head.target, fields)
+    return b"%b %b HTTP/1.1\r\n%b%b" % (head.method, head.target, own.lines, fields)
 
 
 def _fields_to_instance(head: RequestHead, extra: bytes, host: bytes, strip_forwarded: bool) -> bytes:

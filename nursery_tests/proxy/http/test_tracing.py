@@ -12,7 +12,8 @@ import trio
 from meshlocal.policy.addresses import CollectorUrl
 from meshlocal.policy.config_tracing import TracingConfig
 from meshlocal.proxy.http.marks import Marker, Trace
-from meshlocal.proxy.http.traced import TracedRequest, TracedRequests
+from meshlocal.proxy.http.record import HttpRecord
+from meshlocal.proxy.http.traced import TracedRequest, traced_request
 from meshlocal.wire.http1.request import MARKS, parse_request
 from nursery_tests.proxy.http.conftest import B, Proxy, Upstream, closes, resets, response, says
 from nursery_tests.proxy.http.h2 import CALL, GET, GRPC_OK, H2Instance, H2Wire, asking, h2_client
@@ -26,7 +27,13 @@ COLLECTOR = CollectorUrl("http", "127.0.0.1", 4318, "/v1/traces")
 def traced(proxy: Proxy) -> list[TracedRequest]:
     """What is recorded, with a collector configured; of requests without a trace all."""
     found: list[TracedRequest] = []
-    proxy.forwarder.traced = TracedRequests(found.append)
+
+    def ended(record: HttpRecord, now: float) -> None:
+        assert record.mark is not None
+        assert record.mark.trace is not None
+        found.append(traced_request(record, record.mark.trace, now))
+
+    proxy.forwarder.shared.traced = ended
     trace(proxy)
     return found
 
