@@ -28,7 +28,7 @@ ELSEWHERE = {
     "SECURITY.md": "reporting.md",
 }
 """Pages that are made from files outside docs/."""
-LANGUAGES = {".yaml": "yaml", ".proto": "protobuf", ".py": "python", ".service": "ini", ".sh": "sh"}
+LANGUAGES = {".yaml": "yaml", ".json": "json", ".proto": "protobuf", ".py": "python", ".service": "ini", ".sh": "sh"}
 
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 _FENCE = re.compile(r"^(```|~~~).*?^\1[ ]*$", re.MULTILINE | re.DOTALL)

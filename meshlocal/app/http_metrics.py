@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import trio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from meshlocal.app.proxy_metrics import SERVICES
+from meshlocal.client.latency import Latency
 from meshlocal.net.slices import pieces
+from meshlocal.net.wall_clock import wall_clock
 
 if TYPE_CHECKING:
     from meshlocal.proxy.http.forwarder import HttpForwarder
@@ -89,8 +93,19 @@ def _responses(services: Iterable[HttpService]) -> Iterator[Metric | None]:
             for (tier, reason, number), count in statistics.calls.items():
                 calls.add_metric([service.state.key, tier, reason, STATUS_NAMES[number]], count)
             for tier, times in service.state.statistics.responses.items():
-                latency.add_metric([service.state.key, tier], times.buckets(), times.total)
+                latency.add_metric([service.state.key, tier], _buckets(times), times.total)
     yield from (responses, calls, latency)
+
+
+def _buckets(times: Latency) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
+    """Buckets, some of them with a request that is traced. Only OpenMetrics has a place for that."""
+    found: list[tuple[str, float] | tuple[str, float, Exemplar]] = [*times.buckets()]
+    if times.exemplars:
+        offset = wall_clock() - trio.current_time()
+        for number, known in times.exemplars.items():
+            shown = Exemplar({"trace_id": known.trace_id}, known.seconds, known.at + offset)
+            found[number] = (*found[number][:2], shown)
+    return found
 
 
 def _retries(services: Iterable[HttpService]) -> Iterator[Metric | None]:

@@ -54,22 +54,32 @@ class Tap:
         self._skipped = 0
         self._second = now
         self._taken = 0
+        self._some = left or failed
+        self._rests_until = now
         state.told.follow(self)
 
     def wants(self, now: float, reason: str, stumbled: bool) -> bool:
         """See `Follower.wants`."""
+        if self._some and not ((self._left and reason) or (self._failed and stumbled)):
+            if now > self.until:
+                self.close()
+            return False
+        if now < self._rests_until:
+            # Of a busy service most come here.
+            self._skipped += 1
+            return False
         if now > self.until:
             self.close()
             return False
-        if (self._left or self._failed) and not ((self._left and reason) or (self._failed and stumbled)):
-            return False
         if now - self._second >= 1:
             self._second, self._taken = now, 0
-        if self._taken < PER_SECOND and len(self._held) < HELD:
-            self._taken += 1
-            return True
-        self._skipped += 1
-        return False
+        if len(self._held) >= HELD:
+            self._skipped += 1
+            return False
+        self._taken += 1
+        if self._taken >= PER_SECOND:
+            self._rests_until = self._second + 1
+        return True
 
     def ended(self, request: EndedRequest) -> None:
         """See `Follower.ended`."""

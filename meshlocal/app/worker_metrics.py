@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
+from prometheus_client.samples import Exemplar, Sample
 
 from meshlocal.app.proxy_metrics import exposed
 from meshlocal.app.worker_channel import Metrics
@@ -69,6 +69,7 @@ class Totals:
             measured: of each worker that answered, by its number. Those that did not count as when they last did.
         """
         gauges: dict[_Key, list[float]] = defaultdict(list)
+        exemplars: dict[_Key, Exemplar] = {}
         order: dict[str, Metric] = {}
         for number, metrics in measured.items():
             counts = self._last[number] = {}
@@ -81,6 +82,9 @@ class Totals:
                 else:
                     self._families.setdefault(metric.name, _empty(metric))
                     counts.update({_key(sample): sample.value for sample in metric.samples})
+                    exemplars.update(
+                        {_key(sample): sample.exemplar for sample in metric.samples if sample.exemplar is not None}
+                    )
         sums: dict[_Key, float] = defaultdict(float, self._ended)
         for counts in self._last.values():
             for key, value in counts.items():
@@ -90,7 +94,8 @@ class Totals:
         for key, values in gauges.items():
             found[names[key[0]]].samples.append(Sample(key[0], dict(key[1]), MERGED_BY[key[0]](values)))
         for (name, labels), value in sums.items():
-            found[names[name]].samples.append(Sample(name, dict(labels), value))
+            shown = exemplars.get((name, labels))
+            found[names[name]].samples.append(Sample(name, dict(labels), value, None, shown))
         return list(found.values())
 
 

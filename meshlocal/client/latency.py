@@ -5,9 +5,24 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds in seconds."""
+
+
+class Exemplar(NamedTuple):
+    """One that can be looked at: a request that is traced.
+
+    Attributes:
+        trace_id: of its trace, in 32 digits.
+        seconds: how long it took.
+        at: when it ended, by the clock of requests.
+    """
+
+    trace_id: str
+    seconds: float
+    at: float
 
 
 class Latency:
@@ -16,18 +31,26 @@ class Latency:
     Attributes:
         counts: how many fell into each bucket, and those beyond the last.
         total: all of them together, in seconds.
+        exemplars: the last request of a bucket that is traced, by the bucket's number; None: there never was one.
     """
 
-    __slots__ = ("counts", "total")
+    __slots__ = ("counts", "exemplars", "total")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.total = 0.0
+        self.exemplars: dict[int, Exemplar] | None = None
 
     def add(self, seconds: float) -> None:
         """Count one."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.total += seconds
+
+    def show(self, exemplar: Exemplar) -> None:
+        """Keep one that was counted, as an example of its bucket."""
+        if self.exemplars is None:
+            self.exemplars = {}
+        self.exemplars[bisect_left(BUCKETS, exemplar.seconds)] = exemplar
 
     def since(self, before: Sequence[int]) -> Latency:
         """Those that came after `counts` were so; its total is unknown, and 0.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import trio
 
+from meshlocal.client.latency import Exemplar
 from meshlocal.client.statistics import Outcome
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, decide
@@ -284,8 +285,12 @@ class HttpRequest(HttpRecord):
             self.took(now - self.started)
         if self.outcome is _DRAINED:
             self.shared.drained += 1
-        if self.mark is not None and self.mark.trace is not None and self.shared.traced is not None:
+        trace = self.mark.trace if self.mark is not None else None
+        if trace is not None and self.shared.traced is not None:
             self.shared.traced(self, now)
+            if service is not None:
+                seconds = now - self.started
+                service.state.statistics.responses[self.tier].show(Exemplar(self.trace_id, seconds, now))
         for observer in self.shared.observers:
             observer.ended(self, now)
 

@@ -9,8 +9,13 @@ from collections.abc import Mapping
 import pytest
 import trio
 
+from meshlocal.admin.messages import Request
+from meshlocal.admin.metrics_page import metrics_response
+from meshlocal.app.http_metrics import HttpCollector
+from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.addresses import CollectorUrl
 from meshlocal.policy.config_tracing import TracingConfig
+from meshlocal.policy.steps import finish
 from meshlocal.proxy.http.marks import Marker, Trace
 from meshlocal.proxy.http.record import HttpRecord
 from meshlocal.proxy.http.traced import TracedRequest, traced_request
@@ -305,3 +310,23 @@ def test_spans_of_attempts_are_never_nought() -> None:
     last = Trace(1, 0, 2**64 - 1, 1)
     assert last.attempt_id(1) == 1
     assert Trace(1, 0, 2**64 - 2, 1).attempt_id(1) == 2**64 - 1
+
+
+async def test_a_latency_leads_to_its_trace(proxy: Proxy, local: Upstream, traced: list[TracedRequest]) -> None:
+    """Where OpenMetrics is asked for: the last request of each bucket that is traced; nowhere else."""
+    await proxy.ask(traceparent=SAMPLED)
+    await proxy.ask(traceparent=UNSAMPLED)
+    await proxy.idle()
+    answers = {}
+    for accept in ("application/openmetrics-text;version=1.0.0", "text/plain"):
+        request = Request("GET", "/metrics", "", {"accept": accept})
+        answers[accept[:8]] = finish(metrics_response(request, [HttpCollector(lambda: proxy.forwarder)])).body.decode()
+    lines = [line for line in answers["applicat"].splitlines() if " # {" in line]
+    [line] = lines
+    assert line.startswith("meshlocal_http_request_seconds_bucket{")
+    shown = re.search(r'# \{trace_id="(\w+)"\} (\S+) (\S+)$', line)
+    assert shown is not None
+    assert shown[1] == TRACE
+    assert float(shown[2]) == pytest.approx(traced[0].ended - traced[0].started)
+    assert abs(float(shown[3]) - wall_clock()) < 60
+    assert " # {" not in answers["text/pla"]
