@@ -1,8 +1,8 @@
 """What it costs to be seen: `python -m bench.observed`, which needs wrk, nginx and curl.
 
-Three proxies over the same upstream take turns. One is as it starts by default. The second has all that looks on:
-traces of one request in a hundred to a collector, an id for each request, metrics of each instance, a scrape every five
-seconds, an open page and an open tap. The third records every request, and nothing else.
+Proxies over the same upstream take turns. One is as it starts by default. The second has all that looks on: traces of
+one request in a hundred to a collector, metrics of each instance, a scrape every five seconds, an open page and an open
+tap. The third gives each request an id, which its instance has to read, and nothing else; the fourth records every one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.machine import ROOT, describe
 from bench.peers import Job, Peer, Running, start_meshlocal, started
 from bench.rounds import Measured, Row, number, ratio, take_turns, values
 
-OFF, ON, ALL = "off", "on", "every request traced"
+OFF, ON, IDS, ALL = "off", "on", "ids", "every request traced"
 TOLERATED = 0.95
 """Throughput with all of it on, at least, as a share of that without."""
 
@@ -92,15 +92,13 @@ def _start(folder: Path, job: Job, *, name: str, config: str, looked_at: bool) -
 
 
 def sides(url: str) -> Sequence[Peer]:
-    """The three, given the collector's URL."""
-    on = (
-        f"proxy: {{tracing: {{endpoint: '{url}', sample_percent: 1}}, metrics: {{instances: true}},"
-        " http: {request_id: make}}\n"
-    )
+    """All of them, given the collector's URL."""
+    on = f"proxy: {{tracing: {{endpoint: '{url}', sample_percent: 1}}, metrics: {{instances: true}}}}\n"
+    ids = "proxy: {http: {request_id: make}}\n"
     every = f"proxy: {{tracing: {{endpoint: '{url}', sample_percent: 100}}}}\n"
     return [
         Peer(name, lambda job: "", partial(_start, name=name, config=config, looked_at=looked_at))
-        for name, config, looked_at in ((OFF, "", False), (ON, on, True), (ALL, every, False))
+        for name, config, looked_at in ((OFF, "", False), (ON, on, True), (IDS, ids, False), (ALL, every, False))
     ]
 
 
@@ -113,7 +111,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Measured]:
             for name in ROWS:
                 part: Any = tcp if name == "tcp" else http
                 # What is traced is HTTP.
-                chosen = peers[turn % 3 :] + peers[: turn % 3] if name == "http" else peers[:2]
+                chosen = peers[turn % 4 :] + peers[: turn % 4] if name == "http" else peers[:2]
                 with ExitStack() as stack:
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshlocal-bench-")))
                     job, _ = stack.enter_context(part.upstreams(folder / "up" if name == "http" else folder))
@@ -128,7 +126,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Measured]:
 
 def table(name: str, measured: Measured, rows: Sequence[Row]) -> str:
     """Medians, with the ratios to those of the proxy by default."""
-    names = [OFF, ON, ALL] if name == "http" else [OFF, ON]
+    names = [OFF, ON, IDS, ALL] if name == "http" else [OFF, ON]
     lines = []
     for row in rows:
         cells = []

@@ -14,6 +14,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from meshlocal.net.log import _flows
+
 # The same examples every time, and no test that fails because the machine is busy. `make fuzz` looks for new ones.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
@@ -59,6 +61,8 @@ def _log_level_restored() -> Iterator[Any]:
     """A process that starts in a test sets the level of the project's loggers, and would hide later tests' lines."""
     logger = logging.getLogger("meshlocal")
     before = logger.level
+    # Nor may what one logs again and again keep another's lines out.
+    _flows.clear()
     yield
     logger.setLevel(before)
 

@@ -127,8 +127,8 @@ def check(manifests: Path = MANIFESTS) -> tuple[list[str], int]:
     """Every finding, once; and how many manifests there are."""
     builds, findings = build_all(manifests)
     if manifests == MANIFESTS:
-        more, problems = build_monitoring()
-        builds, findings = builds + more, findings + problems
+        more, others = build_monitoring()
+        builds, findings = builds + more, findings + others
     seen: set[str] = set()
     for build in builds:
         for document in build.documents:

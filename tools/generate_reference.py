@@ -15,6 +15,7 @@ import msgspec.inspect as schema
 import trio
 from prometheus_client.core import Metric
 from reference_errors import errors_page, interface_page
+from reference_log import log_page
 
 from meshlocal.app.config_loader import PREFIX
 from meshlocal.cli.main import cli
@@ -289,6 +290,7 @@ def main() -> None:
         "command-line.md": command_line(),
         "metrics.md": trio.run(metrics),
         "errors.md": errors_page(),
+        "log.md": log_page(),
         "discovery-interface.md": interface_page(),
     }
     if sys.argv[1:] == ["--check"]:

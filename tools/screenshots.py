@@ -38,9 +38,13 @@ async def make(chromium: str, folder: Path) -> None:
             f"{{address: 127.0.0.1, port: {port}, labels: {{node: {node}}}}}" for node, port in ports.items()
         )
         processes.write("instances.yaml", f"services: {{cache: [{rows}], flags: [{rows}], payments: [{rows}]}}")
+        server = await processes.meshlocal(
+            *("discovery", "--bind", "127.0.0.1:0", "--source", "file:instances.yaml", "--admin", "127.0.0.1:0")
+        )
+        found = await server.printed(r"(grpc://\S+).* admin=(\S+)", "out")
         names = ("cache", "flags", "payments")
         proxy = await processes.meshlocal(
-            *("proxy", "--discovery", "file:instances.yaml", "--admin", "127.0.0.1:0", "--node-name", "n1"),
+            *("proxy", "--discovery", found[1], "--admin", "127.0.0.1:0", "--node-name", "n1"),
             *(f"--listen=tcp://127.0.0.1:0={name}" for name in names),
         )
         ready = await proxy.printed(r"=(?:cache).*:(\d+)=flags.*:(\d+)=payments.*admin=(\S+)", "out")
@@ -56,6 +60,17 @@ async def make(chromium: str, folder: Path) -> None:
                     await here.ask("127.0.0.1", port)
                 await trio.sleep(0.03)
             await tab.screenshot(IMAGES / "proxy-page.png")
+            for node in ("n4", "n1"):
+                # One on a node that has an instance, and one on a node without.
+                other = await processes.meshlocal(
+                    *("proxy", "--discovery", found[1], "--node-name", node, "--admin", "127.0.0.1:0"),
+                    "--listen=tcp://127.0.0.1:0=cache",
+                )
+                await other.printed("ready", "out")
+            await tab.size(SIZE[0], 900)
+            await tab.go(f"{found[2]}/")
+            await tab.until("document.body.textContent.includes('Hot nodes')")
+            await tab.screenshot(IMAGES / "discovery-page.png")
         nursery.cancel_scope.cancel()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -23,14 +24,18 @@ from meshlocal.app.watchers import watcher_view
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.service import MOST_LISTED
 from meshlocal.discovery.source import source_details
+from meshlocal.net.slices import pieces
 from meshlocal.policy.hosts import host_of
 from meshlocal.policy.hot_nodes import HotNode, hot_nodes
 from meshlocal.policy.model import EndpointKey, ServiceSnapshot
-from meshlocal.policy.steps import Steps
+from meshlocal.policy.steps import STEP, Steps
 from meshlocal.wire.pb import discovery_pb2 as pb
 
 _SHOWN = 100
 """Rows of a table that the overview lists."""
+
+_NODES_SHOWN = 10
+"""Nodes of a service that it names."""
 
 METRICS_MODULES = ("meshlocal.app.discovery_metrics", "meshlocal.app.process_metrics")
 """What `DiscoveryProcess.collectors` imports."""
@@ -119,14 +124,18 @@ def _overview(process: DiscoveryProcess) -> Steps[Response]:
         for each in hub.sources
     )
     live = process.websocket is not None
-    services = (
-        (
-            html.link(f"/watch#{quote(snapshot.service)}", snapshot.service) if live else snapshot.service,
-            len(snapshot.instances),
-            html.code(snapshot.version),
+    services = []
+    for snapshot in hub.snapshots():
+        nodes = yield from _nodes(snapshot)
+        services.append(
+            (
+                html.link(f"/watch#{quote(snapshot.service)}", snapshot.service) if live else snapshot.service,
+                len(snapshot.instances),
+                nodes,
+                html.code(snapshot.version),
+            )
         )
-        for snapshot in hub.snapshots()
-    )
+        yield
     connections = [f"{process.server.connections} by gRPC"]
     if process.websocket is not None:
         connections.append(f"{process.websocket.connections} by WebSocket")
@@ -152,11 +161,22 @@ def _overview(process: DiscoveryProcess) -> Steps[Response]:
         *_source_tables(hub),
         *_watcher_tables(watchers, left_out, hot[:_SHOWN], total),
         html.heading("Services"),
-        html.table("Services", ("Service", "Instances", "Version"), services),
+        html.table("Services", ("Service", "Instances", "By node", "Version"), services),
     ]
     title = f"meshlocal discovery {meshlocal.__version__}"
     links = ["/watch", "/services", "/proxies", "/metrics", "/config", "/readyz", "/livez"]
     return html.page(title, links, parts, refresh=html.REFRESH)
+
+
+def _nodes(snapshot: ServiceSnapshot) -> Steps[str]:
+    """How many instances of a service are on each node; those with the most come first."""
+    counts: Counter[str] = Counter()
+    for piece in pieces(snapshot.instances.values(), STEP):
+        counts.update(instance.node or "unknown" for instance in piece)
+        yield
+    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{node}: {count}" for node, count in shown[:_NODES_SHOWN])
+    return f"{named}, and {len(shown) - _NODES_SHOWN} more nodes" if len(shown) > _NODES_SHOWN else named
 
 
 def _watcher_tables(

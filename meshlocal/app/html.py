@@ -13,8 +13,8 @@ from meshlocal.admin.messages import Response
 # The standard library's html.escape comes with every named entity of HTML: half a megabyte in every sidecar.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 
-REFRESH = 5
-"""Seconds after which a page that shows what changes is loaded again."""
+REFRESH = 2
+"""Seconds after which a page that shows what changes asks for that again."""
 
 _FILES = Path(__file__).with_name("pages")
 
@@ -31,6 +31,7 @@ def content(name: str) -> str:
 
 _PAGE = template("page.html")
 _STYLE = content("page.css")
+_AGAIN = "\n" + content("again.js")
 
 
 def source(text: str) -> str:
@@ -43,6 +44,7 @@ def source(text: str) -> str:
 
 
 _STYLE_SOURCE = source(f"\n{_STYLE}")
+_AGAIN_POLICY = f"script-src {source(_AGAIN)}; connect-src 'self'"
 
 
 class Html(str):
@@ -129,13 +131,19 @@ def page(
         title: its heading too.
         links: to other pages of this server.
         parts: what it says.
-        refresh: seconds after which one that shows what changes is loaded again.
+        refresh: seconds after which one that shows what changes asks for that again, without a reload.
         styles: `source` of styles that the parts hold.
         policy: what the page may do beside being shown, as directives of a Content-Security-Policy.
     """
-    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh is not None else ""
+    again = state = ""
+    if refresh is not None:
+        again = f'<script data-seconds="{refresh}">{_AGAIN}</script>'
+        state = '<p role="status" id="state">live</p>'
+        policy = "; ".join(filter(None, (policy, _AGAIN_POLICY)))
     nav = "".join(link(target, target) for target in links)
-    body = _PAGE.substitute(title=text(title), again=again, style=_STYLE, nav=nav, parts="".join(parts)).encode()
+    body = _PAGE.substitute(
+        title=text(title), state=state, again=again, style=_STYLE, nav=nav, parts="".join(parts)
+    ).encode()
     allowed = f"style-src {_STYLE_SOURCE} {styles}".rstrip()
     told = "; ".join(filter(None, (Response().policy, allowed, policy)))
     return Response(200, "text/html; charset=utf-8", body, policy=told)

@@ -35,7 +35,7 @@ from meshlocal.app.log_page import LOG
 from meshlocal.app.readiness import Readiness, tell_exposures
 from meshlocal.app.signals import Stop, cancel_when_set
 from meshlocal.client.feed import Refreshable
-from meshlocal.client.place import locality_of, unknown_labels
+from meshlocal.client.place import LABEL_UNKNOWN, locality_of, unknown_labels
 from meshlocal.client.services import ServiceTable
 from meshlocal.discovery.feeds import make_feed
 from meshlocal.net.blocking import BlockedError, Blocking
@@ -438,7 +438,7 @@ class ProxyProcess:
     def _tell_unknown_labels(self) -> None:
         if self.services.is_selecting:
             for line in unknown_labels(self.services.locality, "proxy."):
-                _log.warning(line)
+                _log.warning(LABEL_UNKNOWN, problem=line)
 
     def standing(self) -> tuple[list[str], list[str]]:
         """What the line says that announces the proxy: what it is and serves, and what is to be noted of it."""
@@ -531,9 +531,9 @@ async def read_again(files: Blocking, load: LoadConfig, current: Config, stop: S
 def tell_unused(config: ProxyConfig, environment: Mapping[str, str]) -> None:
     """Say what was given and does nothing: most likely it is misspelt."""
     for name in unused_variables(environment):
-        _log.warning(UNUSED_VARIABLE.format(name))
+        _log.warning("environment variable has no use", problem=UNUSED_VARIABLE.format(name))
     for line in unused_keys(config):
-        _log.warning(line)
+        _log.warning("configuration key has no use", problem=line)
 
 
 def import_parts(config: ProxyConfig) -> None:

@@ -26,6 +26,8 @@ def request_view(request: EndedRequest, now: float, wall: float) -> dict[str, An
         "method": asked.method,
         "path": asked.path,
         "status": asked.status,
+        "request_id": asked.request_id,
+        "trace_id": asked.trace_id,
         "outcome": request.outcome,
         "instance": str(instance.key) if instance is not None else None,
         "node": instance.node if instance is not None else None,

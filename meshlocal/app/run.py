@@ -51,5 +51,5 @@ def run_discovery(load: LoadConfig) -> int:
 
     process = DiscoveryProcess(load, Random(), os.environ, discovery_routes)
     for name in unused_variables(os.environ):
-        _log.warning(UNUSED_VARIABLE.format(name))
+        _log.warning("environment variable has no use", problem=UNUSED_VARIABLE.format(name))
     return trio.run(process.run)

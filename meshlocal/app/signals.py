@@ -82,7 +82,10 @@ async def handle_signals(
                 async for number in received:
                     if number != signal.SIGHUP:
                         name = signal.Signals(number).name
-                        _log.info("stopping now" if stop.requested.is_set() else "draining", signal=name)
+                        if stop.requested.is_set():
+                            _log.info("stopping now", signal=name)
+                        else:
+                            _log.info("draining", signal=name)
                         stop.request()
                     elif reload is None:
                         _log.warning("SIGHUP ignored: nothing to read again")

@@ -54,7 +54,10 @@ ANSWER_LIMIT = 65536
 """Bytes of an answer that are read."""
 
 _SLICE = 0.0002
-"""Seconds that spans are encoded for in a row: a batch takes milliseconds, in which requests want many turns."""
+"""Seconds that spans are encoded for in a row."""
+
+_PAUSE = 0.001
+"""Seconds between two such slices: a batch takes milliseconds, which requests shall not wait for."""
 
 _BACKOFF_FIRST, _BACKOFF_MOST = 1.0, 30.0
 
@@ -182,7 +185,7 @@ class Exporter:
         if not batch:
             return
         try:
-            body = await in_slices(self._encode(batch), _SLICE)
+            body = await in_slices(self._encode(batch), _SLICE, _PAUSE)
             await self._send(body, batch, tries)
         except BaseException:
             # Most likely it was cancelled: who flushes has another try.

@@ -16,6 +16,10 @@ def locality_of(config: ProxyConfig) -> Locality:
     return Locality(labels, config.prefer, config.within, usable_families())
 
 
+LABEL_UNKNOWN = "own label unknown"
+"""The event of each of `unknown_labels`."""
+
+
 def unknown_labels(locality: Locality, keys: str) -> list[str]:
     """A line for each label whose own value should be known and is not (L5).
 

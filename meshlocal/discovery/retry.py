@@ -35,7 +35,7 @@ class Problems:
                 return
             if problem is None:
                 del self._problems[part]
-                _log.info(f"{self._registry} followed again", part=part)
+                _log.info("registry followed again", registry=self._registry, part=part)
             else:
                 self._problems[part] = problem
             self.tell()
@@ -92,5 +92,7 @@ class Retry:
         if problem != self._told:
             # Once, not once a try: an outage may last for days, and what a server refuses for ever.
             self._told = problem
-            _log.warning(f"{self._registry} cannot be followed", problem=problem, retry_in=round(delay, 3))
+            _log.warning(
+                "registry cannot be followed", registry=self._registry, problem=problem, retry_in=round(delay, 3)
+            )
         await trio.sleep(delay)

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 
 from meshlocal.client.feed import Feed, Refreshable
-from meshlocal.client.place import locality_of, unknown_labels
+from meshlocal.client.place import LABEL_UNKNOWN, locality_of, unknown_labels
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.library.errors import MeshClosedError, TooManyServicesError
 from meshlocal.library.options import MAX_SERVICES
@@ -150,7 +150,7 @@ class MeshCore:
             tasks.start_soon(self.supervision.keep, "discovery", feed.run)
         tasks.start_soon(self.supervision.keep, "unused services", self._drop_unused)
         for line in unknown_labels(self.services.locality, ""):
-            _log.warning(line)
+            _log.warning(LABEL_UNKNOWN, problem=line)
 
     def close(self) -> None:
         """The block is left: who waits is told."""

@@ -58,8 +58,45 @@ class _Event:
         return " ".join((self.event, *_pairs(self.fields.items())))
 
 
+FLOOD = 20
+"""Warnings and errors of one event that are logged within `FLOOD_TIME`; the others are counted."""
+
+FLOOD_TIME = 10.0
+"""Seconds."""
+
+
+class _Flow:
+    """How often an event came lately."""
+
+    __slots__ = ("_count", "_since", "_suppressed")
+
+    def __init__(self) -> None:
+        self._since = -math.inf
+        self._count = 0
+        self._suppressed = 0
+
+    def take(self, now: float) -> int | None:
+        """How many were left out since the last that passed; None: this one is left out too."""
+        if now - self._since >= FLOOD_TIME:
+            self._since, self._count = now, 0
+        if self._count >= FLOOD:
+            self._suppressed += 1
+            return None
+        self._count += 1
+        suppressed, self._suppressed = self._suppressed, 0
+        return suppressed
+
+
+_flows: dict[tuple[str, str], _Flow] = {}
+"""By logger and event, of which there are as many as the code has."""
+
+
 class Log:
-    """Where a module's events go. `event` is a fixed phrase; what varies goes into fields."""
+    """Where a module's events go. `event` is a fixed phrase; what varies goes into fields.
+
+    Nobody can flood it with warnings: of one event, at most `FLOOD` are logged within `FLOOD_TIME`, and the next one
+    that is has the number of those left out in its field `suppressed`.
+    """
 
     __slots__ = ("_logger",)
 
@@ -94,6 +131,15 @@ class Log:
     def log(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
         """Log at a level of the standard library (`logging.INFO`, ...)."""
         if self._logger.isEnabledFor(level):
+            if level >= logging.WARNING:
+                key = self._logger.name, event
+                flow = _flows.get(key) or _flows.setdefault(key, _Flow())
+                suppressed = flow.take(time.monotonic())
+                if suppressed is None:
+                    return
+                if suppressed:
+                    before = fields.get("suppressed")
+                    fields = {**fields, "suppressed": suppressed + (before if isinstance(before, int) else 0)}
             told = _Event(event, {**fields, **_common})
             self._logger.log(level, told, exc_info=exc_info, extra={_FIELDS: told.fields}, stacklevel=3)
 

@@ -20,8 +20,13 @@ PIECE = 64
 """Things that a step of work on many things handles."""
 
 
-async def in_slices(steps: Steps[T], longest: float = SLICE) -> T:
-    """Do the steps, and let other tasks go on after each that ends a slice of `longest` seconds; 0: after each.
+async def in_slices(steps: Steps[T], longest: float = SLICE, pause: float = 0.0) -> T:
+    """Do the steps, and let other tasks go on after each that ends a slice.
+
+    Args:
+        steps: what is to be done.
+        longest: seconds of a slice; 0: each step is one.
+        pause: seconds between two slices, of work that nobody waits for; 0: others have one turn.
 
     Returns what the steps return, and raises what they raise.
     """
@@ -33,7 +38,10 @@ async def in_slices(steps: Steps[T], longest: float = SLICE) -> T:
             result: T = done.value
             return result
         if time.perf_counter() - began >= longest:
-            await anyio.lowlevel.checkpoint()
+            if pause:
+                await anyio.sleep(pause)
+            else:
+                await anyio.lowlevel.checkpoint()
             began = time.perf_counter()
 
 

@@ -44,7 +44,7 @@ class SocketAddress(msgspec.Struct, frozen=True):
         Raises:
             AddressError: it is written otherwise, or its host is neither an IP address nor `localhost`.
         """
-        host, port = _split_host_port(text, "HOST:PORT", text)
+        host, port = parse_host_port(text, "HOST:PORT", text)
         return cls(_bindable(host), port)
 
 
@@ -98,7 +98,7 @@ class ListenAddress(msgspec.Struct, frozen=True):
         where, separator, service = rest.partition("=")
         if not service and (separator or scheme not in _HTTP_SCHEMES):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
-        host, port = _split_host_port(where.removesuffix("/") if not separator else where, form, text)
+        host, port = parse_host_port(where.removesuffix("/") if not separator else where, form, text)
         try:
             key = parse_target(service) if service else None
         except ModelError as error:
@@ -167,7 +167,7 @@ class DiscoveryUrl(msgspec.Struct, frozen=True):
         if scheme not in _SERVER_SCHEMES or not match[2].startswith("//"):
             # `localhost:7070` looks like a scheme too.
             raise AddressError(f"expected {forms}, got {quote(text)}")
-        host, port = _split_host_port(match[2][2:].removesuffix("/"), f"{scheme}://HOST:PORT", text)
+        host, port = parse_host_port(match[2][2:].removesuffix("/"), f"{scheme}://HOST:PORT", text)
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
         return cls(scheme, check_host(host), port)
@@ -202,7 +202,7 @@ class CollectorUrl(msgspec.Struct, frozen=True):
         match = _COLLECTOR.fullmatch(text)
         if match is None:
             raise AddressError(f"expected {form}, got {quote(text)}")
-        host, port = _split_host_port(match[2], form, text)
+        host, port = parse_host_port(match[2], form, text)
         if port == 0:
             raise AddressError("port 0 is not within 1 to 65535")
         return cls(match[1].lower(), check_host(host), port, match[3] if match[3] not in (None, "/") else "/v1/traces")
@@ -213,8 +213,12 @@ def format_host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _split_host_port(text: str, form: str, given: str) -> tuple[str, int]:
-    """`text` is the part of what was `given` that should be an address; `form` is what was expected of it all."""
+def parse_host_port(text: str, form: str, given: str) -> tuple[str, int]:
+    """A host and a port: `text` is the part of what was `given` that should be an address; `form` is what was expected.
+
+    Raises:
+        AddressError: it is none.
+    """
     host, separator, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import quote_plus, unquote_plus
 
 import msgspec
 
-from meshlocal.policy.problems import quote, unknown_key
+from meshlocal.policy.problems import quote
+from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options
 
 _NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # RFC 1123, section 2.1, as Kubernetes has it
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SWITCH = {"yes": True, "no": False}
 _OPTIONS = ("namespace", "selector", "kubeconfig", "context", "cluster", "nodes")
 MAX_NAMESPACES = 100
-
-
-class KubernetesOptionsError(ValueError):
-    """Options that cannot be used. The text says which and why."""
 
 
 class KubernetesOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,59 +40,38 @@ class KubernetesOptions(msgspec.Struct, frozen=True, kw_only=True):
         pairs += [(name, value) for name in single if (value := getattr(self, name))]
         if not self.nodes:
             pairs.append(("nodes", "no"))
-        return "?" + "&".join(f"{name}={quote_plus(value, safe='/')}" for name, value in pairs) if pairs else ""
+        return write_options(pairs)
 
     @classmethod
     def parse(cls, text: str) -> KubernetesOptions:
         """Read what follows `kubernetes:`: nothing, or `?` and `name=value` pairs, percent-encoded, joined by `&`.
 
         Raises:
-            KubernetesOptionsError: it is written otherwise, names an unknown option, or one but `namespace` twice.
+            SourceOptionsError: it is written otherwise, names an unknown option, or one but `namespace` twice.
         """
         if text in ("", "?"):
             return cls()
         if not text.startswith("?"):
-            raise KubernetesOptionsError(
-                f"expected kubernetes: or kubernetes:?OPTION=VALUE, got {quote(text)} after it"
-            )
+            raise SourceOptionsError(f"expected kubernetes: or kubernetes:?OPTION=VALUE, got {quote(text)} after it")
         found: dict[str, str] = {}
         namespaces: list[str] = []
-        for pair in text[1:].split("&"):
-            name, separator, raw = pair.partition("=")
-            if not separator:
-                raise KubernetesOptionsError(f"expected OPTION=VALUE, got {quote(pair)}")
-            if name not in _OPTIONS:
-                raise KubernetesOptionsError(f"{quote(name)}: {unknown_key(name, _OPTIONS)}")
-            value = _decode(name, raw)
+        for name, value in read_options(text[1:], _OPTIONS, ("namespace",)):
             if name == "namespace":
                 namespaces.append(_namespace(value, namespaces))
-            elif name in found:
-                raise KubernetesOptionsError(f"{name} stands twice")
             else:
                 found[name] = value
         if len(namespaces) > MAX_NAMESPACES:
-            raise KubernetesOptionsError(f"{len(namespaces)} namespaces; at most {MAX_NAMESPACES}")
+            raise SourceOptionsError(f"{len(namespaces)} namespaces; at most {MAX_NAMESPACES}")
         nodes = found.pop("nodes", "yes")
         if nodes not in _SWITCH:
-            raise KubernetesOptionsError(f"nodes: expected yes or no, got {quote(nodes)}")
+            raise SourceOptionsError(f"nodes: expected yes or no, got {quote(nodes)}")
         return cls(namespaces=tuple(namespaces), nodes=_SWITCH[nodes], **found)
-
-
-def _decode(name: str, raw: str) -> str:
-    """A percent-encoded value. A plus is a space, so that a selector's plus is written %2B."""
-    try:
-        value = unquote_plus(raw, errors="strict")
-    except UnicodeDecodeError:
-        value = ""
-    if not value.strip() or _BAD_ESCAPE.search(raw) or not value.isprintable():
-        raise KubernetesOptionsError(f"{name}: {quote(raw)} is no percent-encoded text")
-    return value
 
 
 def _namespace(value: str, before: list[str]) -> str:
     if not _NAMESPACE.fullmatch(value):
         what = "is no namespace (small letters, digits, '-'; at most 63)"
-        raise KubernetesOptionsError(f"namespace: {quote(value)} {what}")
+        raise SourceOptionsError(f"namespace: {quote(value)} {what}")
     if value in before:
-        raise KubernetesOptionsError(f"namespace: {quote(value)} stands twice")
+        raise SourceOptionsError(f"namespace: {quote(value)} stands twice")
     return value

@@ -27,6 +27,17 @@ def here() -> Place:
     return Place()
 
 
+AXE = Path(__file__).parents[2] / ".venv" / "node" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+@pytest.fixture
+def axe() -> Path:
+    """The script of axe-core's rules."""
+    if not AXE.exists():
+        pytest.skip("needs axe-core, which make installs where there is npm")
+    return AXE
+
+
 class Load:
     """A steady load of new connections, and who served them.
 

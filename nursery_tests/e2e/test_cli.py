@@ -262,7 +262,8 @@ async def test_what_is_given_and_does_nothing_is_said_at_the_start(cli: Cli, pro
     env = {"MESHLOCAL_PROXY_ACCESS_LOG": "true", "NODE_NAME": "n1"}
     proxy = await processes.meshlocal("proxy", "--config", str(config), env=env)
     await proxy.printed("meshlocal proxy ready", "out")
-    await proxy.printed("environment variable MESHLOCAL_PROXY_ACCESS_LOG is no key of the configuration")
+    told = "environment variable MESHLOCAL_PROXY_ACCESS_LOG is no key of the configuration"
+    await proxy.printed(f'"environment variable has no use","problem":"{told}')
     await proxy.printed("proxy.services.bb is not used: no listener and no route names it; did you mean 'b'")
     await proxy.printed("proxy.discovery.cache_file is not used: an instances file needs none")
 

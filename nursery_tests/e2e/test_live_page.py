@@ -12,7 +12,6 @@ import trio
 from nursery_tests.e2e.browser import Tab, open_tab
 from nursery_tests.e2e.running import LIMIT, Place, Processes, Program
 
-AXE = Path(__file__).parents[2] / ".venv" / "node" / "node_modules" / "axe-core" / "axe.min.js"
 STATUS = "document.getElementById('status').textContent"
 TAB, ENTER = ("Tab", 9, ""), ("Enter", 13, "\r")
 
@@ -67,13 +66,6 @@ async def showing(
         running = Running(processes, here, tab)
         await running.start(*more)
         yield running
-
-
-@pytest.fixture
-def axe() -> Path:
-    if not AXE.exists():
-        pytest.skip("needs axe-core, which make installs where there is npm")
-    return AXE
 
 
 async def test_a_kill_is_seen_without_a_reload(

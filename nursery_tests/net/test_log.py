@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlocal.net.log import (
+    FLOOD,
+    FLOOD_TIME,
     JsonFormatter,
     Log,
     RateLimited,
@@ -24,6 +26,7 @@ from meshlocal.net.log import (
     levels,
     set_level,
 )
+from nursery_tests.logged import entry
 
 
 class Terminal(io.StringIO):
@@ -311,3 +314,43 @@ def test_what_libraries_say_at_debug_is_never_written() -> None:
     assert "informed" in lines
     assert "ours" in lines
     assert "not asked for" not in lines
+
+
+def test_nobody_floods_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P2: of one event so many within so long; others, and other levels, have their own room; none is forgotten."""
+    now = 100.0
+    monkeypatch.setattr("meshlocal.net.log.time.monotonic", lambda: now)
+    log = Log(logging.getLogger("meshlocal.flooded"))
+    caplog.set_level(logging.INFO, "meshlocal.flooded")
+    for number in range(FLOOD + 7):
+        log.warning("frame refused", number=number)
+    log.warning("another event")
+    for _ in range(FLOOD + 7):
+        log.info("served")
+    said = [entry(each).event for each in caplog.records]
+    assert said.count("frame refused") == FLOOD
+    assert said.count("another event") == 1
+    assert said.count("served") == FLOOD + 7
+    caplog.clear()
+    now += FLOOD_TIME
+    log.warning("frame refused", number=1)
+    log.warning("frame refused", number=2)
+    told = [entry(each).fields for each in caplog.records]
+    assert told == [{"number": 1, "suppressed": 7}, {"number": 2}]
+
+
+def test_what_two_limits_left_out_is_added_up(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("meshlocal.net.log.time.monotonic", lambda: now)
+    log = Log(logging.getLogger("meshlocal.flooded"))
+    limited = RateLimited(log, logging.WARNING, "accept failed", interval=5)
+    for _ in range(FLOOD + 3):
+        log.warning("accept failed")
+    limited(0.0)
+    limited(1.0)
+    now += FLOOD_TIME
+    limited(10.0)
+    [*_, last] = caplog.records
+    assert entry(last).fields == {"suppressed": 5}

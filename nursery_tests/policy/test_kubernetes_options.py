@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.kubernetes_options import KubernetesOptions, KubernetesOptionsError
+from meshlocal.policy.kubernetes_options import KubernetesOptions
+from meshlocal.policy.source_options import SourceOptionsError
 
 
 @pytest.mark.parametrize(
@@ -45,13 +46,13 @@ def test_reads(text: str, options: KubernetesOptions) -> None:
     ],
 )
 def test_refuses(text: str, message: str) -> None:
-    with pytest.raises(KubernetesOptionsError) as caught:
+    with pytest.raises(SourceOptionsError) as caught:
         KubernetesOptions.parse(text)
     assert str(caught.value) == message
 
 
 def test_namespaces_are_bounded() -> None:
-    with pytest.raises(KubernetesOptionsError, match="101 namespaces; at most 100"):
+    with pytest.raises(SourceOptionsError, match="101 namespaces; at most 100"):
         KubernetesOptions.parse("?" + "&".join(f"namespace=n{number}" for number in range(101)))
 
 

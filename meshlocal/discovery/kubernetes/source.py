@@ -320,4 +320,4 @@ class _Run:
     def warn_once(self, what: str, key: ObjectKey) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            _log.warning(what, first=name_of(key))
+            _log.warning("kubernetes data is not all that it could be", problem=what, first=name_of(key))
