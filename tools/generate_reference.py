@@ -19,7 +19,7 @@ from reference_log import log_page
 
 from meshlocal.app.config_loader import PREFIX
 from meshlocal.cli.main import cli
-from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
+from meshlocal.policy.addresses import CollectorUrl, DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config import AttemptOverrides, Config
 from meshlocal.policy.sources import SourceUrl
 
@@ -28,6 +28,7 @@ ADDRESSES: dict[type, str] = {
     SocketAddress: "HOST:PORT",
     ListenAddress: "listener URL",
     DiscoveryUrl: "discovery URL",
+    CollectorUrl: "collector URL",
     SourceUrl: "source URL",
 }
 
@@ -169,6 +170,8 @@ def type_name(kind: schema.Type) -> str:
     there, _ = unwrap(kind)
     match there:
         case schema.FloatType():
+            if there.le == 100:
+                return "percent"
             return "seconds" if there.le is not None else "number"
         case schema.IntType():
             low = there.ge if there.ge is not None else there.gt

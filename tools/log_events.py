@@ -115,6 +115,15 @@ EVENTS = {
     "instances file refused": "It is malformed: nothing of it counts, and what it said before is served. `problem` has"
     " the line.",
     "instances file cannot be looked at; what it said before is served": "See the path and its file system.",
+    "etcd key refused": "It, or what it holds, is no instance: `problem` names it and says why. `served` is used in its"
+    " place.",
+    "registered": "The instance stands in etcd, for as long as this process lives (`meshlocal register`).",
+    "registration cannot be kept": "etcd is away or refuses: the key ends with its lease, and is there again once etcd"
+    " answers. The command goes on.",
+    "lease lost; registering again": "etcd was away for longer than the lease lasts, or somebody revoked it.",
+    "lease not revoked: it ends by itself": "etcd is away: the key stays for as long as the lease lasts.",
+    "the instance fails its health check": "It is not ready until it works again (`meshlocal register`).",
+    "the command did not end in time, and is killed": "It got SIGTERM, and --stop-timeout is over.",
     "somebody keeps the instances file open for writing": "It is read once that is over; write a new file and rename"
     " it instead.",
     "service hidden from a caller": "As discovery.allow has it: the caller asked for what it may not see.",

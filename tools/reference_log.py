@@ -19,8 +19,8 @@ LOG = """\
 
 Each line has a time, a level, a logger, an event and fields. Events do not change their words between versions, so that
 a program may go by them; `problem` is for people. Of one event no more than 20 warnings or errors are logged within ten
-seconds, whoever causes them: the next one says in `suppressed` how many were left out. How to choose levels:
-[monitoring](monitoring.md#log).
+seconds, whoever causes them: the last of these says so in `limited`, and the next one after that in `suppressed` how
+many were left out. How to choose levels: [monitoring](monitoring.md#log).
 
 Beside these there is `request ended`, at the level debug, for each request.
 """

@@ -39,7 +39,8 @@ async def make(chromium: str, folder: Path) -> None:
         )
         processes.write("instances.yaml", f"services: {{cache: [{rows}], flags: [{rows}], payments: [{rows}]}}")
         server = await processes.meshlocal(
-            *("discovery", "--bind", "127.0.0.1:0", "--source", "file:instances.yaml", "--admin", "127.0.0.1:0")
+            *("discovery", "--bind", "127.0.0.1:0", "--source", "file:instances.yaml", "--admin", "127.0.0.1:0"),
+            *("--websocket-bind", "127.0.0.1:0"),
         )
         found = await server.printed(r"(grpc://\S+).* admin=(\S+)", "out")
         names = ("cache", "flags", "payments")
@@ -60,6 +61,9 @@ async def make(chromium: str, folder: Path) -> None:
                     await here.ask("127.0.0.1", port)
                 await trio.sleep(0.03)
             await tab.screenshot(IMAGES / "proxy-page.png")
+            await tab.size(SIZE[0], 500)
+            await tab.go(f"{ready[3]}/explain?service=cache")
+            await tab.screenshot(IMAGES / "plan-page.png")
             for node in ("n4", "n1"):
                 # One on a node that has an instance, and one on a node without.
                 other = await processes.meshlocal(
@@ -71,6 +75,10 @@ async def make(chromium: str, folder: Path) -> None:
             await tab.go(f"{found[2]}/")
             await tab.until("document.body.textContent.includes('Hot nodes')")
             await tab.screenshot(IMAGES / "discovery-page.png")
+            await tab.size(SIZE[0], 500)
+            await tab.go(f"{found[2]}/watch#cache")
+            await tab.until("document.getElementById('state').innerText === 'live'")
+            await tab.screenshot(IMAGES / "watch-page.png")
         nursery.cancel_scope.cancel()
 
 

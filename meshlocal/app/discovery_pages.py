@@ -146,7 +146,7 @@ def _overview(process: DiscoveryProcess) -> Steps[Response]:
         ("with a token", _wants_token(process)),
         (f"shown services as discovery.allow has it ({len(config.allow)} entries)", bool(config.allow)),
     )
-    secured = [", ".join(word for word, on in told if on)]
+    secured = [", ".join(words)] if (words := [word for word, on in told if on]) else []
     parts = [
         html.facts(
             [

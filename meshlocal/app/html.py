@@ -138,7 +138,7 @@ def page(
     again = state = ""
     if refresh is not None:
         again = f'<script data-seconds="{refresh}">{_AGAIN}</script>'
-        state = '<p role="status" id="state">live</p>'
+        state = '<p role="status" id="state">as it was when this page was loaded</p>'
         policy = "; ".join(filter(None, (policy, _AGAIN_POLICY)))
     nav = "".join(link(target, target) for target in links)
     body = _PAGE.substitute(

@@ -226,7 +226,7 @@ class ProxyProcess:
     def _use_collector(self, files: CollectorFiles | None) -> None:
         """Have spans go to this collector from now on; None: to none."""
         if self.exporter is not None:
-            self.exporter.files = files or self.exporter.files
+            self.exporter.use(files)
         elif files is not None:
             # Imported here: a proxy without tracing holds no code for it.
             from meshlocal.app.tracing import Exporter
@@ -236,7 +236,8 @@ class ProxyProcess:
     def _resource(self) -> dict[str, Value]:
         """What spans say of this process."""
         caller = self._caller()
-        found: dict[str, Value] = {"service.version": meshlocal.__version__, "service.instance.id": caller.name}
+        instance = f"{caller.name}, process {os.getpid()}"
+        found: dict[str, Value] = {"service.version": meshlocal.__version__, "service.instance.id": instance}
         return {**found, "host.name": gethostname(), "meshlocal.node": caller.node}
 
     def _observe(self) -> None:
@@ -277,7 +278,7 @@ class ProxyProcess:
         yield from self.admin_access.followed()
         if self.tls is not None:
             yield from self.tls.followed()
-        if self.exporter is not None:
+        if self.exporter is not None and self.exporter.files is not None:
             yield from self.exporter.files.followed()
 
     def _follow_files(self, lifetime: trio.Nursery) -> None:

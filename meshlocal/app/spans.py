@@ -19,6 +19,9 @@ _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "P
 """Methods that stand for themselves; a client may invent any number of others."""
 
 
+_UNIMPLEMENTED = STATUS_NAMES.index("UNIMPLEMENTED")
+
+
 def request_spans(request: TracedRequest, offset: float) -> Iterator[Span]:
     """The request's span, and one for each attempt that is known of.
 
@@ -88,6 +91,10 @@ def _request_span(request: TracedRequest, offset: float) -> Span:
 def _failed_span(request: TracedRequest, failed: FailedAttempt, offset: float) -> Span:
     attributes = _attempt(request, failed.pick.instance, failed.number, failed.tier, failed.pick.reason or "")
     attributes["error.type"] = failed.error
+    if failed.status:
+        answered = request._replace(grpc_status=failed.status, asked=request.asked._replace(status=failed.status))
+        attributes.update(_answer(answered))
+        attributes["error.type"] = STATUS_NAMES[failed.status] if request.is_grpc else str(failed.status)
     return _attempt_span(
         request,
         failed.number,
@@ -107,7 +114,8 @@ def _last_span(request: TracedRequest, instance: Instance, offset: float) -> Spa
         attributes.update(_answer(request))
     failed = _failed(request) or (answered and request.asked.status >= 400)
     if failed:
-        attributes["error.type"] = _error_type(request)
+        # What the proxy answered in its place is none of the instance's.
+        attributes["error.type"] = _error_type(request) if answered else request.error or request.outcome
     words = _words(request) if failed else ""
     began, ended = request.began + offset, request.ended + offset
     return _attempt_span(request, request.attempts, began, ended, attributes, words, failed)
@@ -145,6 +153,7 @@ def _attempt(request: TracedRequest, instance: Instance, number: int, tier: str,
         "server.port": instance.key.port,
         "network.peer.address": instance.key.address,
         "network.peer.port": instance.key.port,
+        "url.full": "" if request.is_grpc else f"{request.scheme}://{request.authority}{request.asked.path}",
         "meshlocal.service": request.service or "",
         "meshlocal.node": instance.node or "",
         "meshlocal.tier": tier,
@@ -173,7 +182,8 @@ def _answer(request: TracedRequest) -> dict[str, Value]:
 def _name(request: TracedRequest) -> str:
     """Of few values: a path has too many."""
     if request.is_grpc:
-        return request.asked.path.lstrip("/")
+        # What no instance knows, a client may have invented.
+        return request.asked.path.lstrip("/") if request.grpc_status != _UNIMPLEMENTED else "_OTHER"
     return request.asked.method if request.asked.method in _METHODS else "HTTP"
 
 

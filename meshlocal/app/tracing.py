@@ -67,6 +67,10 @@ _AGAIN = frozenset({429, 502, 503, 504})
 _WARNING_INTERVAL = 60.0
 
 
+OUTCOMES = ("exported", "dropped", "refused", "failed")
+"""What becomes of spans."""
+
+
 class CollectorFiles:
     """What is made of files for a collector.
 
@@ -118,7 +122,7 @@ class Exporter:
         wall: the time of day, in seconds since 1970.
 
     Attributes:
-        files: as given.
+        files: as given; None: tracing was turned off.
         spans: how many were exported, and were not, by what became of them: `exported`; `dropped`, as too many waited;
             `refused` by the collector; `failed`, as it was away or broke off.
     """
@@ -131,8 +135,9 @@ class Exporter:
         rng: UniformSource,
         wall: Callable[[], float],
     ) -> None:
-        self.files = files
-        self.spans: Counter[str] = Counter()
+        self.files: CollectorFiles | None = files
+        # From the beginning: of a count that appears with its first event, nobody sees that it rose.
+        self.spans: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self._resource = resource
         self._version = version
         self._rng = rng
@@ -141,6 +146,13 @@ class Exporter:
         self._some = trio.Event()
         self._many = trio.Event()
         self._problem = RateLimited(_log, logging.WARNING, "spans not exported", interval=_WARNING_INTERVAL)
+
+    def use(self, files: CollectorFiles | None) -> None:
+        """Export to this collector from now on; None: to none, and what waits is dropped."""
+        self.files = files
+        if files is None:
+            self.spans["dropped"] += _spans(self._queue)
+            self._queue.clear()
 
     def ended(self, record: HttpRecord, now: float) -> None:
         """A request ended, at this moment by its clock."""
@@ -187,15 +199,20 @@ class Exporter:
         try:
             body = await in_slices(self._encode(batch), _SLICE, _PAUSE)
             await self._send(body, batch, tries)
+        except Exception:
+            # To send it again would only fail again.
+            self._lose(batch, "failed", "a fault of this program")
+            raise
         except BaseException:
-            # Most likely it was cancelled: who flushes has another try.
+            # It was cancelled: who flushes has another try.
             self._queue.extendleft(reversed(batch))
             raise
 
     def _encode(self, batch: list[TracedRequest]) -> Steps[bytes]:
         offset = self._wall() - trio.current_time()
         spans = chain.from_iterable(request_spans(request, offset) for request in batch)
-        resource = {"service.name": self.files.config.service_name, **self._resource}
+        name = self.files.config.service_name if self.files is not None else ""
+        resource = {"service.name": name, **self._resource}
         return encode_spans(resource, ("meshlocal", self._version), spans)
 
     async def _send(self, body: bytes, batch: list[TracedRequest], tries: int) -> None:
@@ -213,9 +230,10 @@ class Exporter:
     async def _try(self, body: bytes, batch: list[TracedRequest]) -> tuple[str, float | None]:
         """Send them once: what is wrong, empty if nothing is, and after how many seconds they may be sent again; None:
         they may not."""
-        files, url = self.files, self.files.config.endpoint
-        if url is None:
-            return "tracing is off", None
+        files = self.files
+        url = files.config.endpoint if files is not None else None
+        if files is None or url is None:
+            return "tracing was turned off", None
         headers = {"Content-Type": CONTENT_TYPE, "User-Agent": f"meshlocal/{self._version}"}
         if files.token:
             headers["Authorization"] = f"Bearer {files.token}"
@@ -227,7 +245,8 @@ class Exporter:
             return _told(error), 0.0
         if response.status == 200:
             count, why = rejected(answer)
-            self.spans["exported"] += max(_spans(batch) - count, 0)
+            count = min(max(count, 0), _spans(batch))
+            self.spans["exported"] += _spans(batch) - count
             if count:
                 self.spans["refused"] += count
                 self._tell(f"the collector took all but {count}: {why}")
@@ -242,9 +261,11 @@ class Exporter:
         self._tell(problem)
 
     def _tell(self, problem: str) -> None:
+        url = self.files.config.endpoint if self.files is not None else None
         self._problem(
             trio.current_time(),
-            endpoint=str(self.files.config.endpoint),
+            # A query may hold what nobody else is to see.
+            endpoint=str(url).partition("?")[0] if url is not None else None,
             problem=problem,
             remedy="see proxy.tracing.endpoint, and meshlocal_trace_spans_total for what was lost",
         )
@@ -263,4 +284,4 @@ def _told(error: Exception) -> str:
 
 def _retry_after(text: str) -> float:
     """Seconds that a collector asks for; bounded, and 0 for a date, which is not worth a clock here."""
-    return min(float(text), _BACKOFF_MOST * 10) if text.isdigit() and len(text) < 6 else 0.0
+    return min(float(text), _BACKOFF_MOST * 2) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0

@@ -127,7 +127,13 @@ def proxy(
 @cli.command()
 @click.option("--bind", multiple=True, metavar="HOST:PORT", help="Where to listen. [127.0.0.1:7070]")
 @click.option("--websocket-bind", multiple=True, metavar="HOST:PORT", help="Where to serve WebSocket. [nowhere]")
-@click.option("--source", "sources", multiple=True, metavar="URL", help="A registry: file:PATH or kubernetes:.")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="URL",
+    help="A registry: file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:.",
+)
 @click.option("--zone", help="The label zone of instances that come without one.")
 @click.option("--cluster", help="The label cluster of instances that come without one.")
 @click.option("--admin", metavar="HOST:PORT", help="Health, metrics and views; none: nowhere. [none]")

@@ -260,14 +260,16 @@ class Account(Search):
         self._note_failed(failure, word or failure, errno, now if failed_at is None else failed_at)
         return self.failed(failure, now, sent=sent, idempotent=idempotent, held=held)
 
-    def drop_answer(self, now: float, budget: RetryBudget, *, sent: bool, idempotent: bool, held: bool) -> bool:
+    def drop_answer(
+        self, now: float, budget: RetryBudget, status: int, *, sent: bool, idempotent: bool, held: bool
+    ) -> bool:
         """Whether an answer with a status of `retry_on` is dropped, and the next instance tried (A3); the attempt is
-        settled then. See `Search.replaces_answer`."""
+        settled then. See `Search.replaces_answer`; `status` is the answer's."""
         state, _ = self._tried
         usable = len(state.picker) if state.picker is not None else 0
         if not self.replaces_answer(now, usable, budget, sent=sent, idempotent=idempotent, held=held):
             return False
-        self._note_failed(Failure.STATUS, Failure.STATUS, 0, now)
+        self._note_failed(Failure.STATUS, Failure.STATUS, 0, now, status)
         return True
 
     def abandoned(self, word: str = AttemptOutcome.ABANDONED) -> None:
@@ -377,13 +379,15 @@ class Account(Search):
             kept_attempts(self.failures),
         )
 
-    def _note_failed(self, failure: Failure, word: str, errno: int, now: float) -> None:
+    def _note_failed(self, failure: Failure, word: str, errno: int, now: float, status: int = 0) -> None:
         state, pick = self._tried
         self.error = word
         self._settle(word)
         if self.failures is None:
             self.failures = []
-        self.failures.append(FailedAttempt(pick, self.attempts, self.tier, word, errno, self.began, now - self.began))
+        self.failures.append(
+            FailedAttempt(pick, self.attempts, self.tier, word, errno, self.began, now - self.began, status)
+        )
         state.fitness.judge(pick.instance, failure, word, self.began)
 
     def _settle(self, word: str) -> None:

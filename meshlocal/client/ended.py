@@ -35,6 +35,7 @@ class FailedAttempt(NamedTuple):
         errno: the system's number for it; 0 where the system gave none.
         began: when it did, by the clock of its request.
         seconds: how long it took.
+        status: of an answer that was dropped for it (A3), of HTTP or of gRPC; 0: there was no answer.
     """
 
     pick: Pick
@@ -44,6 +45,7 @@ class FailedAttempt(NamedTuple):
     errno: int
     began: float
     seconds: float
+    status: int = 0
 
     def __str__(self) -> str:
         return attempt_text(self.pick.instance.key, self.tier, self.error)

@@ -332,7 +332,12 @@ class MeshCall(Generic[Sent, Got]):
             CallError: it is the call's.
         """
         dropped = error.code.name in state.policy.grpc_retry_on and account.drop_answer(
-            anyio.current_time(), self._budget, sent=True, idempotent=True, held=self._held is not None
+            anyio.current_time(),
+            self._budget,
+            error.code.value,
+            sent=True,
+            idempotent=True,
+            held=self._held is not None,
         )
         self._note_attempt(account, error.code.name, error)
         if not dropped:

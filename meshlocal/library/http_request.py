@@ -206,7 +206,7 @@ class MeshRequest(Account):
         self._end_at_read_timeout(now)
         tier = self.tier
         if response.status_code not in self._service.policy.retry_on or not self.drop_answer(
-            now, self._budget, sent=True, idempotent=self._idempotent, held=self._body.held
+            now, self._budget, response.status_code, sent=True, idempotent=self._idempotent, held=self._body.held
         ):
             self.answered()
             return False

@@ -75,16 +75,26 @@ class _Flow:
         self._count = 0
         self._suppressed = 0
 
-    def take(self, now: float) -> int | None:
-        """How many were left out since the last that passed; None: this one is left out too."""
+    def take(self, now: float, more: int) -> tuple[int, bool] | None:
+        """Take one.
+
+        Args:
+            now: in seconds.
+            more: how many it stands for beside itself, that somebody else left out.
+
+        Returns:
+            How many were left out since the last that passed, `more` among them, and whether it is the last for a
+            while; None: it is left out too.
+        """
         if now - self._since >= FLOOD_TIME:
             self._since, self._count = now, 0
+        self._suppressed += more
         if self._count >= FLOOD:
             self._suppressed += 1
             return None
         self._count += 1
         suppressed, self._suppressed = self._suppressed, 0
-        return suppressed
+        return suppressed, self._count == FLOOD
 
 
 _flows: dict[tuple[str, str], _Flow] = {}
@@ -94,8 +104,8 @@ _flows: dict[tuple[str, str], _Flow] = {}
 class Log:
     """Where a module's events go. `event` is a fixed phrase; what varies goes into fields.
 
-    Nobody can flood it with warnings: of one event, at most `FLOOD` are logged within `FLOOD_TIME`, and the next one
-    that is has the number of those left out in its field `suppressed`.
+    Nobody can flood it with warnings: of one event, at most `FLOOD` are logged within `FLOOD_TIME`. The last of them
+    says so in its field `limited`, and the next one after that how many were left out, in `suppressed`.
     """
 
     __slots__ = ("_logger",)
@@ -134,12 +144,15 @@ class Log:
             if level >= logging.WARNING:
                 key = self._logger.name, event
                 flow = _flows.get(key) or _flows.setdefault(key, _Flow())
-                suppressed = flow.take(time.monotonic())
-                if suppressed is None:
+                before = fields.get("suppressed")
+                taken = flow.take(time.monotonic(), before if isinstance(before, int) else 0)
+                if taken is None:
                     return
+                suppressed, last = taken
                 if suppressed:
-                    before = fields.get("suppressed")
-                    fields = {**fields, "suppressed": suppressed + (before if isinstance(before, int) else 0)}
+                    fields = {**fields, "suppressed": suppressed}
+                if last:
+                    fields = {**fields, "limited": f"others of this event are left out for {FLOOD_TIME:g} s"}
             told = _Event(event, {**fields, **_common})
             self._logger.log(level, told, exc_info=exc_info, extra={_FIELDS: told.fields}, stacklevel=3)
 

@@ -394,7 +394,8 @@ class DiscoveryServerConfig(Section, frozen=True):
     sources: Annotated[
         tuple[SourceUrl, ...],
         Meta(
-            description="Registries: file:PATH (an instances file; a relative path from the working directory), or"
+            description="Registries: file:PATH (an instances file; a relative path from the working directory),"
+            " etcd://HOST:PORT/PREFIX (several members: separated by commas), or"
             " kubernetes: (a cluster; kubernetes:?namespace=a&selector=app%3Db and more)."
         ),
     ] = ()

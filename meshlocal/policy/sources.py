@@ -14,11 +14,12 @@ from typing import NamedTuple
 import msgspec
 
 from meshlocal.policy.addresses import AddressError, file_path
+from meshlocal.policy.etcd_options import FORM, EtcdOptions
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 from meshlocal.policy.problems import quote
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
-_LATER = ("etcd", "dns")
+_LATER = ("dns",)
 
 
 class SourceKind(NamedTuple):
@@ -57,6 +58,7 @@ class FileOptions(msgspec.Struct, frozen=True):
 
 KINDS: dict[str, SourceKind] = {
     "file": SourceKind("file:PATH", FileOptions.parse, "meshlocal.discovery.file_source:open_file_source"),
+    "etcd": SourceKind(FORM, EtcdOptions.parse, "meshlocal.discovery.etcd.source:open_etcd_source"),
     "kubernetes": SourceKind(
         "kubernetes:", KubernetesOptions.parse, "meshlocal.discovery.kubernetes.source:open_kubernetes_sources"
     ),

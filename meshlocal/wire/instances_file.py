@@ -91,21 +91,70 @@ def parse_instances_file(text: str, name: str, *, zone: str = "", cluster: str =
         document = parse_yaml(text, name)
     except YamlError as error:
         raise InstancesFileError([Problem("", error.message, f"{name}:{error.line}")]) from None
-    reader = _Reader(document)
+    reader = _Reader(_File(document))
     found = reader.read_file(zone, cluster)
     if found is None or reader.problems:
         raise InstancesFileError(reader.problems)
     return found
 
 
-class _Reader:
+def parse_instance(text: bytes, name: str, added: Mapping[str, str]) -> Instance:
+    """Read one instance, as JSON: the same that stands in a file's list.
+
+    Args:
+        text: a mapping with `address` and `port`.
+        name: what errors call it.
+        added: labels that it has beside its own; `service` and `registry` are always among them.
+
+    Raises:
+        InstancesFileError: anything is wrong: each problem with the path of its key.
+    """
+    try:
+        data = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InstancesFileError([Problem("", f"is no JSON: {error}", name)]) from None
+    reader = _Reader(_Place(name))
+    instance = reader._read_instance((), data, added)
+    if instance is None or reader.problems:
+        raise InstancesFileError(reader.problems)
+    return instance
+
+
+class _Place:
+    """Where an instance stands that is no part of a file.
+
+    Args:
+        name: of the place.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data: object = None
+
+    def where(self, path: KeyPath) -> str:
+        """See `_Document.where`: it has one line."""
+        return self.name
+
+
+class _File:
+    """A file, line by line."""
+
     def __init__(self, document: YamlDocument) -> None:
+        self.data: object = document.data
+        self._document = document
+
+    def where(self, path: KeyPath) -> str:
+        """The file, and the line of a key."""
+        return f"{self._document.name}:{self._document.line_of(path)}"
+
+
+class _Reader:
+    def __init__(self, document: _File | _Place) -> None:
         self.problems: list[Problem] = []
         self._document = document
 
     def _refuse(self, path: KeyPath, message: str) -> None:
-        line = self._document.line_of(path)
-        self.problems.append(Problem(format_path(path), message, f"{self._document.name}:{line}"))
+        self.problems.append(Problem(format_path(path), message, self._document.where(path)))
 
     def read_file(self, zone: str, cluster: str) -> InstancesFile | None:
         data = self._document.data
@@ -159,7 +208,7 @@ class _Reader:
                 continue
             if instance.key in found:
                 other = (*path, first[instance.key])
-                line = self._document.line_of(other)
+                _, _, line = self._document.where(other).rpartition(":")
                 self._refuse(here, f"{instance.key} is already {format_path(other)}, on line {line}")
                 continue
             found[instance.key] = instance

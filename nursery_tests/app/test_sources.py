@@ -92,7 +92,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
 
 def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its URLs are read, its sources made, its mistakes named: nothing else knows of it."""
-    with pytest.raises(AddressError, match=r"^expected file:PATH or kubernetes:, got 'post:home'$"):
+    with pytest.raises(
+        AddressError, match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:, got 'post:home'$"
+    ):
         SourceUrl.parse("post:home")
     installed(monkeypatch, post="KIND")
     load_kinds()
@@ -100,7 +102,9 @@ def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(url) == "post:home"
     with pytest.raises(AddressError, match=r"^names no place$"):
         SourceUrl.parse("post:")
-    with pytest.raises(AddressError, match=r"^expected file:PATH, kubernetes: or post:PLACE, got 'x'$"):
+    with pytest.raises(
+        AddressError, match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, kubernetes: or post:PLACE, got 'x'$"
+    ):
         SourceUrl.parse("x")
     config = DiscoveryServerConfig(sources=(SourceUrl.parse("file:a.yaml"), url), zone="z1")
     first, second = make_sources(config, random.Random(0), {})

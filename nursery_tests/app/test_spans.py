@@ -183,3 +183,33 @@ def test_a_trace_that_begins_here() -> None:
     asked, attempt = spans(SERVED._replace(trace=Trace(1, 0, 2**64 - 1, 1)))
     assert (asked.parent_id, asked.remote) == (0, False)
     assert (attempt.span_id, attempt.parent_id) == (1, 2**64 - 1)
+
+
+def test_an_answer_that_was_dropped() -> None:
+    """The attempt says with what status; the request, what became of it."""
+    _, failed, _ = spans(MOVED._replace(failures=(FAILED._replace(error="status", status=503),)))
+    assert failed.attributes["http.response.status_code"] == 503
+    has(failed, error_type="503")
+    call = CALL._replace(attempts=2, failures=(FAILED._replace(error="status", status=14),))
+    _, failed, _ = spans(call)
+    assert failed.attributes["rpc.response.status_code"] == "UNAVAILABLE"
+    has(failed, error_type="UNAVAILABLE")
+
+
+def test_an_attempt_whose_place_the_proxys_answer_took() -> None:
+    """504 is none of the instance's, which said nothing."""
+    asked, attempt = spans(
+        SERVED._replace(asked=Asked("1.1", "GET", "/x", 504), fault=True, error="deadline", outcome="deadline")
+    )
+    has(asked, error_type="504")
+    has(attempt, error_type="deadline")
+
+
+def test_what_an_instance_was_asked() -> None:
+    _, attempt = spans(SERVED)
+    assert attempt.attributes["url.full"] == "http://b.example:8080/x"
+
+
+def test_calls_that_a_client_invents() -> None:
+    asked, _ = spans(CALL._replace(grpc_status=12))
+    assert asked.name == "_OTHER"

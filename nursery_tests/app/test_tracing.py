@@ -18,6 +18,7 @@ from meshlocal.app.tracing import BATCH, EXPORT_LIMIT, INTERVAL, QUEUE, Collecto
 from meshlocal.client.ended import Asked
 from meshlocal.net.following import FileProblemError
 from meshlocal.net.http_client import HttpError, Origin
+from meshlocal.net.supervision import Supervision
 from meshlocal.policy.addresses import CollectorUrl
 from meshlocal.policy.config_tracing import TracingConfig
 from meshlocal.policy.model import ServiceKey, make_instance
@@ -37,6 +38,11 @@ def request(number: int) -> TracedRequest:
     key = ServiceKey("b")
     ended = (0.0, 0.0, "served", -1, False, False, "node", "", "", 1, NEAR, 0.0, ())
     return TracedRequest(Trace(number, 0, 1, 1), key, asked, "http", "b", None, "", *ended)
+
+
+def spans(**counts: int) -> dict[str, int]:
+    """What is counted, those of which there are none too."""
+    return {**dict.fromkeys(tracing.OUTCOMES, 0), **counts}
 
 
 class Answer:
@@ -89,6 +95,11 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
     return made
 
 
+def files_of(made: Exporter) -> CollectorFiles:
+    assert made.files is not None
+    return made.files
+
+
 Lines = Callable[[str], list[Any]]
 
 
@@ -116,7 +127,7 @@ async def test_what_comes_goes_together(
     assert collector.got == [(start + INTERVAL, [1, 2])]
     assert collector.asked == [(Origin("collector", 4318), "POST", "/v1/traces")]
     assert collector.headers == [{"Content-Type": "application/x-protobuf", "User-Agent": "meshlocal/1"}]
-    assert made.spans == {"exported": 4}
+    assert made.spans == spans(exported=4)
     await trio.sleep(1000)
     assert len(collector.got) == 1, "nothing is sent while there is nothing (P3)"
 
@@ -148,7 +159,7 @@ async def test_a_collector_that_is_slow(
         made.add(request(number))
     await trio.sleep(5 * QUEUE / BATCH + 1)
     assert [number for _, got in collector.got for number in got] == list(range(1, QUEUE + 1))
-    assert made.spans == {"exported": QUEUE * 2, "dropped": 20}
+    assert made.spans == spans(exported=QUEUE * 2, dropped=20)
     [line] = logged("spans not exported")
     assert "too many requests wait" in line["problem"]
 
@@ -159,6 +170,8 @@ async def test_a_collector_that_is_slow(
         503,
         (429, {"retry-after": "7"}, b""),
         (503, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, b""),
+        (503, {"retry-after": "²"}, b""),
+        (503, {"retry-after": "-1"}, b""),
         OSError(111, "Connection refused"),
         HttpError("no HTTP/1.1 answer"),
         trio.BrokenResourceError(),
@@ -179,7 +192,7 @@ async def test_a_collector_that_is_away(
         assert waits == [7, 7]
     else:
         assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
-    assert made.spans == {"exported": 2}
+    assert made.spans == spans(exported=2)
 
 
 async def test_a_collector_that_stays_away(
@@ -193,7 +206,7 @@ async def test_a_collector_that_stays_away(
     made.add(request(2))
     await trio.sleep(INTERVAL + 1)
     assert [got for _, got in collector.got] == [[1]] * tracing.TRIES + [[2]]
-    assert made.spans == {"failed": 2, "exported": 2}
+    assert made.spans == spans(failed=2, exported=2)
     line = logged("spans not exported")[0]
     assert line["endpoint"] == "http://collector:4318/v1/traces"
     assert "Connection refused" in line["problem"]
@@ -222,7 +235,7 @@ async def test_a_collector_that_refuses(
     made.add(request(1))
     await trio.sleep(60)
     assert len(collector.got) == 1
-    assert made.spans == {"refused": 2}
+    assert made.spans == spans(refused=2)
     assert logged("spans not exported")[0]["problem"] == f"the collector answers {status}"
 
 
@@ -237,7 +250,7 @@ async def test_a_collector_that_takes_some(
     nursery.start_soon(made.run)
     made.add(request(1))
     await trio.sleep(60)
-    assert made.spans == {"exported": 1, "refused": 1}
+    assert made.spans == spans(exported=1, refused=1)
     assert "too old" in logged("spans not exported")[0]["problem"]
 
 
@@ -258,7 +271,7 @@ async def test_the_end_of_the_process(
     collector.got.clear()
     await made.flush()
     assert [got for _, got in collector.got] == [[1, 2]]
-    assert made.spans == {"exported": 4}
+    assert made.spans == spans(exported=4)
     await made.flush()
     assert len(collector.got) == 1
 
@@ -272,7 +285,7 @@ async def test_the_end_does_not_wait_for_long(
     start = trio.current_time()
     await made.flush()
     assert trio.current_time() - start == tracing.FLUSH_LIMIT
-    assert made.spans == {"failed": 2}
+    assert made.spans == spans(failed=2)
     assert logged("spans not exported")[-1]["problem"] == "the proxy ended"
 
 
@@ -290,17 +303,17 @@ async def test_a_token_and_a_certificate(
     made = exporter(config)
     for token in ("s3cret", "other"):
         (tmp_path / "token").write_text(token)
-        for followed in made.files.followed():
+        for followed in files_of(made).followed():
             followed.look()
         made.add(request(1))
         await made.flush()
         assert collector.headers[-1]["Authorization"] == f"Bearer {token}"
     origin, _, target = collector.asked[-1]
-    assert origin.tls is made.files.tls
+    assert origin.tls is files_of(made).tls
     assert origin.tls is not None
     assert origin.tls.check_hostname
     assert target == "/x"
-    assert len(list(made.files.followed())) == 2
+    assert len(list(files_of(made).followed())) == 2
 
 
 @pytest.mark.parametrize("authority", [True, False])
@@ -311,3 +324,62 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, authority: bool) -> None:
     )
     with pytest.raises(FileProblemError, match="missing: No such file"):
         CollectorFiles(config)
+
+
+async def test_a_fault_costs_one_batch(
+    collector: Collector, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, logged: Lines
+) -> None:
+    """What cannot be sent is not tried for ever: it is counted, and the next batch goes."""
+    made = exporter()
+    collector.answers = [RuntimeError("broken")]
+    nursery.start_soon(Supervision(random.Random(0)).keep, "tracing", made.run)
+    made.add(request(1))
+    await trio.sleep(INTERVAL + 1)
+    made.add(request(2))
+    await trio.sleep(60)
+    assert [got for _, got in collector.got] == [[1], [2]]
+    assert made.spans == spans(failed=2, exported=2)
+    assert logged("spans not exported")[0]["problem"] == "a fault of this program"
+
+
+async def test_tracing_is_turned_off(
+    collector: Collector, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """S2: what waits goes nowhere, and is counted; no file is followed any more."""
+    made = exporter()
+    nursery.start_soon(made.run)
+    made.add(request(1))
+    await trio.sleep(1)
+    made.use(None)
+    await trio.sleep(60)
+    assert collector.got == []
+    assert made.spans == spans(dropped=2)
+    made.use(CollectorFiles(CONFIG))
+    made.add(request(2))
+    await trio.sleep(INTERVAL + 1)
+    assert [got for _, got in collector.got] == [[2]]
+
+
+@pytest.mark.parametrize("count", [-5, 3])
+async def test_a_collector_that_counts_wrongly(
+    collector: Collector, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, count: int
+) -> None:
+    """No count ever falls, and none is of more than was sent."""
+    made = exporter()
+    partial = theirs.ExportTracePartialSuccess(rejected_spans=count)
+    collector.answers = [(200, {}, theirs.ExportTraceServiceResponse(partial_success=partial).SerializeToString())]
+    nursery.start_soon(made.run)
+    made.add(request(1))
+    await trio.sleep(60)
+    assert made.spans == (spans(exported=2) if count < 0 else spans(refused=2))
+
+
+async def test_a_query_of_the_endpoint_is_not_logged(
+    collector: Collector, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, logged: Lines
+) -> None:
+    made = exporter(TracingConfig(endpoint=CollectorUrl.parse("http://c:1/v1?token=s3cret")))
+    collector.answers = [400]
+    nursery.start_soon(made.run)
+    made.add(request(1))
+    await trio.sleep(60)
+    assert logged("spans not exported")[0]["endpoint"] == "http://c:1/v1"

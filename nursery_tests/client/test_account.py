@@ -189,10 +189,10 @@ def test_an_answer_that_is_dropped_is_settled() -> None:
     first = account.try_next(0.0)
     assert first is not None
     budget = RetryBudget(1.0, 10)
-    assert account.drop_answer(0.1, budget, sent=True, idempotent=True, held=True)
+    assert account.drop_answer(0.1, budget, 503, sent=True, idempotent=True, held=True)
     assert not account.trying
     assert account.try_next(0.2) is not None
-    assert not account.drop_answer(0.3, budget, sent=True, idempotent=True, held=True)
+    assert not account.drop_answer(0.3, budget, 503, sent=True, idempotent=True, held=True)
     account.answered()
     account.end(Outcome.SERVED)
     assert state.statistics.attempts == {("node", "status"): 1, ("other", "answered"): 1}
@@ -230,7 +230,7 @@ STEPS: dict[str, Callable[[Account], object]] = {
     "abandoned": lambda account: account.trying and account.abandoned(),
     "failed": lambda account: account.trying and account.attempt_failed(Failure.CONNECT, 0.0, "refused"),
     "dropped": lambda account: (
-        account.trying and account.drop_answer(0.0, RetryBudget(1, 9), sent=True, idempotent=True, held=True)
+        account.trying and account.drop_answer(0.0, RetryBudget(1, 9), 503, sent=True, idempotent=True, held=True)
     ),
     "end": lambda account: account.end(Outcome.ERROR),
 }

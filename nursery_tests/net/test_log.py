@@ -331,6 +331,8 @@ def test_nobody_floods_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: py
     assert said.count("frame refused") == FLOOD
     assert said.count("another event") == 1
     assert said.count("served") == FLOOD + 7
+    last = [entry(each).fields for each in caplog.records if entry(each).event == "frame refused"][-1]
+    assert last == {"number": FLOOD - 1, "limited": "others of this event are left out for 10 s"}
     caplog.clear()
     now += FLOOD_TIME
     log.warning("frame refused", number=1)
@@ -350,7 +352,9 @@ def test_what_two_limits_left_out_is_added_up(
         log.warning("accept failed")
     limited(0.0)
     limited(1.0)
+    limited(5.0)
     now += FLOOD_TIME
     limited(10.0)
     [*_, last] = caplog.records
-    assert entry(last).fields == {"suppressed": 5}
+    # Three at first, those at 0 and 5, and the one that was left out before 5.
+    assert entry(last).fields == {"suppressed": 6}

@@ -2,6 +2,9 @@
 // What the page shows changes: it is asked for again every few seconds, and what is new put in place, without a reload.
 const SECONDS = Number(document.currentScript.dataset.seconds);
 const state = document.getElementById("state");
+const PATIENCE = 5000;
+// Said once: who has it read to them need not hear it every other second.
+const tell = (text) => { if (state.textContent !== text) state.textContent = text; };
 const named = (each) => each.getAttribute("aria-label") || each.getAttribute("href");
 
 const put = (text) => {
@@ -18,14 +21,15 @@ const put = (text) => {
 const ask = async () => {
   if (!document.hidden) {
     try {
-      const answer = await fetch(location.pathname, {cache: "no-store"});
+      const answer = await fetch(location.pathname, {cache: "no-store", signal: AbortSignal.timeout(PATIENCE)});
       if (!answer.ok) throw new Error(`status ${answer.status}`);
       put(await answer.text());
-      state.textContent = "live";
+      tell("live");
     } catch (error) {
-      state.textContent = `not heard of since then: ${error.message}`;
+      tell(`not heard of since then: ${error.message}`);
     }
   }
   setTimeout(ask, SECONDS * 1000);
 };
 setTimeout(ask, SECONDS * 1000);
+tell("live");

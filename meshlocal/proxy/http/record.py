@@ -77,10 +77,15 @@ class HttpRecord(Account):
         return Asked(head.protocol, method, path, self.status, self.request_id, self.trace_id)
 
     @property
+    def raw_id(self) -> bytes:
+        """What it is called, as it came, or was made; empty: nothing."""
+        given = self.head.request_id[:ID_TOLD].rstrip(b" \t")
+        return given or (self.mark.request_id if self.mark is not None else b"")
+
+    @property
     def request_id(self) -> str:
-        """What it is called; empty: nothing."""
-        given = self.head.request_id[:ID_TOLD] or (self.mark.request_id if self.mark is not None else b"")
-        return given.decode("ascii", "replace")
+        """The same for people."""
+        return self.raw_id.decode("ascii", "replace")
 
     @property
     def trace_id(self) -> str:

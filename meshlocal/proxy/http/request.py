@@ -137,9 +137,9 @@ class HttpRequest(HttpRecord):
 
     def identify(self) -> bytes:
         """What it is called, for who tells its client of a failure: an id is made if it has none."""
-        if not self.request_id:
+        if not self.raw_id:
             self.mark = self.shared.marker.identify(self.mark)
-        return self.request_id.encode("ascii", "replace")
+        return self.raw_id
 
     async def read_body(self) -> bytes:
         """The next piece of the body; see `ClientStream.read_body`."""
@@ -177,7 +177,7 @@ class HttpRequest(HttpRecord):
         service = self.service
         assert service is not None
         return self.may_drop(status) and self.drop_answer(
-            trio.current_time(), service.budget, sent=sent, idempotent=self.idempotent, held=self._is_held
+            trio.current_time(), service.budget, status, sent=sent, idempotent=self.idempotent, held=self._is_held
         )
 
     def drops_call(self, grpc_status: int) -> bool:
@@ -189,7 +189,9 @@ class HttpRequest(HttpRecord):
         return (
             bool(listed)
             and STATUS_NAMES[grpc_status] in listed
-            and self.drop_answer(trio.current_time(), service.budget, sent=True, idempotent=True, held=self._is_held)
+            and self.drop_answer(
+                trio.current_time(), service.budget, grpc_status, sent=True, idempotent=True, held=self._is_held
+            )
         )
 
     def begin_response(self, status: int) -> None:

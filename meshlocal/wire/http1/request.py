@@ -202,6 +202,13 @@ class RequestHead:
             self.trace_parent = b"-" if self.trace_parent else value
         self.marked = True
 
+    def drop_marks(self, options: frozenset[bytes]) -> None:
+        """Of those fields, pass over the ones that a Connection field keeps to this hop."""
+        if b"x-request-id" in options:
+            self.request_id = b""
+        if b"traceparent" in options:
+            self.trace_parent = b""
+
 
 NO_HEAD = RequestHead(b"", b"", b"", 1, b"")
 """In the place of a request's head where there is none."""
@@ -291,6 +298,8 @@ def _read_fields(head: RequestHead, start: int) -> None:
     if connection:
         head.hop_fields = True
         head.options = options = connection_options(connection)
+        if head.marked:
+            head.drop_marks(options)
         if b"close" in options:
             head.keep_alive = False
         elif b"keep-alive" in options:

@@ -330,3 +330,40 @@ async def test_a_latency_leads_to_its_trace(proxy: Proxy, local: Upstream, trace
     assert float(shown[2]) == pytest.approx(traced[0].ended - traced[0].started)
     assert abs(float(shown[3]) - wall_clock()) < 60
     assert " # {" not in answers["text/pla"]
+
+
+@pytest.mark.parametrize("given", ["a" * 127 + " b", "caf\xe9", "a" * 500])
+async def test_an_id_is_told_as_it_came(proxy: Proxy, given: str) -> None:
+    """As far as it is told: no field ends with a space (RFC 9113, 8.2.1)."""
+    expected = given[:128].rstrip()
+    async with await proxy.connect() as client:
+        await client.send(b"GET / HTTP/1.1\r\nhost: b.a.c.d.e\r\nx-request-id: %b\r\n\r\n" % given.encode("latin-1"))
+        assert (await client.response()).fields["x-request-id"] == expected
+    async with await h2_client(proxy.port()) as wire:
+        fields = [*GET[:2], (b":authority", b"b.a.c.d.e"), GET[3], (b"x-request-id", given.encode("latin-1"))]
+        stream_id = wire.open(fields)
+        seen = wire.streams[stream_id]
+        await wire.until(lambda: seen.over)
+        assert dict(seen.head)[b"x-request-id"] == expected.encode("latin-1")
+
+
+async def test_a_mark_for_this_hop_alone_is_none(proxy: Proxy, local: Upstream, traced: list[TracedRequest]) -> None:
+    """A Connection field may name it (RFC 9110, 7.6.1): then the instance gets one that is made here."""
+    trace(proxy, 100, {"request_id": "make"})
+    await proxy.ask(connection="x-request-id, traceparent", x_request_id="hop", traceparent=SAMPLED)
+    await proxy.idle()
+    told = dict(names(local.heads[0]))
+    [request] = traced
+    assert told["x-request-id"] == request.asked.request_id != "hop"
+    assert request.trace.trace_id != int(TRACE, 16)
+
+
+async def test_an_answer_that_was_dropped_has_its_status(
+    proxy: Proxy, pair: tuple[Upstream, Upstream], traced: list[TracedRequest]
+) -> None:
+    local, _ = pair
+    local.behaviour = says(response(b"later", "503 Service Unavailable"))
+    assert (await proxy.ask()).body == b"far"
+    await proxy.idle()
+    [request] = traced
+    assert [(each.error, each.status) for each in request.failures] == [("status", 503)]
