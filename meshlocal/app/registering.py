@@ -13,17 +13,23 @@ import json
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from random import Random
+from typing import Literal, NamedTuple, cast
 
 import trio
 
+from meshlocal.client.place import LABEL_UNKNOWN
 from meshlocal.discovery.etcd.client import Cluster
 from meshlocal.discovery.etcd.registration import Registration
-from meshlocal.net.log import get_log
+from meshlocal.net.log import configure_logging, get_log
+from meshlocal.policy.addresses import AddressError
 from meshlocal.policy.backoff import UniformSource
+from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_health import HealthCheckConfig
-from meshlocal.policy.etcd_options import EtcdOptions
-from meshlocal.policy.model import ModelError, ServiceKey, make_instance
+from meshlocal.policy.etcd_options import FORM, EtcdOptions
+from meshlocal.policy.model import NODE, REGISTRY, SERVICE, ModelError, ServiceKey, make_instance, parse_service_key
+from meshlocal.policy.problems import Problem, quote
+from meshlocal.policy.sources import SourceUrl
 from meshlocal.proxy.checkers import Check, CheckFailed, make_check
 from meshlocal.wire.etcd_keys import instance_key
 
@@ -119,25 +125,34 @@ async def register(what: Registered, rng: UniformSource) -> int:
     """Register it until it ends, or this process is told to stop; returns the exit status.
 
     Raises:
-        OSError: the command cannot be started.
+        RegisterError: the command cannot be started.
     """
     registration = Registration(
         Cluster(what.options), instance_key(what.options.prefix, what.service, what.name), what.lease, rng
     )
     status = 0
-    try:
-        async with trio.open_nursery() as nursery:
-            keeping = await nursery.start(_signals)
-            process = None
+    problem = ""
+    async with trio.open_nursery() as outer:
+        # Caught to the very end: a lease that is not revoked outlives this process.
+        signals = await outer.start(_signals)
+        process = None
+        try:
             if what.command:
                 process = await trio.lowlevel.open_process(list(what.command), stdin=None)
-            run = _Run(what, registration, process, keeping)
-            nursery.start_soon(registration.run)
-            status = await run.until_end()
-            nursery.cancel_scope.cancel()
-    finally:
-        with trio.CancelScope(shield=True):
-            await registration.revoke()
+        except OSError as error:
+            problem = f"{what.command[0]}: {error.strerror or error}"
+        else:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(registration.run)
+                    status = await _Run(what, registration, process, signals).until_end()
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await registration.revoke()
+        outer.cancel_scope.cancel()
+    if problem:
+        raise RegisterError(problem)
     return status
 
 
@@ -256,3 +271,67 @@ class _Run:
         except trio.TooSlowError:
             return "no answer in time"
         return None
+
+
+def run_register(
+    *,
+    registry: str,
+    service: str,
+    port: int,
+    address: str | None,
+    labels: Mapping[str, str],
+    node_name: str,
+    name: str | None,
+    health: str,
+    health_path: str,
+    health_interval: float,
+    lease: int,
+    drain: float,
+    patience: float,
+    log_level: str,
+    log_format: str,
+    command: Sequence[str],
+) -> int:
+    """`meshlocal register`: see its help. Returns the exit status.
+
+    Raises:
+        ConfigError: what was given makes no sense, each with its flag.
+    """
+    problems: list[Problem] = []
+    options: EtcdOptions | None = None
+    try:
+        url = SourceUrl.parse(registry)
+        if not isinstance(url.options, EtcdOptions):
+            raise AddressError(f"expected {FORM}, got {quote(registry)}")
+        options = url.options
+    except AddressError as error:
+        problems.append(Problem("--registry", str(error)))
+    key = ServiceKey(service)
+    try:
+        key = parse_service_key(service)
+    except ModelError as error:
+        problems.append(Problem("--service", error.what))
+    set_by = {NODE: "--node-name", SERVICE: "--service", REGISTRY: "--registry"}
+    problems += [Problem("--label", f"{label} is set by {flag}") for label, flag in set_by.items() if label in labels]
+    checked = None
+    if health != "none":
+        interval, timeout = health_interval, min(1.0, health_interval)
+        kind = cast("Literal['tcp', 'http', 'grpc']", health)
+        checked = HealthCheckConfig(kind=kind, interval=interval, timeout=timeout, path=health_path)
+    if not health_path.startswith("/"):
+        problems.append(Problem("--health-path", f"expected a path such as /healthz, got {quote(health_path)}"))
+    if problems or options is None:
+        raise ConfigError(problems)
+    shape = cast("Literal['auto', 'text', 'json']", log_format)
+    configure_logging(cast("Literal['debug', 'info', 'warning', 'error']", log_level), shape)
+    all_labels = {**labels, **({NODE: node_name} if node_name else {})}
+    if not node_name:
+        _log.warning(LABEL_UNKNOWN, problem="neither --node-name nor NODE_NAME: no proxy can tell that it is local")
+    try:
+        where = address or own_address(options)
+        called = name or f"{socket.gethostname()}-{port}"
+        what = Registered(options, key, called, where, port, all_labels, checked, command, lease, drain, patience)
+        what.check()
+        return trio.run(register, what, Random())
+    except RegisterError as error:
+        raise ConfigError([Problem("register", str(error))]) from None

@@ -308,6 +308,73 @@ def check(config_file: Path, part: Role | None, strict: bool) -> int:
 
 
 @cli.command()
+@click.option("--registry", required=True, metavar="URL", help="etcd://HOST:PORT/PREFIX, with a source's options.")
+@click.option("--service", required=True, metavar="NAME", help="Whose instance it is.")
+@click.option("--port", required=True, type=click.IntRange(1, 65535), help="Where it listens.")
+@click.option("--address", metavar="IP", help="Likewise. [this machine's towards etcd]")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of the instance.")
+@click.option("--node-name", help="Its label node. [the environment's NODE_NAME]")
+@click.option("--name", help="The last part of its key. [HOSTNAME-PORT]")
+@click.option(
+    "--health",
+    type=click.Choice(["tcp", "http", "grpc", "none"]),
+    default="tcp",
+    help="How it is checked before it is registered, and from then on. [tcp]",
+)
+@click.option("--health-path", default="/", metavar="PATH", help="http: the target of the GET. [/]")
+@click.option("--health-interval", type=click.FloatRange(0.1, 3600), default=2.0, help="Seconds between checks. [2]")
+@click.option("--lease", type=click.IntRange(3, 3600), default=10, help="Seconds that it outlives this process. [10]")
+@click.option("--drain", type=click.FloatRange(0, 3600), default=5.0, help="Seconds for clients to leave. [5]")
+@click.option("--stop-timeout", type=click.FloatRange(0, 3600), default=30.0, help="Seconds for COMMAND to end. [30]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", help="[info]")
+@click.option("--log-format", type=click.Choice(["auto", "text", "json"]), default="auto", help="[auto]")
+@click.argument("command", nargs=-1)
+def register(
+    registry: str,
+    service: str,
+    port: int,
+    address: str | None,
+    labels: tuple[str, ...],
+    node_name: str | None,
+    name: str | None,
+    health: str,
+    health_path: str,
+    health_interval: float,
+    lease: int,
+    drain: float,
+    stop_timeout: float,
+    log_level: str,
+    log_format: str,
+    command: tuple[str, ...],
+) -> int:
+    """Run COMMAND, and keep it registered in etcd while it works: for machines without an orchestrator.
+
+    On SIGTERM it is marked as terminating, its clients have --drain seconds to leave, and it is stopped. Without
+    COMMAND, what listens at address and port already is registered. The exit status is COMMAND's.
+    """
+    from meshlocal.app.registering import run_register
+
+    return run_register(
+        registry=registry,
+        service=service,
+        port=port,
+        address=address,
+        labels=_pairs(labels),
+        node_name=node_name or os.environ.get("NODE_NAME", "").strip(),
+        name=name,
+        health=health,
+        health_path=health_path,
+        health_interval=health_interval,
+        lease=lease,
+        drain=drain,
+        patience=stop_timeout,
+        log_level=log_level,
+        log_format=log_format,
+        command=command,
+    )
+
+
+@cli.command()
 @click.option("--seconds", type=click.FloatRange(0.2, 60), default=1.0, help="How long each act lasts.")
 def demo(seconds: float) -> int:
     """Show local-first, failover and return, with everything in this terminal."""
@@ -324,18 +391,22 @@ def _discovery_flags(urls: tuple[str, ...], ca_file: str | None, token_file: str
     }
 
 
-def _place_flags(
-    node_name: str | None, labels: Sequence[str], prefer: str | None, within: str | None, namespace: str | None
-) -> dict[str, object]:
+def _pairs(labels: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for label in labels:
         key, separator, value = label.partition("=")
         if not separator or not key:
             raise click.BadParameter(f"expected KEY=VALUE, got {label!r}", param_hint="--label")
         pairs[key] = value
+    return pairs
+
+
+def _place_flags(
+    node_name: str | None, labels: Sequence[str], prefer: str | None, within: str | None, namespace: str | None
+) -> dict[str, object]:
     return {
         "proxy.node_name": node_name,
-        "proxy.labels": pairs or None,
+        "proxy.labels": _pairs(labels) or None,
         "proxy.prefer": tuple(key.strip() for key in prefer.split(",")) if prefer is not None else None,
         "proxy.within": within,
         "proxy.namespace": namespace,

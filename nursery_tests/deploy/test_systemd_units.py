@@ -117,3 +117,41 @@ def test_the_proxys_unit_starts_reloads_and_stops_as_systemd_is_told(tmp_path: A
             process.communicate()
     assert ready.startswith(f"meshlocal proxy ready: node={socket.gethostname()} tcp://127.0.0.1:")
     assert process.returncode == 0
+
+
+REGISTER = FOLDER / "meshlocal-register@.service"
+
+
+@pytest.mark.parametrize(
+    "command", [["verify", "--man=no"], ["security", "--offline=yes", f"--threshold={MOST_EXPOSED}"]]
+)
+def test_systemd_accepts_the_unit_that_registers(program: Any, tmp_path: Any, command: Any) -> None:
+    (tmp_path / "b.service").write_text("[Service]\nExecStart=/bin/true\n")
+    unit = tmp_path / "meshlocal-register@b.service"
+    unit.write_text(REGISTER.read_text().replace(PROGRAM, "/bin/true"))
+    done = subprocess.run(
+        [program("systemd-analyze"), *command, unit],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_registered_is_said_in_a_file(tmp_path: Any) -> None:
+    """By the unit's own command line; of OPTIONS each word is one."""
+    stub = tmp_path / "meshlocal"
+    stub.write_text('#!/bin/sh\necho "$NODE_NAME" "$@"\n')
+    stub.chmod(0o755)
+    line = dict(re.findall(r"^(\w+)=(.*)$", REGISTER.read_text(), re.MULTILINE))["ExecStart"]
+    environment = {"PATH": os.environ["PATH"], "REGISTRY": "etcd://h:1/p", "SERVICE": "b", "PORT": "9000"}
+    environment["OPTIONS"] = "--health http --drain 10"
+    command = shlex.split(line.replace(PROGRAM, str(stub)))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    expected = (
+        f"{socket.gethostname()} register --registry etcd://h:1/p --service b --port 9000 {environment['OPTIONS']}\n"
+    )
+    assert done.stdout == expected
+    words = shlex.split(done.stdout)[2:]
+    assert cli.commands["register"].make_context("register", words).params["drain"] == 10

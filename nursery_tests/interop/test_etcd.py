@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,64 +22,8 @@ from meshlocal.policy.etcd_options import EtcdOptions
 from meshlocal.policy.model import ServiceKey
 from meshlocal.wire.grpc.status import GrpcError
 from nursery_tests.certificates import Authority
+from nursery_tests.interop.etcd import LIMIT, Etcd, installed
 from nursery_tests.logged import entry
-from nursery_tests.ports import free_port
-
-LIMIT = 30.0
-
-
-class Etcd:
-    """One member, as a process.
-
-    Attributes:
-        port: where clients come.
-        process: None while it is down.
-    """
-
-    def __init__(self, program: str, ctl: str, folder: Path, name: str = "etcd", *flags: str) -> None:
-        self.port, self._peers = free_port(), free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.scheme = "http"
-        self.ctl_flags: list[str] = []
-        self.host = "127.0.0.1"
-        self._program, self._ctl, self._folder, self._name = program, ctl, folder, name
-        self._flags = list(flags)
-
-    def start(self, *, anew: bool = False) -> None:
-        """Start it, with what it held; or with nothing, as a cluster of its own."""
-        data = self._folder / f"{self._name}{'-anew' if anew else ''}"
-        client, peer = f"{self.scheme}://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
-        command = [self._program, "--name", self._name, "--data-dir", str(data), "--log-level", "error"]
-        command += ["--listen-client-urls", client, "--advertise-client-urls", client]
-        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-        command += ["--initial-cluster", f"{self._name}={peer}", "--initial-cluster-token", data.name, *self._flags]
-        with (self._folder / f"{self._name}.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    async def ctl(self, *arguments: str, said: bytes = b"") -> str:
-        """What etcdctl says, once etcd answers."""
-        command = [self._ctl, f"--endpoints={self.scheme}://{self.host}:{self.port}", *self.ctl_flags, *arguments]
-        with trio.fail_after(LIMIT):
-            while True:
-                done = await trio.run_process(
-                    command, stdin=said, capture_stdout=True, capture_stderr=True, check=False, env={"ETCDCTL_API": "3"}
-                )
-                if done.returncode == 0:
-                    return done.stdout.decode()
-                await trio.sleep(0.1)
-
-    async def put(self, key: str, **fields: object) -> None:
-        await self.ctl("put", key, json.dumps({"address": "10.0.0.1", "port": 9000, **fields}))
 
 
 class Published:
@@ -136,9 +79,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "BACKOFF_MAX", 0.5)
 
 
-@pytest.fixture
-def etcd(program: Callable[[str], str], tmp_path: Path, quick: None) -> Any:
-    made = Etcd(program("etcd"), program("etcdctl"), tmp_path)
+@pytest.fixture(params=["debian", "pypi"])
+def etcd(request: pytest.FixtureRequest, program: Callable[[str], str], tmp_path: Path, quick: None) -> Any:
+    """Of Debian, 3.4, and of PyPI, 3.5."""
+    made = Etcd(*installed(program, request.param), tmp_path)
     made.start()
     yield made
     made.kill()
