@@ -395,7 +395,7 @@ class DiscoveryServerConfig(Section, frozen=True):
         tuple[SourceUrl, ...],
         Meta(
             description="Registries: file:PATH (an instances file; a relative path from the working directory),"
-            " etcd://HOST:PORT/PREFIX (several members: separated by commas), or"
+            " etcd://HOST:PORT/PREFIX (several members: separated by commas), dns:NAME?service=SERVICE, or"
             " kubernetes: (a cluster; kubernetes:?namespace=a&selector=app%3Db and more)."
         ),
     ] = ()

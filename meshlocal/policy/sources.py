@@ -14,12 +14,13 @@ from typing import NamedTuple
 import msgspec
 
 from meshlocal.policy.addresses import AddressError, file_path
+from meshlocal.policy.dns_options import FORM as DNS_FORM
+from meshlocal.policy.dns_options import DnsOptions
 from meshlocal.policy.etcd_options import FORM, EtcdOptions
 from meshlocal.policy.kubernetes_options import KubernetesOptions
 from meshlocal.policy.problems import quote
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
-_LATER = ("dns",)
 
 
 class SourceKind(NamedTuple):
@@ -59,6 +60,7 @@ class FileOptions(msgspec.Struct, frozen=True):
 KINDS: dict[str, SourceKind] = {
     "file": SourceKind("file:PATH", FileOptions.parse, "meshlocal.discovery.file_source:open_file_source"),
     "etcd": SourceKind(FORM, EtcdOptions.parse, "meshlocal.discovery.etcd.source:open_etcd_source"),
+    "dns": SourceKind(DNS_FORM, DnsOptions.parse, "meshlocal.discovery.dns.source:open_dns_source"),
     "kubernetes": SourceKind(
         "kubernetes:", KubernetesOptions.parse, "meshlocal.discovery.kubernetes.source:open_kubernetes_sources"
     ),
@@ -103,10 +105,8 @@ class SourceUrl(msgspec.Struct, frozen=True, eq=False):
             while find_more:
                 find_more.pop()()
         kind = KINDS.get(scheme)
-        if match is None or (kind is None and scheme not in _LATER):
+        if match is None or kind is None:
             raise AddressError(f"expected {_forms()}, got {quote(text)}")
-        if kind is None:
-            raise AddressError(f"{scheme}: is not supported by this version; expected {_forms()}")
         try:
             return cls(scheme, kind.parse(match[2]))
         except AddressError:

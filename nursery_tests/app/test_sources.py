@@ -93,7 +93,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
 def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its URLs are read, its sources made, its mistakes named: nothing else knows of it."""
     with pytest.raises(
-        AddressError, match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:, got 'post:home'$"
+        AddressError,
+        match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME\?service=SERVICE or kubernetes:, "
+        r"got 'post:home'$",
     ):
         SourceUrl.parse("post:home")
     installed(monkeypatch, post="KIND")
@@ -103,7 +105,9 @@ def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AddressError, match=r"^names no place$"):
         SourceUrl.parse("post:")
     with pytest.raises(
-        AddressError, match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, kubernetes: or post:PLACE, got 'x'$"
+        AddressError,
+        match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME\?service=SERVICE, kubernetes: or post:PLACE, "
+        r"got 'x'$",
     ):
         SourceUrl.parse("x")
     config = DiscoveryServerConfig(sources=(SourceUrl.parse("file:a.yaml"), url), zone="z1")

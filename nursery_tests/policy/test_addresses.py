@@ -11,6 +11,8 @@ from meshlocal.policy.sources import FileOptions, SourceUrl
 
 TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
 
+FORMS = "file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME?service=SERVICE or kubernetes:"
+
 
 @pytest.mark.parametrize(
     ("text", "value"),
@@ -131,16 +133,20 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
         (
             SourceUrl,
             "instances.yaml",
-            "expected file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:, got 'instances.yaml'",
+            f"expected {FORMS}, got 'instances.yaml'",
         ),
-        (SourceUrl, "kubernetes", "expected file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:, got 'kubernetes'"),
-        (SourceUrl, "etcd:x", "expected etcd://HOST:PORT/PREFIX, got 'etcd:x'"),
         (
             SourceUrl,
-            "dns:x",
-            "dns: is not supported by this version; expected file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:",
+            "kubernetes",
+            f"expected {FORMS}, got 'kubernetes'",
         ),
-        (SourceUrl, "consul:x", "expected file:PATH, etcd://HOST:PORT/PREFIX or kubernetes:, got 'consul:x'"),
+        (SourceUrl, "etcd:x", "expected etcd://HOST:PORT/PREFIX, got 'etcd:x'"),
+        (SourceUrl, "dns:x", "expected dns:NAME?service=SERVICE, got 'dns:x'"),
+        (
+            SourceUrl,
+            "consul:x",
+            f"expected {FORMS}, got 'consul:x'",
+        ),
         (SourceUrl, "kubernetes:?nodes=maybe", "nodes: expected yes or no, got 'maybe'"),
         (SourceUrl, "file:", "names no file; expected file:PATH"),
     ],
