@@ -25,6 +25,7 @@ from meshlocal.client.links import open_link
 from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.backoff import Backoff
 from meshlocal.policy.config import DiscoveryClientConfig
+from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.status import GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
@@ -73,7 +74,7 @@ class Readers:
             try:
                 async with open_link(self._url, DiscoveryClientConfig()) as link:
                     request = pb.WatchInstancesRequest(subscriptions=[pb.Subscription(service=B)])
-                    async with link.watch(request) as events:
+                    async with link.watch(WATCH_INSTANCES, request) as events:
                         while (event := await events.receive()) is not None:
                             if event.HasField("snapshot"):
                                 backoff.reset()

@@ -100,6 +100,7 @@ EVENTS = {
     "source kind left out: there is one of this scheme": "Two plugins have the same scheme: uninstall one.",
     "registry cannot be followed": "It is away or refuses; `problem` says how. The last state stays served.",
     "registry followed again": "It answers.",
+    "discovery server refused": "It is this server, or learns from it: `problem` says which. It is not followed.",
     "listing again": "The registry asked for it.",
     "a list expired half-way": "It was too slow, or changes were too many; it begins anew.",
     "kubernetes followed": "All of a kind was read.",

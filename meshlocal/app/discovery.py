@@ -46,6 +46,7 @@ from meshlocal.policy.config import Config, DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.exposure import of_server
+from meshlocal.policy.lineage import Lineage
 from meshlocal.policy.problems import Problem
 from meshlocal.wire.discovery_methods import SERVICE_NAME
 from meshlocal.wire.pb.health_pb2 import HealthCheckResponse
@@ -91,9 +92,10 @@ class DiscoveryProcess:
         self.config = load()
         configure_logging(self.config.log.level, self.config.log.format, levels=self.config.log.levels)
         config = self.config.discovery
-        self.hub = Hub(make_sources(config, rng, environment), rng, self.supervision)
+        lineage = Lineage(f"{rng.getrandbits(64):016x}")
+        self.hub = Hub(make_sources(config, rng, environment, lineage), rng, self.supervision)
         self.limits = ServerLimits(config.limits)
-        self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits)
+        self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits, lineage)
         self.websocket_sockets: list[socket.socket] = []
         self.health = HealthStatus()
         self._set_health(serving=False)

@@ -22,11 +22,12 @@ from meshlocal.client.place import LABEL_UNKNOWN
 from meshlocal.discovery.etcd.client import Cluster
 from meshlocal.discovery.etcd.registration import Registration
 from meshlocal.net.log import configure_logging, get_log
+from meshlocal.policy import source_forms
 from meshlocal.policy.addresses import AddressError
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config_build import ConfigError
 from meshlocal.policy.config_health import HealthCheckConfig
-from meshlocal.policy.etcd_options import FORM, EtcdOptions
+from meshlocal.policy.etcd_options import EtcdOptions
 from meshlocal.policy.model import NODE, REGISTRY, SERVICE, ModelError, ServiceKey, make_instance, parse_service_key
 from meshlocal.policy.problems import Problem, quote
 from meshlocal.policy.sources import SourceUrl
@@ -302,7 +303,7 @@ def run_register(
     try:
         url = SourceUrl.parse(registry)
         if not isinstance(url.options, EtcdOptions):
-            raise AddressError(f"expected {FORM}, got {quote(registry)}")
+            raise AddressError(f"expected {source_forms.ETCD}, got {quote(registry)}")
         options = url.options
     except AddressError as error:
         problems.append(Problem("--registry", str(error)))

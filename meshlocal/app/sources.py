@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from random import Random
+from socket import gethostname
 
+import meshlocal
 from meshlocal.discovery.source import Source, SourceContext, SourceError
 from meshlocal.net.log import get_log
 from meshlocal.policy.config import DiscoveryServerConfig
 from meshlocal.policy.config_build import ConfigError
+from meshlocal.policy.lineage import Lineage
+from meshlocal.policy.model import Caller
 from meshlocal.policy.problems import Problem
 from meshlocal.policy.sources import KINDS, SourceKind
 
@@ -57,7 +61,9 @@ def _loaded(point: EntryPoint) -> SourceKind:
     return kind
 
 
-def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str]) -> list[Source]:
+def make_sources(
+    config: DiscoveryServerConfig, rng: Random, environment: Mapping[str, str], lineage: Lineage | None = None
+) -> list[Source]:
     """The sources that the config names, in its order.
 
     It blocks while it reads what a URL needs to find its registry.
@@ -66,11 +72,13 @@ def make_sources(config: DiscoveryServerConfig, rng: Random, environment: Mappin
         config: names them, and what holds for instances that say nothing else.
         rng: for jitter.
         environment: as `os.environ`.
+        lineage: of this server, if others may learn from it.
 
     Raises:
         ConfigError: a registry cannot be found, or reached in the way that its options say; the text names the URL.
     """
-    context = SourceContext(rng, environment, config.zone or "", config.cluster or "")
+    caller = Caller(gethostname(), software=f"meshlocal discovery {meshlocal.__version__}")
+    context = SourceContext(rng, environment, config.zone or "", config.cluster or "", lineage, caller)
     problems: list[Problem] = []
     sources: list[Source] = []
     for position, url in enumerate(config.sources):

@@ -132,7 +132,7 @@ def proxy(
     "sources",
     multiple=True,
     metavar="URL",
-    help="A registry: file:PATH, etcd:, dns: or kubernetes:, each with its options.",
+    help="A registry: file:PATH, etcd:, dns:, kubernetes:, or meshlocal: and another server's URL.",
 )
 @click.option("--zone", help="The label zone of instances that come without one.")
 @click.option("--cluster", help="The label cluster of instances that come without one.")

@@ -9,9 +9,7 @@ import anyio
 
 from meshlocal.client.link import REQUEST_LIMIT, Events
 from meshlocal.net.grpc.client import Channel
-from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.method import Method, Req, Resp
-from meshlocal.wire.pb import discovery_pb2 as pb
 
 
 class GrpcLink:
@@ -27,9 +25,9 @@ class GrpcLink:
             await self._channel.probe()
 
     @asynccontextmanager
-    async def watch(self, request: pb.WatchInstancesRequest) -> AsyncIterator[Events]:
+    async def watch(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[Events[Resp]]:
         """See `Link.watch`."""
-        async with self._channel.call(WATCH_INSTANCES, self._metadata) as call:
+        async with self._channel.call(method, self._metadata) as call:
             with anyio.fail_after(REQUEST_LIMIT):
                 await call.send(request)
                 await call.end()

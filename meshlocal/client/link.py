@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.following import FileProblemError, Followed
@@ -16,7 +16,6 @@ from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
-from meshlocal.wire.pb import discovery_pb2 as pb
 
 REQUEST_LIMIT = 10.0
 """Seconds that a server may take to accept a request."""
@@ -26,7 +25,10 @@ MAX_EVENT_SIZE = 64 * 2**20
 """Bytes of one answer at most: room for a snapshot of some 200,000 instances."""
 
 
-class Events(Protocol):
+Event_co = TypeVar("Event_co", covariant=True)
+
+
+class Events(Protocol[Event_co]):
     """The events of a watch that is under way."""
 
     @property
@@ -34,7 +36,7 @@ class Events(Protocol):
         """Bytes that came so far, of an event that is not whole yet too."""
         ...
 
-    async def receive(self) -> pb.WatchInstancesResponse | None:
+    async def receive(self) -> Event_co | None:
         """The next event; None at the end. Raises GrpcError."""
         ...
 
@@ -46,7 +48,7 @@ class Link(Protocol):
         """See whether a server is there, without a question. Raises GrpcError, TimeoutError."""
         ...
 
-    def watch(self, request: pb.WatchInstancesRequest) -> AbstractAsyncContextManager[Events]:
+    def watch(self, method: Method[Req, Resp], request: Req) -> AbstractAsyncContextManager[Events[Resp]]:
         """Begin a watch, which ends with the block. Raises GrpcError, TimeoutError."""
         ...
 

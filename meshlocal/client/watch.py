@@ -20,8 +20,9 @@ Nothing that a watch meets ends its task: that costs an attempt, a line in the l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import cycle
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -47,6 +48,7 @@ from meshlocal.policy.model import (
 )
 from meshlocal.policy.steps import STEP
 from meshlocal.wire.discovery_codec import caller_to_message, change_in_steps, snapshot_in_steps
+from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.status import PUSHBACK, GrpcError
 from meshlocal.wire.pb import discovery_pb2 as pb
 
@@ -78,6 +80,11 @@ PUSHBACK_LONGEST = 60.0
 """Seconds for which a server is left alone at its word."""
 
 
+Beside = Callable[[Link, Callable[[], None]], Coroutine[Any, Any, None]]
+"""A task beside the streams of a connection, which says what is followed. It is given the connection, and what it calls
+whenever the server answers: before the first time nothing is followed. Whatever it raises ends the connection."""
+
+
 class DiscoveryWatch:
     """Follows services at the first of several discovery servers that answers, for ever.
 
@@ -90,6 +97,8 @@ class DiscoveryWatch:
         held: snapshots from before, to resume from (D2).
         workload: gives the certificate and authorities that `config` names no files of.
         caller: who follows, for the servers' operators to see.
+        beside: what says which services are followed, where the server is asked for that too.
+        on_problem: told of what ends a connection, and of None when a server answers.
     """
 
     def __init__(
@@ -102,11 +111,15 @@ class DiscoveryWatch:
         held: Iterable[ServiceSnapshot] = (),
         workload: SvidSource | None = None,
         caller: Caller = Caller(),  # noqa: B008 - it is immutable
+        beside: Beside | None = None,
+        on_problem: Callable[[str | None], None] = lambda _: None,
     ) -> None:
         if not urls:
             raise ValueError("a watch needs at least one discovery server")
         self._urls = urls
         self._caller = caller_to_message(caller)
+        self._beside = beside
+        self._on_problem = on_problem
         self._services = list(dict.fromkeys(services))
         self._sink = sink
         self._config = config or DiscoveryClientConfig()
@@ -156,8 +169,9 @@ class DiscoveryWatch:
             problem, pause = "the watch ended", 0.0
             try:
                 await self._watch_server(url)
-            except Exception as error:  # noqa: BLE001 - whatever it is, what is known must be gone on with (P1)
-                problem, pause = self._explain(first_of(error))
+            # What is known must be gone on with (P1). A cancellation that comes in the same moment goes on.
+            except* Exception as errors:  # noqa: BLE001 - whatever it is
+                problem, pause = self._explain(first_of(errors))
             self._pending.clear()
             if self._refreshing:
                 self._refreshing = False
@@ -196,6 +210,7 @@ class DiscoveryWatch:
         self.status.connected = False
         self.status.problem = problem
         self.status.reconnects += 1
+        self._on_problem(problem)
 
     def _reached(self, url: DiscoveryUrl) -> None:
         """Note that the server answers."""
@@ -204,20 +219,41 @@ class DiscoveryWatch:
             self.status.problem = None
             self._said.clear()
             self._backoff.reset()
+            self._on_problem(None)
             _log.info("discovery is watched", url=str(url), services=len(self._services))
 
     async def _watch_server(self, url: DiscoveryUrl) -> None:
         with anyio.CancelScope() as self._server_scope:
             try:
-                async with open_link(url, self._config, self._credentials) as link:
-                    while True:
-                        self._followed = anyio.Event()
-                        if not self._services:
-                            await self._wait_for_services(link, url)
-                        elif not await self._watch_once(link, url):
-                            return
+                async with (
+                    open_link(url, self._config, self._credentials) as link,
+                    anyio.create_task_group() as tasks,
+                ):
+                    if self._beside is not None:
+                        answered = anyio.Event()
+
+                        def reached() -> None:
+                            self._reached(url)
+                            answered.set()
+
+                        tasks.start_soon(self._beside, link, reached)
+                        await answered.wait()
+                    await self._watch_link(link, url)
+                    tasks.cancel_scope.cancel()
             finally:
                 self._server_scope = None
+
+    async def _watch_link(self, link: Link, url: DiscoveryUrl) -> None:
+        """Watch what is to be followed, until the server ends that."""
+        while True:
+            self._followed = anyio.Event()
+            if self._services:
+                if not await self._watch_once(link, url):
+                    return
+            elif self._beside is not None:
+                await self._followed.wait()
+            else:
+                await self._wait_for_services(link, url)
 
     async def _wait_for_services(self, link: Link, url: DiscoveryUrl) -> None:
         """Look at the server from time to time, until there is a service to follow."""
@@ -268,12 +304,12 @@ class DiscoveryWatch:
             caller=self._caller,
         )
         limit = FIRST_EVENT_LIMIT
-        async with link.watch(request) as events:
+        async with link.watch(WATCH_INSTANCES, request) as events:
             while (event := await self._next(events, limit)) is not None:
                 limit = await self._take(event, limit, position, services)
                 self._reached(url)
 
-    async def _next(self, events: Events, limit: float) -> pb.WatchInstancesResponse | None:
+    async def _next(self, events: Events[pb.WatchInstancesResponse], limit: float) -> pb.WatchInstancesResponse | None:
         """The next event; None at the stream's end.
 
         Raises:

@@ -17,7 +17,6 @@ from meshlocal.wire import discovery_websocket as wire
 from meshlocal.wire.discovery_methods import WATCH_INSTANCES
 from meshlocal.wire.grpc.method import Method, Req, Resp
 from meshlocal.wire.grpc.status import GrpcError, StatusCode, from_http_status
-from meshlocal.wire.pb import discovery_pb2 as pb
 
 
 class WebSocketLink:
@@ -36,9 +35,9 @@ class WebSocketLink:
         self._headers = metadata
 
     @asynccontextmanager
-    async def watch(self, request: pb.WatchInstancesRequest) -> AsyncIterator[Events]:
+    async def watch(self, method: Method[Req, Resp], request: Req) -> AsyncIterator[Events[Resp]]:
         """See `Link.watch`."""
-        async with self._call(WATCH_INSTANCES, request) as answers:
+        async with self._call(method, request) as answers:
             yield answers
 
     async def unary(self, method: Method[Req, Resp], request: Req) -> Resp:

@@ -175,6 +175,7 @@ class Hub:
         self._marked: OrderedDict[Watcher, None] = OrderedDict()
         self._some_marked = anyio.Event()
         self._pushing = False
+        self._services_watchers: dict[ServicesWatcher, None] = {}
         self.changes = 0
         self.watcher_count = 0
 
@@ -269,6 +270,16 @@ class Hub:
                 del state.watchers[watcher]
                 self._forget_if_idle(service, state)
 
+    @contextmanager
+    def watch_services(self) -> Iterator[ServicesWatcher]:
+        """Follow which services there are."""
+        watcher = ServicesWatcher(self)
+        self._services_watchers[watcher] = None
+        try:
+            yield watcher
+        finally:
+            del self._services_watchers[watcher]
+
     def last_change(self, service: ServiceKey) -> ServiceChange | None:
         """What led to the service's snapshot from the one before; None if that was its first, or there is none."""
         state = self._services.get(service)
@@ -315,6 +326,9 @@ class Hub:
         while len(state.history) > HISTORY:
             del state.history[next(iter(state.history))]
         self.changes += 1
+        if before is None or before.unknown != unknown:
+            for follower in self._services_watchers:
+                follower._mark(service)
         for watcher in state.watchers:
             watcher._mark(service)
         self._forget_if_idle(service, state)
@@ -323,6 +337,8 @@ class Hub:
         """A source was in sync for the first time: more services can be spoken of than before."""
         if not self._synced.is_set() and all(source.in_sync for source in self.sources):
             self._synced.set()
+        for follower in self._services_watchers:
+            follower._mark_all()
         for service, state in list(self._services.items()):
             if not self.speaks_of(service):
                 continue
@@ -426,3 +442,53 @@ class Watcher:
                 self._held[service] = latest
             updates.append(Update(base, latest, self._hub.last_change(service)))
         return updates
+
+
+class ServicesWatcher:
+    """The place of one who follows which services there are. Made by `Hub.watch_services`."""
+
+    __slots__ = ("_hub", "_known", "_marked", "_wake")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._known: set[ServiceKey] = set()
+        self._marked = dict.fromkeys(each.service for each in hub.snapshots())
+        self._wake = anyio.Event()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every source has said which services it knows (D3)."""
+        return self._hub.in_sync
+
+    def _mark(self, service: ServiceKey) -> None:
+        self._marked[service] = None
+        self._wake.set()
+
+    def _mark_all(self) -> None:
+        """More can be spoken of than before: what is known may turn out to be gone."""
+        self._marked |= dict.fromkeys(self._known)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """End a wait, though there may be nothing to take."""
+        self._wake.set()
+
+    async def wait(self) -> None:
+        """Wait until there may be something to take."""
+        await self._wake.wait()
+
+    def take(self) -> tuple[list[ServiceKey], list[ServiceKey]]:
+        """The services that there are now and were not at the last call, and those that there were; by name."""
+        self._wake = anyio.Event()
+        marked, self._marked = self._marked, {}
+        added: list[ServiceKey] = []
+        removed: list[ServiceKey] = []
+        for service in sorted(marked):
+            latest = self._hub.snapshot(service)
+            # Where nobody can speak of it, it is not gone.
+            if latest is None or latest.unknown != (service in self._known):
+                continue
+            (removed if latest.unknown else added).append(service)
+        self._known.difference_update(removed)
+        self._known.update(added)
+        return added, removed

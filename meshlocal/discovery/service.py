@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 
 import trio
 
-from meshlocal.discovery.hub import Hub, Update, Watcher
+from meshlocal.discovery.hub import Hub, ServicesWatcher, Update, Watcher
 from meshlocal.discovery.limits import ServerLimits
 from meshlocal.net.grpc.server import Routes, unary
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.slices import in_slices, pieces
+from meshlocal.policy.lineage import Lineage
 from meshlocal.policy.model import (
     CLUSTER,
     ZONE,
@@ -35,6 +36,9 @@ from meshlocal.wire.discovery_codec import (
     change_event,
     heartbeat_event,
     instance_to_message,
+    lineage_event,
+    services_events,
+    services_heartbeat,
     snapshot_event,
 )
 from meshlocal.wire.discovery_methods import (
@@ -44,6 +48,7 @@ from meshlocal.wire.discovery_methods import (
     LIST_WATCHERS,
     LIST_ZONES,
     WATCH_INSTANCES,
+    WATCH_SERVICES,
 )
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
@@ -64,6 +69,8 @@ _STEP = 0.01
 
 _LONGEST = (1 << 32) - 1
 """Milliseconds that are told of at most."""
+
+_GOING_AWAY = "this server is going away; watch another one"
 
 _Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
 
@@ -152,21 +159,30 @@ def _event(update: Update) -> pb.WatchInstancesResponse:
 
 
 class DiscoveryService:
-    """The six methods over one hub.
+    """The methods over one hub.
 
     Args:
         hub: what is served.
         heartbeat_interval: the longest silence on a watch, in seconds.
         limits: how much of it is taken on; the defaults if not given.
+        lineage: whom this server learns from; nobody if not given.
     """
 
-    def __init__(self, hub: Hub, heartbeat_interval: float, limits: ServerLimits | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        heartbeat_interval: float,
+        limits: ServerLimits | None = None,
+        lineage: Lineage | None = None,
+    ) -> None:
         self._limits = limits or ServerLimits()
+        self._lineage = lineage or Lineage("alone")
         self._hub = hub
         self._heartbeat_interval = heartbeat_interval
         self._encoded = EncodedEvents()
         self._draining = False
         self._watches: dict[trio.CancelScope, Watching] = {}
+        self._services_watches: dict[trio.CancelScope, None] = {}
         self.events_sent = 0
         self.hidden = 0
         """Services that were asked for, and that the caller may not see."""
@@ -180,6 +196,7 @@ class DiscoveryService:
             LIST_SERVICES: unary(self._list_services),
             LIST_INSTANCES: unary(self._list_instances),
             WATCH_INSTANCES: self._watch_instances,
+            WATCH_SERVICES: self._watch_services,
             LIST_WATCHERS: unary(self._list_watchers),
         }
 
@@ -293,7 +310,7 @@ class DiscoveryService:
         one after the other, `GOODBYES` in a second, or as fast as it takes to be through in most of `within` seconds.
         """
         self._draining = True
-        leaving = list(self._watches)
+        leaving = [*self._watches, *self._services_watches]
         pause = min(1 / GOODBYES, within * _MOST_OF / max(len(leaving), 1))
         due = began = trio.current_time()
         for position, scope in enumerate(leaving):
@@ -327,7 +344,50 @@ class DiscoveryService:
                 await self._serve_watch(call, watching, hidden)
             finally:
                 del self._watches[leaving]
-        raise GrpcError(StatusCode.UNAVAILABLE, "this server is going away; watch another one")
+        raise GrpcError(StatusCode.UNAVAILABLE, _GOING_AWAY)
+
+    async def _watch_services(self, call: ServerCall[pb.WatchServicesRequest, pb.WatchServicesResponse]) -> None:
+        if await call.receive() is None:
+            raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
+        with (
+            self._limits.watch(call.peer, 0),
+            self._hub.watch_services() as watcher,
+            self._lineage.followed(watcher.wake),
+            trio.CancelScope() as leaving,
+        ):
+            if self._draining:
+                leaving.cancel()
+            self._services_watches[leaving] = None
+            try:
+                await self._serve_services(call, watcher)
+            finally:
+                del self._services_watches[leaving]
+        raise GrpcError(StatusCode.UNAVAILABLE, _GOING_AWAY)
+
+    async def _serve_services(
+        self, call: ServerCall[pb.WatchServicesRequest, pb.WatchServicesResponse], watcher: ServicesWatcher
+    ) -> None:
+        view = _view(call)
+        told: tuple[str, ...] = ()
+        said = complete = False
+        while True:
+            events: list[pb.WatchServicesResponse] = []
+            if (servers := self._lineage.servers()) != told:
+                told = servers
+                events.append(lineage_event(told))
+            added, removed = (list(filter(view.sees, names)) for names in watcher.take())
+            if added or removed or not said or watcher.complete != complete:
+                complete = watcher.complete
+                events += services_events(added, removed, complete=complete)
+            # The first round ends with one too: it says how long a silence may last.
+            if not events or not said:
+                said = True
+                events.append(services_heartbeat(self._heartbeat_interval))
+            for event in events:
+                await call.send(event)
+                self.events_sent += 1
+            with trio.move_on_after(self._heartbeat_interval):
+                await watcher.wait()
 
     def _hide(self, call: ServerCall[Any, Any], services: Sequence[ServiceKey]) -> None:
         """Note that a caller asked for services that it may not see."""

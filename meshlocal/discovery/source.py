@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import trio
 
 from meshlocal.policy.backoff import UniformSource
-from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
+from meshlocal.policy.lineage import Lineage
+from meshlocal.policy.model import Caller, EndpointKey, Instance, ServiceKey
 
 Instances = Mapping[EndpointKey, Instance]
 """A service's instances by key; not changed after it is published."""
@@ -26,12 +27,16 @@ class SourceContext(NamedTuple):
         environment: as `os.environ`.
         zone: the `zone` label of instances for which the registry gives none; empty: none.
         cluster: the labels `cluster` and `cluster_id`, unless the options name others; empty: none.
+        lineage: of this server; None: nobody learns from it.
+        caller: what it says of itself to those who ask.
     """
 
     rng: UniformSource
     environment: Mapping[str, str]
     zone: str
     cluster: str
+    lineage: Lineage | None = None
+    caller: Caller = Caller()
 
 
 class Publisher(Protocol):

@@ -395,8 +395,9 @@ class DiscoveryServerConfig(Section, frozen=True):
         tuple[SourceUrl, ...],
         Meta(
             description="Registries: file:PATH (an instances file; a relative path from the working directory),"
-            " etcd://HOST:PORT/PREFIX (several members: separated by commas), dns:NAME?service=SERVICE, or"
-            " kubernetes: (a cluster; kubernetes:?namespace=a&selector=app%3Db and more)."
+            " etcd://HOST:PORT/PREFIX (several members: separated by commas), dns:NAME?service=SERVICE,"
+            " meshlocal:grpc://HOST:PORT (another discovery server; several that know the same: separated by commas),"
+            " or kubernetes: (a cluster; kubernetes:?namespace=a&selector=app%3Db and more)."
         ),
     ] = ()
     zone: Annotated[str | None, Meta(description="The label zone of instances that come without one; null: none.")] = (

@@ -10,10 +10,10 @@ import msgspec
 from meshlocal.policy.addresses import AddressError, check_host, format_host_port, parse_host_port
 from meshlocal.policy.model import ModelError, ServiceKey, parse_service_key
 from meshlocal.policy.problems import quote
+from meshlocal.policy.source_forms import DNS as FORM
 from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options
 
 _OPTIONS = ("service", "type", "port", "port_name", "server", "node")
-FORM = "dns:NAME?service=SERVICE"
 MAX_NODES = 10_000
 
 RecordType = Literal["SRV", "A", "AAAA", "HOST"]

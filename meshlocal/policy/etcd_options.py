@@ -6,10 +6,10 @@ import msgspec
 
 from meshlocal.policy.addresses import AddressError, check_host, format_host_port, parse_host_port
 from meshlocal.policy.problems import quote
+from meshlocal.policy.source_forms import ETCD as FORM
 from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options
 
 _OPTIONS = ("tls", "ca_file", "certificate_file", "key_file", "user", "password_file")
-FORM = "etcd://HOST:PORT/PREFIX"
 
 
 class EtcdOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,11 +13,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from meshlocal.policy import source_forms
 from meshlocal.policy.addresses import AddressError, file_path
-from meshlocal.policy.dns_options import FORM as DNS_FORM
-from meshlocal.policy.dns_options import DnsOptions
-from meshlocal.policy.etcd_options import FORM, EtcdOptions
-from meshlocal.policy.kubernetes_options import KubernetesOptions
 from meshlocal.policy.problems import quote
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
@@ -57,12 +54,38 @@ class FileOptions(msgspec.Struct, frozen=True):
         return cls(file_path(text))
 
 
+def _etcd(text: str) -> object:
+    from meshlocal.policy.etcd_options import EtcdOptions
+
+    return EtcdOptions.parse(text)
+
+
+def _dns(text: str) -> object:
+    from meshlocal.policy.dns_options import DnsOptions
+
+    return DnsOptions.parse(text)
+
+
+def _meshlocal(text: str) -> object:
+    from meshlocal.policy.meshlocal_options import MeshlocalOptions
+
+    return MeshlocalOptions.parse(text)
+
+
+def _kubernetes(text: str) -> object:
+    from meshlocal.policy.kubernetes_options import KubernetesOptions
+
+    return KubernetesOptions.parse(text)
+
+
+# What reads options is imported where there are such: a proxy, which has no sources, has no room for it.
 KINDS: dict[str, SourceKind] = {
-    "file": SourceKind("file:PATH", FileOptions.parse, "meshlocal.discovery.file_source:open_file_source"),
-    "etcd": SourceKind(FORM, EtcdOptions.parse, "meshlocal.discovery.etcd.source:open_etcd_source"),
-    "dns": SourceKind(DNS_FORM, DnsOptions.parse, "meshlocal.discovery.dns.source:open_dns_source"),
+    "file": SourceKind(source_forms.FILE, FileOptions.parse, "meshlocal.discovery.file_source:open_file_source"),
+    "etcd": SourceKind(source_forms.ETCD, _etcd, "meshlocal.discovery.etcd.source:open_etcd_source"),
+    "dns": SourceKind(source_forms.DNS, _dns, "meshlocal.discovery.dns.source:open_dns_source"),
+    "meshlocal": SourceKind(source_forms.MESHLOCAL, _meshlocal, "meshlocal.discovery.server_source:open_server_source"),
     "kubernetes": SourceKind(
-        "kubernetes:", KubernetesOptions.parse, "meshlocal.discovery.kubernetes.source:open_kubernetes_sources"
+        source_forms.KUBERNETES, _kubernetes, "meshlocal.discovery.kubernetes.source:open_kubernetes_sources"
     ),
 }
 """By scheme."""

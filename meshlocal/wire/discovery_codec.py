@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_address
 
 from meshlocal.policy.model import (
@@ -123,6 +123,37 @@ def heartbeat_event(interval: float, pending: Iterable[ServiceKey]) -> pb.WatchI
     return pb.WatchInstancesResponse(
         heartbeat=pb.Heartbeat(interval_ms=max(1, round(interval * 1000)), pending=sorted(pending))
     )
+
+
+NAMES = 1000
+"""Services that one event names."""
+
+
+def lineage_event(servers: Iterable[str]) -> pb.WatchServicesResponse:
+    """Whom a server learns from: its own id first."""
+    return pb.WatchServicesResponse(lineage=pb.Lineage(servers=servers))
+
+
+def services_events(
+    added: Sequence[ServiceKey], removed: Sequence[ServiceKey], *, complete: bool
+) -> Iterator[pb.WatchServicesResponse]:
+    """What becomes of the services that a watcher knows, in events of `NAMES` names at most: only the last may say that
+    it is complete. There is one at least."""
+    names = [*((each, True) for each in added), *((each, False) for each in removed)]
+    for start in range(0, max(len(names), 1), NAMES):
+        part = names[start : start + NAMES]
+        yield pb.WatchServicesResponse(
+            change=pb.ServicesChange(
+                added=[name for name, is_added in part if is_added],
+                removed=[name for name, is_added in part if not is_added],
+                complete=complete and start + NAMES >= len(names),
+            )
+        )
+
+
+def services_heartbeat(interval: float) -> pb.WatchServicesResponse:
+    """Nothing changed, and there will be an event at least every `interval` seconds."""
+    return pb.WatchServicesResponse(heartbeat=pb.Heartbeat(interval_ms=max(1, round(interval * 1000))))
 
 
 def snapshot_from_message(message: pb.ServiceSnapshot, on_bad: OnBadInstance) -> ServiceSnapshot:

@@ -17,5 +17,8 @@ WATCH_INSTANCES = Method(
     pb.WatchInstancesResponse,
     server_streaming=True,
 )
+WATCH_SERVICES = Method(
+    f"/{SERVICE_NAME}/WatchServices", pb.WatchServicesRequest, pb.WatchServicesResponse, server_streaming=True
+)
 LIST_WATCHERS = Method(f"/{SERVICE_NAME}/ListWatchers", pb.ListWatchersRequest, pb.ListWatchersResponse)
-METHODS = (LIST_ZONES, LIST_CLUSTERS, LIST_SERVICES, LIST_INSTANCES, WATCH_INSTANCES, LIST_WATCHERS)
+METHODS = (LIST_ZONES, LIST_CLUSTERS, LIST_SERVICES, LIST_INSTANCES, WATCH_INSTANCES, WATCH_SERVICES, LIST_WATCHERS)

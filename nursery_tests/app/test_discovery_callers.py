@@ -28,7 +28,15 @@ from meshlocal.policy.addresses import DiscoveryUrl
 from meshlocal.policy.config import DiscoveryClientConfig, DiscoveryServerConfig
 from meshlocal.policy.config_access import AllowConfig
 from meshlocal.policy.model import EndpointKey, Instance, ServiceKey
-from meshlocal.wire.discovery_methods import LIST_CLUSTERS, LIST_INSTANCES, LIST_SERVICES, LIST_WATCHERS, LIST_ZONES
+from meshlocal.wire.discovery_methods import (
+    LIST_CLUSTERS,
+    LIST_INSTANCES,
+    LIST_SERVICES,
+    LIST_WATCHERS,
+    LIST_ZONES,
+    WATCH_INSTANCES,
+    WATCH_SERVICES,
+)
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
 from nursery_tests.certificates import NO_TEXT, Authority
@@ -158,7 +166,7 @@ async def test_a_watch_is_told_that_what_it_may_not_see_is_unknown(setup: Setup,
     async with (
         serving(setup.config, scheme) as served,
         served.link(setup.client(uri=WEB)) as link,
-        link.watch(pb.WatchInstancesRequest(subscriptions=wanted)) as events,
+        link.watch(WATCH_INSTANCES, pb.WatchInstancesRequest(subscriptions=wanted)) as events,
     ):
         seen: dict[str, tuple[bool, int]] = {}
         while True:
@@ -170,6 +178,18 @@ async def test_a_watch_is_told_that_what_it_may_not_see_is_unknown(setup: Setup,
     assert seen == {"ledger.bank": (True, 0), "cart.shop": (False, 1)}
 
 
+async def test_a_watch_of_the_services_names_those_that_it_may_see(setup: Setup, scheme: str) -> None:
+    async with (
+        serving(setup.config, scheme) as served,
+        served.link(setup.client(uri=WEB)) as web,
+        web.watch(WATCH_SERVICES, pb.WatchServicesRequest()) as events,
+    ):
+        seen: list[str] = []
+        while (event := await events.receive()) is not None and not event.HasField("heartbeat"):
+            seen += event.change.added
+        assert seen == ["cart.shop"]
+
+
 async def test_who_watches_is_listed_as_far_as_its_services_are_seen(setup: Setup, scheme: str) -> None:
     """A watcher of nothing that the caller may see is not there; and of the others, only that is told."""
     wanted = [pb.Subscription(service=name) for name in ("ledger.bank", "cart.shop")]
@@ -177,8 +197,8 @@ async def test_who_watches_is_listed_as_far_as_its_services_are_seen(setup: Setu
         serving(setup.config, scheme) as served,
         served.link(setup.client(token="t0ps")) as ops,
         served.link(setup.client(uri=WEB)) as web,
-        ops.watch(pb.WatchInstancesRequest(subscriptions=wanted)) as both,
-        ops.watch(pb.WatchInstancesRequest(subscriptions=wanted[:1])) as hidden,
+        ops.watch(WATCH_INSTANCES, pb.WatchInstancesRequest(subscriptions=wanted)) as both,
+        ops.watch(WATCH_INSTANCES, pb.WatchInstancesRequest(subscriptions=wanted[:1])) as hidden,
     ):
         await both.receive()
         await hidden.receive()

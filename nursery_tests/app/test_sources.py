@@ -94,7 +94,8 @@ def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its URLs are read, its sources made, its mistakes named: nothing else knows of it."""
     with pytest.raises(
         AddressError,
-        match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME\?service=SERVICE or kubernetes:, "
+        match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME\?service=SERVICE, "
+        r"meshlocal:grpc://HOST:PORT or kubernetes:, "
         r"got 'post:home'$",
     ):
         SourceUrl.parse("post:home")
@@ -106,7 +107,8 @@ def test_a_kind_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
         SourceUrl.parse("post:")
     with pytest.raises(
         AddressError,
-        match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME\?service=SERVICE, kubernetes: or post:PLACE, "
+        match=r"^expected file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME\?service=SERVICE, "
+        r"meshlocal:grpc://HOST:PORT, kubernetes: or post:PLACE, "
         r"got 'x'$",
     ):
         SourceUrl.parse("x")

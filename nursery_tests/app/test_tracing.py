@@ -124,7 +124,10 @@ async def test_what_comes_goes_together(
     await trio.sleep(1)
     made.add(request(2))
     await trio.sleep(INTERVAL)
-    assert collector.got == [(start + INTERVAL, [1, 2])]
+    ((when, got),) = collector.got
+    # What is encoded in more than one slice, on a machine that is slow, pauses between them.
+    assert start + INTERVAL <= when < start + INTERVAL + 1
+    assert got == [1, 2]
     assert collector.asked == [(Origin("collector", 4318), "POST", "/v1/traces")]
     assert collector.headers == [{"Content-Type": "application/x-protobuf", "User-Agent": "meshlocal/1"}]
     assert made.spans == spans(exported=4)

@@ -561,3 +561,79 @@ async def test_a_source_that_cannot_know_a_service_is_not_waited_for(nursery: tr
         (update,) = watcher.take()
         assert addresses(update.latest) == ["10.0.0.2"]
     nursery.cancel_scope.cancel()
+
+
+async def test_who_follows_the_services_is_told_which_come_and_go(nursery: trio.Nursery) -> None:
+    """And, while a source is not in sync, of none that is gone: it may know those that others no longer do (D3)."""
+    first, second = ScriptedSource("first"), ScriptedSource("second")
+    hub = await start(nursery, first, second)
+    with hub.watch_services() as watcher:
+        assert (watcher.take(), watcher.complete) == (([], []), False)
+        first.publisher.replace({B: listed(at(1)), C: listed(at(2))})
+        first.started()
+        await watcher.wait()
+        assert (watcher.take(), watcher.complete) == (([B, C], []), False)
+        first.publisher.update(C, None)
+        assert watcher.take() == ([], [])
+        second.publisher.update(ServiceKey("d"), listed(at(3)))
+        second.started()
+        await watcher.wait()
+        assert (watcher.take(), watcher.complete) == ((["d"], [C]), True)
+        first.publisher.update(B, listed(at(1), at(4)))
+        with trio.move_on_after(0) as waited:
+            await watcher.wait()
+        assert waited.cancelled_caught, "that other instances serve it is no news"
+        second.publisher.update(B, listed(at(5)))
+        first.publisher.update(B, None)
+        assert watcher.take() == ([], [])
+        second.publisher.replace({C: listed(at(2))})
+        await watcher.wait()
+        assert watcher.take() == ([C], [B, "d"])
+        with hub.watch_services() as late:
+            assert late.take() == ([C], [])
+    with hub.watch({B: ""}) as asked, hub.watch_services() as watcher:
+        assert (watcher.take(), [each.latest.unknown for each in asked.take()]) == (([C], []), [True])
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [(number, name, there) for number in (0, 1) for name in "abc" for there in (True, False)]
+            + [(0, "sync", True), (1, "sync", True), (0, "take", True)]
+        ),
+        max_size=30,
+    )
+)
+def test_who_takes_what_there_is_of_the_services_holds_what_the_hub_does(steps: list[tuple[int, str, bool]]) -> None:
+    """Whenever it is taken, and in whatever order the sources say what they know (D4, D8)."""
+
+    async def play() -> None:
+        sources = ScriptedSource("0"), ScriptedSource("1")
+        async with trio.open_nursery() as nursery:
+            hub = await start(nursery, *sources)
+            held: set[ServiceKey] = set()
+            synced: set[int] = set()
+            with hub.watch_services() as watcher:
+
+                def take() -> None:
+                    added, removed = watcher.take()
+                    assert held.isdisjoint(added)
+                    assert held.issuperset(removed)
+                    held.difference_update(removed)
+                    held.update(added)
+
+                for number, what, there in [*steps, (0, "sync", True), (1, "sync", True), (0, "take", True)]:
+                    if what == "take":
+                        take()
+                        assert held >= {each.service for each in hub.snapshots()}
+                    elif what == "sync":
+                        if number not in synced:
+                            synced.add(number)
+                            sources[number].started()
+                    else:
+                        sources[number].publisher.update(ServiceKey(what), listed(at(1)) if there else None)
+                assert watcher.complete
+                assert held == {each.service for each in hub.snapshots()}
+            nursery.cancel_scope.cancel()
+
+    trio.run(play)

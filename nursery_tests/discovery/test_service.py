@@ -35,6 +35,7 @@ from meshlocal.wire.discovery_methods import (
     METHODS,
     SERVICE_NAME,
     WATCH_INSTANCES,
+    WATCH_SERVICES,
 )
 from meshlocal.wire.discovery_websocket import PROTO
 from meshlocal.wire.grpc.method import Method
@@ -655,3 +656,53 @@ async def test_who_does_not_read_is_behind(autojump_clock: MockClock, nursery: t
     await wait_all_tasks_blocked()
     assert behind() == 0
     nursery.cancel_scope.cancel()
+
+
+async def test_the_services_are_watched(serving: Serving, autojump_clock: MockClock) -> None:
+    """Whom the server learns from first, then what it knows, then what changes; heartbeats fill the silence (D3)."""
+    async with serving(heartbeat=5.0) as served, served.channel.call(WATCH_SERVICES) as call:
+        await call.send(pb.WatchServicesRequest(), end=True)
+        assert list((await call.receive()).lineage.servers) == ["alone"]
+        first = await call.receive()
+        assert first.WhichOneof("event") == "change"
+        assert not first.change.complete
+        assert (await call.receive()).heartbeat.interval_ms == 5000
+        served.source.update("b", at(1))
+        served.source.update("c", at(2))
+        await served.in_sync()
+        while not (change := (await call.receive()).change).complete:
+            assert not change.added
+        assert list(change.added) == ["b", "c"]
+        served.source.update("b", at(1), at(2))
+        began = trio.current_time()
+        assert (await call.receive()).WhichOneof("event") == "heartbeat"
+        assert trio.current_time() - began <= 5.0
+        assert served.source.publisher is not None
+        served.source.publisher.update(B, None)
+        gone = (await call.receive()).change
+        assert (list(gone.added), list(gone.removed), gone.complete) == ([], ["b"], True)
+
+
+async def to_its_end(call: Any) -> None:
+    while True:
+        await call.receive()
+
+
+async def test_a_watch_of_the_services_ends_with_the_drain(serving: Serving) -> None:
+    """So that who follows turns to another server; one that comes later is sent away at once."""
+    async with serving() as served:
+        async with served.channel.call(WATCH_SERVICES) as call:
+            await call.send(pb.WatchServicesRequest(), end=True)
+            for _ in range(3):
+                assert await call.receive() is not None
+            # What is cut amid a message gets no goodbye.
+            await wait_all_tasks_blocked()
+            await served.service.drain(10)
+            with pytest.raises(GrpcError, match="going away") as ended:
+                await to_its_end(call)
+            assert ended.value.code is StatusCode.UNAVAILABLE
+        async with served.channel.call(WATCH_SERVICES) as late:
+            await late.send(pb.WatchServicesRequest(), end=True)
+            with pytest.raises(GrpcError, match="going away"):
+                await to_its_end(late)
+        assert not served.service._services_watches

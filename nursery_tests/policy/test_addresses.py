@@ -11,7 +11,7 @@ from meshlocal.policy.sources import FileOptions, SourceUrl
 
 TYPES = (SocketAddress, ListenAddress, DiscoveryUrl, SourceUrl)
 
-FORMS = "file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME?service=SERVICE or kubernetes:"
+FORMS = "file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME?service=SERVICE, meshlocal:grpc://HOST:PORT or kubernetes:"
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,38 @@ class ServiceChange(_message.Message):
     removed: _containers.RepeatedCompositeFieldContainer[NetworkEndpoint]
     def __init__(self, service: _Optional[str] = ..., base_version: _Optional[str] = ..., version: _Optional[str] = ..., upserted: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[NetworkEndpoint, _Mapping]]] = ...) -> None: ...
 
+class WatchServicesRequest(_message.Message):
+    __slots__ = ("caller",)
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    caller: Caller
+    def __init__(self, caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+
+class WatchServicesResponse(_message.Message):
+    __slots__ = ("lineage", "change", "heartbeat")
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    lineage: Lineage
+    change: ServicesChange
+    heartbeat: Heartbeat
+    def __init__(self, lineage: _Optional[_Union[Lineage, _Mapping]] = ..., change: _Optional[_Union[ServicesChange, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Lineage(_message.Message):
+    __slots__ = ("servers",)
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    servers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, servers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ServicesChange(_message.Message):
+    __slots__ = ("added", "removed", "complete")
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    added: _containers.RepeatedScalarFieldContainer[str]
+    removed: _containers.RepeatedScalarFieldContainer[str]
+    complete: bool
+    def __init__(self, added: _Optional[_Iterable[str]] = ..., removed: _Optional[_Iterable[str]] = ..., complete: _Optional[bool] = ...) -> None: ...
+
 class Heartbeat(_message.Message):
     __slots__ = ("interval_ms", "pending")
     INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]

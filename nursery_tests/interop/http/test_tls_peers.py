@@ -85,7 +85,7 @@ def test_envoy_in_front(folder: Path, instances: ExitStack, certificates: Certif
     answer, told = call(port, certificates, "front.example")
     assert answer == b"hi"
     assert f"URI={WEB};DNS=front.example" in told
-    made.printed(rf"access request service=b client=\S+ identity={WEB} method=POST")
+    made.printed(rf"access request service=b client=\S+ identity={WEB} request_id=\S+ method=POST")
     assert made.measured("tls_handshakes_total", scheme="https", outcome="ok") >= 1
 
 
@@ -146,4 +146,4 @@ def test_nginx_on_both_sides(
     wait_until(lambda: listens(front, 8444), "nginx listens")
     with urllib.request.urlopen(f"http://{front}:8444/", timeout=LIMIT) as answer:
         assert answer.read() == b"b.example SUCCESS CN=proxy\n"
-    made.printed(rf"access request service=b client=\S+ identity={WEB} method=GET")
+    made.printed(rf"access request service=b client=\S+ identity={WEB} request_id=\S+ method=GET")
