@@ -350,7 +350,7 @@ class DiscoveryService:
         if await call.receive() is None:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
         with (
-            self._limits.watch(call.peer, 0),
+            self._limits.watch(call.peer, 1),
             self._hub.watch_services() as watcher,
             self._lineage.followed(watcher.wake),
             trio.CancelScope() as leaving,

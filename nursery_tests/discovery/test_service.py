@@ -706,3 +706,30 @@ async def test_a_watch_of_the_services_ends_with_the_drain(serving: Serving) -> 
             with pytest.raises(GrpcError, match="going away"):
                 await to_its_end(late)
         assert not served.service._services_watches
+
+
+@pytest.mark.parametrize("first", [WATCH_INSTANCES, WATCH_SERVICES])
+async def test_one_client_may_watch_the_services_and_instances(serving: Serving, first: Method[Any, Any]) -> None:
+    """Whichever ends first: each counts, and what counted is given back."""
+    requests: dict[Method[Any, Any], Any] = {
+        WATCH_INSTANCES: subscribe("b"),
+        WATCH_SERVICES: pb.WatchServicesRequest(),
+    }
+    second = WATCH_SERVICES if first is WATCH_INSTANCES else WATCH_INSTANCES
+    async with serving() as served:
+        await served.in_sync()
+        async with served.channel.call(first) as call:
+            await call.send(requests[first], end=True)
+            await call.receive()
+            async with served.channel.call(second) as other:
+                await other.send(requests[second], end=True)
+                for _ in range(2 if second is WATCH_INSTANCES else 3):
+                    await other.receive()
+                await wait_all_tasks_blocked()
+                assert served.service._limits.subscriptions == 2
+                await served.service.drain(10)
+                with pytest.raises(GrpcError, match="going away"):
+                    await to_its_end(other)
+        await wait_all_tasks_blocked()
+        assert served.service._limits.subscriptions == 0
+        assert not served.service._limits._client_subscriptions
