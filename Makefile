@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-below bench-restart \
 	bench-neighbours bench-attacks bench-resend bench-live-page bench-observed \
 	bench-policy bench-kubernetes protos reference screenshots docs lock clean
 
@@ -90,6 +90,10 @@ bench-latency: $(VENV)/run.stamp
 # Watchers of one discovery server, and what one change costs.
 bench-scale: $(VENV)/run.stamp
 	$(BIN)/python -m bench.watchers
+
+# The same watchers at two servers that follow a third.
+bench-below: $(VENV)/run.stamp
+	$(BIN)/python -m bench.watchers --below 2
 
 # A discovery server is killed under 2,000 watchers, and comes back.
 bench-restart: $(VENV)/run.stamp

@@ -44,6 +44,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.watchers", description=__doc__)
     parser.add_argument("--watchers", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=2, help="processes that hold them [2]")
+    parser.add_argument("--below", type=int, default=0, help="servers that follow the one, and serve the watchers [0]")
     parser.add_argument("--instances", type=int, default=100, help="instances of the service [100]")
     parser.add_argument("--changes", type=int, default=10, help="changes of one instance, one after another [10]")
     parser.add_argument("--idle", type=float, default=15.0, help="seconds in which nothing changes [15]")
@@ -139,6 +140,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "instances": asked.instances,
         "changes": asked.changes,
         "processes": asked.processes,
+        "below": asked.below,
     }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshlocal-bench-")))
@@ -148,36 +150,53 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         sink = stack.enter_context(log.open("wb"))
         flags = ["--bind", "127.0.0.1:0", "--source", f"file:{file}", "--log-level", "info", "--log-format", "json"]
         server, line = stack.enter_context(meshlocal("discovery", *flags, log=sink.fileno()))
-        url = f"grpc://127.0.0.1:{port_in(line, PORT)}"
-        memory, cpu = memory_kb(server.pid), cpu_seconds(server.pid)
-        figures["server_memory_idle_kb"] = memory
+        urls = [f"grpc://127.0.0.1:{port_in(line, PORT)}"]
+        servers = [server]
+        if asked.below:
+            flags = ["--bind", "127.0.0.1:0", "--source", f"meshlocal:{urls[0]}"]
+            made = [stack.enter_context(meshlocal("discovery", *flags)) for _ in range(asked.below)]
+            servers = [process for process, _ in made]
+            urls = [f"grpc://127.0.0.1:{port_in(line, PORT)}" for _, line in made]
+        memory, cpu = _memory(servers), _cpu(servers)
+        figures["server_memory_idle_kb"] = memory / len(servers)
 
         start = time.monotonic()
         holders = []
         for number in range(asked.processes):
             share = asked.watchers // asked.processes + (number < asked.watchers % asked.processes)
-            command = [sys.executable, "-m", "bench.watchers", "--hold", str(share), "--url", url]
+            command = [sys.executable, "-m", "bench.watchers", "--hold", str(share), "--url", urls[number % len(urls)]]
             holders.append(stack.enter_context(running(command)))
         for holder in holders:
             ready_line(holder, START_LIMIT + asked.watchers / 50)
         figures["connect_seconds"] = time.monotonic() - start
-        figures["connect_cpu_per_watcher"] = (cpu_seconds(server.pid) - cpu) / asked.watchers
+        figures["connect_cpu_per_watcher"] = (_cpu(servers) - cpu) / asked.watchers
         time.sleep(1)
-        figures["memory_per_watcher_kb"] = (memory_kb(server.pid) - memory) / asked.watchers
+        figures["memory_per_watcher_kb"] = (_memory(servers) - memory) / asked.watchers
 
-        cpu = cpu_seconds(server.pid)
+        cpu = _cpu(servers)
         time.sleep(asked.idle)
-        figures["idle_cpu_share"] = (cpu_seconds(server.pid) - cpu) / asked.idle
+        figures["idle_cpu_share"] = (_cpu(servers) - cpu) / asked.idle
 
+        followed = cpu_seconds(server.pid)
         figures["each_change"] = [
-            one_change(server, holders, log, file, asked, number) for number in range(asked.changes)
+            one_change(servers, holders, log, file, asked, number) for number in range(asked.changes)
         ]
-        figures["server_memory_after_kb"] = memory_kb(server.pid)
+        if asked.below:
+            figures["followed_cpu_per_change"] = (cpu_seconds(server.pid) - followed) / asked.changes
+        figures["server_memory_after_kb"] = _memory(servers) / len(servers)
     return figures
 
 
+def _cpu(servers: list[subprocess.Popen[bytes]]) -> float:
+    return sum(cpu_seconds(each.pid) for each in servers)
+
+
+def _memory(servers: list[subprocess.Popen[bytes]]) -> int:
+    return sum(memory_kb(each.pid) for each in servers)
+
+
 def one_change(
-    server: subprocess.Popen[bytes],
+    servers: list[subprocess.Popen[bytes]],
     holders: list[subprocess.Popen[bytes]],
     log: Path,
     file: Path,
@@ -185,14 +204,14 @@ def one_change(
     number: int,
 ) -> dict[str, float]:
     """Change one instance, and see when each watcher has it, in seconds from when the server published it."""
-    cpu = cpu_seconds(server.pid)
+    cpu = _cpu(servers)
     write_instances(file, asked.instances, number + 1)
     arrived = [one for holder in holders for one in json.loads(ready_line(holder, CHANGE_LIMIT))]
     if len(arrived) != asked.watchers:
         raise StartError(f"{len(arrived)} watchers of {asked.watchers} have the change")
     at = published(log)[number]
     times = [(one - at) / 1e9 for one in arrived]
-    spent = cpu_seconds(server.pid) - cpu
+    spent = _cpu(servers) - cpu
     return {"first": min(times), **report.percentiles(times), "last": max(times), "server_cpu": spent}
 
 
@@ -223,11 +242,17 @@ def main() -> None:
         ["CPU of one change, per watcher", f"{per_watcher * 1e6:.0f} µs"],
         ["CPU of a watcher's arrival", f"{figures['connect_cpu_per_watcher'] * 1e6:.0f} µs"],
         ["CPU while nothing changes", f"{figures['idle_cpu_share']:.1%} of a core"],
-        ["memory before the first watcher", f"{figures['server_memory_idle_kb'] / 1024:.1f} MB"],
+        [
+            "memory before the first watcher, each" if asked.below else "memory before the first watcher",
+            f"{figures['server_memory_idle_kb'] / 1024:.1f} MB",
+        ],
         ["memory per watcher", f"{figures['memory_per_watcher_kb']:.1f} KB"],
     ]
-    print(report.table(["The server", ""], rows))
-    report.write("watchers", machine, figures, asked.output)
+    if asked.below:
+        followed = figures["followed_cpu_per_change"]
+        rows.append(["CPU of one change, of the server that is followed", f"{followed * 1e3:.0f} ms"])
+    print(report.table([f"The {asked.below} servers below, together" if asked.below else "The server", ""], rows))
+    report.write("watchers-below" if asked.below else "watchers", machine, figures, asked.output)
 
 
 if __name__ == "__main__":
