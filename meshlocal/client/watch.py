@@ -233,8 +233,10 @@ class DiscoveryWatch:
                         answered = anyio.Event()
 
                         def reached() -> None:
-                            self._reached(url)
                             answered.set()
+                            if not self._services:
+                                # Else that is to be seen by the events of what is followed.
+                                self._reached(url)
 
                         tasks.start_soon(self._beside, link, reached)
                         await answered.wait()

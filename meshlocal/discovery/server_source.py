@@ -107,6 +107,8 @@ class ServerSource:
         rng: UniformSource,
     ) -> None:
         self._options = options
+        self._key = f"meshlocal:{options}"
+        """By the whole URL, as the same server may stand in two."""
         self._labels = _Labels(defaults)
         self._lineage = lineage
         self._config = config
@@ -160,7 +162,7 @@ class ServerSource:
         try:
             await self._watch.run()
         finally:
-            self._lineage.forget(self.name)
+            self._lineage.forget(self._key)
 
     def _note_problem(self, problem: str | None) -> None:
         self._failures += problem is not None
@@ -196,7 +198,7 @@ class ServerSource:
     def _take_lineage(self, servers: Iterable[str]) -> None:
         self._refused = False
         try:
-            self._lineage.note(self.name, list(servers))
+            self._lineage.note(self._key, list(servers))
         except LineageError as error:
             self._refused = True
             problem = f"{self._watch.status.source} is not followed: {error}"

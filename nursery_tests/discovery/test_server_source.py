@@ -339,6 +339,35 @@ class NoSink:
         raise AssertionError("nothing is followed")
 
 
+async def test_the_same_server_in_two_urls_is_refused() -> None:
+    async with (
+        running(Server("above", {B: one(at(1))})) as above,
+        running(Server("below", {}, above.url, f"{above.url}?zone=z2")) as below,
+    ):
+        await until(lambda: "same server" in f"{below.problem(0)} {below.problem(1)}")
+        assert [below.problem(0), below.problem(1)].count(None) == 1
+
+
+async def test_a_server_that_names_its_services_and_refuses_to_tell_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its list alone does not make it work: the problem stays, and the pauses between tries grow."""
+
+    async def refuse(call: ServerCall[Any, Any]) -> None:
+        await call.receive()
+        raise GrpcError(StatusCode.PERMISSION_DENIED, "not you")
+
+    list_ = telling(LINEAGE, *services_events([B], [], complete=True))
+    async with serving({WATCH_SERVICES: list_, WATCH_INSTANCES: refuse}) as url, trio.open_nursery() as nursery:
+        below = Server("below", {}, url)
+        told: list[str | None] = []
+        monkeypatch.setattr(below.sources[0], "_note_problem", told.append)
+        await nursery.start(below.hub.run)
+        await until(lambda: len([each for each in told if each]) > 3)
+        # Before the first list, nothing was followed yet: so far it worked.
+        assert told[0] is None
+        assert set(told[1:]) == {"PERMISSION_DENIED: not you"}
+        nursery.cancel_scope.cancel()
+
+
 async def silent(call: ServerCall[Any, Any]) -> None:
     await call.receive()
     await trio.sleep_forever()
