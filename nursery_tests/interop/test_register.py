@@ -180,6 +180,44 @@ async def test_a_frozen_etcd(registering: Registering) -> None:
     await registering.until(lambda held: held is not None)
 
 
+async def test_an_etcd_whose_disk_is_full(program: Callable[[str], str], tmp_path: Path, processes: Processes) -> None:
+    """Who follows it goes on. What registers says what is wrong, lets its command run, and comes once there is room."""
+    full = Etcd(program("etcd"), program("etcdctl"), tmp_path, "full", "--quota-backend-bytes", "2000000")
+    full.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(full.kill)
+        await full.put("p/c/i")
+        command = [program("etcdctl"), f"--endpoints=http://127.0.0.1:{full.port}", "put", "fill"]
+        said = b""
+        for _ in range(20):
+            done = await trio.run_process(
+                command, stdin=b"x" * 500_000, capture_stdout=True, capture_stderr=True, check=False
+            )
+            said += done.stderr
+            if done.returncode:
+                break
+        assert b"database space exceeded" in said
+        registering = Registering(full, processes)
+        running = await registering.start()
+        await running.printed("listening", "out")
+        await running.printed("database space exceeded")
+        found = ["--bind", "127.0.0.1:0", "--source", f"etcd://127.0.0.1:{full.port}/p"]
+        server = await processes.meshlocal("discovery", *found)
+        url = (await server.printed(r"ready: (\S+)", "out"))[1]
+        seen = await processes.meshlocal("get", "services", "--discovery", url)
+        assert await seen.exited() == 0
+        assert "c" in seen.out
+        await full.ctl("del", "fill")
+        revision = json.loads(await full.ctl("get", "x", "-w", "json"))["header"]["revision"]
+        await full.ctl("compact", str(revision))
+        await full.ctl("defrag")
+        await full.ctl("alarm", "disarm")
+        await registering.until(lambda held: held is not None)
+        running.signal(signal.SIGTERM)
+        assert await running.exited() == 7
+        assert await registering.held() is None
+
+
 async def test_one_that_is_killed_is_gone_with_its_lease(registering: Registering) -> None:
     running = await registering.start("--health", "none", command=("sleep", "15"))
     await registering.until(lambda held: held is not None)
