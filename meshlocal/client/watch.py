@@ -132,6 +132,8 @@ class DiscoveryWatch:
         self._refreshing = False
         self._followed = anyio.Event()
         self._subscribed: frozenset[ServiceKey] = frozenset()
+        self._dropped: set[ServiceKey] = set()
+        """Services of the streams that are open which were dropped since they began, whether they came back or not."""
         self._unheard: set[int] = set()
         """Streams of this connection on which no heartbeat came yet."""
         self._pending: set[ServiceKey] = set()
@@ -149,6 +151,7 @@ class DiscoveryWatch:
         self._services = wanted
         for service in self._held.keys() - set(wanted):
             del self._held[service]
+        self._dropped |= self._subscribed - set(wanted)
         self._followed.set()
 
     def refresh(self, service: ServiceKey) -> None:
@@ -183,7 +186,7 @@ class DiscoveryWatch:
         """What ended a watch, in words, and the seconds that its server asks to be left alone for."""
         if isinstance(error, GrpcError):
             return str(error), _pushback(error) * self._rng.uniform(1.0, 1.5)
-        if isinstance(error, _UnknowingError):
+        if isinstance(error, UnknowingError):
             self._left += 1
             return str(error), 0.0
         if isinstance(error, TimeoutError):
@@ -272,6 +275,7 @@ class DiscoveryWatch:
         services = self._services
         chunks = [services[at : at + MOST_SUBSCRIPTIONS] for at in range(0, len(services), MOST_SUBSCRIPTIONS)]
         self._subscribed = frozenset(services)
+        self._dropped.clear()
         # The time for which this server has not known a service goes on, whatever else is to be followed (D6).
         self._pending.intersection_update(services)
         self._unheard = set(range(len(chunks)))
@@ -316,7 +320,7 @@ class DiscoveryWatch:
 
         Raises:
             TimeoutError: not a byte came in `limit` seconds.
-            _UnknowingError: the server has not known a service for too long.
+            UnknowingError: the server has not known a service for too long.
         """
         received, quiet_until = events.received, anyio.current_time() + limit
         while True:
@@ -325,7 +329,9 @@ class DiscoveryWatch:
             now = anyio.current_time()
             # Another stream may have heard meanwhile of what was pending.
             if now >= self._leave_at():
-                raise _UnknowingError(self._pending)
+                names = sorted(self._pending)
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UnknowingError(f"its registries have not said yet where {names[0]}{more} runs")
             if now >= quiet_until:
                 if events.received == received:
                     raise TimeoutError
@@ -333,9 +339,13 @@ class DiscoveryWatch:
 
     def _leave_at(self) -> float:
         """When another server is to be asked, as this one does not know a service (D6)."""
-        if not self._pending or len(self._urls) == 1:
+        return self._pending_since + self.pending_limit() if self._pending else math.inf
+
+    def pending_limit(self) -> float:
+        """Seconds for which a server may not know a service (D6); without end where there is no other."""
+        if len(self._urls) == 1:
             return math.inf
-        return self._pending_since + min(PENDING_LIMIT * 2.0 ** min(self._left // len(self._urls), 16), PENDING_LONGEST)
+        return min(PENDING_LIMIT * 2.0 ** min(self._left // len(self._urls), 16), PENDING_LONGEST)
 
     async def _take(
         self, event: pb.WatchInstancesResponse, limit: float, position: int, services: Sequence[ServiceKey]
@@ -358,7 +368,7 @@ class DiscoveryWatch:
         elif kind == "change":
             held = self._held.get(ServiceKey(event.change.service))
             if held is None:
-                if event.change.service in self._subscribed and event.change.service not in self._services:
+                if event.change.service in self._dropped:
                     return limit
                 raise UnexpectedEventError(f"a change came of {event.change.service!r}, of which nothing is held")
             change = await in_slices(change_in_steps(event.change, self._refuse), 0.0)
@@ -370,12 +380,15 @@ class DiscoveryWatch:
         if snapshot.service not in self._subscribed:
             raise UnexpectedEventError(f"an event came of {snapshot.service!r}, which is not watched")
         self._pending.discard(snapshot.service)
-        if snapshot.service not in self._services:
+        if snapshot.service not in self._services or snapshot.service in self._dropped:
             # It was dropped a moment ago, and its stream has not ended yet.
             return limit
         if changed > max(STEP, len(snapshot.instances) // 4):
             for _ in self._sink.prepare(snapshot):
                 await anyio.lowlevel.checkpoint()
+            if snapshot.service not in self._services or snapshot.service in self._dropped:
+                # It was dropped meanwhile.
+                return limit
         self._held[snapshot.service] = snapshot
         self._sink.publish(snapshot, change)
         return limit
@@ -404,10 +417,5 @@ class UnexpectedEventError(Exception):
     """A discovery server sent what does not fit what went before."""
 
 
-class _UnknowingError(Exception):
-    """A server has not known a service for too long."""
-
-    def __init__(self, services: Iterable[ServiceKey]) -> None:
-        names = sorted(services)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        super().__init__(f"its registries have not said yet where {names[0]}{more} runs")
+class UnknowingError(Exception):
+    """A server has not known a service for too long. The text says which."""

@@ -12,13 +12,14 @@ One connection carries both: the list of services, and a stream for each thousan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 import trio
 
 from meshlocal.client.link import Events, Link
-from meshlocal.client.watch import FIRST_EVENT_LIMIT, SILENCE_FACTOR, DiscoveryWatch
+from meshlocal.client.watch import FIRST_EVENT_LIMIT, SILENCE_FACTOR, DiscoveryWatch, UnknowingError
 from meshlocal.discovery.retry import Problems
 from meshlocal.discovery.source import (
     FollowedResource,
@@ -33,7 +34,7 @@ from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.exposure import TOKEN_IN_PLAINTEXT, would_show_token
-from meshlocal.policy.lineage import Lineage, LineageError
+from meshlocal.policy.lineage import DuplicateError, Lineage, LineageError
 from meshlocal.policy.meshlocal_options import MeshlocalOptions
 from meshlocal.policy.model import (
     CLUSTER,
@@ -56,8 +57,13 @@ from meshlocal.wire.pb import discovery_pb2 as pb
 
 _log = get_log(__name__)
 
-MOST_SERVICES = 100_000
-"""Services that another server may have."""
+MOST_SERVICES = 50_000
+"""Services that another server may have: a stream carries a thousand, and a connection a hundred streams."""
+
+MOST_BAD = 100
+"""Names that cannot be any which are remembered, to tell of them."""
+
+_NAME_SHOWN = 253
 
 BACKOFF_MAX = 15.0
 """Seconds between two tries at most."""
@@ -126,7 +132,9 @@ class ServerSource:
         self._published: dict[ServiceKey, Instances] = {}
         self._prepared: tuple[ServiceSnapshot, Instances] | None = None
         self._complete = self._in_sync = False
-        self._refused = False
+        self._told: list[str] = []
+        self._refusal: str | None = None
+        """Why the server is not followed."""
         self._lists = self._events = self._failures = 0
         self._last: float | None = None
 
@@ -160,7 +168,8 @@ class ServerSource:
             on_problem=self._note_problem,
         )
         try:
-            await self._watch.run()
+            with self._lineage.followed(self._judge_again):
+                await self._watch.run()
         finally:
             self._lineage.forget(self._key)
 
@@ -173,9 +182,10 @@ class ServerSource:
         self._named, self._complete = {}, False
         bad: dict[str, str] = {}
         limit, told = FIRST_EVENT_LIMIT, False
+        began = trio.current_time()
         request = pb.WatchServicesRequest(caller=caller_to_message(self._caller))
         async with link.watch(WATCH_SERVICES, request) as events:
-            while (event := await _next(events, limit)) is not None:
+            while (event := await _next(events, limit, self._leave_at(began))) is not None:
                 self._last = trio.current_time()
                 kind = event.WhichOneof("event")
                 if not told and kind != "lineage":
@@ -187,30 +197,51 @@ class ServerSource:
                     self._take_lineage(event.lineage.servers)
                 elif kind == "change":
                     _apply(event.change, self._named, bad)
-                    self._report_names(_bad_names(bad))
                     self._complete = event.change.complete
+                    waits = "the server has not said yet which services there are"
+                    waits_for_it = not self._complete and self._refusal is None
+                    self._report_names(_bad_names(bad) or (waits if waits_for_it else None))
                     self._events += 1
                     self._lists += self._complete
                     self._take_names()
                 reached()
         raise GrpcError(StatusCode.UNAVAILABLE, "the server ended the list of its services")
 
+    def _leave_at(self, began: float) -> float:
+        """When another server is to be asked, as this one has not said which services there are (D6)."""
+        return math.inf if self._complete else began + self._watch.pending_limit()
+
     def _take_lineage(self, servers: Iterable[str]) -> None:
-        self._refused = False
+        self._told = list(servers)
+        self._judge()
+        if self._refusal is not None and len(self._options.urls) > 1:
+            raise GrpcError(StatusCode.FAILED_PRECONDITION, f"it is not followed: {self._refusal}")
+
+    def _judge_again(self) -> None:
+        """Another source's server is another one now: this one may no longer be the same."""
+        if self._refusal is not None:
+            self._judge()
+
+    def _judge(self) -> None:
+        refusal = None
         try:
-            self._lineage.note(self._key, list(servers))
+            self._lineage.note(self._key, self._told)
         except LineageError as error:
-            self._refused = True
-            problem = f"{self._watch.status.source} is not followed: {error}"
-            _log.error("discovery server refused", url=self._watch.status.source, problem=str(error))
-            self._report_refusal(problem)
-        else:
-            self._report_refusal(None)
+            refusal = str(error)
+            if isinstance(error, DuplicateError) and not self._in_sync:
+                # The other source says what this one would.
+                self._become_in_sync()
+        if refusal != self._refusal:
+            self._refusal = refusal
+            url = self._watch.status.source
+            if refusal is not None:
+                _log.error("discovery server refused", url=url, problem=refusal)
+            self._report_refusal(refusal and f"{url} is not followed: {refusal}")
         self._take_names()
 
     def _take_names(self) -> None:
         """Follow what the server has named; and, until that is all, what it had before."""
-        if self._refused:
+        if self._refusal is not None:
             # What it says does not count; what was known stays.
             self._watch.follow(())
             return
@@ -236,6 +267,8 @@ class ServerSource:
         """See `SnapshotSink.publish`."""
         prepared, self._prepared = self._prepared, None
         service = snapshot.service
+        if service not in self._names or self._refusal is not None:
+            return
         self._events += 1
         self._last = trio.current_time()
         self._heard.add(service)
@@ -255,8 +288,12 @@ class ServerSource:
 
     def _note_sync(self) -> None:
         """In sync once the server has named all, and spoken of each."""
-        if self._in_sync or self._refused or not self._complete or not self._names.keys() <= self._heard:
+        if self._in_sync or self._refusal is not None or not self._complete:
             return
+        if self._names.keys() <= self._heard:
+            self._become_in_sync()
+
+    def _become_in_sync(self) -> None:
         self._in_sync = True
         self._task_status.started()
         # Whoever becomes in sync has no problem, as far as the hub knows.
@@ -294,11 +331,18 @@ class _Labels:
         return made
 
 
-async def _next(events: Events[pb.WatchServicesResponse], limit: float) -> pb.WatchServicesResponse | None:
-    """The next event; None at the stream's end. Raises TimeoutError after `limit` seconds without a byte."""
+async def _next(
+    events: Events[pb.WatchServicesResponse], limit: float, leave_at: float
+) -> pb.WatchServicesResponse | None:
+    """The next event; None at the stream's end.
+
+    Raises:
+        TimeoutError: not a byte came in `limit` seconds.
+        UnknowingError: it is later than `leave_at`.
+    """
     while True:
         received = events.received
-        with trio.move_on_after(limit):
+        with trio.CancelScope(deadline=min(trio.current_time() + limit, leave_at)):
             try:
                 return await events.receive()
             except GrpcError as error:
@@ -306,6 +350,8 @@ async def _next(events: Events[pb.WatchServicesResponse], limit: float) -> pb.Wa
                     text = "it cannot say which services it has: it is of an earlier version"
                     raise GrpcError(StatusCode.UNIMPLEMENTED, text) from None
                 raise
+        if trio.current_time() >= leave_at:
+            raise UnknowingError("its registries have not said yet which services there are")
         if events.received == received:
             raise TimeoutError
 
@@ -314,13 +360,13 @@ def _apply(change: pb.ServicesChange, named: dict[ServiceKey, None], bad: dict[s
     """Take a change of the list. A name that cannot be one is left out, and kept by what is wrong with it."""
     for name in change.removed:
         named.pop(ServiceKey(name), None)
-        bad.pop(name, None)
+        bad.pop(name[:_NAME_SHOWN], None)
     for name in change.added:
         try:
             named[parse_service_key(name)] = None
         except ModelError as error:
-            if len(bad) < MOST_SERVICES:
-                bad[name] = error.what
+            if len(bad) < MOST_BAD:
+                bad[name[:_NAME_SHOWN]] = error.what[:_NAME_SHOWN]
     if len(named) > MOST_SERVICES:
         raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"it has more than {MOST_SERVICES} services")
 

@@ -27,6 +27,10 @@ class LineageError(ValueError):
     """A server must not be learned from. The text says why."""
 
 
+class DuplicateError(LineageError):
+    """A server is learned from already, by way of another source."""
+
+
 class Lineage:
     """One server's id, and whom it learns from.
 
@@ -40,6 +44,7 @@ class Lineage:
         """By source: the ids that its server told of, its own first."""
         self._accepted: set[str] = set()
         self._servers: tuple[str, ...] = (own,)
+        self._said: object = None
         self._listeners: dict[object, Callable[[], None]] = {}
 
     def servers(self) -> tuple[str, ...]:
@@ -56,7 +61,13 @@ class Lineage:
         told = tuple(each for each in servers if each and len(each) <= MOST_TEXT and each.isprintable())
         self._told[source] = told[: MOST + 1]
         self._accepted.discard(source)
-        self._tell()
+        try:
+            self._judge(source, servers, told)
+            self._accepted.add(source)
+        finally:
+            self._tell()
+
+    def _judge(self, source: str, servers: Sequence[str], told: Sequence[str]) -> None:
         if len(told) != len(servers) or not told:
             raise LineageError("its lineage makes no sense: an id is missing, is too long, or cannot be printed")
         if len(told) > MOST:
@@ -67,8 +78,7 @@ class Lineage:
             raise LineageError("it learns from this server: each would hear what it said itself")
         for other in self._accepted:
             if self._told[other][0] == told[0]:
-                raise LineageError(f"it is the same server as {quote(other)}, which is followed already")
-        self._accepted.add(source)
+                raise DuplicateError(f"it is the same server as {quote(other)}, which is followed already")
 
     def forget(self, source: str) -> None:
         """The source is gone for good."""
@@ -80,15 +90,16 @@ class Lineage:
         others = dict.fromkeys(each for told in self._told.values() for each in told)
         others.pop(self.own, None)
         # In a loop everybody's own id comes back by way of the others, and is told: it is how they know.
-        servers = (self.own, *sorted(others))[: MOST + 1]
-        if servers != self._servers:
-            self._servers = servers
+        self._servers = (self.own, *sorted(others))[: MOST + 1]
+        followed = {source: self._told[source][0] for source in self._accepted}
+        if (said := (self._servers, followed)) != self._said:
+            self._said = said
             for listener in list(self._listeners.values()):
                 listener()
 
     @contextmanager
     def followed(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Have `listener` called whenever what `servers` gives changes."""
+        """Have `listener` called whenever what `servers` gives may be another, or who is followed is."""
         key = object()
         self._listeners[key] = listener
         try:

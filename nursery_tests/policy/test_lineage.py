@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.lineage import MOST, MOST_TEXT, Lineage, LineageError
+from meshlocal.policy.lineage import MOST, MOST_TEXT, DuplicateError, Lineage, LineageError
 
 
 def test_tells_itself_and_those_it_learns_from() -> None:
@@ -60,6 +60,22 @@ def test_the_same_server_may_be_followed_once_the_other_source_is_gone() -> None
     lineage.note("two", ["b"])
     lineage.forget("one")
     assert lineage.servers() == ("a", "b")
+
+
+def test_who_was_refused_as_the_same_is_told_when_it_no_longer_is() -> None:
+    """The other source turned to another server, or is gone: nothing else would say so."""
+    lineage, heard = Lineage("a"), []
+    lineage.note("one", ["b"])
+    with pytest.raises(DuplicateError):
+        lineage.note("two", ["b"])
+    with lineage.followed(lambda: heard.append("changed")):
+        lineage.forget("one")
+        assert heard == ["changed"]
+        lineage.note("two", ["b"])
+        assert heard == ["changed"] * 2
+        with pytest.raises(DuplicateError):
+            lineage.note("one", ["b"])
+        assert heard == ["changed"] * 2
 
 
 def test_who_listens_hears_of_changes_alone() -> None:
