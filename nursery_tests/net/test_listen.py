@@ -26,6 +26,7 @@ from meshlocal.net.listen import (
     open_tcp_listeners,
 )
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
+from nursery_tests.ports import free_port
 
 
 def has_ipv6() -> bool:
@@ -69,7 +70,8 @@ def test_both_families_share_one_port(stack: ExitStack, host: str) -> None:
 
 @needs_ipv6
 def test_both_wildcards_can_be_bound_one_after_the_other(stack: ExitStack) -> None:
-    [six] = map(stack.enter_context, open_tcp_listeners("::", 0))
+    # One that the system chooses for the one family may be taken in the other, by any connection.
+    [six] = map(stack.enter_context, open_tcp_listeners("::", free_port("::", "0.0.0.0")))
     [four] = map(stack.enter_context, open_tcp_listeners("0.0.0.0", six.getsockname()[1]))
     assert four.getsockname()[1] == six.getsockname()[1]
 
