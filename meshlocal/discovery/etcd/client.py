@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from meshlocal.net.blocking import Blocking
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.following import FileProblemError
 from meshlocal.net.grpc.client import Channel, ClientCall, open_channel
 from meshlocal.net.grpc.options import GrpcOptions
@@ -52,6 +52,9 @@ COMPACTED = "required revision has been compacted"
 
 LEASE_GONE = "requested lease not found"
 """Likewise of a lease (rpctypes.ErrGRPCLeaseNotFound)."""
+
+FAILURES = (GrpcError, OSError, FileProblemError, BlockedError, trio.TooSlowError)
+"""What a connection to a member, and what is asked on it, may raise."""
 
 
 class Session:
@@ -187,3 +190,10 @@ def _read_files(options: EtcdOptions) -> tuple[ssl.SSLContext | None, str]:
         return context, Path(options.password_file).read_text().rstrip("\r\n")
     except (OSError, ValueError) as error:
         raise FileProblemError(options.password_file, error) from None
+
+
+def told(error: Exception) -> str:
+    """What a failure of `FAILURES` is to people."""
+    if isinstance(error, GrpcError):
+        return f"{error.code.name}: {error.message}"
+    return "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import trio
 
-from meshlocal.discovery.etcd.client import LEASE_GONE, Cluster, Session
-from meshlocal.discovery.etcd.source import FAILURES, told
+from meshlocal.discovery.etcd.client import FAILURES, LEASE_GONE, Cluster, Session, told
 from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import Backoff, UniformSource
 from meshlocal.wire.grpc.status import GrpcError, StatusCode

@@ -18,12 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import trio
 
-from meshlocal.discovery.etcd.client import COMPACTED, Cluster, Session
+from meshlocal.discovery.etcd.client import COMPACTED, FAILURES, Cluster, Session, told
 from meshlocal.discovery.etcd.table import EtcdTable
 from meshlocal.discovery.retry import Problems, Retry
 from meshlocal.discovery.source import FollowedResource, Publisher, Source, SourceContext, SourceDetails
-from meshlocal.net.blocking import BlockedError
-from meshlocal.net.following import FileProblemError
 from meshlocal.net.log import get_log
 from meshlocal.net.slices import in_slices
 from meshlocal.policy.backoff import Backoff, UniformSource
@@ -47,8 +45,6 @@ BACKOFF_INITIAL, BACKOFF_MAX = 0.5, 15.0
 
 _STEP = 32
 """Keys that are read in a step."""
-
-FAILURES = (GrpcError, OSError, FileProblemError, BlockedError, trio.TooSlowError)
 
 
 def open_etcd_source(options: object, context: SourceContext) -> Iterator[Source]:
@@ -280,10 +276,3 @@ class EtcdSource:
         except EtcdKeyError:
             return
         self._table.remove(key, kv.mod_revision)
-
-
-def told(error: Exception) -> str:
-    """What a failure of `FAILURES` is to people."""
-    if isinstance(error, GrpcError):
-        return f"{error.code.name}: {error.message}"
-    return "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
