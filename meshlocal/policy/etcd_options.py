@@ -7,7 +7,7 @@ import msgspec
 from meshlocal.policy.addresses import AddressError, check_host, format_host_port, parse_host_port
 from meshlocal.policy.problems import quote
 from meshlocal.policy.source_forms import ETCD as FORM
-from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options
+from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options, yes_or_no
 
 _OPTIONS = ("tls", "ca_file", "certificate_file", "key_file", "user", "password_file")
 
@@ -69,12 +69,10 @@ class EtcdOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise AddressError(f"{each} stands twice")
             endpoints.append(endpoint)
         found = dict(read_options(query, _OPTIONS)) if question else {}
-        tls = found.pop("tls", "no")
-        if tls not in ("yes", "no"):
-            raise SourceOptionsError(f"tls: expected yes or no, got {quote(tls)}")
+        tls = yes_or_no(found, "tls")
         if "key_file" in found and "certificate_file" not in found:
             raise SourceOptionsError("key_file takes certificate_file too")
         if ("user" in found) != ("password_file" in found):
             raise SourceOptionsError("user and password_file belong together")
-        over_tls = tls == "yes" or "ca_file" in found or "certificate_file" in found
+        over_tls = tls or "ca_file" in found or "certificate_file" in found
         return cls(endpoints=tuple(endpoints), prefix=prefix, tls=over_tls, **found)

@@ -7,10 +7,9 @@ import re
 import msgspec
 
 from meshlocal.policy.problems import quote
-from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options
+from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options, yes_or_no
 
 _NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # RFC 1123, section 2.1, as Kubernetes has it
-_SWITCH = {"yes": True, "no": False}
 _OPTIONS = ("namespace", "selector", "kubeconfig", "context", "cluster", "nodes")
 MAX_NAMESPACES = 100
 
@@ -62,10 +61,8 @@ class KubernetesOptions(msgspec.Struct, frozen=True, kw_only=True):
                 found[name] = value
         if len(namespaces) > MAX_NAMESPACES:
             raise SourceOptionsError(f"{len(namespaces)} namespaces; at most {MAX_NAMESPACES}")
-        nodes = found.pop("nodes", "yes")
-        if nodes not in _SWITCH:
-            raise SourceOptionsError(f"nodes: expected yes or no, got {quote(nodes)}")
-        return cls(namespaces=tuple(namespaces), nodes=_SWITCH[nodes], **found)
+        nodes = yes_or_no(found, "nodes", default=True)
+        return cls(namespaces=tuple(namespaces), nodes=nodes, **found)
 
 
 def _namespace(value: str, before: list[str]) -> str:

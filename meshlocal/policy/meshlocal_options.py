@@ -8,7 +8,7 @@ from meshlocal.policy.addresses import AddressError, DiscoveryUrl
 from meshlocal.policy.identity import is_identity
 from meshlocal.policy.problems import quote
 from meshlocal.policy.source_forms import MESHLOCAL as FORM
-from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options
+from meshlocal.policy.source_options import SourceOptionsError, read_options, write_options, yes_or_no
 
 _TEXTS = ("zone", "cluster", "ca_file", "certificate_file", "key_file", "identity", "token_file")
 _OPTIONS = (*_TEXTS, "allow_plaintext_tokens")
@@ -65,11 +65,9 @@ class MeshlocalOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise AddressError(f"{each} stands twice")
             urls.append(url)
         found = dict(read_options(query, _OPTIONS)) if question else {}
-        allowed = found.pop("allow_plaintext_tokens", "no")
-        if allowed not in ("yes", "no"):
-            raise SourceOptionsError(f"allow_plaintext_tokens: expected yes or no, got {quote(allowed)}")
+        allowed = yes_or_no(found, "allow_plaintext_tokens")
         if "key_file" in found and "certificate_file" not in found:
             raise SourceOptionsError("key_file takes certificate_file too")
         if "identity" in found and not is_identity(found["identity"]):
             raise SourceOptionsError(f"identity: expected a URI or a DNS name, got {quote(found['identity'])}")
-        return cls(urls=tuple(urls), allow_plaintext_tokens=allowed == "yes", **found)
+        return cls(urls=tuple(urls), allow_plaintext_tokens=allowed, **found)

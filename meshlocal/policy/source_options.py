@@ -42,6 +42,18 @@ def read_options(text: str, known: Sequence[str], repeated: Sequence[str] = ()) 
     return found
 
 
+def yes_or_no(found: dict[str, str], name: str, *, default: bool = False) -> bool:
+    """Take an option that is `yes` or `no` out of those that were read.
+
+    Raises:
+        SourceOptionsError: it is neither.
+    """
+    value = found.pop(name, "yes" if default else "no")
+    if value not in ("yes", "no"):
+        raise SourceOptionsError(f"{name}: expected yes or no, got {quote(value)}")
+    return value == "yes"
+
+
 def write_options(pairs: Iterable[tuple[str, str]]) -> str:
     """The same as text, with the `?`; empty if there are none."""
     written = "&".join(f"{name}={quote_plus(value, safe='/')}" for name, value in pairs)
