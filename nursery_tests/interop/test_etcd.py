@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -16,61 +16,14 @@ import trio
 from meshlocal.discovery.etcd import client, source
 from meshlocal.discovery.etcd.client import Cluster
 from meshlocal.discovery.etcd.source import EtcdSource
-from meshlocal.discovery.source import Instances
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.policy.etcd_options import EtcdOptions
 from meshlocal.policy.model import ServiceKey
 from meshlocal.wire.grpc.status import GrpcError
 from nursery_tests.certificates import Authority
+from nursery_tests.discovery.published import Published
 from nursery_tests.interop.etcd import LIMIT, Etcd, installed
 from nursery_tests.logged import entry
-
-
-class Published:
-    """What a source publishes.
-
-    Attributes:
-        services: as they are.
-        calls: how often something was published.
-        problem: what it reports.
-    """
-
-    def __init__(self) -> None:
-        self.services: dict[ServiceKey, Instances] = {}
-        self.calls = 0
-        self.problem: str | None = None
-        self._news = trio.Event()
-
-    def replace(self, services: Mapping[ServiceKey, Instances]) -> None:
-        self.services = dict(services)
-        self._tell()
-
-    def update(self, service: ServiceKey, instances: Instances | None) -> None:
-        if instances is None:
-            self.services.pop(service, None)
-        else:
-            self.services[service] = instances
-        self._tell()
-
-    def report(self, problem: str | None) -> None:
-        self.problem = problem
-        self._news.set()
-        self._news = trio.Event()
-
-    def _tell(self) -> None:
-        self.calls += 1
-        self._news.set()
-        self._news = trio.Event()
-
-    @property
-    def addresses(self) -> dict[str, list[str]]:
-        return {service: sorted(key.address for key in found) for service, found in self.services.items()}
-
-    async def until(self, holds: Callable[[], object]) -> None:
-        with trio.move_on_after(LIMIT):
-            while not holds():
-                await self._news.wait()
-        assert holds(), (self.addresses, self.problem)
 
 
 @pytest.fixture

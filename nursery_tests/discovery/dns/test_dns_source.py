@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -20,48 +20,22 @@ from meshlocal.discovery.source import Instances
 from meshlocal.policy.dns_options import DnsOptions
 from meshlocal.policy.model import ServiceKey
 from nursery_tests.discovery.dns.server import Server
+from nursery_tests.discovery.published import Published as Publications
 
 LIMIT = 20.0
 B = ServiceKey("b")
 
 
-class Published:
-    """What a source publishes."""
-
-    def __init__(self) -> None:
-        self.services: dict[ServiceKey, Instances] = {}
-        self.calls = 0
-        self.problem: str | None = None
-        self._news = trio.Event()
-
-    def replace(self, services: Mapping[ServiceKey, Instances]) -> None:
-        self.services = dict(services)
-        self._tell()
+class Published(Publications):
+    """Of one service, which a DNS source never takes back."""
 
     def update(self, service: ServiceKey, instances: Instances | None) -> None:
         assert instances is not None
-        self.services[service] = instances
-        self._tell()
-
-    def report(self, problem: str | None) -> None:
-        self.problem = problem
-        self._news.set()
-        self._news = trio.Event()
-
-    def _tell(self) -> None:
-        self.calls += 1
-        self._news.set()
-        self._news = trio.Event()
+        super().update(service, instances)
 
     @property
     def endpoints(self) -> list[str]:
         return sorted(map(str, self.services.get(B, {})))
-
-    async def until(self, holds: Callable[[], object]) -> None:
-        with trio.move_on_after(LIMIT):
-            while not holds():
-                await self._news.wait()
-        assert holds(), (self.endpoints, self.problem)
 
 
 @pytest.fixture
