@@ -277,7 +277,8 @@ def discovery_metrics() -> Iterable[Metric]:
     from meshlocal.app.discovery_pages import discovery_routes
 
     def load() -> Config:
-        return load_config(None, {"discovery.sources": ("file:instances.yaml",)}, {}, "discovery")
+        keys = {"discovery.sources": ("file:instances.yaml",), "discovery.xds_bind": ("127.0.0.1:0",)}
+        return load_config(None, keys, {}, "discovery")
 
     process = DiscoveryProcess(load, Random(0), {}, discovery_routes)
     for collector in process.collectors():

@@ -128,6 +128,9 @@ EVENTS = {
     "somebody keeps the instances file open for writing": "It is read once that is over; write a new file and rename"
     " it instead.",
     "service hidden from a caller": "As discovery.allow has it: the caller asked for what it may not see.",
+    "xds response rejected": "An xDS client cannot use what it was sent, and says why: its version may be too old."
+    " Please report it.",
+    "xds resource name refused": "An xDS client's target is neither xds:///SERVICE nor xds:///SERVICE:PORT_NAME.",
     "discovery call refused": "A caller proved nothing, or is not allowed: see its token or certificate.",
     "connection refused: too many are open": "discovery.limits.connections, or what one client may have.",
     "admin server cannot accept": "Descriptors are short; likewise.",

@@ -1,7 +1,7 @@
 """The discovery server's composition root (behaviour rules D3, D4, S1, S2).
 
     lifetime nursery      hub (one task per source) · admin server · health · signals
-      server                one task per listening socket, one per connection, one per call
+      servers               one task per listening socket, one per connection, one per call; of a stream of xDS a few
 
 A stop ends every watch with UNAVAILABLE, so that proxies turn to another server,
 lets calls end within the drain's time, then cancels the lifetime nursery.
@@ -29,6 +29,7 @@ from meshlocal.app.sources import make_sources
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.limits import ServerLimits
 from meshlocal.discovery.service import DiscoveryService
+from meshlocal.discovery.watches import Watches
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import raise_limit
 from meshlocal.net.following import FileProblemError, Followed, Following
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
     from meshlocal.discovery.websocket import WebSocketServer
+    from meshlocal.discovery.xds.service import XdsService
 
 _log = get_log(__name__)
 
@@ -95,7 +97,8 @@ class DiscoveryProcess:
         lineage = Lineage(f"{rng.getrandbits(64):016x}")
         self.hub = Hub(make_sources(config, rng, environment, lineage), rng, self.supervision)
         self.limits = ServerLimits(config.limits)
-        self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits, lineage)
+        self.watches = Watches()
+        self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits, lineage, self.watches)
         self.websocket_sockets: list[socket.socket] = []
         self.health = HealthStatus()
         self._set_health(serving=False)
@@ -108,9 +111,23 @@ class DiscoveryProcess:
         self.exposures = of_server(config)
         self._following = Following(self.followed, partial(expiring_now, self.followed))
         guarded = self.access.guard(self.service.handlers())
+        self.server = self._grpc_server(guarded)
+        self.websocket = _websocket_server(config, self.limits.guard(guarded)) if config.websocket_bind else None
+        self.xds: XdsService | None = None
+        self.xds_server: GrpcServer | None = None
+        if config.xds_bind:
+            self.xds = _xds_service(self.hub, self.service, self.limits, self.watches, config)
+            self.xds_server = self._grpc_server(self.access.guard(self.xds.handlers()))
+        self.readiness = Readiness("waiting for the sources")
+        self.supervision.on_dead = self._die
+        self.stop = Stop()
+
+    def _grpc_server(self, guarded: Routes) -> GrpcServer:
+        """A server of these handlers, of health and of reflection."""
+        config = self.config.discovery
         handlers = {**guarded, **self.health.handlers()}
         names = sorted({method.service for method in handlers})
-        self.server = GrpcServer(
+        return GrpcServer(
             self.limits.guard({**handlers, **Reflection(names).handlers()}),
             GrpcOptions(
                 max_message_size=config.limits.message_size,
@@ -125,10 +142,6 @@ class DiscoveryProcess:
             max_connections=config.limits.connections,
             max_client_connections=config.limits.client_connections,
         )
-        self.websocket = _websocket_server(config, self.limits.guard(guarded)) if config.websocket_bind else None
-        self.readiness = Readiness("waiting for the sources")
-        self.supervision.on_dead = self._die
-        self.stop = Stop()
 
     def collectors(self) -> list[Collector]:
         """What the metrics are made of."""
@@ -141,9 +154,10 @@ class DiscoveryProcess:
                 self.hub,
                 self.service,
                 self.limits,
-                self.server,
+                [server for server in (self.server, self.xds_server) if server is not None],
                 self.readiness,
                 self.websocket,
+                self.xds,
                 access=self.access,
                 exposures=self.exposures,
                 followed=self.followed,
@@ -172,11 +186,14 @@ class DiscoveryProcess:
             admin_sockets = _listen(opened, admin)
             sockets = _listen(opened, _named("bind", config.bind))
             self.websocket_sockets = _listen(opened, _named("websocket_bind", config.websocket_bind))
+            xds_sockets = _listen(opened, _named("xds_bind", config.xds_bind))
+            over = "grpcs" if self.access.tls else "grpc"
             bound = [
                 f"{scheme}://{format_address(sock.getsockname())}"
                 for scheme, group in (
-                    ("grpcs" if self.access.tls else "grpc", sockets),
+                    (over, sockets),
                     ("wss" if self.access.tls else "ws", self.websocket_sockets),
+                    (f"xds={over}", xds_sockets),
                     (f"admin={self.admin_access.scheme}", admin_sockets),
                 )
                 for sock in group
@@ -197,6 +214,9 @@ class DiscoveryProcess:
                 tls = self.access.grpc_context if self.access.tls else None
                 serve = partial(self.server.serve, sockets, tls=tls)
                 await lifetime.start(self._serve_or_die, "grpc server", serve)
+                if self.xds_server is not None:
+                    serve = partial(self.xds_server.serve, xds_sockets, tls=tls)
+                    await lifetime.start(self._serve_or_die, "xds server", serve)
                 if self.websocket is not None:
                     tls = self.access.websocket_context if self.access.tls else None
                     serve = partial(self.websocket.serve, self.websocket_sockets, tls=tls)
@@ -258,10 +278,12 @@ class DiscoveryProcess:
                 draining.start_soon(cancel_when_set, self.stop.now, draining.cancel_scope)
                 async with trio.open_nursery() as parts:
                     # None waits for another: a WebSocket that hangs costs gRPC's clients none of their time.
-                    parts.start_soon(self.service.drain, drain.timeout)
+                    parts.start_soon(self.watches.drain, drain.timeout)
                     if self.websocket is not None:
                         parts.start_soon(self.websocket.drain)
                     parts.start_soon(self.server.drain)
+                    if self.xds_server is not None:
+                        parts.start_soon(self.xds_server.drain)
                 draining.cancel_scope.cancel()
 
     def _set_health(self, *, serving: bool) -> None:
@@ -305,6 +327,15 @@ def _listen(opened: ExitStack, addresses: Mapping[str, SocketAddress]) -> list[s
             opened.callback(close, sock)
             sockets.append(sock)
     return sockets
+
+
+def _xds_service(
+    hub: Hub, service: DiscoveryService, limits: ServerLimits, watches: Watches, config: DiscoveryServerConfig
+) -> XdsService:
+    # Imported here: a server without xDS has no use for its messages.
+    from meshlocal.discovery.xds.service import XdsService
+
+    return XdsService(hub, limits, watches, service.hide, config.xds_prefer)
 
 
 def _websocket_server(config: DiscoveryServerConfig, handlers: Routes) -> WebSocketServer:

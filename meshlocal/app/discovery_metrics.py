@@ -22,6 +22,7 @@ from meshlocal.policy.exposure import Exposure
 
 if TYPE_CHECKING:
     from meshlocal.discovery.websocket import WebSocketServer
+    from meshlocal.discovery.xds.service import XdsService
 
 
 class DiscoveryCollector(Collector):
@@ -32,9 +33,10 @@ class DiscoveryCollector(Collector):
         hub: Hub,
         service: DiscoveryService,
         limits: ServerLimits,
-        server: GrpcServer,
+        grpc_servers: Sequence[GrpcServer],
         readiness: Readiness,
         websocket: WebSocketServer | None = None,
+        xds: XdsService | None = None,
         *,
         access: DiscoveryAccess | None = None,
         exposures: Sequence[Exposure] = (),
@@ -46,21 +48,25 @@ class DiscoveryCollector(Collector):
         self._hub = hub
         self._service = service
         self._limits = limits
-        self._server = server
+        self._grpc_servers = grpc_servers
         self._readiness = readiness
         self._websocket = websocket
+        self._xds = xds
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand now."""
         yield gauge("meshlocal_build_info", "The version, as a label.", 1, version=meshlocal.__version__)
         yield gauge("meshlocal_ready", "1 while the process may be sent work.", self._readiness.ready)
-        yield gauge("meshlocal_grpc_connections_open", "gRPC connections.", self._server.connections)
+        yield gauge(
+            "meshlocal_grpc_connections_open", "gRPC connections.", sum(each.connections for each in self._grpc_servers)
+        )
         connections = self._websocket.connections if self._websocket is not None else 0
         yield gauge("meshlocal_websocket_connections_open", "WebSocket connections.", connections)
         yield gauge("meshlocal_watchers", "Watches under way.", self._hub.watcher_count)
         yield _counter("meshlocal_changes", "Changes of a service's instances.", self._hub.changes)
         yield _counter("meshlocal_events_sent", "Events sent to watchers.", self._service.events_sent)
         yield gauge("meshlocal_subscriptions", "Services that all watches follow.", self._limits.subscriptions)
+        yield from self._of_xds()
         yield self._limited()
         yield self._refused()
         yield exposed(self._exposures)
@@ -77,6 +83,25 @@ class DiscoveryCollector(Collector):
         yield from (in_sync, healthy)
         yield from _source_details(self._hub)
 
+    def _of_xds(self) -> Iterable[Metric]:
+        xds = self._xds
+        yield gauge("meshlocal_xds_streams", "Streams of xDS under way.", 0 if xds is None else xds.streams)
+        refused = 0 if xds is None else xds.refused
+        yield _counter(
+            "meshlocal_xds_names_refused",
+            "Names of resources that xDS clients asked for and that can be none.",
+            refused,
+        )
+        if xds is None:
+            return
+        labels = ["type"]
+        responses = CounterMetricFamily("meshlocal_xds_responses", "Responses of xDS sent, by type.", labels=labels)
+        rejected = CounterMetricFamily("meshlocal_xds_rejected", "Responses that a client rejected.", labels=labels)
+        for kind in xds.responses:
+            responses.add_metric([kind.short], xds.responses[kind])
+            rejected.add_metric([kind.short], xds.rejected[kind])
+        yield from (responses, rejected)
+
     def _refused(self) -> Metric:
         metric = CounterMetricFamily(
             "meshlocal_discovery_refused",
@@ -92,7 +117,7 @@ class DiscoveryCollector(Collector):
 
     def _limited(self) -> Metric:
         counts = dict(self._limits.refused)
-        servers: list[GrpcServer | WebSocketServer] = [self._server]
+        servers: list[GrpcServer | WebSocketServer] = [*self._grpc_servers]
         if self._websocket is not None:
             servers.append(self._websocket)
         for server in servers:
@@ -100,7 +125,7 @@ class DiscoveryCollector(Collector):
             counts[Limited.CLIENT_CONNECTIONS] += server.crowding.client_refused
             counts[Limited.STALL] += server.stalled
             counts[Limited.BYTES] += server.paused
-        counts[Limited.RESETS] += self._server.rapid_resets
+        counts[Limited.RESETS] += sum(each.rapid_resets for each in self._grpc_servers)
         if self._websocket is not None:
             counts[Limited.MESSAGE_SIZE] += self._websocket.too_large
         metric = CounterMetricFamily(

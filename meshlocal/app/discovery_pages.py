@@ -22,8 +22,8 @@ from meshlocal.app.views import instance_view, sorted_in_steps
 from meshlocal.app.watch_page import watch_page
 from meshlocal.app.watchers import watcher_view
 from meshlocal.discovery.hub import Hub
-from meshlocal.discovery.service import MOST_LISTED
 from meshlocal.discovery.source import source_details
+from meshlocal.discovery.watches import MOST_LISTED
 from meshlocal.net.slices import pieces
 from meshlocal.policy.hosts import host_of
 from meshlocal.policy.hot_nodes import HotNode, hot_nodes
@@ -89,8 +89,8 @@ def _services(hub: Hub, request: Request) -> Steps[Response]:
 
 def _proxies(process: DiscoveryProcess) -> Steps[Response]:
     """Who watches, and the hot nodes."""
-    watchers, left_out = yield from process.service.watchers(MOST_LISTED)
-    hot, total = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
+    watchers, left_out = yield from process.service.watches.listed(MOST_LISTED)
+    hot, total = yield from hot_nodes(process.service.watches.callers(), process.hub.snapshots())
     rows = []
     for each in watchers:
         rows.append(msgspec.json.encode(watcher_view(each)))
@@ -111,8 +111,8 @@ def _service_view(snapshot: ServiceSnapshot, keys: Iterable[EndpointKey]) -> Ite
 
 
 def _overview(process: DiscoveryProcess) -> Steps[Response]:
-    watchers, left_out = yield from process.service.watchers(_SHOWN)
-    hot, total = yield from hot_nodes(process.service.callers(), process.hub.snapshots())
+    watchers, left_out = yield from process.service.watches.listed(_SHOWN)
+    hot, total = yield from hot_nodes(process.service.watches.callers(), process.hub.snapshots())
     hub, reason = process.hub, process.readiness.reason
     state = html.bad(f"not ready: {reason}") if reason else html.good("ready")
     sources = (

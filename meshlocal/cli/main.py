@@ -128,6 +128,9 @@ def proxy(
 @click.option("--bind", multiple=True, metavar="HOST:PORT", help="Where to listen. [127.0.0.1:7070]")
 @click.option("--websocket-bind", multiple=True, metavar="HOST:PORT", help="Where to serve WebSocket. [nowhere]")
 @click.option(
+    "--xds", "xds_bind", multiple=True, metavar="HOST:PORT", help="Where to serve xDS, for gRPC and Envoy. [nowhere]"
+)
+@click.option(
     "--source",
     "sources",
     multiple=True,
@@ -142,6 +145,7 @@ def proxy(
 def discovery(
     bind: tuple[str, ...],
     websocket_bind: tuple[str, ...],
+    xds_bind: tuple[str, ...],
     sources: tuple[str, ...],
     zone: str | None,
     cluster: str | None,
@@ -157,6 +161,7 @@ def discovery(
     flags = {
         "discovery.bind": bind,
         "discovery.websocket_bind": websocket_bind,
+        "discovery.xds_bind": xds_bind,
         "discovery.sources": sources,
         "discovery.zone": zone,
         "discovery.cluster": cluster,

@@ -260,15 +260,21 @@ class Hub:
         watcher = Watcher(self, subscriptions)
         self.watcher_count += 1
         for service in subscriptions:
-            self._services.setdefault(service, _Service()).watchers[watcher] = None
+            self._add_watcher(service, watcher)
         try:
             yield watcher
         finally:
             self.watcher_count -= 1
-            for service in subscriptions:
-                state = self._services[service]
-                del state.watchers[watcher]
-                self._forget_if_idle(service, state)
+            for service in watcher.services:
+                self._remove_watcher(service, watcher)
+
+    def _add_watcher(self, service: ServiceKey, watcher: Watcher) -> None:
+        self._services.setdefault(service, _Service()).watchers[watcher] = None
+
+    def _remove_watcher(self, service: ServiceKey, watcher: Watcher) -> None:
+        state = self._services[service]
+        del state.watchers[watcher]
+        self._forget_if_idle(service, state)
 
     @contextmanager
     def watch_services(self) -> Iterator[ServicesWatcher]:
@@ -388,6 +394,27 @@ class Watcher:
     def versions(self) -> dict[ServiceKey, str]:
         """Of each of its services, the version that it holds, as far as it was told or says so itself; empty: none."""
         return {**self._resume, **{service: held.version for service, held in self._held.items()}}
+
+    def follow(self, service: ServiceKey) -> None:
+        """Watch one service more, from nothing; what is there of it can be taken at once."""
+        if service not in self._resume and service not in self._held:
+            self._resume[service] = ""
+            self.pending.add(service)
+            self._hub._add_watcher(service, self)
+            self._mark(service)
+
+    def unfollow(self, service: ServiceKey) -> None:
+        """Watch one service less. What it held of it is forgotten."""
+        if service in self._resume or service in self._held:
+            self._resume.pop(service, None)
+            self._held.pop(service, None)
+            self._marked.pop(service, None)
+            self.pending.discard(service)
+            self._hub._remove_watcher(service, self)
+
+    def wake(self) -> None:
+        """End a wait, though there may be nothing to take."""
+        self._wake.set()
 
     def _mark(self, service: ServiceKey) -> None:
         self._marked[service] = None

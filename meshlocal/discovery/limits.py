@@ -7,7 +7,7 @@ whoever has one address has them all. What is refused costs its caller that call
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
@@ -31,6 +31,10 @@ CLIENT_UNFINISHED = 8 << 20
 
 FULL_PUSHBACK = 2.0
 """Seconds for which a client that is refused is asked to leave the server alone; it is to spread them by chance."""
+
+
+Resize = Callable[[int], None]
+"""Sets how many services a watch follows; raises GrpcError, RESOURCE_EXHAUSTED, where there is no room for more."""
 
 
 class Limited(StrEnum):
@@ -106,40 +110,58 @@ class ServerLimits:
             raise self._refuse(Limited.CLIENT_CALLS, f"{client} begins more than {rate} calls a second")
 
     @contextmanager
-    def watch(self, peer: str, subscriptions: int) -> Iterator[None]:
-        """Have a place for one watch.
+    def watch(self, peer: str, subscriptions: int) -> Iterator[Resize]:
+        """Have a place for one watch, for what it subscribes to at first; what is yielded sets another number.
 
         Raises:
             GrpcError: RESOURCE_EXHAUSTED, there is none.
         """
         config, client = self.config, client_of(peer)
-        if subscriptions > config.subscriptions:
-            text = f"subscriptions: {subscriptions} of them; a watch takes 1 to {config.subscriptions}"
-            raise self._refuse(Limited.SUBSCRIPTIONS, text)
+        self._check_subscriptions(client, 0, subscriptions)
         if self._watchers >= config.watchers:
             raise self._refuse(Limited.WATCHERS, f"this server has {config.watchers} watches, and takes no more")
         of_client = self._client_watchers.get(client, 0)
         if config.client_watchers is not None and of_client >= config.client_watchers:
             text = f"{client} has {config.client_watchers} watches, and gets no more"
             raise self._refuse(Limited.CLIENT_WATCHERS, text)
-        followed = self._client_subscriptions.get(client, 0)
-        if config.client_subscriptions is not None and followed + subscriptions > config.client_subscriptions:
-            text = f"{client}'s watches follow {followed} services of {config.client_subscriptions}"
-            raise self._refuse(Limited.CLIENT_SUBSCRIPTIONS, text)
-        if self.subscriptions + subscriptions > config.all_subscriptions:
-            text = f"this server's watches follow {self.subscriptions} services of {config.all_subscriptions}"
-            raise self._refuse(Limited.ALL_SUBSCRIPTIONS, text)
+        held = subscriptions
+
+        def resize(wanted: int) -> None:
+            nonlocal held
+            self._check_subscriptions(client, held, wanted)
+            self._client_subscriptions[client] += wanted - held
+            self.subscriptions += wanted - held
+            held = wanted
+
         self._watchers += 1
         self._client_watchers[client] = of_client + 1
-        self._client_subscriptions[client] = followed + subscriptions
+        self._client_subscriptions[client] = self._client_subscriptions.get(client, 0) + subscriptions
         self.subscriptions += subscriptions
         try:
-            yield
+            yield resize
         finally:
             self._watchers -= 1
-            self.subscriptions -= subscriptions
+            self.subscriptions -= held
             _less(self._client_watchers, client, 1)
-            _less(self._client_subscriptions, client, subscriptions)
+            self._client_subscriptions[client] -= held
+            if client not in self._client_watchers:
+                del self._client_subscriptions[client]
+
+    def _check_subscriptions(self, client: str, held: int, wanted: int) -> None:
+        """Raise GrpcError, RESOURCE_EXHAUSTED, if a watch that follows `held` services may not follow `wanted`."""
+        if wanted <= held:
+            return
+        config, more = self.config, wanted - held
+        if wanted > config.subscriptions:
+            text = f"subscriptions: {wanted} of them; a watch takes 1 to {config.subscriptions}"
+            raise self._refuse(Limited.SUBSCRIPTIONS, text)
+        followed = self._client_subscriptions.get(client, 0)
+        if config.client_subscriptions is not None and followed + more > config.client_subscriptions:
+            text = f"{client}'s watches follow {followed} services of {config.client_subscriptions}"
+            raise self._refuse(Limited.CLIENT_SUBSCRIPTIONS, text)
+        if self.subscriptions + more > config.all_subscriptions:
+            text = f"this server's watches follow {self.subscriptions} services of {config.all_subscriptions}"
+            raise self._refuse(Limited.ALL_SUBSCRIPTIONS, text)
 
     def change(self, peer: str, size: int) -> None:
         """Note how many bytes more, or, negative, less are held of a peer's requests that are not whole (`Holding`).

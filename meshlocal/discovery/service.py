@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import trio
 
-from meshlocal.discovery.hub import Hub, ServicesWatcher, Update, Watcher
+from meshlocal.discovery.hub import Hub, ServicesWatcher, Update
 from meshlocal.discovery.limits import ServerLimits
+from meshlocal.discovery.watches import MOST_LISTED, Watches, Watching
 from meshlocal.net.grpc.server import Routes, unary
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.log import RateLimited, get_log
-from meshlocal.net.slices import in_slices, pieces
+from meshlocal.net.slices import in_slices
 from meshlocal.policy.lineage import Lineage
 from meshlocal.policy.model import (
     CLUSTER,
     ZONE,
-    Caller,
     ModelError,
     ServiceKey,
     ServiceSnapshot,
     known,
     parse_service_key,
 )
-from meshlocal.policy.steps import Steps
 from meshlocal.policy.visibility import ALL, View
 from meshlocal.wire.discovery_codec import (
     caller_from_message,
-    caller_to_message,
     change_event,
     heartbeat_event,
     instance_to_message,
@@ -58,66 +54,7 @@ _log = get_log(__name__)
 _ENCODED = 16 << 20
 """Bytes of encoded events that are kept."""
 
-GOODBYES = 400
-"""Watches that a drain ends in a second at most, unless its time is too short for that."""
-
-_MOST_OF = 0.8
-"""Of a drain's time that goodbyes may take: what is left is for calls to end."""
-
-_STEP = 0.01
-"""Seconds that a drain sleeps at least, if it sleeps between two goodbyes."""
-
-_LONGEST = (1 << 32) - 1
-"""Milliseconds that are told of at most."""
-
-_GOING_AWAY = "this server is going away; watch another one"
-
 _Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
-
-
-MOST_LISTED = 5000
-"""Watchers that one answer names."""
-
-
-class Watching:
-    """One watch, as it is told of.
-
-    Args:
-        caller: who it says to be.
-        address: that it comes from.
-        identity: that it proved; empty for none.
-        watcher: its place in the hub.
-        began: when it did, by trio.current_time().
-
-    Attributes:
-        behind_since: when there was something for it first that it has not taken yet; None: it is current.
-    """
-
-    __slots__ = ("address", "began", "behind_since", "caller", "identity", "watcher")
-
-    def __init__(self, caller: Caller, address: str, identity: str, watcher: Watcher, began: float) -> None:
-        self.caller = caller
-        self.address = address
-        self.identity = identity
-        self.watcher = watcher
-        self.began = began
-        self.behind_since: float | None = began
-
-    def to_message(self, view: View, now: float) -> pb.Watcher:
-        """What a caller with this view is told of it."""
-        behind = now - self.behind_since if self.behind_since is not None else 0.0
-        return pb.Watcher(
-            caller=caller_to_message(self.caller),
-            address=self.address,
-            identity=self.identity,
-            age_seconds=max(0, int(now - self.began)),
-            behind_ms=min(_LONGEST, max(0, math.ceil(behind * 1000))),
-            services=[
-                pb.Watched(service=service, version=version)
-                for service, version in sorted(self.watcher.versions().items())
-                if view.sees(service)
-            ],
-        )
 
 
 class EncodedEvents:
@@ -166,6 +103,7 @@ class DiscoveryService:
         heartbeat_interval: the longest silence on a watch, in seconds.
         limits: how much of it is taken on; the defaults if not given.
         lineage: whom this server learns from; nobody if not given.
+        watches: where watches have their place.
     """
 
     def __init__(
@@ -174,15 +112,14 @@ class DiscoveryService:
         heartbeat_interval: float,
         limits: ServerLimits | None = None,
         lineage: Lineage | None = None,
+        watches: Watches | None = None,
     ) -> None:
         self._limits = limits or ServerLimits()
         self._lineage = lineage or Lineage("alone")
         self._hub = hub
         self._heartbeat_interval = heartbeat_interval
         self._encoded = EncodedEvents()
-        self._draining = False
-        self._watches: dict[trio.CancelScope, Watching] = {}
-        self._services_watches: dict[trio.CancelScope, None] = {}
+        self.watches = watches or Watches()
         self.events_sent = 0
         self.hidden = 0
         """Services that were asked for, and that the caller may not see."""
@@ -208,7 +145,7 @@ class DiscoveryService:
 
     def _seen(self, call: ServerCall[Any, Any]) -> Iterator[ServiceSnapshot]:
         """What there is of the services that a caller may see."""
-        view = _view(call)
+        view = view_of(call)
         return (snapshot for snapshot in self._hub.snapshots() if view.sees(snapshot.service))
 
     async def _list_zones(self, request: pb.ListZonesRequest, call: ServerCall[Any, Any]) -> pb.ListZonesResponse:
@@ -249,9 +186,9 @@ class DiscoveryService:
         self, request: pb.ListInstancesRequest, call: ServerCall[Any, Any]
     ) -> pb.ListInstancesResponse:
         service = _service_key("service", request.service)
-        if not _view(call).sees(service):
-            self._hide(call, [service])
-            raise GrpcError(StatusCode.PERMISSION_DENIED, f"{_view(call).caller} may not see {service!r}")
+        if not view_of(call).sees(service):
+            self.hide(call, [service])
+            raise GrpcError(StatusCode.PERMISSION_DENIED, f"{view_of(call).caller} may not see {service!r}")
         snapshot = self._hub.snapshot(service)
         if snapshot is None:
             self._require_sync()
@@ -268,83 +205,28 @@ class DiscoveryService:
         self, request: pb.ListWatchersRequest, call: ServerCall[Any, Any]
     ) -> pb.ListWatchersResponse:
         wanted = _service_key("service", request.service) if request.service else None
-        listed, left_out = await in_slices(self.watchers(MOST_LISTED, _view(call), wanted))
+        listed, left_out = await in_slices(self.watches.listed(MOST_LISTED, view_of(call), wanted))
         return pb.ListWatchersResponse(watchers=listed, left_out=left_out)
-
-    def watchers(
-        self, most: int, view: View = ALL, wanted: ServiceKey | None = None
-    ) -> Steps[tuple[list[pb.Watcher], int]]:
-        """Who watches now, and how many more there are than are listed, in steps. What is behind comes first, the
-        longest of all; the others follow as they came.
-
-        Args:
-            most: how many are listed.
-            view: what may be told of: who watches nothing of it is not there.
-            wanted: only who watches this service; None: any.
-        """
-        now = trio.current_time()
-        behind: list[Watching] = []
-        current: list[Watching] = []
-        for piece in pieces(list(self._watches.values())):
-            for each in piece:
-                services = each.watcher.services
-                if any(map(view.sees, services)) if wanted is None else wanted in services and view.sees(wanted):
-                    (current if each.behind_since is None else behind).append(each)
-            yield
-        behind.sort(key=lambda each: each.behind_since or 0.0)
-        yield
-        found: list[pb.Watcher] = []
-        for each in islice(chain(behind, current), most):
-            found.append(each.to_message(view, now))
-            yield
-        return found, len(behind) + len(current) - len(found)
-
-    def callers(self) -> Iterator[tuple[str, Iterable[ServiceKey]]]:
-        """The node of each watcher, and the services that it watches."""
-        return ((each.caller.node, each.watcher.services) for each in list(self._watches.values()))
-
-    async def drain(self, within: float) -> None:
-        """End every watch with UNAVAILABLE, so that watchers turn to another server; new ones end likewise, at once.
-
-        Thousands that turn up at another server in the same moment would wait for each other there. So they are ended
-        one after the other, `GOODBYES` in a second, or as fast as it takes to be through in most of `within` seconds.
-        """
-        self._draining = True
-        leaving = [*self._watches, *self._services_watches]
-        pause = min(1 / GOODBYES, within * _MOST_OF / max(len(leaving), 1))
-        due = began = trio.current_time()
-        for position, scope in enumerate(leaving):
-            due = began + position * pause
-            if due - trio.current_time() > _STEP:
-                await trio.sleep_until(due)
-            scope.cancel()
 
     async def _watch_instances(self, call: _Call) -> None:
         request = await call.receive()
         if request is None:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended before its request came")
         wanted = _subscriptions(request)
-        view = _view(call)
+        view = view_of(call)
         hidden = [service for service in wanted if not view.sees(service)]
         for service in hidden:
             del wanted[service]
         if hidden:
-            self._hide(call, hidden)
+            self.hide(call, hidden)
         with (
             self._limits.watch(call.peer, len(request.subscriptions)),
             self._hub.watch(wanted) as watcher,
-            trio.CancelScope() as leaving,
         ):
-            if self._draining:
-                leaving.cancel()
             caller = caller_from_message(request.caller)
             watching = Watching(caller, call.peer, view.caller, watcher, trio.current_time())
-            self._watches[leaving] = watching
-            try:
+            with self.watches.place(watching):
                 await self._serve_watch(call, watching, hidden)
-            finally:
-                del self._watches[leaving]
-        raise GrpcError(StatusCode.UNAVAILABLE, _GOING_AWAY)
 
     async def _watch_services(self, call: ServerCall[pb.WatchServicesRequest, pb.WatchServicesResponse]) -> None:
         if await call.receive() is None:
@@ -353,21 +235,14 @@ class DiscoveryService:
             self._limits.watch(call.peer, 1),
             self._hub.watch_services() as watcher,
             self._lineage.followed(watcher.wake),
-            trio.CancelScope() as leaving,
+            self.watches.place(),
         ):
-            if self._draining:
-                leaving.cancel()
-            self._services_watches[leaving] = None
-            try:
-                await self._serve_services(call, watcher)
-            finally:
-                del self._services_watches[leaving]
-        raise GrpcError(StatusCode.UNAVAILABLE, _GOING_AWAY)
+            await self._serve_services(call, watcher)
 
     async def _serve_services(
         self, call: ServerCall[pb.WatchServicesRequest, pb.WatchServicesResponse], watcher: ServicesWatcher
     ) -> None:
-        view = _view(call)
+        view = view_of(call)
         told: tuple[str, ...] = ()
         said = complete = False
         while True:
@@ -389,10 +264,12 @@ class DiscoveryService:
             with trio.move_on_after(self._heartbeat_interval):
                 await watcher.wait()
 
-    def _hide(self, call: ServerCall[Any, Any], services: Sequence[ServiceKey]) -> None:
+    def hide(self, call: ServerCall[Any, Any], services: Sequence[ServiceKey]) -> None:
         """Note that a caller asked for services that it may not see."""
         self.hidden += len(services)
-        self._told_hidden(trio.current_time(), client=call.peer, caller=_view(call).caller, services=",".join(services))
+        self._told_hidden(
+            trio.current_time(), client=call.peer, caller=view_of(call).caller, services=",".join(services)
+        )
 
     async def _serve_watch(self, call: _Call, watching: Watching, hidden: Sequence[ServiceKey]) -> None:
         """Serve a watch. Services that its caller may not see are unknown to it: they cost it none of the others."""
@@ -454,7 +331,7 @@ class _Pusher:
         return left
 
 
-def _view(call: ServerCall[Any, Any]) -> View:
+def view_of(call: ServerCall[Any, Any]) -> View:
     """What the caller may see, as the guard before the handler says (`discovery.allow`)."""
     view = call.caller
     return view if isinstance(view, View) else ALL

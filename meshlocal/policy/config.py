@@ -349,6 +349,17 @@ class DiscoveryServerConfig(Section, frozen=True):
     websocket_bind: Annotated[
         tuple[SocketAddress, ...], Meta(description="Where it serves WebSocket, HOST:PORT; none: nowhere.")
     ] = ()
+    xds_bind: Annotated[
+        tuple[SocketAddress, ...],
+        Meta(description="Where it serves xDS, to gRPC clients and Envoys without a proxy, HOST:PORT; none: nowhere."),
+    ] = ()
+    xds_prefer: Annotated[
+        tuple[Name, ...],
+        Meta(
+            description="Labels by which instances are near to a client of xDS, nearest first, such as [node, zone]. A"
+            " client's own metadata.prefer wins."
+        ),
+    ] = (NODE,)
     websocket_origins: Annotated[
         tuple[Name, ...],
         Meta(

@@ -219,9 +219,13 @@ def _check_server(server: DiscoveryServerConfig) -> Iterator[Finding]:
         ((at, "bind", position), address) for position, address in enumerate(server.bind)
     ]
     sockets += [((at, "websocket_bind", position), address) for position, address in enumerate(server.websocket_bind)]
+    sockets += [((at, "xds_bind", position), address) for position, address in enumerate(server.xds_bind)]
     if server.admin is not None:
         sockets.append(((at, "admin"), server.admin))
     yield from _check_sockets(sockets)
+    if not server.xds_prefer:
+        yield (at, "xds_prefer"), "is empty; at least one label key, such as node"
+    yield from _check_repeated((at, "xds_prefer"), server.xds_prefer)
     if server.tls_key_file is not None and server.tls_certificate_file is None:
         yield (at, "tls_key_file"), "takes discovery.tls_certificate_file too"
 

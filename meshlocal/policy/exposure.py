@@ -41,7 +41,11 @@ def is_loopback(host: str) -> bool:
 def of_server(config: DiscoveryServerConfig) -> list[Exposure]:
     """What a discovery server exposes."""
     found = []
-    for key, addresses in (("bind", config.bind), ("websocket_bind", config.websocket_bind)):
+    for key, addresses in (
+        ("bind", config.bind),
+        ("websocket_bind", config.websocket_bind),
+        ("xds_bind", config.xds_bind),
+    ):
         for address in addresses:
             if is_loopback(address.host):
                 continue

@@ -312,6 +312,10 @@ class Picker:
             left_out = (instance for instance, _ in self.left_out())
             yield from islice(left_out, most - found)
 
+    def ranked(self) -> Iterator[Sequence[Instance]]:
+        """The usable instances by group, in the order in which plans go through the groups; those that have some."""
+        return (group.instances for group in self._groups if group.keys)
+
     def tier_sizes(self) -> Mapping[str, int]:
         """Usable instances by tier name, terminating ones not counted."""
         names = self.selector.locality.tiers

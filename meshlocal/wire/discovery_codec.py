@@ -35,7 +35,12 @@ def caller_to_message(caller: Caller) -> pb.Caller:
 
 def caller_from_message(message: pb.Caller) -> Caller:
     """A caller as it describes itself, cut to what is kept of it."""
-    return Caller(*map(_told, (message.name, message.node, message.software)))
+    return caller_of(message.name, message.node, message.software)
+
+
+def caller_of(name: str, node: str, software: str) -> Caller:
+    """A caller by what it says of itself, cut to what is kept of it."""
+    return Caller(*map(_told, (name, node, software)))
 
 
 def _told(text: str) -> str:

@@ -17,7 +17,7 @@ from meshlocal.admin.server import answer
 from meshlocal.app.config_loader import load_config
 from meshlocal.app.discovery import DiscoveryProcess
 from meshlocal.app.discovery_pages import discovery_routes
-from meshlocal.discovery.service import Watching
+from meshlocal.discovery.watches import Watching
 from meshlocal.policy.config import Config
 from meshlocal.policy.model import Caller, ServiceKey
 
@@ -53,9 +53,9 @@ def watched(process: DiscoveryProcess, name: str, node: str, *, behind: float | 
         watching = Watching(Caller(name, node, "meshlocal proxy 1"), "10.0.9.9:1", "", watcher, now - 60)
         watching.behind_since = None if behind is None else now - behind
         scope = trio.CancelScope()
-        process.service._watches[scope] = watching
+        process.service.watches._under_way[scope] = watching
         yield
-        del process.service._watches[scope]
+        del process.service.watches._under_way[scope]
 
 
 async def get(process: DiscoveryProcess, path: str) -> Response:

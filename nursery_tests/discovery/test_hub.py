@@ -637,3 +637,58 @@ def test_who_takes_what_there_is_of_the_services_holds_what_the_hub_does(steps: 
             nursery.cancel_scope.cancel()
 
     trio.run(play)
+
+
+async def test_a_watcher_may_follow_more_and_less(nursery: trio.Nursery) -> None:
+    """What it follows anew it is given whole; what it gives up it hears no more of, and nothing of it is kept."""
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    source.publisher.update(B, listed(at(1)))
+    source.publisher.update(C, listed(at(2)))
+    with hub.watch({B: ""}) as watcher:
+        watcher.follow(C)
+        assert watcher.pending == {B, C}
+        source.started()
+        assert [(update.latest.service, update.base) for update in watcher.take()] == [(B, None), (C, None)]
+        watcher.follow(C)
+        assert watcher.take() == []
+        source.publisher.update(C, listed(at(3)))
+        watcher.unfollow(C)
+        watcher.unfollow(C)
+        assert set(watcher.services) == {B}
+        source.publisher.update(C, listed(at(4)))
+        assert watcher.take() == []
+        watcher.follow(C)
+        [update] = watcher.take()
+        assert (update.base, addresses(update.latest)) == (None, ["10.0.0.4"])
+        watcher.follow(ServiceKey("nobody"))
+        [update] = watcher.take()
+        assert update.latest.unknown
+        watcher.unfollow(ServiceKey("nobody"))
+        assert ServiceKey("nobody") not in hub._services
+        watcher.follow(ServiceKey("nobody"))
+    assert hub._services.keys() == {B, C}
+    assert all(not state.watchers for state in hub._services.values())
+    assert hub.watcher_count == 0
+
+
+async def test_a_wait_may_be_ended_by_others(nursery: trio.Nursery) -> None:
+    source = ScriptedSource()
+    hub = await start(nursery, source)
+    with hub.watch({}) as watcher:
+        nursery.start_soon(watcher.wait)
+        await wait_all_tasks_blocked()
+        watcher.wake()
+        await wait_all_tasks_blocked()
+        assert not watcher.take()
+        waited = trio.Event()
+
+        async def wait() -> None:
+            await watcher.wait()
+            waited.set()
+
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        assert not waited.is_set()
+        watcher.wake()
+        await waited.wait()

@@ -107,7 +107,7 @@ class Served:
     def counted(self) -> dict[str, float]:
         """What the metric says was limited, without the zeros."""
         collector = DiscoveryCollector(
-            self.hub, self.service, self.limits, self.grpc, Readiness("test"), self.websocket
+            self.hub, self.service, self.limits, [self.grpc], Readiness("test"), self.websocket
         )
         (metric,) = (each for each in collector.collect() if each.name == "meshlocal_discovery_limited")
         counts = {sample.labels["limit"]: sample.value for sample in metric.samples}

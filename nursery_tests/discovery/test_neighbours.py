@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshlocal.discovery import service as service_module
+from meshlocal.discovery import watches as watches_module
 from meshlocal.discovery.hub import Hub, Update
 from meshlocal.discovery.limits import (
     CLIENT_UNFINISHED,
@@ -224,7 +224,7 @@ async def test_a_drain_spreads_its_goodbyes(
     serving: Serving, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S1: thousands that turn to another server in one moment would wait for each other there. No more are taken."""
-    monkeypatch.setattr(service_module, "GOODBYES", 10)
+    monkeypatch.setattr(watches_module, "GOODBYES", 10)
     left: list[float] = []
     began = 0.0
 
@@ -242,7 +242,7 @@ async def test_a_drain_spreads_its_goodbyes(
         await trio.testing.wait_all_tasks_blocked()
         assert serving.hub.watcher_count == 50
         began = trio.current_time()
-        nursery.start_soon(serving.service.drain, 100.0)
+        nursery.start_soon(serving.service.watches.drain, 100.0)
         await trio.testing.wait_all_tasks_blocked()
         await watch(other)  # one that comes now ends at once
         await trio.sleep(100)
@@ -257,7 +257,7 @@ async def test_a_drain_is_through_in_its_time(
     serving: Serving, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S1: however many there are."""
-    monkeypatch.setattr(service_module, "GOODBYES", 1)
+    monkeypatch.setattr(watches_module, "GOODBYES", 1)
     async with trio.open_nursery() as nursery, serving.channel() as channel:
 
         async def watch() -> None:
@@ -271,5 +271,5 @@ async def test_a_drain_is_through_in_its_time(
             nursery.start_soon(watch)
         await trio.testing.wait_all_tasks_blocked()
         began = trio.current_time()
-        await serving.service.drain(10.0)
+        await serving.service.watches.drain(10.0)
         assert trio.current_time() - began == pytest.approx(8.0, abs=0.3)

@@ -573,7 +573,7 @@ async def test_it_can_be_cancelled_at_any_time() -> None:
             with trio.move_on_after(number / 2000):
                 await hub.run()
             assert lineage.servers() == ("below",)
-        await until(lambda: not list(above.service.callers()))
+        await until(lambda: not list(above.service.watches.callers()))
 
 
 async def test_as_a_process(processes: Processes) -> None:

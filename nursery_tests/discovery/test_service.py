@@ -489,7 +489,7 @@ async def test_a_drain_ends_watches(serving: Serving) -> None:
             assert await call.receive() is not None
             # What is cut amid a message gets no goodbye.
             await wait_all_tasks_blocked()
-            await served.service.drain(10)
+            await served.service.watches.drain(10)
             with pytest.raises(GrpcError, match="going away") as ended:
                 await call.receive()
         assert ended.value.code is StatusCode.UNAVAILABLE
@@ -637,7 +637,7 @@ async def test_who_does_not_read_is_behind(autojump_clock: MockClock, nursery: t
     await wait_all_tasks_blocked()
 
     def behind() -> int:
-        [watcher], _ = finish(service.watchers(10))
+        [watcher], _ = finish(service.watches.listed(10))
         return watcher.behind_ms
 
     await trio.sleep(2)
@@ -697,7 +697,7 @@ async def test_a_watch_of_the_services_ends_with_the_drain(serving: Serving) -> 
                 assert await call.receive() is not None
             # What is cut amid a message gets no goodbye.
             await wait_all_tasks_blocked()
-            await served.service.drain(10)
+            await served.service.watches.drain(10)
             with pytest.raises(GrpcError, match="going away") as ended:
                 await to_its_end(call)
             assert ended.value.code is StatusCode.UNAVAILABLE
@@ -705,7 +705,7 @@ async def test_a_watch_of_the_services_ends_with_the_drain(serving: Serving) -> 
             await late.send(pb.WatchServicesRequest(), end=True)
             with pytest.raises(GrpcError, match="going away"):
                 await to_its_end(late)
-        assert not served.service._services_watches
+        assert not len(served.service.watches)
 
 
 @pytest.mark.parametrize("first", [WATCH_INSTANCES, WATCH_SERVICES])
@@ -727,7 +727,7 @@ async def test_one_client_may_watch_the_services_and_instances(serving: Serving,
                     await other.receive()
                 await wait_all_tasks_blocked()
                 assert served.service._limits.subscriptions == 2
-                await served.service.drain(10)
+                await served.service.watches.drain(10)
                 with pytest.raises(GrpcError, match="going away"):
                     await to_its_end(other)
         await wait_all_tasks_blocked()

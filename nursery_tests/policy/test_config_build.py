@@ -162,6 +162,8 @@ FULL: dict[str, Any] = {
     "discovery": {
         "bind": ["127.0.0.1:7070", "[::1]:7070"],
         "websocket_bind": ["127.0.0.1:7071"],
+        "xds_bind": ["127.0.0.1:18000"],
+        "xds_prefer": ["node", "zone"],
         "websocket_origins": ["https://ops.example"],
         "tls_certificate_file": "cert.pem",
         "tls_key_file": "key.pem",
@@ -349,6 +351,8 @@ def test_every_key() -> None:
         discovery=DiscoveryServerConfig(
             bind=(SocketAddress("127.0.0.1", 7070), SocketAddress("::1", 7070)),
             websocket_bind=(SocketAddress("127.0.0.1", 7071),),
+            xds_bind=(SocketAddress("127.0.0.1", 18000),),
+            xds_prefer=("node", "zone"),
             websocket_origins=("https://ops.example",),
             tls_certificate_file="cert.pem",
             tls_key_file="key.pem",
@@ -574,6 +578,15 @@ def test_numbers_are_floats_where_they_are_times() -> None:
         (
             {"discovery": {"bind": ["127.0.0.1:1"], "websocket_bind": ["127.0.0.1:1"]}},
             "discovery.websocket_bind[0]: 127.0.0.1:1 is already the address of discovery.bind[0]",
+        ),
+        (
+            {"discovery": {"bind": ["127.0.0.1:1"], "xds_bind": ["127.0.0.1:1"]}},
+            "discovery.xds_bind[0]: 127.0.0.1:1 is already the address of discovery.bind[0]",
+        ),
+        ({"discovery": {"xds_prefer": []}}, "discovery.xds_prefer: is empty; at least one label key, such as node"),
+        (
+            {"discovery": {"xds_prefer": ["node", "node"]}},
+            "discovery.xds_prefer[1]: 'node' is already discovery.xds_prefer[0]",
         ),
         (
             {"proxy": {"discovery": {"backoff_initial": 20}}},

@@ -21,6 +21,7 @@ EVERYWHERE, HERE = SocketAddress("0.0.0.0", 7070), SocketAddress("127.0.0.1", 70
             DiscoveryServerConfig(websocket_bind=(EVERYWHERE,), tokens_file="tokens"),
             [("websocket_bind", "tls")],
         ),
+        (DiscoveryServerConfig(xds_bind=(EVERYWHERE,)), [("xds_bind", "tls"), ("xds_bind", "authentication")]),
         (
             DiscoveryServerConfig(bind=(EVERYWHERE,), tls_certificate_file="c", tls_key_file="k"),
             [("bind", "authentication")],

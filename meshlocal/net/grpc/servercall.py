@@ -215,6 +215,13 @@ class ServerCall(Generic[Req, Resp]):
             # Its text may hold what the client must not see: that goes to the log alone.
             log.exception("grpc handler failed", method=method.path, peer=self.peer)
             self.finish(StatusCode.UNKNOWN, "the handler failed")
+        except BaseExceptionGroup as error:
+            # The connection was cancelled while the handler's nursery failed: the cancellation alone goes on.
+            failed, cancelled = error.split(Exception)
+            if failed is not None and _status_in(failed) is None:
+                log.exception("grpc handler failed", method=method.path, peer=self.peer)
+            assert cancelled is not None
+            raise cancelled from None
 
     async def fail(self, code: StatusCode, message: str) -> None:
         """End the call without a handler."""

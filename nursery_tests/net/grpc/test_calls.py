@@ -485,6 +485,32 @@ async def test_a_status_beside_a_crash_is_not_the_calls(
     assert "hunter2" in caplog.text
 
 
+@pytest.mark.parametrize(("fault", "logged"), [(None, ""), (RuntimeError("hunter2"), "grpc handler failed")])
+async def test_a_call_that_fails_while_its_connection_is_cancelled_fails_alone(
+    connect: Any, caplog: pytest.LogCaptureFixture, fault: Exception | None, logged: str
+) -> None:
+    """What a handler's nursery raises then has both in it: the cancellation goes on, the rest stays here."""
+
+    async def handler(call: Chat) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await call.receive()
+            except GrpcError:
+                raise fault or GrpcError(StatusCode.CANCELLED, "gone") from None
+
+    async with connect({STREAM: handler}) as link, link.channel.call(STREAM):
+        await wait_all_tasks_blocked()
+        [connection] = link.server._connections
+        [stream] = connection.streams.values()
+        stream.fail(GrpcError(StatusCode.CANCELLED, "stream reset"))
+        connection.tasks.cancel_scope.cancel()
+        await wait_all_tasks_blocked()
+        assert "grpc connection failed" not in caplog.text
+        assert logged in caplog.text
+        assert not link.server.connections
+
+
 async def test_a_status_within_nurseries_within_nurseries_is_the_calls(connect: Any) -> None:
     async def handler(call: Chat) -> None:
         no = GrpcError(StatusCode.PERMISSION_DENIED, "no")

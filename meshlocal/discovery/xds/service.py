@@ -1,0 +1,357 @@
+"""The aggregated stream of xDS over one hub: each service as a listener, a route, a cluster and its endpoints, with the
+client's own node first."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from sys import intern
+from typing import Any, TypeAlias
+
+import trio
+
+from meshlocal.discovery.hub import Hub, ServicesWatcher, Update, Watcher
+from meshlocal.discovery.limits import Resize, ServerLimits
+from meshlocal.discovery.service import view_of
+from meshlocal.discovery.watches import Watches, Watching
+from meshlocal.discovery.xds.subscription import Content, Subscription
+from meshlocal.net.grpc.server import Routes
+from meshlocal.net.grpc.servercall import ServerCall
+from meshlocal.net.log import RateLimited, get_log
+from meshlocal.net.slices import in_slices
+from meshlocal.policy.locality import Selector
+from meshlocal.policy.model import NODE, ModelError, ServiceKey, ServiceSnapshot
+from meshlocal.policy.picker import Picker
+from meshlocal.policy.steps import Steps
+from meshlocal.wire.grpc.status import GrpcError, StatusCode
+from meshlocal.wire.pb import envoy_discovery_pb2 as pb
+from meshlocal.wire.xds import (
+    STREAM,
+    Place,
+    ResourceName,
+    ResourceType,
+    assignment,
+    cluster,
+    error_text,
+    kind_of,
+    listener,
+    parse_resource_name,
+    place_of,
+    response,
+    route,
+)
+
+_log = get_log(__name__)
+
+_KEPT = 32 << 20
+"""Bytes of encoded endpoints that are kept."""
+
+_RESPONSE = 1 << 20
+"""Bytes of endpoints after which a response ends; what is left goes with the next one. gRPC takes 4 MiB."""
+
+_TOLD = 500
+"""Characters of a client's reasons that are logged."""
+
+_INTERVAL = 5.0
+
+_Call: TypeAlias = ServerCall[pb.DiscoveryRequest, pb.DiscoveryResponse]
+
+Hide: TypeAlias = Callable[[ServerCall[Any, Any], Sequence[ServiceKey]], None]
+
+_FIXED = {ResourceType.LISTENER: listener, ResourceType.ROUTE: route, ResourceType.CLUSTER: cluster}
+
+
+class XdsService:
+    """xDS over one hub.
+
+    Args:
+        hub: what is served.
+        limits: how much of it is taken on.
+        watches: where streams have their place, beside other watches.
+        hide: told of services that a client asked for and may not see.
+        prefer: the labels by which instances are near, for clients that do not say it themselves.
+
+    Attributes:
+        streams: under way.
+        responses: sent, by type.
+        rejected: by clients, by type.
+        refused: names of resources that can be none.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        limits: ServerLimits,
+        watches: Watches,
+        hide: Hide,
+        prefer: Sequence[str] = (NODE,),
+    ) -> None:
+        self.hub = hub
+        self.streams = 0
+        self.responses: Counter[ResourceType] = Counter(dict.fromkeys(ResourceType, 0))
+        self.rejected: Counter[ResourceType] = Counter(dict.fromkeys(ResourceType, 0))
+        self.refused = 0
+        self._limits = limits
+        self._watches = watches
+        self._hide = hide
+        self._prefer = tuple(prefer)
+        self._kept: OrderedDict[object, Content] = OrderedDict()
+        self._kept_size = 0
+        self.turns = trio.Lock()
+        """Held by a stream while it makes what it sends: where all make something of one change, others have turns
+        between them."""
+        self._tell_rejected = RateLimited(_log, logging.WARNING, "xds response rejected", interval=_INTERVAL)
+        self._tell_refused = RateLimited(_log, logging.WARNING, "xds resource name refused", interval=_INTERVAL)
+
+    def handlers(self) -> Routes:
+        """What serves the method, as `GrpcServer` takes it."""
+        return {STREAM: self._serve}
+
+    async def _serve(self, call: _Call) -> None:
+        request = await call.receive()
+        if request is None:
+            return
+        if not request.HasField("node"):
+            raise GrpcError(StatusCode.INVALID_ARGUMENT, "node: the stream's first request has none")
+        try:
+            place = place_of(request.node, self._prefer)
+        except ModelError as error:
+            raise GrpcError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+        with self._limits.watch(call.peer, 0) as resize, self.hub.watch({}) as watcher:
+            watching = Watching(place.caller, call.peer, view_of(call).caller, watcher, trio.current_time())
+            self.streams += 1
+            try:
+                with self._watches.place(watching):
+                    await _Stream(self, call, place, watching, resize).run(request)
+            finally:
+                self.streams -= 1
+
+    def hide(self, call: _Call, services: Sequence[ServiceKey]) -> None:
+        """Note that a client asked for services that it may not see."""
+        self._hide(call, services)
+
+    def refuse(self, call: _Call, error: ModelError) -> None:
+        """Note that a client asked for what can be no resource; to it, it does not exist."""
+        self.refused += 1
+        self._tell_refused(trio.current_time(), client=call.peer, problem=str(error))
+
+    def reject(self, call: _Call, place: Place, subscription: Subscription, problem: str) -> None:
+        """Note that a client rejected a response."""
+        self.rejected[subscription.kind] += 1
+        self._tell_rejected(
+            trio.current_time(),
+            client=call.peer,
+            caller=place.caller.name,
+            node=place.caller.node,
+            type=subscription.kind.short,
+            version=subscription.version,
+            problem=problem[:_TOLD],
+        )
+
+    def endpoints(self, name: str, resource: ResourceName, snapshot: ServiceSnapshot, place: Place) -> Steps[Content]:
+        """A service's instances as they look from a place, in steps."""
+        key = (name, snapshot.version, place.key)
+        content = self._kept.get(key)
+        if content is not None:
+            self._kept.move_to_end(key)
+            return content
+        picker = yield from Picker.in_steps(Selector(place.locality, resource.port_name), snapshot)
+        content = Content.of((yield from assignment(name, picker)))
+        if key not in self._kept:
+            self._kept_size += len(content.body)
+        self._kept[key] = content
+        while self._kept_size > _KEPT and len(self._kept) > 1:
+            self._kept_size -= len(self._kept.popitem(last=False)[1].body)
+        return content
+
+
+@lru_cache(maxsize=8192)
+def _fixed(kind: ResourceType, name: str) -> Content:
+    """What follows from a name alone, shared by all streams."""
+    return Content.of(_FIXED[kind](name))
+
+
+class _Stream:
+    """One client's stream: a task reads its requests, another sends it what there is."""
+
+    def __init__(self, service: XdsService, call: _Call, place: Place, watching: Watching, resize: Resize) -> None:
+        self._service = service
+        self._call = call
+        self._place = place
+        self._watching = watching
+        self._watcher: Watcher = watching.watcher
+        self._resize = resize
+        self._view = view_of(call)
+        self._subscriptions = {kind: Subscription(kind) for kind in ResourceType}
+        self._known: dict[str, ResourceName | None] = {}
+        """By name, what the resources that it wants stand for; None: they can be none, or it may not see them."""
+        self._names: dict[ServiceKey, dict[str, None]] = {}
+        self._services: ServicesWatcher | None = None
+        """Since it had a wildcard: which services there are."""
+        self._every: dict[ServiceKey, None] = {}
+        """Those of them that it may see."""
+
+    async def run(self, request: pb.DiscoveryRequest) -> None:
+        """Serve it until the client ends it."""
+        with ExitStack() as opened:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                next_request: pb.DiscoveryRequest | None = request
+                while next_request is not None:
+                    self._take(next_request)
+                    if self._services is None and self._wildcard:
+                        self._services = opened.enter_context(self._service.hub.watch_services())
+                        self._learn(self._services)
+                        nursery.start_soon(self._follow_services, self._services)
+                    next_request = await self._call.receive()
+                nursery.cancel_scope.cancel()
+
+    def _take(self, request: pb.DiscoveryRequest) -> None:
+        kind = kind_of(request.type_url)
+        if kind is None:
+            served = ", ".join(each.url for each in ResourceType)
+            what = f"type_url: {request.type_url[:200]!r} is not served; {served} are"
+            raise GrpcError(StatusCode.INVALID_ARGUMENT, what)
+        subscription = self._subscriptions[kind]
+        answer = subscription.request([intern(name) for name in request.resource_names], request.response_nonce)
+        if answer.stale:
+            return
+        if answer.answered and (problem := error_text(request)) is not None:
+            self._service.reject(self._call, self._place, subscription, problem)
+        self._follow()
+        self._watcher.wake()
+
+    @property
+    def _wildcard(self) -> bool:
+        return any(each.wildcard for each in self._subscriptions.values())
+
+    def _follow(self) -> None:
+        """Watch the services of what is wanted, and no others."""
+        wanted = {name for each in self._subscriptions.values() for name in each.names}
+        for name in self._known.keys() - wanted:
+            if (resource := self._known.pop(name)) is not None:
+                names = self._names[resource.service]
+                del names[name]
+                if not names:
+                    del self._names[resource.service]
+        hidden = []
+        for name in wanted - self._known.keys():
+            resource = self._known[name] = self._parse(name)
+            if resource is None:
+                continue
+            if not self._view.sees(resource.service):
+                hidden.append(resource.service)
+                self._known[name] = None
+                continue
+            self._names.setdefault(resource.service, {})[name] = None
+        if hidden:
+            self._service.hide(self._call, hidden)
+        # What a wildcard brings is the registries' doing, not the client's: it counts as one.
+        self._resize(len(self._names) + self._wildcard)
+        self._watch()
+
+    def _parse(self, name: str) -> ResourceName | None:
+        try:
+            return parse_resource_name(name)
+        except ModelError as error:
+            self._service.refuse(self._call, error)
+            return None
+
+    def _watch(self) -> None:
+        every = self._every if self._wildcard else {}
+        followed = set(self._watcher.services)
+        for service in followed:
+            if service not in self._names and service not in every:
+                self._watcher.unfollow(service)
+        for service in (*self._names, *every):
+            if service not in followed:
+                self._watcher.follow(service)
+
+    async def _follow_services(self, services: ServicesWatcher) -> None:
+        while True:
+            await services.wait()
+            self._learn(services)
+            self._watcher.wake()
+
+    def _learn(self, services: ServicesWatcher) -> None:
+        """Take which services there are more, and less."""
+        added, removed = services.take()
+        self._every.update(dict.fromkeys(filter(self._view.sees, added)))
+        for service in removed:
+            self._every.pop(service, None)
+        for subscription in self._subscriptions.values():
+            if subscription.wildcard:
+                for service in (*added, *removed):
+                    subscription.mark(service)
+        self._watch()
+
+    async def _write(self) -> None:
+        while True:
+            for update in self._watcher.take():
+                self._mark(update)
+            due = [each for each in self._subscriptions.values() if each.is_due]
+            if due and self._watching.behind_since is None:
+                self._watching.behind_since = trio.current_time()
+            for subscription in due:
+                await self._send(subscription)
+            if not any(each.under_way or each.is_due for each in self._subscriptions.values()):
+                self._watching.behind_since = None
+            await self._watcher.wait()
+
+    def _mark(self, update: Update) -> None:
+        """Something about a service changed."""
+        base, latest, _ = update
+        appeared = base is None or base.unknown != latest.unknown
+        names = self._names.get(latest.service, {})
+        for kind, subscription in self._subscriptions.items():
+            if appeared or kind is ResourceType.ENDPOINTS:
+                for name in names:
+                    subscription.mark(name)
+                if subscription.wildcard:
+                    subscription.mark(latest.service)
+
+    async def _send(self, subscription: Subscription) -> None:
+        async with self._service.turns:
+            contents = await self._contents(subscription)
+            if contents is None:
+                subscription.hold()
+                return
+            resources = subscription.respond(contents)
+        if resources is None:
+            return
+        kind = subscription.kind
+        self._service.responses[kind] += 1
+        await self._call.send_encoded(response(kind, subscription.version, subscription.nonce, resources))
+
+    async def _contents(self, subscription: Subscription) -> dict[str, Content | None] | None:
+        """What is due of a type; None: it cannot be said yet."""
+        kind = subscription.kind
+        if subscription.wildcard and self._services is not None and not self._services.complete:
+            return None
+        names = subscription.take(self._every)
+        contents: dict[str, Content | None] = {}
+        size = 0
+        for position, name in enumerate(names):
+            resource = self._known.get(name) if name in self._known else ResourceName(ServiceKey(name))
+            if resource is None:
+                contents[name] = None
+                continue
+            snapshot = self._service.hub.snapshot(resource.service)
+            if snapshot is None:
+                # Who has it from before keeps it; who has not, waits (D3). What waits is marked once there is a word.
+                if kind.whole:
+                    return None
+                continue
+            if kind is ResourceType.ENDPOINTS:
+                content = await in_slices(self._service.endpoints(name, resource, snapshot, self._place))
+                contents[name] = content
+                size += len(content.body)
+                if size > _RESPONSE:
+                    subscription.put_back(names[position + 1 :])
+                    break
+            else:
+                contents[name] = None if snapshot.unknown else _fixed(kind, name)
+        return contents

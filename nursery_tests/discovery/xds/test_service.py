@@ -1,0 +1,535 @@
+"""The aggregated stream over a hub: what clients are told, of what, and when (D1, D3, D4, S2)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import memory_stream_pair, wait_all_tasks_blocked
+
+from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.limits import ServerLimits
+from meshlocal.discovery.source import Publisher
+from meshlocal.discovery.watches import Watches
+from meshlocal.discovery.xds import service as service_module
+from meshlocal.discovery.xds.service import XdsService
+from meshlocal.net.grpc.client import Channel, channel_over
+from meshlocal.net.grpc.server import GrpcServer, Handler, Routes, ServerCall
+from meshlocal.policy import model
+from meshlocal.policy.config_discovery import ServerLimitsConfig
+from meshlocal.policy.model import Instance, ServiceKey, make_instance
+from meshlocal.policy.steps import finish
+from meshlocal.policy.visibility import View
+from meshlocal.wire.grpc.status import GrpcError, StatusCode
+from meshlocal.wire.pb import envoy_cluster_pb2 as cluster_pb
+from meshlocal.wire.pb import envoy_core_pb2 as core_pb
+from meshlocal.wire.pb import envoy_discovery_pb2 as pb
+from meshlocal.wire.pb import envoy_endpoint_pb2 as endpoint_pb
+from meshlocal.wire.pb import envoy_listener_pb2 as listener_pb
+from meshlocal.wire.pb import envoy_route_pb2 as route_pb
+from meshlocal.wire.xds import STREAM, ResourceType
+
+CLUSTER, ENDPOINTS, LISTENER, ROUTE = ResourceType
+_MESSAGES: dict[str, Any] = {
+    CLUSTER.url: cluster_pb.Cluster,
+    ENDPOINTS.url: endpoint_pb.ClusterLoadAssignment,
+    LISTENER.url: listener_pb.Listener,
+    ROUTE.url: route_pb.RouteConfiguration,
+}
+ONE, TWO, FAR = (make_instance(f"10.0.0.{n}", 80, labels={"node": f"n{n}"}) for n in (1, 2, 3))
+
+
+class HeldSource:
+    """A source that its test publishes through."""
+
+    def __init__(self, name: str = "held", service: str | None = None) -> None:
+        self.name = name
+        self.publisher: Publisher | None = None
+        self.sync = trio.Event()
+        self._service = service
+
+    def may_know(self, service: ServiceKey) -> bool:
+        return self._service in (None, service)
+
+    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
+        self.publisher = publisher
+        await self.sync.wait()
+        task_status.started()
+        await trio.sleep_forever()
+
+    def set(self, service: str, *instances: Instance) -> None:
+        assert self.publisher is not None
+        self.publisher.update(ServiceKey(service), model.index(instances))
+
+    def remove(self, service: str) -> None:
+        assert self.publisher is not None
+        self.publisher.update(ServiceKey(service), None)
+
+
+class Client:
+    """One stream, from the client's side."""
+
+    def __init__(self, call: Any, node: core_pb.Node) -> None:
+        self._call = call
+        self._node: core_pb.Node | None = node
+        self.nonces: dict[str, str] = {}
+
+    async def ask(self, kind: ResourceType | str, *names: str, nonce: str = "", problem: str | None = None) -> None:
+        url = kind if not isinstance(kind, ResourceType) else kind.url
+        request = pb.DiscoveryRequest(type_url=url, resource_names=names, response_nonce=nonce)
+        if self._node is not None:
+            request.node.CopyFrom(self._node)
+            self._node = None
+        if problem is not None:
+            request.error_detail.message = problem
+        await self._call.send(request)
+
+    async def next(self) -> pb.DiscoveryResponse:
+        response: pb.DiscoveryResponse = await self._call.receive()
+        self.nonces[response.type_url] = response.nonce
+        return response
+
+    async def ack(self, kind: ResourceType, *names: str, problem: str | None = None) -> None:
+        await self.ask(kind, *names, nonce=self.nonces[kind.url], problem=problem)
+
+    async def silence(self) -> None:
+        """Nothing comes."""
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def read() -> None:
+                    response = await self.next()
+                    raise AssertionError(f"there came {response}")
+
+                nursery.start_soon(read)
+                await wait_all_tasks_blocked()
+                scope.cancel()
+
+    async def end(self) -> None:
+        await self._call.end()
+
+
+def names(response: pb.DiscoveryResponse) -> list[str]:
+    """Of the resources."""
+    messages = [_MESSAGES[each.type_url].FromString(each.value) for each in response.resources]
+    return [each.cluster_name if response.type_url == ENDPOINTS.url else each.name for each in messages]
+
+
+def nodes(response: pb.DiscoveryResponse) -> dict[str, list[tuple[int, str]]]:
+    """Of endpoints: by cluster, the priorities and what node is in them."""
+    found = {}
+    for each in response.resources:
+        message = endpoint_pb.ClusterLoadAssignment.FromString(each.value)
+        found[message.cluster_name] = [(group.priority, group.locality.sub_zone) for group in message.endpoints]
+    return found
+
+
+class Served:
+    def __init__(self, sources: Sequence[HeldSource], hub: Hub, service: XdsService, watches: Watches) -> None:
+        self.source = sources[0]
+        self.sources = sources
+        self.hub = hub
+        self.service = service
+        self.watches = watches
+        self.hidden: list[ServiceKey] = []
+        self.channel: Channel
+
+    @asynccontextmanager
+    async def client(self, node: str = "n1", **metadata: str) -> AsyncIterator[Client]:
+        asks = core_pb.Node(id="test", locality=core_pb.Locality(sub_zone=node))
+        for key, value in metadata.items():
+            asks.metadata.fields[key].string_value = value
+        async with self.channel.call(STREAM) as call:
+            yield Client(call, asks)
+
+
+Serving = Callable[..., AbstractAsyncContextManager[Served]]
+
+
+@pytest.fixture
+def serving() -> Serving:
+    @asynccontextmanager
+    async def serving(
+        *services: str,
+        sync: bool = True,
+        sources: Sequence[HeldSource] = (),
+        view: View | None = None,
+        limits: ServerLimitsConfig | None = None,
+    ) -> AsyncIterator[Served]:
+        sources = sources or [HeldSource()]
+        hub = Hub(sources, random.Random(0))
+        watches = Watches()
+        hidden: list[ServiceKey] = []
+        service = XdsService(
+            hub, ServerLimits(limits), watches, lambda call, services: hidden.extend(services), ("node",)
+        )
+        async with trio.open_nursery() as nursery:
+            await nursery.start(hub.run)
+            near, far = memory_stream_pair()
+            handlers = _seeing(service.handlers(), view) if view is not None else service.handlers()
+            nursery.start_soon(GrpcServer(handlers).serve_stream, far)
+            async with channel_over(near) as channel:
+                await wait_all_tasks_blocked()
+                served = Served(sources, hub, service, watches)
+                served.channel, served.hidden = channel, hidden
+                for name in services:
+                    served.source.set(name, ONE, TWO)
+                if sync:
+                    for source in sources:
+                        source.sync.set()
+                    await hub.wait_in_sync()
+                yield served
+            nursery.cancel_scope.cancel()
+
+    return serving
+
+
+def _seeing(routes: Routes, view: View) -> Routes:
+    def wrapped(handler: Handler) -> Handler:
+        async def see(call: ServerCall[Any, Any]) -> None:
+            call.caller = view
+            await handler(call)
+
+        return see
+
+    return {method: wrapped(handler) for method, handler in routes.items()}
+
+
+async def test_a_channel_finds_its_endpoints_step_by_step(serving: Serving) -> None:
+    async with serving("b") as served, served.client("n2") as client:
+        for kind in (LISTENER, ROUTE, CLUSTER):
+            await client.ask(kind, "b")
+            response = await client.next()
+            assert (response.type_url, names(response)) == (kind.url, ["b"])
+            await client.ack(kind, "b")
+        await client.ask(ENDPOINTS, "b")
+        assert nodes(await client.next()) == {"b": [(0, "n2"), (1, "n1")]}
+        await client.ack(ENDPOINTS, "b")
+        await client.silence()
+        assert dict(served.service.responses) == dict.fromkeys(ResourceType, 1)
+
+
+async def test_each_client_has_its_own_node_first(serving: Serving) -> None:
+    async with serving("b") as served:
+        seen = []
+        for node in ("n1", "n2", "n9"):
+            async with served.client(node) as client:
+                await client.ask(ENDPOINTS, "b")
+                seen.append(nodes(await client.next())["b"])
+    assert seen == [[(0, "n1"), (1, "n2")], [(0, "n2"), (1, "n1")], [(0, "n1"), (0, "n2")]]
+
+
+async def test_a_clients_own_prefer_wins(serving: Serving) -> None:
+    async with serving("b") as served, served.client("n1", prefer="rack") as client:
+        await client.ask(ENDPOINTS, "b")
+        assert nodes(await client.next())["b"] == [(0, "n1"), (0, "n2")]
+
+
+async def test_only_what_changed_is_pushed(serving: Serving) -> None:
+    async with serving("a", "b", "c") as served, served.client() as client:
+        await client.ask(CLUSTER, "a", "b")
+        await client.next()
+        await client.ack(CLUSTER, "a", "b")
+        await client.ask(ENDPOINTS, "a", "b")
+        assert set(nodes(await client.next())) == {"a", "b"}
+        await client.ack(ENDPOINTS, "a", "b")
+        served.source.set("c", ONE)
+        # What changes nothing of what a client sees is nothing to it.
+        served.source.set("a", ONE, make_instance("10.0.0.2", 80, labels={"node": "n2", "version": "2"}))
+        await client.silence()
+        served.source.set("b", ONE, FAR)
+        assert nodes(await client.next()) == {"b": [(0, "n1"), (1, "n3")]}
+
+
+async def test_a_service_that_is_gone_takes_its_cluster_with_it_and_comes_back(serving: Serving) -> None:
+    async with serving("a", "b") as served, served.client() as client:
+        for kind in (CLUSTER, ENDPOINTS):
+            await client.ask(kind, "a", "b")
+            await client.next()
+            await client.ack(kind, "a", "b")
+        served.source.remove("b")
+        response = await client.next()
+        assert (response.type_url, names(response)) == (CLUSTER.url, ["a"])
+        assert nodes(await client.next()) == {"b": []}
+        for kind in (CLUSTER, ENDPOINTS):
+            await client.ack(kind, "a", "b")
+        served.source.set("b", ONE)
+        response = await client.next()
+        assert (response.type_url, names(response)) == (CLUSTER.url, ["a", "b"])
+        assert nodes(await client.next()) == {"b": [(0, "n1")]}
+
+
+async def test_a_service_without_instances_is_known(serving: Serving) -> None:
+    async with serving() as served, served.client() as client:
+        served.source.set("b")
+        await client.ask(CLUSTER, "b")
+        assert names(await client.next()) == ["b"]
+        await client.ask(ENDPOINTS, "b")
+        assert nodes(await client.next()) == {"b": []}
+
+
+async def test_what_nobody_knows_does_not_exist(serving: Serving) -> None:
+    async with serving("b") as served, served.client() as client:
+        await client.ask(LISTENER, "nobody")
+        assert names(await client.next()) == []
+        await client.ack(LISTENER, "nobody")
+        served.source.set("nobody", ONE)
+        assert names(await client.next()) == ["nobody"]
+
+
+async def test_names_that_can_be_none_are_counted_and_harm_no_others(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving("b") as served, served.client() as client:
+        await client.ask(LISTENER, "xdstp://elsewhere/b", "b")
+        assert names(await client.next()) == ["b"]
+        await client.ack(LISTENER, "xdstp://elsewhere/b", "b")
+        await client.silence()
+        assert served.service.refused == 1
+    assert "xds resource name refused" in caplog.text
+    assert "xdstp://elsewhere/b" in caplog.text
+
+
+async def test_ports_are_chosen_by_name(serving: Serving) -> None:
+    async with serving() as served, served.client() as client:
+        grpc, metrics = (make_instance("10.0.0.1", port, name) for port, name in ((80, "grpc"), (90, "metrics")))
+        served.source.set("b", grpc, metrics)
+        await client.ask(ENDPOINTS, "b:grpc", "b:none")
+        response = await client.next()
+        found = [endpoint_pb.ClusterLoadAssignment.FromString(each.value) for each in response.resources]
+        assert [
+            [end.endpoint.address.socket_address.port_value for group in each.endpoints for end in group.lb_endpoints]
+            for each in found
+        ] == [[80], []]
+
+
+async def test_a_rejected_response_is_counted_logged_and_not_sent_again(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving("b") as served, served.client() as client:
+        await client.ask(ENDPOINTS, "b")
+        await client.next()
+        await client.ack(ENDPOINTS, "b", problem="no such field")
+        await client.silence()
+        assert served.service.rejected[ENDPOINTS] == 1
+        assert served.service.responses[ENDPOINTS] == 1
+        served.source.set("b", TWO)
+        assert nodes(await client.next()) == {"b": [(0, "n2")]}
+    assert "xds response rejected" in caplog.text
+    assert "no such field" in caplog.text
+
+
+async def test_a_wildcard_follows_which_services_there_are(serving: Serving) -> None:
+    async with serving("a", "b") as served, served.client() as client:
+        await client.ask(CLUSTER)
+        assert sorted(names(await client.next())) == ["a", "b"]
+        await client.ack(CLUSTER)
+        served.source.set("c", ONE)
+        assert sorted(names(await client.next())) == ["a", "b", "c"]
+        await client.ack(CLUSTER)
+        served.source.remove("a")
+        assert sorted(names(await client.next())) == ["b", "c"]
+        await client.ack(CLUSTER)
+        served.source.set("b", TWO)
+        await client.silence()
+
+
+async def test_a_wildcard_that_is_given_up_is_watched_no_more(serving: Serving) -> None:
+    async with serving("a", "b") as served, served.client() as client:
+        await client.ask(CLUSTER)
+        await client.next()
+        await client.ack(CLUSTER, "a")
+        # What is named anew is answered, though the wildcard had brought it.
+        assert names(await client.next()) == ["a"]
+        await client.ack(CLUSTER, "a")
+        await wait_all_tasks_blocked()
+        [watching] = served.watches._told_of()
+        assert set(watching.watcher.services) == {"a"}
+        served.source.set("c", ONE)
+        await client.silence()
+
+
+async def test_what_is_given_up_is_watched_no_more(serving: Serving) -> None:
+    async with serving("a", "b") as served, served.client() as client:
+        await client.ask(ENDPOINTS, "a", "b", "b:grpc")
+        await client.next()
+        await client.ack(ENDPOINTS, "b:grpc")
+        await wait_all_tasks_blocked()
+        [watching] = served.watches._told_of()
+        assert set(watching.watcher.services) == {"b"}
+        served.source.set("a", TWO)
+        await client.silence()
+        await client.ask(ENDPOINTS, "a", "b:grpc", nonce=client.nonces[ENDPOINTS.url])
+        assert nodes(await client.next()) == {"a": [(0, "n2")]}
+
+
+async def test_nothing_is_said_before_the_sources_are_in_sync(serving: Serving) -> None:
+    """D3: an answer without a service would take away what a client has from before."""
+    async with serving("b", sync=False) as served, served.client() as client:
+        await client.ask(LISTENER, "b")
+        await client.ask(CLUSTER)
+        await client.ask(ENDPOINTS, "b")
+        await client.silence()
+        served.source.sync.set()
+        found = {}
+        for _ in range(3):
+            response = await client.next()
+            found[response.type_url] = names(response)
+        assert found == {LISTENER.url: ["b"], CLUSTER.url: ["b"], ENDPOINTS.url: ["b"]}
+
+
+async def test_a_source_that_is_out_holds_up_what_it_may_know_alone(serving: Serving) -> None:
+    """D3, D8: of endpoints, what can be said is said."""
+    sources = [HeldSource("one", "a"), HeldSource("two", "b")]
+    async with serving(sources=sources, sync=False) as served, served.client() as client:
+        sources[0].set("a", ONE)
+        sources[0].sync.set()
+        await client.ask(ENDPOINTS, "a", "b")
+        assert nodes(await client.next()) == {"a": [(0, "n1")]}
+        await client.ack(ENDPOINTS, "a", "b")
+        await client.silence()
+        sources[1].set("b", TWO)
+        sources[1].sync.set()
+        assert nodes(await client.next()) == {"b": [(0, "n2")]}
+
+
+async def test_endpoints_are_split_into_responses_that_clients_take(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_RESPONSE", 10)
+    async with serving("a", "b", "c") as served, served.client() as client:
+        await client.ask(ENDPOINTS, "a", "b", "c")
+        seen: list[str] = []
+        for _ in range(3):
+            seen += nodes(await client.next())
+            await client.ack(ENDPOINTS, "a", "b", "c")
+        assert seen == ["a", "b", "c"]
+        await client.silence()
+
+
+async def test_a_caller_sees_what_it_may_and_is_told_of_nothing_else(serving: Serving) -> None:
+    async with serving("a", "b", view=View("web", ["a"])) as served, served.client() as client:
+        await client.ask(LISTENER, "a", "b")
+        assert names(await client.next()) == ["a"]
+        await client.ask(CLUSTER)
+        assert names(await client.next()) == ["a"]
+        await client.ack(CLUSTER)
+        served.source.set("c", ONE)
+        await client.silence()
+        assert served.hidden == ["b"]
+
+
+async def test_streams_are_listed_among_the_watches(serving: Serving) -> None:
+    async with serving("b") as served, served.client("n1") as client:
+        await client.ask(ENDPOINTS, "b")
+        await client.next()
+        await wait_all_tasks_blocked()
+        [watcher], _ = finish(served.watches.listed(10))
+        assert (watcher.caller.name, watcher.caller.node, watcher.services[0].service) == ("test", "n1", "b")
+        assert watcher.behind_ms >= 0
+        assert served.watches._told_of()[0].behind_since is not None
+        await client.ack(ENDPOINTS, "b")
+        await wait_all_tasks_blocked()
+        assert served.watches._told_of()[0].behind_since is None
+        assert served.service.streams == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (pb.DiscoveryRequest(type_url=LISTENER.url), "node: the stream's first request has none"),
+        (
+            pb.DiscoveryRequest(type_url="type.googleapis.com/envoy.api.v2.Cluster", node=core_pb.Node(id="x")),
+            "type_url: 'type.googleapis.com/envoy.api.v2.Cluster' is not served; .*v3.Listener.* are",
+        ),
+    ],
+)
+async def test_streams_that_are_refused(serving: Serving, request_: pb.DiscoveryRequest, message: str) -> None:
+    async with serving("b") as served, served.channel.call(STREAM) as call:
+        await call.send(request_)
+        with pytest.raises(GrpcError, match=message) as caught:
+            await call.receive()
+        assert caught.value.code is StatusCode.INVALID_ARGUMENT
+        assert not len(served.watches)
+
+
+async def test_a_node_that_cannot_be_read_is_told_so(serving: Serving) -> None:
+    node = core_pb.Node()
+    node.metadata.fields["prefer"].number_value = 7
+    async with serving("b") as served, served.channel.call(STREAM) as call:
+        await call.send(pb.DiscoveryRequest(type_url=LISTENER.url, node=node))
+        with pytest.raises(GrpcError, match=r"node\.metadata\.prefer: is not a list") as caught:
+            await call.receive()
+        assert caught.value.code is StatusCode.INVALID_ARGUMENT
+
+
+async def test_too_many_names_end_the_stream(serving: Serving) -> None:
+    limits = ServerLimitsConfig(subscriptions=2)
+    async with serving("a", "b", "c", limits=limits) as served, served.client() as client:
+        await client.ask(LISTENER, "a", "b")
+        await client.next()
+        # The same services by other types and ports are no more than they were.
+        await client.ask(ENDPOINTS, "a", "b:grpc", "b")
+        await client.next()
+        await client.ask(ENDPOINTS, "a", "b", "c", nonce="1")
+        with pytest.raises(GrpcError, match="subscriptions: 3 of them") as caught:
+            await client.next()
+        assert caught.value.code is StatusCode.RESOURCE_EXHAUSTED
+        await wait_all_tasks_blocked()
+        assert served.hub.watcher_count == 0
+
+
+async def test_a_wildcard_counts_as_one(serving: Serving) -> None:
+    """How many services there are is not the client's doing."""
+    limits = ServerLimitsConfig(subscriptions=1)
+    async with serving("a", "b", "c", limits=limits) as served, served.client() as client:
+        await client.ask(CLUSTER)
+        assert len(names(await client.next())) == 3
+
+
+async def test_a_drain_ends_streams(serving: Serving) -> None:
+    async with serving("b") as served, served.client() as client:
+        await client.ask(LISTENER, "b")
+        await client.next()
+        await served.watches.drain(10)
+        with pytest.raises(GrpcError, match="going away") as caught:
+            await client.next()
+        assert caught.value.code is StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("wildcard", [False, True])
+async def test_a_client_that_leaves_leaves_nothing_behind(
+    serving: Serving, wildcard: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving("b") as served:
+        async with served.client() as client:
+            await client.ask(CLUSTER, *([] if wildcard else ["b"]))
+            await client.next()
+        await wait_all_tasks_blocked()
+        assert (served.service.streams, served.hub.watcher_count, len(served.watches)) == (0, 0, 0)
+        assert not served.hub._services_watchers
+        async with served.client() as client:
+            await client.ask(CLUSTER)
+            await client.next()
+            await client.end()
+            assert await client._call.receive() is None
+        await wait_all_tasks_blocked()
+        assert served.service.streams == 0
+    assert "failed" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_encoded_endpoints_are_shared_and_bounded(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_KEPT", 150)
+    async with serving("a", "b", "c") as served:
+        for _ in range(2):
+            async with served.client() as client:
+                await client.ask(ENDPOINTS, "a", "b", "c")
+                assert len((await client.next()).resources) == 3
+        assert served.service._kept_size == sum(len(each.body) for each in served.service._kept.values())
+        assert 0 < served.service._kept_size <= 150
