@@ -139,6 +139,8 @@ def _overview(process: DiscoveryProcess) -> Steps[Response]:
     connections = [f"{process.server.connections} by gRPC"]
     if process.websocket is not None:
         connections.append(f"{process.websocket.connections} by WebSocket")
+    if process.xds_server is not None:
+        connections.append(f"{process.xds_server.connections} by xDS")
     config = process.config.discovery
     told = (
         ("over TLS", process.access.tls),

@@ -119,7 +119,7 @@ class DiscoveryService:
         self._hub = hub
         self._heartbeat_interval = heartbeat_interval
         self._encoded = EncodedEvents()
-        self.watches = watches or Watches()
+        self.watches = watches if watches is not None else Watches()
         self.events_sent = 0
         self.hidden = 0
         """Services that were asked for, and that the caller may not see."""
