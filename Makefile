@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-below bench-restart \
+.PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-below bench-xds bench-restart \
 	bench-neighbours bench-attacks bench-resend bench-live-page bench-observed \
 	bench-policy bench-kubernetes protos reference screenshots docs lock clean
 
@@ -94,6 +94,10 @@ bench-scale: $(VENV)/run.stamp
 # The same watchers at two servers that follow a third.
 bench-below: $(VENV)/run.stamp
 	$(BIN)/python -m bench.watchers --below 2
+
+# 500 xDS clients of 200 services: one change, and a restart.
+bench-xds: $(VENV)/run.stamp
+	$(BIN)/python -m bench.xds
 
 # A discovery server is killed under 2,000 watchers, and comes back.
 bench-restart: $(VENV)/run.stamp

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from google.protobuf.any_pb2 import Any
@@ -21,7 +22,7 @@ from google.protobuf.wrappers_pb2 import UInt32Value
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.locality import Locality
-from meshlocal.policy.model import NODE, ZONE, Caller, HostPort, Instance, ModelError, ServiceKey, parse_service_key
+from meshlocal.policy.model import NODE, ZONE, Caller, HostPort, ModelError, ServiceKey, known, parse_service_key
 from meshlocal.policy.picker import Picker
 from meshlocal.policy.steps import STEP, Steps
 from meshlocal.wire.discovery_codec import caller_of
@@ -58,6 +59,12 @@ REGION = "region"
 
 _PORT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 _UINT32 = (1 << 32) - 1
+_SHARED = 1 << 15
+"""Localities that are kept encoded: two of each of 10,000 instances, and some."""
+
+_SHARED_PLACES = 8
+"""Instances that one of them has at most."""
+
 _PATIENCE = 5
 """How often an Envoy that is to retry on another host draws one before it takes what it has."""
 
@@ -98,6 +105,7 @@ class ResourceName(NamedTuple):
     port_name: str | None = None
 
 
+@lru_cache(maxsize=8192)
 def parse_resource_name(text: str) -> ResourceName:
     """Read `SERVICE` or `SERVICE:PORT_NAME`.
 
@@ -290,36 +298,48 @@ def assignment(name: str, picker: Picker) -> Steps[bytes]:
     priority, instances are grouped by their node, a locality, whose weight is their number. An address and port stands
     once.
     """
-    message = endpoint_pb.ClusterLoadAssignment(cluster_name=name)
+    # Encoded messages that stand one behind the other are one message, whose lists are theirs joined (Protocol Buffers,
+    # "Last One Wins"). So what is the same for many clients is encoded once.
+    parts = [endpoint_pb.ClusterLoadAssignment(cluster_name=name).SerializeToString()]
     seen: set[HostPort] = set()
     largest = priority = done = 0
     for group in picker.ranked():
-        members: dict[tuple[str, str, str], endpoint_pb.LocalityLbEndpoints] = {}
-        count = 0
+        members: dict[tuple[str, str, str], list[HostPort]] = {}
+        before = len(seen)
         for instance in group:
             done += 1
             if done % STEP == 0:
                 yield
             place = instance.key[:2]
-            if place in seen:
-                continue
-            seen.add(place)
-            count += 1
-            locality = _locality(instance)
-            endpoints = members.get(locality)
-            if endpoints is None:
-                endpoints = members[locality] = message.endpoints.add(priority=priority)
-                endpoints.locality.region, endpoints.locality.zone, endpoints.locality.sub_zone = locality
-            address = endpoints.lb_endpoints.add().endpoint.address.socket_address
-            address.address, address.port_value = place
-        for endpoints in members.values():
-            endpoints.load_balancing_weight.value = len(endpoints.lb_endpoints)
+            if place not in seen:
+                seen.add(place)
+                label = instance.labels.get
+                locality = (known(label(REGION)), known(label(ZONE)), known(label(NODE)))
+                members.setdefault(locality, []).append(place)
+        for locality, places in members.items():
+            encode = _endpoints if len(places) <= _SHARED_PLACES else _endpoints.__wrapped__
+            parts.append(encode(locality, tuple(places), priority))
         if members:
             priority += 1
-            largest = max(largest, count)
+            largest = max(largest, len(seen) - before)
     if largest:
+        message = endpoint_pb.ClusterLoadAssignment()
         message.policy.overprovisioning_factor.value = overprovisioning(largest)
-    return message.SerializeToString(deterministic=True)
+        parts.append(message.SerializeToString())
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=_SHARED)
+def _endpoints(locality: tuple[str, str, str], places: tuple[HostPort, ...], priority: int) -> bytes:
+    """An assignment with one locality in it, encoded."""
+    message = endpoint_pb.ClusterLoadAssignment()
+    endpoints = message.endpoints.add(priority=priority)
+    endpoints.locality.region, endpoints.locality.zone, endpoints.locality.sub_zone = locality
+    for host, port in places:
+        address = endpoints.lb_endpoints.add().endpoint.address.socket_address
+        address.address, address.port_value = host, port
+    endpoints.load_balancing_weight.value = len(places)
+    return message.SerializeToString()
 
 
 def overprovisioning(largest: int) -> int:
@@ -332,11 +352,6 @@ def overprovisioning(largest: int) -> int:
         largest: instances of the largest priority, 1 or more.
     """
     return min(100 * max(2, largest), _UINT32 // largest)
-
-
-def _locality(instance: Instance) -> tuple[str, str, str]:
-    label = instance.labels.get
-    return (label(REGION) or "").strip(), (label(ZONE) or "").strip(), instance.node
 
 
 def response(kind: ResourceType, version: str, nonce: str, resources: Iterable[bytes]) -> bytes:

@@ -8,7 +8,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from sys import intern
 from typing import Any, TypeAlias
 
 import trio
@@ -46,7 +45,7 @@ from meshlocal.wire.xds import (
 
 _log = get_log(__name__)
 
-_KEPT = 32 << 20
+_KEPT = 64 << 20
 """Bytes of encoded endpoints that are kept."""
 
 _RESPONSE = 1 << 20
@@ -188,7 +187,8 @@ class _Stream:
         self._subscriptions = {kind: Subscription(kind) for kind in ResourceType}
         self._known: dict[str, ResourceName | None] = {}
         """By name, what the resources that it wants stand for; None: they can be none, or it may not see them."""
-        self._names: dict[ServiceKey, dict[str, None]] = {}
+        self._names: dict[ServiceKey, tuple[str, ...]] = {}
+        """By service, what it wants of it."""
         self._services: ServicesWatcher | None = None
         """Since it had a wildcard: which services there are."""
         self._every: dict[ServiceKey, None] = {}
@@ -216,12 +216,13 @@ class _Stream:
             what = f"type_url: {request.type_url[:200]!r} is not served; {served} are"
             raise GrpcError(StatusCode.INVALID_ARGUMENT, what)
         subscription = self._subscriptions[kind]
-        answer = subscription.request([intern(name) for name in request.resource_names], request.response_nonce)
+        answer = subscription.request(request.resource_names, request.response_nonce)
         if answer.stale:
             return
         if answer.answered and (problem := error_text(request)) is not None:
             self._service.reject(self._call, self._place, subscription, problem)
-        self._follow()
+        if answer.changed:
+            self._follow()
         self._watcher.wake()
 
     @property
@@ -233,20 +234,20 @@ class _Stream:
         wanted = {name for each in self._subscriptions.values() for name in each.names}
         for name in self._known.keys() - wanted:
             if (resource := self._known.pop(name)) is not None:
-                names = self._names[resource.service]
-                del names[name]
-                if not names:
+                names = tuple(each for each in self._names[resource.service] if each != name)
+                if names:
+                    self._names[resource.service] = names
+                else:
                     del self._names[resource.service]
         hidden = []
         for name in wanted - self._known.keys():
-            resource = self._known[name] = self._parse(name)
-            if resource is None:
-                continue
-            if not self._view.sees(resource.service):
+            resource = self._parse(name)
+            if resource is not None and not self._view.sees(resource.service):
                 hidden.append(resource.service)
-                self._known[name] = None
-                continue
-            self._names.setdefault(resource.service, {})[name] = None
+                resource = None
+            self._known[name] = resource
+            if resource is not None:
+                self._names[resource.service] = (*self._names.get(resource.service, ()), name)
         if hidden:
             self._service.hide(self._call, hidden)
         # What a wildcard brings is the registries' doing, not the client's: it counts as one.
@@ -305,7 +306,7 @@ class _Stream:
         """Something about a service changed."""
         base, latest, _ = update
         appeared = base is None or base.unknown != latest.unknown
-        names = self._names.get(latest.service, {})
+        names = self._names.get(latest.service, ())
         for kind, subscription in self._subscriptions.items():
             if appeared or kind is ResourceType.ENDPOINTS:
                 for name in names:
@@ -315,7 +316,7 @@ class _Stream:
 
     async def _send(self, subscription: Subscription) -> None:
         async with self._service.turns:
-            contents = await self._contents(subscription)
+            contents = await in_slices(self._contents(subscription))
             if contents is None:
                 subscription.hold()
                 return
@@ -326,8 +327,8 @@ class _Stream:
         self._service.responses[kind] += 1
         await self._call.send_encoded(response(kind, subscription.version, subscription.nonce, resources))
 
-    async def _contents(self, subscription: Subscription) -> dict[str, Content | None] | None:
-        """What is due of a type; None: it cannot be said yet."""
+    def _contents(self, subscription: Subscription) -> Steps[dict[str, Content | None] | None]:
+        """What is due of a type, in steps; None: it cannot be said yet."""
         kind = subscription.kind
         if subscription.wildcard and self._services is not None and not self._services.complete:
             return None
@@ -346,8 +347,9 @@ class _Stream:
                     return None
                 continue
             if kind is ResourceType.ENDPOINTS:
-                content = await in_slices(self._service.endpoints(name, resource, snapshot, self._place))
+                content = yield from self._service.endpoints(name, resource, snapshot, self._place)
                 contents[name] = content
+                yield
                 size += len(content.body)
                 if size > _RESPONSE:
                     subscription.put_back(names[position + 1 :])

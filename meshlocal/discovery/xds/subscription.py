@@ -16,7 +16,9 @@ Pure: no tasks, no I/O. The protocol is xDS's state of the world (Envoy's descri
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from hashlib import blake2b
+from sys import intern
 from typing import NamedTuple
 
 from meshlocal.wire.xds import ResourceType
@@ -47,10 +49,19 @@ class Answer(NamedTuple):
     Attributes:
         stale: it crossed a later response; nothing of it counts.
         answered: it answers the response that was under way.
+        changed: it wants others than before.
     """
 
     stale: bool
     answered: bool
+    changed: bool
+
+
+@lru_cache(maxsize=1024)
+def _shared(names: tuple[str, ...]) -> tuple[tuple[str, ...], Mapping[str, None]]:
+    """What is asked for, and the names in it: thousands of clients ask for the same, of four types each."""
+    names = tuple(map(intern, names))
+    return names, {name: None for name in names if name != ALL}
 
 
 class Subscription:
@@ -64,14 +75,28 @@ class Subscription:
         nonce: of the last response; empty: there was none.
     """
 
-    __slots__ = ("_due", "_named", "_number", "_owes", "_sent", "kind", "names", "nonce", "under_way", "wildcard")
+    __slots__ = (
+        "_asked",
+        "_due",
+        "_named",
+        "_number",
+        "_owes",
+        "_sent",
+        "kind",
+        "names",
+        "nonce",
+        "under_way",
+        "wildcard",
+    )
 
     def __init__(self, kind: ResourceType) -> None:
         self.kind = kind
         self.wildcard = False
-        self.names: dict[str, None] = {}
+        self.names: Mapping[str, None] = {}
         self.under_way = False
         self.nonce = ""
+        self._asked: tuple[str, ...] | None = None
+        """As the last request said it."""
         self._named = False
         self._number = 0
         self._sent: dict[str, bytes] = {}
@@ -94,7 +119,7 @@ class Subscription:
         """Whether the client wants a resource."""
         return self.wildcard or name in self.names
 
-    def request(self, names: Collection[str], nonce: str) -> Answer:
+    def request(self, names: Iterable[str], nonce: str) -> Answer:
         """Take a request.
 
         Args:
@@ -102,17 +127,21 @@ class Subscription:
             nonce: of the response that it answers; empty: of none.
         """
         if nonce and self.nonce and nonce != self.nonce:
-            return Answer(stale=True, answered=False)
+            return Answer(stale=True, answered=False, changed=False)
         answered = bool(nonce) and self.under_way
         if answered:
             self.under_way = False
-        self._want(names)
-        return Answer(stale=False, answered=answered)
+        asked = tuple(names)
+        # Most requests say the same again, with their answer.
+        changed = asked != self._asked
+        if changed:
+            self._asked, wanted = _shared(asked)
+            self._want(self._asked, wanted)
+        return Answer(stale=False, answered=answered, changed=changed)
 
-    def _want(self, names: Collection[str]) -> None:
+    def _want(self, names: Collection[str], wanted: Mapping[str, None]) -> None:
         everything = self.kind.whole and (ALL in names or (not names and not self._named))
         self._named = self._named or bool(names)
-        wanted = dict.fromkeys(name for name in names if not (self.kind.whole and name == ALL))
         new = [name for name in wanted if name not in self.names]
         gone = [name for name in self.names if name not in wanted]
         if everything != self.wildcard:

@@ -135,18 +135,18 @@ def test_a_request_that_crossed_a_response_counts_for_nothing() -> None:
     server["a"] = "2"
     client.subscription.mark("a")
     client.turn()
-    assert client.request("a", "b", nonce="1") == (True, False)
+    assert client.request("a", "b", nonce="1") == (True, False, False)
     assert client.subscription.under_way
     assert "b" not in client.subscription.names
     # It says the same again with its answer.
     client.nonce = "2"
-    assert client.request("a", "b") == (False, True)
+    assert client.request("a", "b") == (False, True, True)
     assert client.turn() == {"b": "1"}
 
 
 def test_a_nonce_of_a_stream_before_is_no_answer() -> None:
     client = Client(ENDPOINTS, {"a": "1"})
-    assert client.request("a", nonce="17") == (False, False)
+    assert client.request("a", nonce="17") == (False, False, True)
     assert client.turn() == {"a": "1"}
 
 
