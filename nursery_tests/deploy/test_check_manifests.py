@@ -59,6 +59,7 @@ def test_every_folder_is_built_and_every_version_checked(checker: Any, builds: A
         "components/ipv6",
         "components/network-policy",
         "components/nodes",
+        "components/xds",
         "example",
         "mutual-tls/authority",
         "mutual-tls/discovery",

@@ -43,7 +43,8 @@ Held = Mapping[str, Mapping[str, Any]]
 def block(language: str, position: int = 0) -> str:
     """A code block of docs/xds.md."""
     text = (ROOT / "docs" / "xds.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[position]
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return found[position]
 
 
 class Registry:
