@@ -104,7 +104,10 @@ async def test_one_of_two_local_instances_takes_all(world: World, kind: str, nur
     """Priorities, overprovisioning: no request leaves the node while one of its instances lives."""
     for number, name in enumerate(("n1", "n2", "n2-too"), start=1):
         await world.instance(name, number)
-    both: dict[str, Mapping[str, object]] = {**held(world, "n1", "n2"), "n2-too": {"address": world.address(3), "labels": {"node": "n2"}}}
+    both: dict[str, Mapping[str, object]] = {
+        **held(world, "n1", "n2"),
+        "n2-too": {"address": world.address(3), "labels": {"node": "n2"}},
+    }
     await world.registry.hold(both)
     await world.discovery()
     client = await world.client(kind, "n2")
