@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import subprocess
-import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -26,21 +22,12 @@ from urllib.parse import parse_qs, urlsplit
 import trio
 
 from bench import report
-from bench.machine import cpu_seconds, describe, memory_kb
-from bench.processes import StartError, free_port, running
-from meshlocal.client.watch import DiscoveryWatch
-from meshlocal.policy.addresses import DiscoveryUrl
-from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
+from bench.machine import describe
+from bench.processes import StartError
+from bench.registry import LATE_GOAL, NODES, SYNC_GOAL, TICK, Measurement, address, change_rows, sync_rows
+from meshlocal.policy.model import ServiceKey
 
 NAMESPACE = "bench"
-NODES = 500
-TICK = 0.005
-"""Seconds between two sweeps of the sender: what is due by then goes out in one piece."""
-WATCHED = 20
-"""One service in so many is watched, whatever the cluster's size."""
-LIMIT = 60.0
-SYNC_GOAL = 2.0
-LATE_GOAL = 0.1
 GROWTH_GOAL = 1.25
 """How much more CPU a change may take in a cluster of five times the size."""
 
@@ -57,17 +44,6 @@ def options() -> argparse.Namespace:
 
 
 # The API server
-
-
-def _address(number: int) -> str:
-    """The address of the endpoint that came with this change."""
-    return f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
-
-
-def number_of(address: str) -> int:
-    """The change that an endpoint of this address came with."""
-    _, high, middle, low = map(int, address.split("."))
-    return high << 16 | middle << 8 | low
 
 
 class Cluster:
@@ -95,7 +71,7 @@ class Cluster:
     def _endpoint(self, service: str, number: int) -> bytes:
         # Nothing that meshlocal reads and nothing that it skips is left out.
         endpoint = {
-            "addresses": [_address(number)],
+            "addresses": [address(number)],
             "conditions": {"ready": True, "serving": True, "terminating": False},
             "targetRef": {
                 "kind": "Pod",
@@ -152,10 +128,36 @@ class ApiServer:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self.services: Sequence[ServiceKey] = [ServiceKey(f"{name}.{NAMESPACE}") for name in cluster.names]
+        self.endpoints = len(cluster.numbers(0))
         self.opened = trio.Event()
         self.watched = trio.Event()
         self.pages = 0
         self.watches: list[trio.SocketStream] = []
+
+    async def serve(self, nursery: trio.Nursery, folder: Path) -> str:
+        """See `bench.registry.Registry`."""
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, self.handle, listeners)
+        config = folder / "kubeconfig"
+        config.write_text(
+            "{current-context: x, contexts: [{name: x, context: {cluster: c}}], clusters: [{name: c, cluster:"
+            f" {{server: 'http://127.0.0.1:{listeners[0].socket.getsockname()[1]}'}}}}]}}"
+        )
+        return f"kubernetes:?kubeconfig={config}&nodes=no"
+
+    def open(self) -> None:
+        """See `bench.registry.Registry`."""
+        self.opened.set()
+
+    async def synced(self) -> dict[str, Any]:
+        """See `bench.registry.Registry`."""
+        await self.watched.wait()
+        return {"pages": self.pages}
+
+    def numbers(self, position: int) -> Sequence[int]:
+        """See `bench.registry.Registry`."""
+        return self.cluster.numbers(position)
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """One request."""
@@ -207,143 +209,6 @@ class ApiServer:
         return due
 
 
-# The measurement
-
-
-class _Sink:
-    """A `SnapshotSink` that notes when each endpoint was first seen, by the number in its address."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-        self.services: set[ServiceKey] = set()
-        self.news = trio.Event()
-
-    def prepare(self, snapshot: ServiceSnapshot) -> Iterator[None]:
-        return iter(())
-
-    def publish(self, snapshot: ServiceSnapshot, change: ServiceChange | None = None) -> None:
-        now = trio.current_time()
-        self.services.add(snapshot.service)
-        for key in snapshot.instances:
-            self.seen.setdefault(number_of(key.address), now)
-        self.news.set()
-        self.news = trio.Event()
-
-
-def _metrics(admin: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=LIMIT) as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (each.rpartition(" ") for each in lines if each[:1] != "#")}
-
-
-async def _until(admin: int, metric: str, value: float) -> dict[str, float]:
-    """Ask for the metrics until one of them has a value; of those with labels, the first of its name."""
-    with trio.fail_after(LIMIT):
-        while True:
-            try:
-                found = await trio.to_thread.run_sync(_metrics, admin)
-            except OSError:
-                found = {}
-            if any(name.split("{")[0] == metric and number >= value for name, number in found.items()):
-                return found
-            await trio.sleep(0.05)
-
-
-def _events(metrics: dict[str, float]) -> float:
-    return sum(value for name, value in metrics.items() if name.startswith("meshlocal_source_events_total"))
-
-
-class Measurement:
-    """One cluster, one discovery server.
-
-    Args:
-        services: of the cluster.
-        asked: the rest.
-    """
-
-    def __init__(self, services: int, asked: argparse.Namespace) -> None:
-        self._asked = asked
-        self._cluster = Cluster(services, asked.endpoints)
-        self._api = ApiServer(self._cluster)
-        self._sink = _Sink()
-        self._watched = [ServiceKey(f"{name}.{NAMESPACE}") for name in self._cluster.names[::WATCHED]]
-
-    async def run(self, folder: Path) -> dict[str, Any]:
-        """Everything, in order."""
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        config = folder / "kubeconfig"
-        config.write_text(
-            "{current-context: x, contexts: [{name: x, context: {cluster: c}}], clusters: [{name: c, cluster:"
-            f" {{server: 'http://127.0.0.1:{listeners[0].socket.getsockname()[1]}'}}}}]}}"
-        )
-        # Ports that are known beforehand: the line that names them waits for the sources, which wait for `opened`.
-        grpc, admin = free_port(), free_port()
-        flags = ["--bind", f"127.0.0.1:{grpc}", "--admin", f"127.0.0.1:{admin}"]
-        flags += ["--source", f"kubernetes:?kubeconfig={config}&nodes=no", "--log-level", "error"]
-        watch = DiscoveryWatch(
-            [DiscoveryUrl.parse(f"grpc://127.0.0.1:{grpc}")], self._watched, self._sink, random.Random(1)
-        )
-        with running([sys.executable, "-m", "meshlocal", "discovery", *flags]) as server:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.serve_listeners, self._api.handle, listeners)
-                await _until(admin, "meshlocal_watchers", 0)
-                nursery.start_soon(watch.run)
-                await _until(admin, "meshlocal_watchers", 1)
-                figures = await self._sync(server)
-                figures |= await self._changes(server, admin)
-                nursery.cancel_scope.cancel()
-        return figures
-
-    async def _sync(self, server: subprocess.Popen[bytes]) -> dict[str, Any]:
-        """From the first list's answer to the watcher's having every service that it watches."""
-        cpu, memory, start = cpu_seconds(server.pid), memory_kb(server.pid), trio.current_time()
-        self._api.opened.set()
-        with trio.fail_after(LIMIT):
-            while len(self._sink.services) < len(self._watched):
-                await self._sink.news.wait()
-        figures = {
-            "services": len(self._cluster.names),
-            "endpoints": len(self._cluster.names) * self._asked.endpoints,
-            "sync_seconds": trio.current_time() - start,
-            "sync_cpu": cpu_seconds(server.pid) - cpu,
-            "pages": self._api.pages,
-            "memory_before_kb": memory,
-        }
-        with trio.fail_after(LIMIT):
-            await self._api.watched.wait()
-        return figures | {"memory_kb": memory_kb(server.pid)}
-
-    async def _changes(self, server: subprocess.Popen[bytes], admin: int) -> dict[str, Any]:
-        before = await trio.to_thread.run_sync(_metrics, admin)
-        cpu, start = cpu_seconds(server.pid), trio.current_time()
-        due = await self._api.send_changes(self._asked.rate, self._asked.seconds)
-        sent = trio.current_time() - start
-        after = await _until(admin, "meshlocal_source_events_total", _events(before) + len(due))
-        spent = cpu_seconds(server.pid) - cpu
-        watched = self._watched_numbers(due)
-        with trio.fail_after(LIMIT):
-            while not watched <= self._sink.seen.keys():
-                await self._sink.news.wait()
-        late = [self._sink.seen[number] - due[number] for number in watched]
-        return {
-            "changes": len(due),
-            "changes_seconds": sent,
-            "published": after["meshlocal_changes_total"] - before["meshlocal_changes_total"],
-            "cpu_share": spent / sent,
-            "cpu_per_change": spent / len(due),
-            "late": {**report.percentiles(late), "last": max(late)},
-            "memory_after_kb": memory_kb(server.pid),
-        }
-
-    def _watched_numbers(self, due: dict[int, float]) -> set[int]:
-        """The changes that the watcher is to see: of its services, and not undone by a later one of the same slice."""
-        held: set[int] = set()
-        for position, name in enumerate(self._cluster.names):
-            if f"{name}.{NAMESPACE}" in self._watched:
-                held.update(self._cluster.numbers(position))
-        return held & due.keys()
-
-
 def _scales(text: str) -> Iterator[float]:
     for each in text.split(","):
         yield float(each)
@@ -355,37 +220,16 @@ def main() -> None:
     report.heading("A cluster's endpoints", machine)
     clusters = []
     for scale in _scales(asked.scales):
+        cluster = Cluster(max(1, round(asked.services * scale)), asked.endpoints)
         with tempfile.TemporaryDirectory(prefix="meshlocal-bench-") as folder:
-            clusters.append(trio.run(Measurement(max(1, round(asked.services * scale)), asked).run, Path(folder)))
-    print(report.table(["First sync", *(f"{each['endpoints']} endpoints" for each in clusters)], _sync_rows(clusters)))
+            clusters.append(trio.run(Measurement(ApiServer(cluster), asked.rate, asked.seconds).run, Path(folder)))
+    print(report.table(["First sync", *(f"{each['endpoints']} endpoints" for each in clusters)], sync_rows(clusters)))
     print()
     title = f"{asked.rate} changes a second"
-    print(report.table([title, *(f"{each['services']} services" for each in clusters)], _change_rows(clusters)))
+    print(report.table([title, *(f"{each['services']} services" for each in clusters)], change_rows(clusters)))
     print()
     figures = {"rate": asked.rate, "endpoints_per_service": asked.endpoints, "clusters": clusters}
     report.write("kubernetes", machine, {**figures, "goals": _goals(asked, clusters)}, asked.output)
-
-
-def _sync_rows(clusters: list[dict[str, Any]]) -> list[list[str]]:
-    return [
-        ["time until a watcher has its services, ms", *(report.milli(each["sync_seconds"]) for each in clusters)],
-        ["CPU, ms", *(report.milli(each["sync_cpu"]) for each in clusters)],
-        ["memory before, MB", *(f"{each['memory_before_kb'] / 1024:.1f}" for each in clusters)],
-        ["memory after, MB", *(f"{each['memory_kb'] / 1024:.1f}" for each in clusters)],
-    ]
-
-
-def _change_rows(clusters: list[dict[str, Any]]) -> list[list[str]]:
-    late = [
-        [f"a watcher has it after, {column}, ms", *(report.milli(each["late"][column]) for each in clusters)]
-        for column in ("p50", "p99", "last")
-    ]
-    return [
-        ["CPU of a change, µs", *(report.micro(each["cpu_per_change"]) for each in clusters)],
-        ["share of a core", *(f"{each['cpu_share']:.1%}" for each in clusters)],
-        *late,
-        ["memory after, MB", *(f"{each['memory_after_kb'] / 1024:.1f}" for each in clusters)],
-    ]
 
 
 def _goals(asked: argparse.Namespace, clusters: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -60,6 +60,29 @@ def test_kubernetes(tmp_path: Any) -> None:
     assert printed.count("(goal ≤") == len(figures["goals"]) == 3
 
 
+def test_etcd(tmp_path: Any, program: Callable[[str], str]) -> None:
+    """Of each registry every change was published, and the watcher saw the last of it."""
+    program("etcd")
+    sizes = ("--services", "4", "--endpoints", "3", "--rate", "40", "--seconds", "0.5")
+    printed, figures = run("etcd", tmp_path, *sizes)
+    assert [each["registry"] for each in figures["measured"]] == ["etcd", "kubernetes"]
+    for each in figures["measured"]:
+        assert (each["services"], each["endpoints"], each["changes"]) == (4, 12, 20)
+        assert 0 < each["published"] <= each["changes"]
+        assert 0 < each["late"]["p50"] <= each["late"]["last"]
+    assert printed.count("(goal ≤") == len(figures["goals"]) == 2
+
+
+def test_xds(tmp_path: Any) -> None:
+    """Every client has every change, and all of it again after a restart."""
+    sizes = ("--clients", "6", "--services", "3", "--instances", "4", "--changes", "2", "--idle", "0.1")
+    printed, figures = run("xds", tmp_path, *sizes)
+    assert len(figures["each_change"]) == 2
+    assert all(0 < each["first"] <= each["p50"] <= each["last"] for each in figures["each_change"])
+    assert figures["restart"]["server_cpu"] > 0
+    assert "6 clients of 3 services" in printed
+
+
 def test_restart(tmp_path: Any) -> None:
     """D1: every watcher comes back, and none forgets its last state meanwhile."""
     _, figures = run("restart", tmp_path, "--watchers", "6", "--instances", "3", "--down", "0.2")

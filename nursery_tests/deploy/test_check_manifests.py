@@ -321,11 +321,11 @@ def broken_tree(checker: Any, tmp_path: Any, monkeypatch: Any) -> Any:
 
 
 def test_an_unknown_field_is_found_once_for_all_versions(checker: Any, broken_tree: Any) -> None:
-    found, _ = checker.check(broken_tree("base/discovery/disruption-budget.yaml", "selector:", "selectors:"))
+    found, _ = checker.check(broken_tree("base/discovery/disruption-budget.yaml", "minAvailable:", "minAvailables:"))
     schema = [line for line in found if "(Kubernetes" in line]
     assert len(schema) == 1
     assert "base/discovery: PodDisruptionBudget meshlocal-discovery: spec: " in schema[0]
-    assert "'selectors'" in schema[0]
+    assert "'minAvailables'" in schema[0]
     assert schema[0].endswith("(Kubernetes {} to {})".format(*checker.versions()))
 
 
