@@ -149,12 +149,15 @@ class Measurement:
                 [DiscoveryUrl.parse(f"grpc://127.0.0.1:{grpc}")], list(self._watched), self._sink, random.Random(1)
             )
             with running([sys.executable, "-m", "meshlocal", "discovery", *flags]) as server:
-                await _until(admin, "meshlocal_watchers", 0)
-                nursery.start_soon(watch.run)
-                await _until(admin, "meshlocal_watchers", 1)
-                figures = await self._sync(server)
-                figures |= await self._changes(server, admin)
-                nursery.cancel_scope.cancel()
+                # The watch ends before the server, which would wait for it.
+                async with trio.open_nursery() as watching:
+                    await _until(admin, "meshlocal_watchers", 0)
+                    watching.start_soon(watch.run)
+                    await _until(admin, "meshlocal_watchers", 1)
+                    figures = await self._sync(server)
+                    figures |= await self._changes(server, admin)
+                    watching.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
         return figures
 
     async def _sync(self, server: subprocess.Popen[bytes]) -> dict[str, Any]:
