@@ -70,6 +70,10 @@ FOLLOW_PAUSE = 0.2
 """Seconds that a stream lasts at least before it is given up because other services are to be followed. The first
 change after a while is followed at once; a flood of them costs the server no more than five streams a second."""
 
+FOLLOW_PAUSE_LONGEST = 60.0
+"""The same, at most, where streams are given up again and again before each service has come: it doubles each time, so that
+one which takes long to send comes in the end."""
+
 PROBE_INTERVAL = 10.0
 """Seconds between two looks at a server that is asked for nothing, as no service is followed."""
 
@@ -128,6 +132,9 @@ class DiscoveryWatch:
         self._backoff = Backoff(self._config.backoff_initial, self._config.backoff_max, rng, least=0.0)
         self._rng = rng
         self._held: dict[ServiceKey, ServiceSnapshot] = {snapshot.service: snapshot for snapshot in held}
+        self._reached_at = math.inf
+        """Since when the server of this connection has answered."""
+        self._follow_pause = FOLLOW_PAUSE
         self._server_scope: anyio.CancelScope | None = None
         self._refreshing = False
         self._followed = anyio.Event()
@@ -180,6 +187,10 @@ class DiscoveryWatch:
                 self._refreshing = False
                 continue
             self._lost(str(url), problem)
+            # A server that answers and fails each time is one that fails.
+            if anyio.current_time() - self._reached_at >= self._config.backoff_max:
+                self._backoff.reset()
+            self._reached_at = math.inf
             await anyio.sleep(max(self._backoff.next(), pause))
 
     def _explain(self, error: Exception) -> tuple[str, float]:
@@ -221,7 +232,7 @@ class DiscoveryWatch:
             self.status.connected = True
             self.status.problem = None
             self._said.clear()
-            self._backoff.reset()
+            self._reached_at = anyio.current_time()
             self._on_problem(None)
             _log.info("discovery is watched", url=str(url), services=len(self._services))
 
@@ -284,9 +295,11 @@ class DiscoveryWatch:
 
             async def give_up_when_followed() -> None:
                 nonlocal changed
-                earliest = anyio.current_time() + FOLLOW_PAUSE
+                earliest = anyio.current_time() + self._follow_pause
                 await self._followed.wait()
                 await anyio.sleep(max(0.0, earliest - anyio.current_time()))
+                again = self._follow_pause * 2 if self._unheard else FOLLOW_PAUSE
+                self._follow_pause = min(again, FOLLOW_PAUSE_LONGEST)
                 changed = True
                 tasks.cancel_scope.cancel()
 

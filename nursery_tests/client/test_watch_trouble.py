@@ -23,6 +23,7 @@ from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.listen import open_tcp_listeners
 from meshlocal.policy import model
 from meshlocal.policy.addresses import DiscoveryUrl
+from meshlocal.policy.backoff import Backoff
 from meshlocal.policy.config import DiscoveryClientConfig
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.model import ServiceChange, ServiceKey, ServiceSnapshot
@@ -367,6 +368,60 @@ async def test_a_flood_of_followed_services_costs_few_streams(nursery: trio.Nurs
             await trio.sleep(0.001)
         await until(lambda: len(requests[-1].subscriptions) == 101)
         assert len(requests) <= 5
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_takes_long_to_come_comes_though_others_are_followed_all_the_time(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that is given up before its services came is given longer the next time."""
+    monkeypatch.setattr(watch_module, "FOLLOW_PAUSE", 0.01)
+    sink = Sink()
+
+    async def slow(call: ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]) -> None:
+        await call.receive()
+        await trio.sleep(0.3)
+        await call.send(snapshot_event(ServiceSnapshot(B, "v1", model.index([at(1)]))))
+        await call.send(heartbeat_event(10, []))
+        await trio.sleep_forever()
+
+    async with serving({WATCH_INSTANCES: slow}) as url:
+        following = watch(sink, url)
+        following._follow_pause = watch_module.FOLLOW_PAUSE
+        nursery.start_soon(following.run)
+
+        async def change() -> None:
+            for number in range(10_000):
+                following.follow([B, ServiceKey(f"s{number % 2}")])
+                await trio.sleep(0.01)
+
+        nursery.start_soon(change)
+        await sink.until(lambda each: each.service == B)
+        # Whoever has all of it again follows others as quickly as before.
+        await until(lambda: following._follow_pause == 0.01)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("lasts", "longest", "grows"), [(0.0, 60.0, True), (0.06, 0.05, False)])
+async def test_a_server_that_answers_and_fails_is_asked_less_and_less(
+    nursery: trio.Nursery, lasts: float, longest: float, grows: bool
+) -> None:
+    """One that lasted for a while is asked again at once: it may have been restarted."""
+    sink = Sink()
+
+    async def failing(call: ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]) -> None:
+        await call.receive()
+        await call.send(heartbeat_event(10, []))
+        await trio.sleep(lasts)
+        raise GrpcError(StatusCode.INTERNAL, "always")
+
+    async with serving({WATCH_INSTANCES: failing}) as url:
+        following = watch(sink, url)
+        following._config = DiscoveryClientConfig(backoff_initial=0.001, backoff_max=longest)
+        following._backoff = Backoff(0.001, longest, random.Random(0))
+        nursery.start_soon(following.run)
+        await until(lambda: following.status.reconnects == 8)
+        assert (following._backoff._ceiling > 0.1) is grows
         nursery.cancel_scope.cancel()
 
 
