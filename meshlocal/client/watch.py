@@ -71,8 +71,8 @@ FOLLOW_PAUSE = 0.2
 change after a while is followed at once; a flood of them costs the server no more than five streams a second."""
 
 FOLLOW_PAUSE_LONGEST = 60.0
-"""The same, at most, where streams are given up again and again before each service has come: it doubles each time, so that
-one which takes long to send comes in the end."""
+"""The same, at most, where streams are given up again and again before each service has come: it doubles each time, so
+that one which takes long to send comes in the end."""
 
 PROBE_INTERVAL = 10.0
 """Seconds between two looks at a server that is asked for nothing, as no service is followed."""
