@@ -130,6 +130,9 @@ EVENTS = {
     "service hidden from a caller": "As discovery.allow has it: the caller asked for what it may not see.",
     "xds response rejected": "An xDS client cannot use what it was sent, and says why: its version may be too old."
     " Please report it.",
+    "xds type not served": "An xDS client asked for what discovery does not have, such as runtime or secrets. It goes"
+    " on without.",
+    "xds stream refused": "An xDS client asks for more names than discovery.limits has for one watch.",
     "xds resource name refused": "An xDS client's target is neither xds:///SERVICE nor xds:///SERVICE:PORT_NAME.",
     "discovery call refused": "A caller proved nothing, or is not allowed: see its token or certificate.",
     "connection refused: too many are open": "discovery.limits.connections, or what one client may have.",

@@ -101,6 +101,7 @@ class DiscoveryProcess:
         self.service = DiscoveryService(self.hub, config.heartbeat_interval, self.limits, lineage, self.watches)
         self.websocket_sockets: list[socket.socket] = []
         self.health = HealthStatus()
+        self._served = ["", SERVICE_NAME]
         self._set_health(serving=False)
         self.workload = make_workload(config.tls_workload_api, rng)
         self.access = DiscoveryAccess(config, self.workload)
@@ -117,7 +118,10 @@ class DiscoveryProcess:
         self.xds_server: GrpcServer | None = None
         if config.xds_bind:
             self.xds = _xds_service(self.hub, self.service, self.limits, self.watches, config)
-            self.xds_server = self._grpc_server(self.access.guard(self.xds.handlers()))
+            handlers = self.xds.handlers()
+            self._served += [method.service for method in handlers]
+            self._set_health(serving=False)
+            self.xds_server = self._grpc_server(self.access.guard(handlers))
         self.readiness = Readiness("waiting for the sources")
         self.supervision.on_dead = self._die
         self.stop = Stop()
@@ -288,7 +292,7 @@ class DiscoveryProcess:
 
     def _set_health(self, *, serving: bool) -> None:
         status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
+        for name in self._served:
             self.health.set(name, status)
 
     async def reload(self) -> None:

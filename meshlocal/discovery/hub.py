@@ -51,6 +51,9 @@ _log = get_log(__name__)
 HISTORY = 16
 """Past snapshots of a service that a watcher can resume from."""
 
+_SOMETHING = "?"
+"""In place of a version: whoever resumes from it holds something that no version is known of."""
+
 _RESTART_INITIAL = 0.5
 _RESTART_MAXIMUM = 30.0
 _SWEEP = 16
@@ -395,10 +398,23 @@ class Watcher:
         """Of each of its services, the version that it holds, as far as it was told or says so itself; empty: none."""
         return {**self._resume, **{service: held.version for service, held in self._held.items()}}
 
-    def follow(self, service: ServiceKey) -> None:
-        """Watch one service more, from nothing; what is there of it can be taken at once."""
-        if service not in self._resume and service not in self._held:
-            self._resume[service] = ""
+    def held(self, service: ServiceKey) -> ServiceSnapshot | None:
+        """What it was given last of a service; None: nothing yet."""
+        return self._held.get(service)
+
+    def follow(self, service: ServiceKey, *, holds: bool = False) -> None:
+        """Watch one service more; what is there of it can be taken at once.
+
+        Args:
+            service: which.
+            holds: it has something of it from before, nobody knows what: a part would take away the rest (D8).
+        """
+        if service in self._held:
+            return
+        followed = service in self._resume
+        if holds or not followed:
+            self._resume[service] = _SOMETHING if holds else ""
+        if not followed:
             self.pending.add(service)
             self._hub._add_watcher(service, self)
             self._mark(service)

@@ -54,6 +54,9 @@ _log = get_log(__name__)
 _ENCODED = 16 << 20
 """Bytes of encoded events that are kept."""
 
+_TOLD = 20
+"""Names of services that a line of the log has at most."""
+
 _Call: TypeAlias = ServerCall[pb.WatchInstancesRequest, pb.WatchInstancesResponse]
 
 
@@ -267,8 +270,12 @@ class DiscoveryService:
     def hide(self, call: ServerCall[Any, Any], services: Sequence[ServiceKey]) -> None:
         """Note that a caller asked for services that it may not see."""
         self.hidden += len(services)
+        more = f" and {len(services) - _TOLD} more" if len(services) > _TOLD else ""
         self._told_hidden(
-            trio.current_time(), client=call.peer, caller=view_of(call).caller, services=",".join(services)
+            trio.current_time(),
+            client=call.peer,
+            caller=view_of(call).caller,
+            services=",".join(services[:_TOLD]) + more,
         )
 
     async def _serve_watch(self, call: _Call, watching: Watching, hidden: Sequence[ServiceKey]) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import lru_cache
+from hashlib import blake2b
 from typing import NamedTuple
 
 from google.protobuf.any_pb2 import Any
@@ -22,7 +23,17 @@ from google.protobuf.wrappers_pb2 import UInt32Value
 from meshlocal.policy.config import AttemptPolicy
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.locality import Locality
-from meshlocal.policy.model import NODE, ZONE, Caller, HostPort, ModelError, ServiceKey, known, parse_service_key
+from meshlocal.policy.model import (
+    MAX_LABEL_LENGTH,
+    NODE,
+    ZONE,
+    Caller,
+    HostPort,
+    ModelError,
+    ServiceKey,
+    known,
+    parse_service_key,
+)
 from meshlocal.policy.picker import Picker
 from meshlocal.policy.steps import STEP, Steps
 from meshlocal.wire.discovery_codec import caller_of
@@ -51,6 +62,9 @@ STREAM = Method(
 )
 
 TYPES_PREFIX = "type.googleapis.com/"
+
+MOST_NAME = 512
+"""Characters of a resource's name at most: twice what a service's and a port's take together."""
 
 RETRIES = 3
 """Further attempts of a request: two in the first priority, two in those behind it."""
@@ -133,39 +147,44 @@ class Place(NamedTuple):
     locality: Locality
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for places from which all services look alike."""
+    def key(self) -> bytes:
+        """Equal for places from which all services look alike. It takes time to make."""
         locality = self.locality
         own = tuple(map(locality.own, locality.prefer))
         within = locality.within
-        return locality.prefer, own, within, None if within is None else locality.own(within)
+        seen = (locality.prefer, own, within, None if within is None else locality.own(within))
+        return blake2b(repr(seen).encode(), digest_size=16).digest()
 
 
 def place_of(node: core_pb.Node, prefer: tuple[str, ...]) -> Place:
     """The place of a client.
 
-    Its node is `locality.sub_zone`, or `metadata.node`; its zone `locality.zone`, or `metadata.zone`; other labels are
-    texts of `metadata` too. `metadata.prefer` (a list of labels, or one) and `metadata.within` stand for what a proxy's
-    configuration calls so.
+    Its node is `locality.sub_zone`, or `metadata.node`; its zone `locality.zone`, or `metadata.zone`; other labels that
+    it prefers are texts of `metadata` too. `metadata.prefer` (a list of labels, or one) and `metadata.within` stand for
+    what a proxy's configuration calls so.
 
     Args:
         node: of its bootstrap.
         prefer: the labels that count where it has no `prefer`.
 
     Raises:
-        ModelError: `prefer` or `within` is nothing of the kind.
+        ModelError: `prefer` or `within` is nothing of the kind, or a label is too long.
     """
-    labels: dict[str, str] = {}
+    fields = node.metadata.fields
     within: str | None = None
-    for key, value in node.metadata.fields.items():
-        if key == "prefer":
-            prefer = _labels(value)
-        elif key == "within":
-            (within,) = _labels(value, most=1)
-        elif value.WhichOneof("kind") == "string_value":
-            labels[key] = value.string_value
+    if "prefer" in fields:
+        prefer = _labels(fields["prefer"])
+    if "within" in fields:
+        (within,) = _labels(fields["within"], most=1)
     given = {NODE: node.locality.sub_zone, ZONE: node.locality.zone, REGION: node.locality.region}
-    labels.update({key: value for key, value in given.items() if value})
+    labels: dict[str, str] = {}
+    # What an Envoy has in its metadata beside is none of our business.
+    for key in dict.fromkeys((NODE, ZONE, REGION, *prefer, *([within] if within is not None else []))):
+        value = given.get(key) or (fields[key].string_value if key in fields else "")
+        if len(key) + len(value) > MAX_LABEL_LENGTH:
+            raise ModelError(f"node.metadata.{key[:64]}", f"is longer than {MAX_LABEL_LENGTH} characters")
+        if value:
+            labels[key] = value
     software = " ".join(filter(None, (node.user_agent_name, node.user_agent_version)))
     locality = Locality(labels, prefer, within)
     return Place(caller_of(node.id or node.cluster, locality.node, software), locality)
@@ -311,7 +330,8 @@ def assignment(name: str, picker: Picker) -> Steps[bytes]:
             if done % STEP == 0:
                 yield
             place = instance.key[:2]
-            if place not in seen:
+            # The zone of a scoped address (RFC 4007) is an interface of another host: clients reject it, or worse.
+            if place not in seen and "%" not in place[0]:
                 seen.add(place)
                 label = instance.labels.get
                 locality = (known(label(REGION)), known(label(ZONE)), known(label(NODE)))
@@ -354,8 +374,13 @@ def overprovisioning(largest: int) -> int:
     return min(100 * max(2, largest), _UINT32 // largest)
 
 
-def response(kind: ResourceType, version: str, nonce: str, resources: Iterable[bytes]) -> bytes:
-    """A response, encoded.
+def no_endpoints(name: str) -> bytes:
+    """The assignment of a service that has no instances, or that is not there for a client."""
+    return endpoint_pb.ClusterLoadAssignment(cluster_name=name).SerializeToString()
+
+
+def response(kind: ResourceType, version: str, nonce: str, resources: Iterable[bytes]) -> Steps[bytes]:
+    """A response, encoded, in steps.
 
     Args:
         kind: of the resources.
@@ -365,8 +390,10 @@ def response(kind: ResourceType, version: str, nonce: str, resources: Iterable[b
     """
     url = kind.url
     message = discovery_pb.DiscoveryResponse(version_info=version, type_url=url, nonce=nonce)
-    for value in resources:
+    for position, value in enumerate(resources):
         message.resources.add(type_url=url, value=value)
+        if position % STEP == STEP - 1:
+            yield
     return message.SerializeToString()
 
 

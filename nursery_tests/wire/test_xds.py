@@ -61,7 +61,13 @@ def test_names_that_are_refused(text: str, what: str) -> None:
     [
         ({}, {}, ("node",), None),
         ({"locality": {"subZone": "n1"}}, {"node": "n1"}, ("node",), None),
-        ({"metadata": {"node": "n1", "rack": "r", "heap": 7}}, {"node": "n1", "rack": "r"}, ("node",), None),
+        ({"metadata": {"node": "n1", "rack": "r", "heap": 7, "notes": "x" * 5000}}, {"node": "n1"}, ("node",), None),
+        (
+            {"metadata": {"node": "n1", "rack": "r", "prefer": ["node", "rack"]}},
+            {"node": "n1", "rack": "r"},
+            ("node", "rack"),
+            None,
+        ),
         (
             {"locality": {"region": "eu", "zone": "z1", "subZone": "n1"}, "metadata": {"node": "n9", "zone": "z9"}},
             {"node": "n1", "zone": "z1", "region": "eu"},
@@ -95,6 +101,8 @@ def test_who_a_client_is() -> None:
         ({"prefer": ["node", {"a": "b"}]}, "node.metadata.prefer: is not a list of 1 to 16 names of labels"),
         ({"within": ["zone", "rack"]}, "node.metadata.within: is not the name of a label"),
         ({"within": ""}, "node.metadata.within: is not the name of a label"),
+        ({"node": "n" * 1021}, "node.metadata.node: is longer than 1024 characters"),
+        ({"prefer": "p" * 1025}, f"node.metadata.{'p' * 64}: is longer than 1024 characters"),
     ],
 )
 def test_a_node_that_cannot_be_read(metadata: Mapping[str, Any], message: str) -> None:

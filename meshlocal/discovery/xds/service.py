@@ -16,7 +16,7 @@ from meshlocal.discovery.hub import Hub, ServicesWatcher, Update, Watcher
 from meshlocal.discovery.limits import Resize, ServerLimits
 from meshlocal.discovery.service import view_of
 from meshlocal.discovery.watches import Watches, Watching
-from meshlocal.discovery.xds.subscription import Content, Subscription
+from meshlocal.discovery.xds.subscription import ALL, Content, Subscription
 from meshlocal.net.grpc.server import Routes
 from meshlocal.net.grpc.servercall import ServerCall
 from meshlocal.net.log import RateLimited, get_log
@@ -24,10 +24,11 @@ from meshlocal.net.slices import in_slices
 from meshlocal.policy.locality import Selector
 from meshlocal.policy.model import NODE, ModelError, ServiceKey, ServiceSnapshot
 from meshlocal.policy.picker import Picker
-from meshlocal.policy.steps import Steps
+from meshlocal.policy.steps import STEP, Steps
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import envoy_discovery_pb2 as pb
 from meshlocal.wire.xds import (
+    MOST_NAME,
     STREAM,
     Place,
     ResourceName,
@@ -37,6 +38,7 @@ from meshlocal.wire.xds import (
     error_text,
     kind_of,
     listener,
+    no_endpoints,
     parse_resource_name,
     place_of,
     response,
@@ -50,6 +52,14 @@ _KEPT = 64 << 20
 
 _RESPONSE = 1 << 20
 """Bytes of endpoints after which a response ends; what is left goes with the next one. gRPC takes 4 MiB."""
+
+_TURN = 10_000
+"""Instances that are looked at in a stream's turn at most, beyond those of one service."""
+
+_OVERHEAD = 512
+"""Bytes that an entry of what is kept takes beside its body."""
+
+_FIXED_KEPT = 1 << 15
 
 _TOLD = 500
 """Characters of a client's reasons that are logged."""
@@ -103,6 +113,8 @@ class XdsService:
         """Held by a stream while it makes what it sends: where all make something of one change, others have turns
         between them."""
         self._tell_rejected = RateLimited(_log, logging.WARNING, "xds response rejected", interval=_INTERVAL)
+        self._tell_ignored = RateLimited(_log, logging.WARNING, "xds type not served", interval=_INTERVAL)
+        self._tell_limited = RateLimited(_log, logging.WARNING, "xds stream refused", interval=_INTERVAL)
         self._tell_refused = RateLimited(_log, logging.WARNING, "xds resource name refused", interval=_INTERVAL)
 
     def handlers(self) -> Routes:
@@ -110,16 +122,20 @@ class XdsService:
         return {STREAM: self._serve}
 
     async def _serve(self, call: _Call) -> None:
-        request = await call.receive()
-        if request is None:
-            return
+        with self._limits.watch(call.peer, 0) as resize:
+            with self._watches.place():
+                request = await call.receive()
+            if request is not None:
+                await self._serve_stream(call, request, resize)
+
+    async def _serve_stream(self, call: _Call, request: pb.DiscoveryRequest, resize: Resize) -> None:
         if not request.HasField("node"):
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "node: the stream's first request has none")
         try:
             place = place_of(request.node, self._prefer)
         except ModelError as error:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, str(error)) from None
-        with self._limits.watch(call.peer, 0) as resize, self.hub.watch({}) as watcher:
+        with self.hub.watch({}) as watcher:
             watching = Watching(place.caller, call.peer, view_of(call).caller, watcher, trio.current_time())
             self.streams += 1
             try:
@@ -131,6 +147,14 @@ class XdsService:
     def hide(self, call: _Call, services: Sequence[ServiceKey]) -> None:
         """Note that a client asked for services that it may not see."""
         self._hide(call, services)
+
+    def ignore(self, call: _Call, url: str) -> None:
+        """Note that a client asked for a type that is not served: it gets no answer, and goes on with the others."""
+        self._tell_ignored(trio.current_time(), client=call.peer, type=url[:_TOLD])
+
+    def limit(self, call: _Call, place: Place, problem: str) -> None:
+        """Note that a stream ends, as it wants too much."""
+        self._tell_limited(trio.current_time(), client=call.peer, caller=place.caller.name, problem=problem)
 
     def refuse(self, call: _Call, error: ModelError) -> None:
         """Note that a client asked for what can be no resource; to it, it does not exist."""
@@ -150,9 +174,11 @@ class XdsService:
             problem=problem[:_TOLD],
         )
 
-    def endpoints(self, name: str, resource: ResourceName, snapshot: ServiceSnapshot, place: Place) -> Steps[Content]:
+    def endpoints(
+        self, name: str, resource: ResourceName, snapshot: ServiceSnapshot, place: Place, place_key: bytes
+    ) -> Steps[Content]:
         """A service's instances as they look from a place, in steps."""
-        key = (name, snapshot.version, place.key)
+        key = (name, snapshot.version, place_key)
         content = self._kept.get(key)
         if content is not None:
             self._kept.move_to_end(key)
@@ -160,26 +186,35 @@ class XdsService:
         picker = yield from Picker.in_steps(Selector(place.locality, resource.port_name), snapshot)
         content = Content.of((yield from assignment(name, picker)))
         if key not in self._kept:
-            self._kept_size += len(content.body)
+            self._kept_size += len(content.body) + _OVERHEAD
         self._kept[key] = content
         while self._kept_size > _KEPT and len(self._kept) > 1:
-            self._kept_size -= len(self._kept.popitem(last=False)[1].body)
+            self._kept_size -= len(self._kept.popitem(last=False)[1].body) + _OVERHEAD
         return content
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=_FIXED_KEPT)
 def _fixed(kind: ResourceType, name: str) -> Content:
     """What follows from a name alone, shared by all streams."""
     return Content.of(_FIXED[kind](name))
 
 
+def _none(name: str) -> Content:
+    return Content.of(no_endpoints(name))
+
+
 class _Stream:
-    """One client's stream: a task reads its requests, another sends it what there is."""
+    """One client's stream: a task reads its requests, another sends it what there is.
+
+    What is sent is made of what its watcher holds, not of what the hub has at that moment: whatever comes after is
+    something for the watcher to take, also if it is what there was before.
+    """
 
     def __init__(self, service: XdsService, call: _Call, place: Place, watching: Watching, resize: Resize) -> None:
         self._service = service
         self._call = call
         self._place = place
+        self._place_key = place.key
         self._watching = watching
         self._watcher: Watcher = watching.watcher
         self._resize = resize
@@ -212,18 +247,40 @@ class _Stream:
     def _take(self, request: pb.DiscoveryRequest) -> None:
         kind = kind_of(request.type_url)
         if kind is None:
-            served = ", ".join(each.url for each in ResourceType)
-            what = f"type_url: {request.type_url[:200]!r} is not served; {served} are"
-            raise GrpcError(StatusCode.INVALID_ARGUMENT, what)
-        subscription = self._subscriptions[kind]
-        answer = subscription.request(request.resource_names, request.response_nonce)
-        if answer.stale:
+            self._service.ignore(self._call, request.type_url)
             return
+        subscription = self._subscriptions[kind]
+        if subscription.is_stale(request.response_nonce):
+            return
+        names = tuple(request.resource_names)
+        if names != subscription.asked:
+            self._check(names)
+        answer = subscription.request(names, request.response_nonce, request.version_info)
         if answer.answered and (problem := error_text(request)) is not None:
             self._service.reject(self._call, self._place, subscription, problem)
         if answer.changed:
             self._follow()
         self._watcher.wake()
+
+    def _check(self, names: Sequence[str]) -> None:
+        """Refuse what is too much, before it costs anything.
+
+        Raises:
+            GrpcError: it is.
+        """
+        self._take_place(sum(name not in self._every for name in names))
+        for position, name in enumerate(names):
+            if len(name) > MOST_NAME:
+                problem = f"resource_names[{position}]: is longer than {MOST_NAME} characters"
+                raise GrpcError(StatusCode.INVALID_ARGUMENT, problem)
+
+    def _take_place(self, names: int) -> None:
+        """Count so many names, and the wildcard, as one: what it brings is the registries' doing, not the client's."""
+        try:
+            self._resize(names + self._wildcard)
+        except GrpcError as error:
+            self._service.limit(self._call, self._place, error.message)
+            raise
 
     @property
     def _wildcard(self) -> bool:
@@ -232,26 +289,28 @@ class _Stream:
     def _follow(self) -> None:
         """Watch the services of what is wanted, and no others."""
         wanted = {name for each in self._subscriptions.values() for name in each.names}
-        for name in self._known.keys() - wanted:
+        self._take_place(sum(name not in self._every for name in wanted))
+        gone = self._known.keys() - wanted
+        new = wanted - self._known.keys()
+        changed: dict[ServiceKey, list[str]] = {}
+        for name in gone:
             if (resource := self._known.pop(name)) is not None:
-                names = tuple(each for each in self._names[resource.service] if each != name)
-                if names:
-                    self._names[resource.service] = names
-                else:
-                    del self._names[resource.service]
+                changed.setdefault(resource.service, [])
         hidden = []
-        for name in wanted - self._known.keys():
+        for name in new:
             resource = self._parse(name)
             if resource is not None and not self._view.sees(resource.service):
                 hidden.append(resource.service)
                 resource = None
             self._known[name] = resource
             if resource is not None:
-                self._names[resource.service] = (*self._names.get(resource.service, ()), name)
+                changed.setdefault(resource.service, []).append(name)
+        for service, more in changed.items():
+            names = (*(name for name in self._names.pop(service, ()) if name not in gone), *more)
+            if names:
+                self._names[service] = names
         if hidden:
             self._service.hide(self._call, hidden)
-        # What a wildcard brings is the registries' doing, not the client's: it counts as one.
-        self._resize(len(self._names) + self._wildcard)
         self._watch()
 
     def _parse(self, name: str) -> ResourceName | None:
@@ -267,9 +326,14 @@ class _Stream:
         for service in followed:
             if service not in self._names and service not in every:
                 self._watcher.unfollow(service)
-        for service in (*self._names, *every):
+        subscriptions = self._subscriptions.values()
+        for service, names in self._names.items():
+            if service not in followed or self._watcher.held(service) is None:
+                holds = any(each.may_hold(name) for each in subscriptions for name in names)
+                self._watcher.follow(service, holds=holds)
+        for service in every:
             if service not in followed:
-                self._watcher.follow(service)
+                self._watcher.follow(service, holds=any(each.may_hold(service) for each in subscriptions))
 
     async def _follow_services(self, services: ServicesWatcher) -> None:
         while True:
@@ -293,12 +357,13 @@ class _Stream:
         while True:
             for update in self._watcher.take():
                 self._mark(update)
-            due = [each for each in self._subscriptions.values() if each.is_due]
-            if due and self._watching.behind_since is None:
+            subscriptions = self._subscriptions.values()
+            if self._watching.behind_since is None and any(each.is_due for each in subscriptions):
                 self._watching.behind_since = trio.current_time()
-            for subscription in due:
-                await self._send(subscription)
-            if not any(each.under_way or each.is_due for each in self._subscriptions.values()):
+            for subscription in subscriptions:
+                while subscription.is_due and await self._send(subscription):
+                    pass
+            if not any(each.under_way or each.is_due for each in subscriptions):
                 self._watching.behind_since = None
             await self._watcher.wait()
 
@@ -314,46 +379,68 @@ class _Stream:
                 if subscription.wildcard:
                     subscription.mark(latest.service)
 
-    async def _send(self, subscription: Subscription) -> None:
+    async def _send(self, subscription: Subscription) -> bool:
+        """Send what is due of a type, or some of it; False: nothing of it can be said yet."""
         async with self._service.turns:
             contents = await in_slices(self._contents(subscription))
             if contents is None:
                 subscription.hold()
-                return
+                return False
             resources = subscription.respond(contents)
-        if resources is None:
-            return
-        kind = subscription.kind
+            if resources is None:
+                return True
+            kind = subscription.kind
+            payload = await in_slices(response(kind, subscription.version, subscription.nonce, resources))
         self._service.responses[kind] += 1
-        await self._call.send_encoded(response(kind, subscription.version, subscription.nonce, resources))
+        await self._call.send_encoded(payload)
+        return True
 
     def _contents(self, subscription: Subscription) -> Steps[dict[str, Content | None] | None]:
-        """What is due of a type, in steps; None: it cannot be said yet."""
+        """What is due of a type, or some of it, in steps; None: nothing of it can be said yet."""
         kind = subscription.kind
+        left_out = False
         if subscription.wildcard and self._services is not None and not self._services.complete:
-            return None
-        names = subscription.take(self._every)
+            if subscription.may_hold(ALL):
+                return None
+            left_out = True
+        # By now: what is asked for may change between two steps.
+        names = [(name, self._resource(subscription, name)) for name in subscription.take(self._every)]
         contents: dict[str, Content | None] = {}
-        size = 0
-        for position, name in enumerate(names):
-            resource = self._known.get(name) if name in self._known else ResourceName(ServiceKey(name))
-            if resource is None:
-                contents[name] = None
-                continue
-            snapshot = self._service.hub.snapshot(resource.service)
-            if snapshot is None:
-                # Who has it from before keeps it; who has not, waits (D3). What waits is marked once there is a word.
-                if kind.whole:
+        size = work = 0
+        for position, (name, resource) in enumerate(names):
+            if position % STEP == STEP - 1:
+                yield
+            held = self._watcher.held(resource.service) if resource is not None else None
+            if resource is not None and held is None:
+                # Nobody can speak of it. Who may have it keeps it; it is marked once there is a word (D3).
+                if kind.whole and subscription.may_hold(name):
                     return None
+                left_out = kind.whole
                 continue
             if kind is ResourceType.ENDPOINTS:
-                content = yield from self._service.endpoints(name, resource, snapshot, self._place)
-                contents[name] = content
-                yield
-                size += len(content.body)
-                if size > _RESPONSE:
-                    subscription.put_back(names[position + 1 :])
-                    break
+                if resource is None or held is None:
+                    content = _none(name)
+                else:
+                    content = yield from self._service.endpoints(name, resource, held, self._place, self._place_key)
+                    work += len(held.instances)
+            elif held is None or held.unknown:
+                contents[name] = None
+                continue
             else:
-                contents[name] = None if snapshot.unknown else _fixed(kind, name)
+                content = _fixed(kind, name)
+            contents[name] = content
+            size += len(content.body) if subscription.is_news(name, content) else 0
+            if not kind.whole and (size > _RESPONSE or work > _TURN):
+                subscription.put_back(each for each, _ in names[position + 1 :])
+                break
+        if left_out and not any(
+            each is not None and subscription.is_news(name, each) for name, each in contents.items()
+        ):
+            return None
         return contents
+
+    def _resource(self, subscription: Subscription, name: str) -> ResourceName | None:
+        """What a name stands for, if the client may see it."""
+        if name in self._known:
+            return self._known[name]
+        return ResourceName(ServiceKey(name)) if subscription.wildcard and name in self._every else None

@@ -47,17 +47,15 @@ class Answer(NamedTuple):
     """What a request said of the response before it.
 
     Attributes:
-        stale: it crossed a later response; nothing of it counts.
         answered: it answers the response that was under way.
         changed: it wants others than before.
     """
 
-    stale: bool
     answered: bool
     changed: bool
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _shared(names: tuple[str, ...]) -> tuple[tuple[str, ...], Mapping[str, None]]:
     """What is asked for, and the names in it: thousands of clients ask for the same, of four types each."""
     names = tuple(map(intern, names))
@@ -76,12 +74,15 @@ class Subscription:
     """
 
     __slots__ = (
+        "_answering",
         "_asked",
         "_due",
+        "_may_hold",
         "_named",
         "_number",
         "_owes",
         "_sent",
+        "_taken",
         "kind",
         "names",
         "nonce",
@@ -104,6 +105,12 @@ class Subscription:
         self._due: dict[str, None] = {}
         self._owes = False
         """A response is due even if it holds nothing new: that something does not exist is an answer too."""
+        self._answering = False
+        """That was so of what was taken last."""
+        self._taken: list[str] = []
+        """What was due of it."""
+        self._may_hold: Collection[str] | None = ()
+        """What the client may have from a stream before, and was not sent on this one; None: anything."""
 
     @property
     def version(self) -> str:
@@ -115,29 +122,44 @@ class Subscription:
         """Whether there may be something to send."""
         return bool(self._due or self._owes) and not self.under_way
 
+    @property
+    def asked(self) -> tuple[str, ...] | None:
+        """The names of the last request; None: there was none."""
+        return self._asked
+
+    def may_hold(self, name: str) -> bool:
+        """Whether the client has a resource, as far as one can know: from this stream, or from one before."""
+        return name in self._sent or self._may_hold is None or name in self._may_hold
+
     def wants(self, name: str) -> bool:
         """Whether the client wants a resource."""
         return self.wildcard or name in self.names
 
-    def request(self, names: Iterable[str], nonce: str) -> Answer:
-        """Take a request.
+    def is_stale(self, nonce: str) -> bool:
+        """Whether a request with this nonce crossed a later response: nothing of it counts."""
+        return bool(nonce and self.nonce) and nonce != self.nonce
+
+    def request(self, names: Iterable[str], nonce: str, version: str = "") -> Answer:
+        """Take a request that is not stale.
 
         Args:
             names: what it wants.
             nonce: of the response that it answers; empty: of none.
+            version: that it accepted last; in a stream's first request, that is one of a stream before.
         """
-        if nonce and self.nonce and nonce != self.nonce:
-            return Answer(stale=True, answered=False, changed=False)
         answered = bool(nonce) and self.under_way
         if answered:
             self.under_way = False
         asked = tuple(names)
+        first = self._asked is None
         # Most requests say the same again, with their answer.
         changed = asked != self._asked
         if changed:
             self._asked, wanted = _shared(asked)
             self._want(self._asked, wanted)
-        return Answer(stale=False, answered=answered, changed=changed)
+        if first and version:
+            self._may_hold = None if self.wildcard else frozenset(self.names)
+        return Answer(answered=answered, changed=changed)
 
     def _want(self, names: Collection[str], wanted: Mapping[str, None]) -> None:
         everything = self.kind.whole and (ALL in names or (not names and not self._named))
@@ -171,10 +193,11 @@ class Subscription:
         Args:
             known: all that there are, for a wildcard.
         """
-        due = list(self._due)
+        self._taken = list(self._due)
         self._due.clear()
+        self._answering, self._owes = self._owes, False
         if not self.kind.whole:
-            return due
+            return self._taken
         return [*self.names, *(name for name in known if name not in self.names)] if self.wildcard else [*self.names]
 
     def put_back(self, names: Iterable[str]) -> None:
@@ -183,8 +206,13 @@ class Subscription:
             self.mark(name)
 
     def hold(self) -> None:
-        """A whole response cannot be made yet: it stays due, and is looked at once something is marked."""
-        self._owes = True
+        """No response can be made yet: what was taken is due again."""
+        self._owes = self._owes or self._answering
+        self.put_back(self._taken)
+
+    def is_news(self, name: str, content: Content) -> bool:
+        """Whether a content is another than what the client was sent."""
+        return self._sent.get(name) != content.digest
 
     def respond(self, contents: Mapping[str, Content | None]) -> list[bytes] | None:
         """What is sent, after which a response is under way; None: nothing.
@@ -193,17 +221,18 @@ class Subscription:
             contents: what was taken; None: it does not exist.
         """
         found = {name: content for name, content in contents.items() if content is not None and self.wants(name)}
-        owes, self._owes = self._owes, False
         if self.kind.whole:
             sent = {name: content.digest for name, content in found.items()}
-            if sent == self._sent and not owes:
+            if sent == self._sent and not self._answering:
                 return None
             self._sent = sent
+            # What it lacks, the client has no longer.
+            self._may_hold = ()
         else:
             for name in contents:
                 if name not in found:
                     self._sent.pop(name, None)
-            found = {name: content for name, content in found.items() if self._sent.get(name) != content.digest}
+            found = {name: content for name, content in found.items() if self.is_news(name, content)}
             if not found:
                 return None
             self._sent.update((name, content.digest) for name, content in found.items())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from meshlocal.discovery.hub import Hub
@@ -20,6 +21,7 @@ from meshlocal.discovery.xds import service as service_module
 from meshlocal.discovery.xds.service import XdsService
 from meshlocal.net.grpc.client import Channel, channel_over
 from meshlocal.net.grpc.server import GrpcServer, Handler, Routes, ServerCall
+from meshlocal.net.slices import in_slices
 from meshlocal.policy import model
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.model import Instance, ServiceKey, make_instance
@@ -79,9 +81,11 @@ class Client:
         self._node: core_pb.Node | None = node
         self.nonces: dict[str, str] = {}
 
-    async def ask(self, kind: ResourceType | str, *names: str, nonce: str = "", problem: str | None = None) -> None:
+    async def ask(
+        self, kind: ResourceType | str, *names: str, nonce: str = "", problem: str | None = None, version: str = ""
+    ) -> None:
         url = kind if not isinstance(kind, ResourceType) else kind.url
-        request = pb.DiscoveryRequest(type_url=url, resource_names=names, response_nonce=nonce)
+        request = pb.DiscoveryRequest(type_url=url, resource_names=names, response_nonce=nonce, version_info=version)
         if self._node is not None:
             request.node.CopyFrom(self._node)
             self._node = None
@@ -138,6 +142,7 @@ class Served:
         self.watches = watches
         self.hidden: list[ServiceKey] = []
         self.channel: Channel
+        self.limits: ServerLimits
 
     @asynccontextmanager
     async def client(self, node: str = "n1", **metadata: str) -> AsyncIterator[Client]:
@@ -165,9 +170,8 @@ def serving() -> Serving:
         hub = Hub(sources, random.Random(0))
         watches = Watches()
         hidden: list[ServiceKey] = []
-        service = XdsService(
-            hub, ServerLimits(limits), watches, lambda call, services: hidden.extend(services), ("node",)
-        )
+        taken = ServerLimits(limits)
+        service = XdsService(hub, taken, watches, lambda call, services: hidden.extend(services), ("node",))
         async with trio.open_nursery() as nursery:
             await nursery.start(hub.run)
             near, far = memory_stream_pair()
@@ -176,7 +180,7 @@ def serving() -> Serving:
             async with channel_over(near) as channel:
                 await wait_all_tasks_blocked()
                 served = Served(sources, hub, service, watches)
-                served.channel, served.hidden = channel, hidden
+                served.channel, served.hidden, served.limits = channel, hidden, taken
                 for name in services:
                     served.source.set(name, ONE, TWO)
                 if sync:
@@ -444,8 +448,8 @@ async def test_streams_are_listed_among_the_watches(serving: Serving) -> None:
     [
         (pb.DiscoveryRequest(type_url=LISTENER.url), "node: the stream's first request has none"),
         (
-            pb.DiscoveryRequest(type_url="type.googleapis.com/envoy.api.v2.Cluster", node=core_pb.Node(id="x")),
-            "type_url: 'type.googleapis.com/envoy.api.v2.Cluster' is not served; .*v3.Listener.* are",
+            pb.DiscoveryRequest(type_url=LISTENER.url, node=core_pb.Node(id="x"), resource_names=["b", "x" * 513]),
+            r"resource_names\[1\]: is longer than 512 characters",
         ),
     ],
 )
@@ -468,28 +472,256 @@ async def test_a_node_that_cannot_be_read_is_told_so(serving: Serving) -> None:
         assert caught.value.code is StatusCode.INVALID_ARGUMENT
 
 
-async def test_too_many_names_end_the_stream(serving: Serving) -> None:
+@pytest.mark.parametrize("third", ["c", "b:grpc", "xdstp://a/b", "hidden"])
+async def test_too_many_names_end_the_stream(serving: Serving, third: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever they are: services, ports of one, what can be none, what it may not see (P2)."""
     limits = ServerLimitsConfig(subscriptions=2)
-    async with serving("a", "b", "c", limits=limits) as served, served.client() as client:
+    view = View("web", ["a", "b", "c"])
+    async with serving("a", "b", "c", limits=limits, view=view) as served, served.client() as client:
         await client.ask(LISTENER, "a", "b")
         await client.next()
-        # The same services by other types and ports are no more than they were.
-        await client.ask(ENDPOINTS, "a", "b:grpc", "b")
+        # The same by another type are no more than they were.
+        await client.ask(ENDPOINTS, "a", "b")
         await client.next()
-        await client.ask(ENDPOINTS, "a", "b", "c", nonce="1")
+        await client.ack(ENDPOINTS, "b", third)
         with pytest.raises(GrpcError, match="subscriptions: 3 of them") as caught:
             await client.next()
         assert caught.value.code is StatusCode.RESOURCE_EXHAUSTED
         await wait_all_tasks_blocked()
         assert served.hub.watcher_count == 0
+        assert served.limits.subscriptions == 0
+    assert "xds stream refused" in caplog.text
 
 
-async def test_a_wildcard_counts_as_one(serving: Serving) -> None:
-    """How many services there are is not the client's doing."""
-    limits = ServerLimitsConfig(subscriptions=1)
+async def test_a_wildcard_counts_as_one_with_what_it_brings(serving: Serving) -> None:
+    """How many services there are is not the client's doing; an Envoy asks for the endpoints of each by name."""
+    limits = ServerLimitsConfig(subscriptions=2)
     async with serving("a", "b", "c", limits=limits) as served, served.client() as client:
         await client.ask(CLUSTER)
         assert len(names(await client.next())) == 3
+        await client.ack(CLUSTER)
+        await client.ask(ENDPOINTS, "a", "b", "c")
+        assert len((await client.next()).resources) == 3
+        assert served.limits.subscriptions == 1
+        await client.ack(ENDPOINTS, "a", "b", "c", "d", "e")
+        with pytest.raises(GrpcError, match="subscriptions: 3 of them"):
+            await client.next()
+
+
+async def test_many_names_cost_as_much_as_there_are(serving: Serving) -> None:
+    """Thousands of ports of one service, wanted and given up, are no work for each pair of them."""
+    ports = [f"b:p{number}" for number in range(3_000)]
+    limits = ServerLimitsConfig(subscriptions=3_000)
+    async with serving("b", limits=limits) as served, served.client() as client:
+        await client.ask(LISTENER, *ports)
+        seen = set(names(await client.next()))
+        assert seen == set(ports)
+        await client.ack(LISTENER, "b")
+        await wait_all_tasks_blocked()
+        assert served.limits.subscriptions == 1
+
+
+async def test_a_type_that_is_not_served_is_passed_over(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """What else an Envoy may want costs it none of what there is."""
+    async with serving("b") as served, served.client() as client:
+        await client.ask("type.googleapis.com/envoy.service.runtime.v3.Runtime", "x")
+        await client.ask(LISTENER, "b")
+        assert names(await client.next()) == ["b"]
+    assert "xds type not served" in caplog.text
+
+
+async def test_who_may_hold_all_of_a_service_is_told_of_no_part(serving: Serving) -> None:
+    """D8: a restarted server whose other source is away keeps what clients have; who has nothing gets what there is."""
+    sources = [HeldSource("one"), HeldSource("two")]
+    async with serving(sources=sources, sync=False) as served:
+        sources[0].set("b", ONE)
+        sources[0].sync.set()
+        await wait_all_tasks_blocked()
+        async with served.client() as old, served.client() as new:
+            await old.ask(CLUSTER, "b", version="7")
+            await old.ask(ENDPOINTS, "b", version="7")
+            await old.silence()
+            await new.ask(ENDPOINTS, "b")
+            assert nodes(await new.next()) == {"b": [(0, "n1")]}
+            sources[1].set("b", TWO)
+            sources[1].sync.set()
+            assert names(await old.next()) == ["b"]
+            assert nodes(await old.next()) == {"b": [(0, "n1"), (1, "n2")]}
+
+
+@pytest.mark.parametrize("version", ["", "7"])
+async def test_a_wildcard_is_told_what_there_is_unless_it_may_hold_more(serving: Serving, version: str) -> None:
+    """D3: an Envoy that starts while a registry is away begins with the others' services."""
+    sources = [HeldSource("one", "a"), HeldSource("two", "b")]
+    async with serving(sources=sources, sync=False) as served, served.client() as client:
+        sources[0].set("a", ONE)
+        sources[0].sync.set()
+        await client.ask(CLUSTER, version=version)
+        if version:
+            await client.silence()
+        else:
+            assert names(await client.next()) == ["a"]
+            await client.ack(CLUSTER)
+            await client.silence()
+        sources[1].set("b", TWO)
+        sources[1].sync.set()
+        assert sorted(names(await client.next())) == ["a", "b"]
+
+
+async def test_what_cannot_be_said_yet_withholds_nothing_else(serving: Serving) -> None:
+    """D3: of listeners too; a name that the client cannot have from before is left out, and comes once it is known."""
+    sources = [HeldSource("one", "a"), HeldSource("two", "b")]
+    async with serving(sources=sources, sync=False) as served, served.client() as client:
+        sources[0].set("a", ONE)
+        sources[0].sync.set()
+        await client.ask(LISTENER, "b")
+        await client.silence()
+        await client.ask(LISTENER, "a", "b")
+        assert names(await client.next()) == ["a"]
+        await client.ack(LISTENER, "a", "b")
+        await client.silence()
+        sources[1].set("b", TWO)
+        sources[1].sync.set()
+        assert sorted(names(await client.next())) == ["a", "b"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_what_changes_and_changes_back_is_sent_in_the_end(serving: Serving, gone: bool) -> None:
+    """What is sent is what the watcher was given: what the hub had in between cannot be taken for known."""
+    async with serving("b") as served, served.client() as client:
+        kind = CLUSTER if gone else ENDPOINTS
+        await client.ask(kind, "b")
+        await client.next()
+        await client.ack(kind, "b")
+        await wait_all_tasks_blocked()
+
+        def change(*, back: bool) -> None:
+            if back:
+                served.source.set("b", ONE, TWO)
+            elif gone:
+                served.source.remove("b")
+            else:
+                served.source.set("b", TWO)
+
+        # The stream takes the change, and waits for its turn to send it; meanwhile it is undone.
+        await served.service.turns.acquire()
+        change(back=False)
+        await wait_all_tasks_blocked()
+        change(back=True)
+        served.service.turns.release()
+        last = await client.next()
+        await client.ack(kind, "b")
+        with trio.move_on_after(0.2):
+            last = await client.next()
+            await client.ack(kind, "b")
+        assert names(last) == ["b"]
+        if not gone:
+            assert nodes(last) == {"b": [(0, "n1"), (1, "n2")]}
+
+
+async def test_names_that_change_while_a_response_is_made_show_nothing_hidden(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2: what was taken is what it was when it was taken, whatever is asked for between two steps."""
+    view = View("web", ["open*"])
+    async with serving("open", "secret", "open2", view=view) as served, served.client() as client:
+        seen: dict[str, list[tuple[int, str]]] = {}
+        original = served.service.endpoints
+
+        def endpoints(name: str, *rest: Any) -> Any:
+            # Many steps, between which the reader goes on.
+            for _ in range(400):
+                yield
+            return (yield from original(name, *rest))
+
+        monkeypatch.setattr(served.service, "endpoints", endpoints)
+        monkeypatch.setattr("meshlocal.net.slices.SLICE", 0.0)
+        monkeypatch.setattr(service_module, "in_slices", lambda steps: in_slices(steps, 0.0))
+        for _ in range(3):
+            await client.ask(ENDPOINTS, "open", "secret", "open2")
+            for _ in range(100):
+                await trio.lowlevel.checkpoint()
+            await client.ask(ENDPOINTS, "open", "open2")
+            for _ in range(500):
+                await trio.lowlevel.checkpoint()
+            await client.ask(ENDPOINTS, "open", "secret", "open2")
+            with trio.move_on_after(0.2):
+                seen |= nodes(await client.next())
+                await client.ack(ENDPOINTS, "open", "open2")
+        assert seen.keys() >= {"open", "open2"}
+        assert seen.get("secret", []) == []
+
+
+async def test_what_is_hidden_looks_like_what_nobody_knows(serving: Serving) -> None:
+    """S2: of endpoints too, and so does what can be no service."""
+    async with serving("b", view=View("web", ["a*"])) as served, served.client() as client:
+        await client.ask(ENDPOINTS, "b", "abc", "no//name")
+        assert nodes(await client.next()) == {"b": [], "abc": [], "no//name": []}
+
+
+async def test_endpoints_that_were_put_back_follow_though_the_first_were_nothing_new(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_RESPONSE", 10)
+    monkeypatch.setattr(service_module, "_TURN", 1)
+    async with serving("a", "b", "c") as served, served.client() as client:
+        await client.ask(ENDPOINTS, "a", "b", "c")
+        for _ in range(3):
+            await client.next()
+            await client.ack(ENDPOINTS, "a", "b", "c")
+        # Nothing that the client sees, and then something; in one go.
+        for service in ("a", "b"):
+            served.source.set(service, ONE, make_instance("10.0.0.2", 80, labels={"node": "n2", "x": "1"}))
+        served.source.set("c", ONE)
+        assert nodes(await client.next()) == {"c": [(0, "n1")]}
+
+
+async def test_routes_are_split_likewise(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_RESPONSE", 10)
+    async with serving("a", "b") as served, served.client() as client:
+        await client.ask(ROUTE, "a", "b")
+        assert names(await client.next()) == ["a"]
+        await client.ack(ROUTE, "a", "b")
+        assert names(await client.next()) == ["b"]
+
+
+async def test_a_name_that_is_asked_for_while_a_response_is_made_is_answered(serving: Serving) -> None:
+    """Also if it does not exist, which takes a response that has nothing new."""
+    async with serving("a") as served, served.client() as client:
+        await client.ask(LISTENER, "a")
+        await client.next()
+        await served.service.turns.acquire()
+        await client.ack(LISTENER, "a", "x")
+        await wait_all_tasks_blocked()
+        await client.ask(LISTENER, "a", "x", "y")
+        await wait_all_tasks_blocked()
+        served.service.turns.release()
+        response = await client.next()
+        assert names(response) == ["a"]
+
+
+async def test_a_stream_that_says_nothing_is_a_watch_too(serving: Serving) -> None:
+    """It has a place among those that are limited, and a drain ends it."""
+    limits = ServerLimitsConfig(watchers=1)
+    async with serving("a", limits=limits) as served, served.channel.call(STREAM) as silent:
+        await wait_all_tasks_blocked()
+        async with served.client() as client:
+            await client.ask(LISTENER, "a")
+            with pytest.raises(GrpcError, match="takes no more"):
+                await client.next()
+        await served.watches.drain(1)
+        with pytest.raises(GrpcError, match="going away"):
+            await silent.receive()
+
+
+async def test_a_scoped_address_costs_its_service_none_of_the_others(serving: Serving) -> None:
+    """RFC 4007: its zone is an interface of another host, and clients reject all that comes with it."""
+    async with serving() as served, served.client() as client:
+        served.source.set("b", ONE, make_instance("fe80::1%eth0", 80, labels={"node": "n1"}))
+        await client.ask(ENDPOINTS, "b")
+        [resource] = (await client.next()).resources
+        [group] = endpoint_pb.ClusterLoadAssignment.FromString(resource.value).endpoints
+        assert [each.endpoint.address.socket_address.address for each in group.lb_endpoints] == ["10.0.0.1"]
 
 
 async def test_a_drain_ends_streams(serving: Serving) -> None:
@@ -526,6 +758,7 @@ async def test_a_client_that_leaves_leaves_nothing_behind(
 
 async def test_encoded_endpoints_are_shared_and_bounded(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "_KEPT", 150)
+    monkeypatch.setattr(service_module, "_OVERHEAD", 0)
     async with serving("a", "b", "c") as served:
         for _ in range(2):
             async with served.client() as client:

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import trio
 
+from meshlocal.net.grpc.client import open_channel
+from meshlocal.net.grpc.health import CHECK, SERVING
+from meshlocal.wire.pb.health_pb2 import HealthCheckRequest
+from meshlocal.wire.xds import SERVICE_NAME
 from nursery_tests.certificates import Authority
 from nursery_tests.e2e.running import Place, Program
 from nursery_tests.interop.xds.parts import World
@@ -228,4 +232,14 @@ async def test_nothing_that_is_sent_is_rejected(world: World, kind: str, nursery
     assert (shown["name"], shown["node"]) == ("edge-1" if kind == "envoy" else "shop-1", "n2")
     assert shown["software"]
     assert (list(shown["services"]), shown["behind"]) == (["b"], 0)
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_port_says_whether_it_serves(world: World, nursery: trio.Nursery) -> None:
+    """Health by the name of the service that is there, and reflection."""
+    await begin(world)
+    async with open_channel("127.0.0.1", world.xds_port) as channel:
+        for name in ("", SERVICE_NAME):
+            answer = await channel.unary(CHECK, HealthCheckRequest(service=name))
+            assert answer.status == SERVING
     nursery.cancel_scope.cancel()
