@@ -112,7 +112,7 @@ def test_a_node_that_cannot_be_read(metadata: Mapping[str, Any], message: str) -
 
 
 def test_places_from_which_all_looks_alike_share_a_key() -> None:
-    def key(metadata: Mapping[str, Any]) -> tuple[object, ...]:
+    def key(metadata: Mapping[str, Any]) -> bytes:
         return xds.place_of(ParseDict({"metadata": metadata}, core_pb.Node()), ("node",)).key
 
     assert key({"node": "n1", "pod": "a"}) == key({"node": "n1", "pod": "b"})
