@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-below bench-xds bench-restart \
 	bench-neighbours bench-attacks bench-resend bench-live-page bench-observed \
-	bench-policy bench-kubernetes bench-etcd protos reference screenshots docs lock clean
+	bench-policy bench-kubernetes bench-etcd protos bypass reference screenshots docs lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -147,6 +147,10 @@ soak-document: $(VENV)/dev.stamp
 
 protos: $(VENV)/dev.stamp
 	$(BIN)/python tools/generate_protos.py
+
+# The bypass's program in the kernel, by Debian's clang and llvm.
+bypass: $(VENV)/dev.stamp
+	$(BIN)/python tools/compile_bypass.py
 
 # Pages of docs/ that are made from the code.
 reference: $(VENV)/dev.stamp

@@ -261,6 +261,7 @@ def proxy_metrics() -> Iterable[Metric]:
             "proxy.discovery.urls": ("grpc://127.0.0.1:1",),
             "proxy.listen": listen,
             "proxy.metrics.instances": True,
+            "proxy.bypass.cgroup": "/sys/fs/cgroup",
             "proxy.tracing.endpoint": "http://127.0.0.1:4318",
         }
         return load_config(None, keys, {}, "proxy")

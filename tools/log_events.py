@@ -69,6 +69,12 @@ EVENTS = {
     "request failed": "HTTP: no instance answered, or there is none. `tried` has each attempt; `meshlocal tap SERVICE"
     " --failed` shows all of them.",
     "request failed: no instance connected": "TCP: likewise.",
+    "bypass is attached": "Connects within proxy.bypass.cgroup may go straight to instances of this node.",
+    "no bypass; the proxy serves without": "See its problem: the kernel is older than Linux 5.14, CAP_BPF or"
+    " CAP_NET_ADMIN is missing, or proxy.bypass.cgroup is no cgroup of version 2.",
+    "listener is bypassed": "Connects to it go straight to these instances, while they listen.",
+    "listener is not bypassed": "Connects to it reach the proxy; the problem says why.",
+    "bypass of a listener failed": "The kernel takes no more lists; connects reach the proxy.",
     "instance ejected": "It failed as often as `ejection` allows: it is tried last of all, until a trial works.",
     "instance readmitted": "It works again.",
     "instance fails its health checks": "As services.NAME.health_check has it.",

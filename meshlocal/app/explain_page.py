@@ -12,7 +12,7 @@ import meshlocal
 from meshlocal.admin.messages import Request, Response
 from meshlocal.app import html
 from meshlocal.app.common_pages import plain
-from meshlocal.app.explaining import explain_in_steps
+from meshlocal.app.explaining import bypass_lines, bypass_view, explain_in_steps
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.views import tls_view
 from meshlocal.client.services import ServiceState
@@ -52,6 +52,7 @@ class ExplainPage:
         view = yield from explain_in_steps(service.picker, service.cursors, service.fitness.gate())
         age = feed.age(trio.current_time())
         view["tls"] = tls_view(config, service)
+        view["bypass"] = bypass_view(self._process.bypass, service.key)
         view["discovery"] = {
             "connected": feed.connected,
             "problem": feed.problem,
@@ -103,6 +104,7 @@ def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:
     ]
     parts = [
         *more,
+        *(html.paragraph(line) for line in bypass_lines(view["bypass"])),
         html.paragraph("What the next request tries, in this order, while each attempt fails."),
         html.table("The plan", ("Step", "Instance", "Node", "Tier", "Why not the first tier", "Why so late"), steps),
         html.heading("Left out"),

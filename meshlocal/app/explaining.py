@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from meshlocal.app.views import left_out_in_steps, sorted_in_steps
 from meshlocal.net.slices import pieces
+from meshlocal.policy.addresses import format_host_port
+from meshlocal.policy.bypass import WHY_NOT
+from meshlocal.policy.model import ServiceKey
 from meshlocal.policy.picker import Cursors, Gate, Pick, Picker
 from meshlocal.policy.steps import Steps, finish
+
+if TYPE_CHECKING:
+    from meshlocal.proxy.bypass.bypass import Bypass
 
 
 def step_view(step: int, pick: Pick, names: Sequence[str]) -> dict[str, Any]:
@@ -28,6 +34,35 @@ def step_view(step: int, pick: Pick, names: Sequence[str]) -> dict[str, Any]:
         "last_resort": pick.last_resort,
         "passed_over": pick.passed_over,
     }
+
+
+def bypass_view(bypass: Bypass | None, service: ServiceKey) -> dict[str, Any] | None:
+    """Where connects to a service's listeners go, past the proxy or not; None: no bypass is configured."""
+    if bypass is None:
+        return None
+    listeners = [
+        {
+            "listener": format_host_port(*each.listener),
+            "instances": [format_host_port(*place) for place in each.instances],
+            "why_not": None if each.why_not is None else f"{each.why_not}: {WHY_NOT[each.why_not]}",
+        }
+        for each in bypass.listed(service)
+    ]
+    return {"problem": bypass.problem, "listeners": listeners}
+
+
+def bypass_lines(view: Mapping[str, Any] | None) -> list[str]:
+    """What `bypass_view` tells, for people; nothing where no bypass is configured, or of another version."""
+    if view is None:
+        return []
+    if view["problem"] is not None:
+        return [f"no bypass: {view['problem']}"]
+    return [
+        f"bypassed: connects to {each['listener']} go to {', '.join(each['instances'])} while they listen"
+        if each["why_not"] is None
+        else f"not bypassed: {each['listener']}, {each['why_not']}"
+        for each in view["listeners"]
+    ]
 
 
 def explain_view(picker: Picker, cursors: Cursors, gate: Gate | None = None) -> dict[str, Any]:

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from meshlocal.app.tracing import CollectorFiles, Exporter
     from meshlocal.client.cache import SnapshotCache
     from meshlocal.policy.model import ServiceKey
+    from meshlocal.proxy.bypass.bypass import Bypass
     from meshlocal.proxy.http.forwarder import HttpForwarder
     from meshlocal.proxy.returning import Lasting
     from meshlocal.proxy.tls import PipeServer, ProxyTls, TlsServer
@@ -75,7 +76,7 @@ CONFIG_LIMIT = 30.0
 WORKLOAD_WAIT = 10.0
 """Seconds for which a proxy is not ready because it has no certificate of the Workload API yet."""
 
-_FIXED = ("discovery", "admin", "admin_access", "workers")
+_FIXED = ("discovery", "admin", "admin_access", "workers", "bypass")
 """Keys of `proxy` that only a restart changes."""
 
 
@@ -176,9 +177,18 @@ class ProxyProcess:
         if isinstance(self.feed, Refreshable):
             self.services.on_failing = self.feed.refresh
         self.history = History(lambda: self.services)
+        self.bypass = self._make_bypass(proxy)
         self.readiness = Readiness("waiting for the first snapshot of every service")
         self.supervision.on_dead = lambda task, problem: self.readiness.fail(f"{task}: {problem}")
         self.stop = Stop()
+
+    def _make_bypass(self, config: ProxyConfig) -> Bypass | None:
+        if config.bypass is None:
+            return None
+        # Imported here: a proxy without a bypass holds no code for it.
+        from meshlocal.proxy.bypass.bypass import Bypass
+
+        return Bypass(config.bypass.cgroup, self.services, lambda: self.listeners.current)
 
     def _caller(self) -> Caller:
         """What it says of itself to discovery servers."""
@@ -205,6 +215,7 @@ class ProxyProcess:
                 followed=self.followed,
                 exposures=of_proxy(self.config.proxy) if not self.worker else None,
                 each_instance=self.config.proxy.metrics.instances,
+                bypass=self.bypass,
             ),
             HttpCollector(lambda: self.http, lambda: self.exporter.spans if self.exporter is not None else {}),
             ProcessCollector(self.supervision),
@@ -380,6 +391,8 @@ class ProxyProcess:
                 self._return_connections(lifetime, config)
                 self._follow_files(lifetime)
                 self._export(lifetime)
+                if self.bypass is not None:
+                    lifetime.start_soon(keep, "bypass", self.bypass.run)
                 if self.workload is not None:
                     self.workload.on_update = self._following.look
                     lifetime.start_soon(keep, "workload api", self.workload.run)
@@ -499,6 +512,8 @@ class ProxyProcess:
             self._follow_files(self._lifetime)
             self._export(self._lifetime)
         self.listeners.adopt(prepared, proxy)
+        if self.bypass is not None:
+            self.bypass.wake()
         self.forwarder.access_log = proxy.access_log
         self._set_busy_poll(proxy)
         self._follow(self.services.keys)
@@ -549,6 +564,8 @@ def import_parts(config: ProxyConfig) -> None:
         import meshlocal.proxy.returning
     if config.tracing.endpoint is not None:
         import meshlocal.app.tracing
+    if config.bypass is not None:
+        import meshlocal.proxy.bypass.bypass
 
 
 def freeze_garbage_collector() -> None:

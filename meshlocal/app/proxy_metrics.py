@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from meshlocal.net.slices import pieces
 from meshlocal.net.tls import certificates
 from meshlocal.policy.addresses import format_host_port
 from meshlocal.policy.exposure import Exposure
+from meshlocal.policy.model import HostPort, ServiceKey
 from meshlocal.proxy.listeners import Listeners
 from meshlocal.proxy.tcp.forwarder import KEPT_TASKS, TcpForwarder
 
 if TYPE_CHECKING:
+    from meshlocal.proxy.bypass.bypass import Bypass
     from meshlocal.proxy.tls import TlsServer
 
 SERVICES = 8
@@ -62,7 +65,9 @@ class ProxyCollector(Collector):
         followed: Callable[[], Iterable[Followed[Any]]] = tuple,
         exposures: Iterable[Exposure] | None = (),
         each_instance: bool = False,
+        bypass: Bypass | None = None,
     ) -> None:
+        self._bypass = bypass
         self._followed = followed
         self._each_instance = each_instance
         self._exposures = exposures
@@ -95,6 +100,7 @@ class ProxyCollector(Collector):
         yield from self._requests()
         yield from self._instances()
         yield from self._refusals()
+        yield from self._bypassed()
         yield from self._connections()
         yield from self._discovery()
         errors = CounterMetricFamily(
@@ -215,6 +221,41 @@ class ProxyCollector(Collector):
                     unused = len(service.picker.snapshot.instances) - len(service.picker)
                     left_out.add_metric([service.key], unused)
         yield from (instances, left_out)
+
+    def _bypassed(self) -> Iterator[Metric | None]:
+        if self._bypass is None:
+            return
+        active = GaugeMetricFamily(
+            "meshlocal_bypass_active",
+            "1 while connects to a listener go straight to instances, 0 while they reach the proxy, by why.",
+            labels=["service", "listener", "reason"],
+        )
+        for each in self._bypass.listed():
+            reason = each.why_not or ""
+            active.add_metric([each.service, format_host_port(*each.listener), reason], each.why_not is None)
+        yield active
+        connects = CounterMetricFamily(
+            "meshlocal_bypassed_connects",
+            "Connects that went straight to an instance of the first tier, past the proxy.",
+            labels=["service", "instance", "tier", "via"],
+        )
+        missed = CounterMetricFamily(
+            "meshlocal_bypass_missed",
+            "Connects to a bypassed listener that found no instance listening, and reached the proxy.",
+            labels=["service"],
+        )
+        totals: Counter[tuple[ServiceKey, HostPort]] = Counter()
+        missing: Counter[ServiceKey] = Counter()
+        for key, counts in self._bypass.counts():
+            missing[key] += counts.missed
+            for place, count in counts.connects.items():
+                totals[key, place] += count
+        nearest = self._services.locality.tiers[0]
+        for (service, place), count in totals.items():
+            connects.add_metric([service, format_host_port(*place), nearest, "bypass"], count)
+        for service, count in missing.items():
+            missed.add_metric([service], count)
+        yield from (connects, missed)
 
     def _refusals(self) -> Iterator[Metric | None]:
         ejected = GaugeMetricFamily(

@@ -77,6 +77,7 @@ class ServiceState:
         statistics: its counts.
         told: what is told of its requests, one by one.
         changed: called with each snapshot, once the picker knows it: for who keeps connections to instances.
+        refit: called when which of its instances are to be picked first may be otherwise.
         on_demand: it is followed because a request named it.
         last_used: when a request last came for it, if it is on demand.
         in_use: requests under way, if it is on demand.
@@ -99,6 +100,7 @@ class ServiceState:
         "picker",
         "policy",
         "protocol",
+        "refit",
         "security",
         "selector",
         "statistics",
@@ -129,12 +131,17 @@ class ServiceState:
         self.statistics = ServiceStatistics()
         self.told = Told()
         self.changed: Callable[[ServiceSnapshot], None] | None = None
+        self.refit: Callable[[], None] = self._nobody
         self.on_demand = False
         self.last_used = 0.0
         self.in_use = 0
         self._warned_ports: frozenset[str] = frozenset()
         self._ports: frozenset[str] = frozenset()
         self._prepared: Picker | None = None
+
+    @staticmethod
+    def _nobody() -> None:
+        """Whom nobody wants to hear."""
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -179,6 +186,7 @@ class ServiceState:
                 self._look_for_ready_again(before.snapshot, snapshot)
         if self.changed is not None:
             self.changed(snapshot)
+        self.refit()
         if not look_at_ports:
             return
         ports = self._ports = self.picker.port_names()
@@ -212,6 +220,7 @@ class ServiceState:
         self._ports = frozenset()
         if self.picker is not None:
             self.picker = Picker.build(selector, self.picker.snapshot)
+        self.refit()
 
 
 class ServiceTable:
@@ -225,6 +234,7 @@ class ServiceTable:
     Attributes:
         on_followed: called with `keys` whenever a request, or the lack of requests, changed them. `reconfigure` does
             not call it.
+        on_refit: called when which instances of some service are to be picked first may be otherwise.
         on_failing: called with a service of which every attempt has failed for a while (D5).
         is_away: whether discovery is, so that nothing could be fetched again.
         security_of: how connections to a service's instances are secured; asked for each service at `reconfigure`, and
@@ -243,6 +253,7 @@ class ServiceTable:
         self._unknown = RateLimited(_log, logging.WARNING, "no registry knows the service", interval=_WARNING_INTERVAL)
         self.on_followed: Callable[[list[ServiceKey]], None] | None = None
         self.on_failing: Callable[[ServiceKey], None] | None = None
+        self.on_refit: Callable[[], None] | None = None
         self.is_away: Callable[[], bool] = lambda: False
         self.security_of: Callable[[ServiceKey], Security | None] = lambda key: None
         self.locality = locality
@@ -373,7 +384,12 @@ class ServiceTable:
         state.security = self.security_of(key)
         self._publish_fixed(state)
         state.fitness.on_failing = self._tell_failing
+        state.refit = state.fitness.health.on_change = self._tell_refit
         return state
+
+    def _tell_refit(self) -> None:
+        if self.on_refit is not None:
+            self.on_refit()
 
     def _publish_fixed(self, state: ServiceState) -> None:
         """The one address of a listener that has but one is known at once, and is on this node."""

@@ -16,7 +16,7 @@ from msgspec import UNSET, Meta, UnsetType
 from meshlocal.policy.addresses import DiscoveryUrl, ListenAddress, SocketAddress
 from meshlocal.policy.config_access import AdminAccessConfig, AllowConfig
 from meshlocal.policy.config_discovery import ServerLimitsConfig
-from meshlocal.policy.config_health import EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
+from meshlocal.policy.config_health import BypassConfig, EjectionConfig, FailbackConfig, HealthCheckConfig, LimitsConfig
 from meshlocal.policy.config_http import HttpConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
 from meshlocal.policy.config_tracing import TracingConfig
@@ -271,6 +271,10 @@ class ProxyConfig(Section, frozen=True):
     within: Annotated[
         Name | None,
         Meta(description="A label key: instances that do not share the proxy's value are never used (L6); null: off."),
+    ] = None
+    bypass: Annotated[
+        BypassConfig | None,
+        Meta(description="Healthy connects to instances of this node that pass the proxy by; null: none."),
     ] = None
     discovery: Annotated[DiscoveryClientConfig, Meta(description="Where instances come from.")] = (
         DiscoveryClientConfig()

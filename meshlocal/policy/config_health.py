@@ -34,6 +34,19 @@ class LimitsConfig(Section, frozen=True):
     ] = None
 
 
+class BypassConfig(Section, frozen=True):
+    """Connects to tcp listeners that go straight to an instance of this node, past the proxy (B1)."""
+
+    cgroup: Annotated[
+        Name,
+        Meta(
+            description="The folder of a cgroup of version 2, such as /sys/fs/cgroup/app.slice: the connects of its"
+            " processes, and of those below it, are looked at. It takes Linux 5.14, CAP_BPF and CAP_NET_ADMIN; where"
+            " these are not, the proxy serves without, and says so."
+        ),
+    ]
+
+
 class HealthCheckConfig(Section, frozen=True):
     """How the instances of a service are checked, whether or not there are requests (H3)."""
 

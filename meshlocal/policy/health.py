@@ -38,7 +38,7 @@ Only what is not simply admitted is remembered, so that a service in good health
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -93,6 +93,10 @@ DEEP = frozenset({Cause.RESET, Cause.PROTOCOL})
 """Causes that came after a connect: that it can be connected proves nothing against them."""
 
 
+def _nobody() -> None:
+    """Whom nobody wants to hear."""
+
+
 class _Record:
     __slots__ = ("cause", "changed", "ejections", "failures", "lasted", "readmitted", "state", "until")
 
@@ -120,9 +124,10 @@ class Health:
         total: ejections so far, by cause.
         known: what is remembered of any instance; for others to see whether there is something.
         unfit: what is remembered of the instances that are not admitted; for others to see which.
+        on_change: called when which instances are admitted, or when one is due for its trial, may be otherwise.
     """
 
-    __slots__ = ("_rng", "known", "policy", "total", "unfit")
+    __slots__ = ("_rng", "known", "on_change", "policy", "total", "unfit")
 
     def __init__(self, policy: EjectionConfig, rng: UniformSource) -> None:
         self.policy = policy
@@ -130,6 +135,7 @@ class Health:
         self._rng = rng
         self.known: dict[HostPort, _Record] = {}
         self.unfit: dict[HostPort, _Record] = {}
+        self.on_change: Callable[[], None] = _nobody
 
     @property
     def quiet(self) -> bool:
@@ -165,6 +171,7 @@ class Health:
         record = self.unfit[place]
         record.state = State.TRIAL
         record.until = now + self.policy.time
+        self.on_change()
         return True
 
     def failed(
@@ -223,6 +230,7 @@ class Health:
             record.until = now
             # What an attempt shows that began before says nothing of it now.
             record.changed = now
+            self.on_change()
 
     def is_doubted(self, place: HostPort) -> bool:
         """Whether a shallow success of the instance would change nothing."""
@@ -251,6 +259,7 @@ class Health:
         if record is not None and record.state is State.TRIAL:
             record.state = State.EJECTED
             record.until = now
+            self.on_change()
 
     def checks_failed(self, place: HostPort) -> bool:
         """The instance's checks failed; tells whether it was in another state until now."""
@@ -264,6 +273,7 @@ class Health:
         record.failures = 0
         self.unfit[place] = record
         self.total[Cause.CHECK] += 1
+        self.on_change()
         return True
 
     def check_passed(self, place: HostPort, now: float, *, shallow: bool = False) -> bool:
@@ -304,6 +314,7 @@ class Health:
         record.changed = now
         self.unfit[place] = record
         self.total[cause] += 1
+        self.on_change()
         return record.lasted
 
     def _admit(self, place: HostPort, record: _Record, now: float) -> bool:
@@ -315,4 +326,6 @@ class Health:
             record.readmitted = record.changed = now
         if not record.ejections or (not was_unfit and now - record.readmitted > record.lasted):
             del self.known[place]
+        if was_unfit:
+            self.on_change()
         return was_unfit

@@ -316,6 +316,10 @@ class Picker:
         """The usable instances by group, in the order in which plans go through the groups; those that have some."""
         return (group.instances for group in self._groups if group.keys)
 
+    def first_tier(self) -> Sequence[Instance]:
+        """The usable instances of the nearest tier, terminating ones not among them."""
+        return self._groups[0].instances
+
     def tier_sizes(self) -> Mapping[str, int]:
         """Usable instances by tier name, terminating ones not counted."""
         names = self.selector.locality.tiers

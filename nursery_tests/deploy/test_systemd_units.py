@@ -54,6 +54,24 @@ def test_systemd_would_refuse_a_wrong_one(program: Any, tmp_path: Any, monkeypat
     assert "ProtectHouse" in analyze(program, tmp_path, "proxy", "verify", "--man=no").stderr
 
 
+def test_the_bypass_gets_what_it_needs_and_no_more(program: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """The drop-in of docs/bypass.md: systemd accepts it, with two capabilities and one system call more."""
+    drop_in = (FOLDER / "bypass.conf").read_text()
+    unit = tmp_path / "with" / "meshlocal-proxy.service"
+    unit.parent.mkdir()
+    unit.write_text(UNITS["proxy"].read_text().replace("[Install]", f"{drop_in}\n[Install]"))
+    monkeypatch.setitem(UNITS, "proxy", unit)
+    done = analyze(program, tmp_path, "proxy", "verify", "--man=no")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    added = dict(re.findall(r"^(\w+)=(.*)$", drop_in, re.MULTILINE))
+    assert added == {
+        "AmbientCapabilities": "CAP_BPF CAP_NET_ADMIN",
+        "CapabilityBoundingSet": "CAP_BPF CAP_NET_ADMIN",
+        "PrivateUsers": "no",
+        "SystemCallFilter": "bpf",
+    }
+
+
 @each_unit
 def test_the_service_sees_little(program: Any, tmp_path: Any, role: Any) -> None:
     done = analyze(program, tmp_path, role, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", "--no-pager")

@@ -26,7 +26,7 @@ from meshlocal.policy.config import (
 from meshlocal.policy.config_access import AdminAccessConfig, AllowConfig
 from meshlocal.policy.config_build import ConfigError, Layer, Role, build_config, kind_of, known_keys
 from meshlocal.policy.config_discovery import ServerLimitsConfig
-from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
+from meshlocal.policy.config_health import BypassConfig, EjectionConfig, LimitsConfig
 from meshlocal.policy.config_http import Http2Config, HttpConfig, RouteConfig
 from meshlocal.policy.config_tls import TlsConfig, UpstreamTlsConfig
 from meshlocal.policy.config_tracing import TracingConfig
@@ -41,6 +41,7 @@ FULL: dict[str, Any] = {
         "namespace": "default",
         "labels": {"zone": "z1"},
         "prefer": ["node", "zone"],
+        "bypass": {"cgroup": "/sys/fs/cgroup/app.slice"},
         "within": "zone",
         "discovery": {
             "urls": ["grpc://127.0.0.1:7070", "grpc://discovery:7070"],
@@ -147,7 +148,7 @@ FULL: dict[str, Any] = {
             "c": None,
         },
         "metrics": {"instances": True},
-        "workers": 2,
+        "workers": 1,
         "busy_poll": 20,
         "tracing": {
             "endpoint": "https://collector.example:4318/otlp",
@@ -224,6 +225,7 @@ def test_every_key() -> None:
             namespace="default",
             labels={"zone": "z1"},
             prefer=("node", "zone"),
+            bypass=BypassConfig(cgroup="/sys/fs/cgroup/app.slice"),
             within="zone",
             discovery=DiscoveryClientConfig(
                 urls=(DiscoveryUrl("grpc", "127.0.0.1", 7070), DiscoveryUrl("grpc", "discovery", 7070)),
@@ -327,7 +329,7 @@ def test_every_key() -> None:
             ejection=EjectionConfig(failures=1, time=2.0, max_time=3.0),
             limits=LimitsConfig(connections=1, requests=2, waiting=3),
             metrics=MetricsConfig(instances=True),
-            workers=2,
+            workers=1,
             busy_poll=20,
             tls=TlsConfig(
                 workload_api="unix:///run/agent.sock",
@@ -583,6 +585,11 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             {"discovery": {"bind": ["127.0.0.1:1"], "xds_bind": ["127.0.0.1:1"]}},
             "discovery.xds_bind[0]: 127.0.0.1:1 is already the address of discovery.bind[0]",
         ),
+        (
+            {"proxy": {"bypass": {"cgroup": "/c"}, "workers": 2}},
+            "proxy.bypass: takes proxy.workers: 1; each worker would have a list of its own",
+        ),
+        ({"proxy": {"bypass": {}}}, "proxy.bypass: has no 'cgroup'"),
         ({"discovery": {"xds_prefer": []}}, "discovery.xds_prefer: is empty; at least one label key, such as node"),
         (
             {"discovery": {"xds_prefer": ["node", "node"]}},

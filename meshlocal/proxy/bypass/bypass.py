@@ -1,0 +1,218 @@
+"""Keeps the kernel's lists as the pickers have them, whatever changes: within one turn of the loop (B1, B2)."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import trio
+
+from meshlocal.client.services import ServiceState, ServiceTable
+from meshlocal.net.blocking import BlockedError, Blocking
+from meshlocal.net.log import get_log
+from meshlocal.policy.addresses import format_host_port
+from meshlocal.policy.bypass import WHY_NOT, Decision, NoBypass, decide
+from meshlocal.policy.model import HostPort, ServiceKey
+from meshlocal.proxy.bypass.kernel import SLOTS, Counts, Kernel
+from meshlocal.proxy.listeners import Listener
+
+_log = get_log(__name__)
+
+KERNEL_LIMIT = 30.0
+"""Seconds that it may take to load the program."""
+
+
+class Lists(Protocol):
+    """What the bypass needs of `Kernel`."""
+
+    def set(self, listener: HostPort, instances: tuple[HostPort, ...]) -> None:
+        """See `Kernel.set`."""
+        ...
+
+    def remove(self, listener: HostPort) -> None:
+        """See `Kernel.remove`."""
+        ...
+
+    def forget(self, listener: HostPort) -> None:
+        """See `Kernel.forget`."""
+        ...
+
+    def counts(self, listener: HostPort) -> Counts:
+        """See `Kernel.counts`."""
+        ...
+
+    def close(self) -> None:
+        """See `Kernel.close`."""
+        ...
+
+
+class Bypassed(NamedTuple):
+    """One address of a listener, as the bypass has it.
+
+    Attributes:
+        listener: its address and port.
+        service: that it is for.
+        instances: where connects go in turn; none: to the proxy.
+        why_not: why they do.
+    """
+
+    listener: HostPort
+    service: ServiceKey
+    instances: tuple[HostPort, ...]
+    why_not: NoBypass | None
+
+
+class Bypass:
+    """The bypass of one proxy.
+
+    Args:
+        cgroup: the folder of the cgroup whose processes' connects are looked at.
+        services: what their pickers say is what counts.
+        listeners: the current ones.
+        load: makes the kernel's part.
+
+    Attributes:
+        problem: why there is none; None: there is, or it was not tried yet.
+    """
+
+    def __init__(
+        self,
+        cgroup: str,
+        services: ServiceTable,
+        listeners: Callable[[], Iterable[Listener]],
+        load: Callable[[str], Lists] = Kernel,
+    ) -> None:
+        self._cgroup = cgroup
+        self._services = services
+        self._listeners = listeners
+        self._load = load
+        self._kernel: Lists | None = None
+        self._files = Blocking(limit=KERNEL_LIMIT)
+        self._wake = trio.Event()
+        self._now: dict[HostPort, Bypassed] = {}
+        self._said: dict[HostPort, object] = {}
+        self.problem: str | None = None
+        services.on_refit = self.wake
+
+    def wake(self) -> None:
+        """Look again, in the next turn of the loop."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keep the lists until cancelled; then connects are the proxy's alone. Without the kernel's consent, say so."""
+        try:
+            kernel = await self._files.run(self._load, self._cgroup)
+        except (OSError, BlockedError) as error:
+            self.problem = str(error)
+            _log.warning("no bypass; the proxy serves without", cgroup=self._cgroup, problem=self.problem)
+            await trio.sleep_forever()
+        self.problem = None
+        self._kernel = kernel
+        try:
+            _log.info("bypass is attached", cgroup=self._cgroup)
+            while True:
+                self._wake = trio.Event()
+                again = self.look(trio.current_time())
+                with trio.move_on_after(again):
+                    await self._wake.wait()
+        finally:
+            self._kernel = None
+            self._now.clear()
+            kernel.close()
+
+    def look(self, now: float) -> float:
+        """Bring the lists up to date; returns the seconds until time alone may change one."""
+        kernel = self._kernel
+        assert kernel is not None
+        again = math.inf
+        found: dict[HostPort, Bypassed] = {}
+        for listener in self._listeners():
+            if listener.service is None or (state := self._services.get(listener.service)) is None:
+                continue
+            for place in _places(listener):
+                decision = self._decide(listener, state, place, now)
+                if decision.instances:
+                    decision = self._list(kernel, place, decision)
+                elif place in self._now and self._now[place].instances:
+                    kernel.remove(place)
+                again = min(again, decision.again if decision.again is not None else math.inf)
+                found[place] = Bypassed(place, listener.service, decision.instances, decision.why_not)
+                self._say(found[place])
+        for gone in self._now.keys() - found.keys():
+            kernel.forget(gone)
+            self._said.pop(gone, None)
+        self._now = found
+        return again
+
+    def _decide(self, listener: Listener, state: ServiceState, place: HostPort, now: float) -> Decision:
+        config = self._services.config
+        service = config.service(state.key)
+        if listener.configured.scheme != "tcp":
+            return Decision((), NoBypass.KIND)
+        if ipaddress.ip_address(place[0]).is_unspecified:
+            return Decision((), NoBypass.ADDRESS)
+        if state.security is not None:
+            return Decision((), NoBypass.TLS)
+        if service.spill is not None:
+            return Decision((), NoBypass.SPILL)
+        if service.limits != type(service.limits)() or config.limits != type(config.limits)():
+            return Decision((), NoBypass.LIMITS)
+        return decide(state.picker, state.fitness.health, now, place, is_own, SLOTS)
+
+    def _list(self, kernel: Lists, place: HostPort, decision: Decision) -> Decision:
+        before = self._now.get(place)
+        if before is not None and before.instances == decision.instances:
+            return decision
+        try:
+            kernel.set(place, decision.instances)
+        except OSError as error:
+            _log.error("bypass of a listener failed", listener=format_host_port(*place), problem=str(error))
+            kernel.remove(place)
+            return Decision((), NoBypass.KERNEL)
+        return decision
+
+    def _say(self, bypassed: Bypassed) -> None:
+        """Note what changed, for people; not of each instance."""
+        told = bypassed.why_not or True
+        if self._said.get(bypassed.listener) == told:
+            return
+        self._said[bypassed.listener] = told
+        listener, service = format_host_port(*bypassed.listener), bypassed.service
+        if bypassed.why_not is None:
+            instances = ",".join(format_host_port(*place) for place in bypassed.instances)
+            _log.info("listener is bypassed", listener=listener, service=service, instances=instances)
+        else:
+            _log.info("listener is not bypassed", listener=listener, service=service, problem=WHY_NOT[bypassed.why_not])
+
+    def listed(self, service: ServiceKey | None = None) -> Iterator[Bypassed]:
+        """The listeners' addresses, of a service or of all."""
+        return (each for each in self._now.values() if service is None or each.service == service)
+
+    def counts(self) -> Iterator[tuple[ServiceKey, Counts]]:
+        """What was counted at each of them, with its service."""
+        if self._kernel is not None:
+            for each in self._now.values():
+                yield each.service, self._kernel.counts(each.listener)
+
+
+def is_own(host: str) -> bool:
+    """Whether an address is one of this network namespace's own."""
+    parsed = ipaddress.ip_address(host)
+    if parsed.is_loopback:
+        return True
+    with socket.socket(socket.AF_INET6 if parsed.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _places(listener: Listener) -> Iterator[HostPort]:
+    for sock in listener.sockets:
+        if sock.fileno() >= 0:
+            host, port, *_ = sock.getsockname()
+            yield host, port

@@ -1,0 +1,291 @@
+"""The lists in the kernel are as the pickers have them, whatever changes (B1, B2, P1, S2)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from meshlocal.client.services import ServiceTable
+from meshlocal.net.listen import open_tcp_listeners
+from meshlocal.policy import model
+from meshlocal.policy.addresses import ListenAddress
+from meshlocal.policy.bypass import NoBypass
+from meshlocal.policy.config import ProxyConfig, ServiceConfig
+from meshlocal.policy.config_health import EjectionConfig, LimitsConfig
+from meshlocal.policy.locality import Locality
+from meshlocal.policy.model import Conditions, Instance, ServiceKey, ServiceSnapshot, make_instance
+from meshlocal.proxy.bypass.bypass import Bypass, is_own
+from meshlocal.proxy.bypass.kernel import Counts
+from meshlocal.proxy.listeners import Listener
+
+B, C = ServiceKey("b"), ServiceKey("c")
+ONE, TWO = (make_instance("127.0.0.1", port, labels={"node": "n1"}) for port in (9001, 9002))
+FAR = make_instance("10.9.9.9", 9000, labels={"node": "n2"})
+
+
+class FakeKernel:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.lists: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
+        self.told: list[tuple[str, tuple[str, int]]] = []
+        self.closed = False
+        self.full = False
+
+    def set(self, listener: tuple[str, int], instances: tuple[tuple[str, int], ...]) -> None:
+        if self.full:
+            raise OSError("no room")
+        self.told.append(("set", listener))
+        self.lists[listener] = instances
+
+    def remove(self, listener: tuple[str, int]) -> None:
+        self.told.append(("remove", listener))
+        self.lists.pop(listener, None)
+
+    def forget(self, listener: tuple[str, int]) -> None:
+        self.told.append(("forget", listener))
+        self.lists.pop(listener, None)
+
+    def counts(self, listener: tuple[str, int]) -> Counts:
+        return Counts(dict.fromkeys(self.lists.get(listener, ()), 3), 2)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class World:
+    """A table of services, listeners, and a bypass over them."""
+
+    def __init__(self, stack: ExitStack, *listen: str, **config: Any) -> None:
+        self._stack = stack
+        self._versions = itertools.count()
+        self.kernel = FakeKernel()
+        self.config = self._configured(listen, config)
+        self.table = ServiceTable(self.config, Locality({"node": "n1"}), random.Random(0))
+        self.listeners: list[Listener] = []
+        self._listen()
+        self.bypass = Bypass("cgroup", self.table, lambda: self.listeners, self._load)
+        self.problem: Exception | None = None
+
+    def _load(self, cgroup: str) -> FakeKernel:
+        if self.problem is not None:
+            raise self.problem
+        return self.kernel
+
+    @staticmethod
+    def _configured(listen: tuple[str, ...], config: dict[str, Any]) -> ProxyConfig:
+        return ProxyConfig(listen=tuple(map(ListenAddress.parse, listen)), **config)
+
+    def _listen(self) -> None:
+        for configured in self.config.listen:
+            sockets = open_tcp_listeners(configured.host, configured.port)
+            for sock in sockets:
+                self._stack.callback(sock.close)
+            service = ServiceKey(configured.service) if configured.service is not None else None
+            self.listeners.append(Listener(configured, service, sockets))
+
+    async def begin(self, nursery: trio.Nursery) -> None:
+        """Run the bypass, which loads its program in a thread."""
+        nursery.start_soon(self.bypass.run)
+        with trio.fail_after(1000):
+            while not list(self.bypass.listed()) and self.bypass.problem is None:  # noqa: ASYNC110 - a thread does it
+                await trio.sleep(0.001)
+        await wait_all_tasks_blocked()
+
+    def place(self, position: int = 0) -> tuple[str, int]:
+        found: tuple[str, int] = self.listeners[position].sockets[0].getsockname()[:2]
+        return found
+
+    def publish(self, *instances: Instance, service: ServiceKey = B) -> None:
+        by_key = model.index(instances)
+        self.table.publish(ServiceSnapshot(service, str(next(self._versions)), by_key))
+
+    @property
+    def listed(self) -> list[int]:
+        """The ports in the first listener's list."""
+        return [port for _, port in self.kernel.lists.get(self.place(), ())]
+
+    @property
+    def why_not(self) -> NoBypass | None:
+        [found] = [each for each in self.bypass.listed() if each.listener == self.place()]
+        return found.why_not
+
+
+Make = Callable[..., World]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    with ExitStack() as stack:
+        yield lambda *listen, **config: World(stack, *(listen or ("tcp://127.0.0.1:0=b",)), **config)
+
+
+async def test_lists_follow_snapshots_within_a_turn(make: Make, nursery: trio.Nursery) -> None:
+    world = make()
+    await world.begin(nursery)
+    assert (world.listed, world.why_not) == ([], NoBypass.NO_SNAPSHOT)
+    world.publish(ONE, TWO, FAR)
+    await wait_all_tasks_blocked()
+    assert (world.listed, world.why_not) == ([9001, 9002], None)
+    world.publish(ONE, make_instance("127.0.0.1", 9002, labels={"node": "n1"}, conditions=Conditions(ready=False)))
+    await wait_all_tasks_blocked()
+    assert world.listed == [9001]
+    world.publish(FAR)
+    await wait_all_tasks_blocked()
+    assert (world.listed, world.why_not) == ([], NoBypass.NO_LOCAL)
+    # What stays as it is is not written again.
+    told = len(world.kernel.told)
+    world.publish(FAR, make_instance("10.9.9.8", 9000))
+    await wait_all_tasks_blocked()
+    assert len(world.kernel.told) == told
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_is_ejected_leaves_at_once_and_comes_back_by_a_trial(
+    make: Make, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """H1: when it is due, connects reach the proxy; whoever is admitted then is in the list again."""
+    world = make(ejection=EjectionConfig(failures=1, time=5.0))
+    world.publish(ONE, TWO)
+    await world.begin(nursery)
+    fitness = world.table[B].fitness
+    fitness.failed(ONE, "refused")
+    await wait_all_tasks_blocked()
+    assert world.listed == [9002]
+    await trio.sleep(6)
+    assert (world.listed, world.why_not) == ([], NoBypass.TRIAL)
+    plan = world.table[B].plan()
+    assert plan is not None
+    plan.next()
+    plan.next()
+    await wait_all_tasks_blocked()
+    fitness.worked(ONE)
+    await wait_all_tasks_blocked()
+    assert world.listed == [9001, 9002]
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("listen", "config", "why_not"),
+    [
+        ("tcp://127.0.0.1:0=b", {"services": {B: ServiceConfig(spill=4)}}, NoBypass.SPILL),
+        ("tcp://127.0.0.1:0=b", {"services": {B: ServiceConfig(limits=LimitsConfig(requests=4))}}, NoBypass.LIMITS),
+        ("tcp://127.0.0.1:0=b", {"limits": LimitsConfig(connections=4)}, NoBypass.LIMITS),
+        ("tcp://0.0.0.0:0=b", {}, NoBypass.ADDRESS),
+        ("http://127.0.0.1:0=b", {}, NoBypass.KIND),
+        ("tls://127.0.0.1:0=b", {}, NoBypass.KIND),
+    ],
+)
+async def test_what_the_proxy_must_see_is_not_bypassed(
+    make: Make, nursery: trio.Nursery, listen: str, config: dict[str, Any], why_not: NoBypass
+) -> None:
+    world = make(listen, **config)
+    world.publish(ONE)
+    await world.begin(nursery)
+    assert (world.listed, world.why_not) == ([], why_not)
+    nursery.cancel_scope.cancel()
+
+
+async def test_tls_to_the_instances_is_not_bypassed(make: Make, nursery: trio.Nursery) -> None:
+    world = make()
+    world.publish(ONE)
+    await world.begin(nursery)
+    assert world.listed == [9001]
+    world.table[B].security = object()  # type: ignore[assignment]  # whatever it is
+    world.table[B].refit()
+    await wait_all_tasks_blocked()
+    assert (world.listed, world.why_not) == ([], NoBypass.TLS)
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_reload_is_followed(make: Make, nursery: trio.Nursery) -> None:
+    """S2: another service at a listener, another policy, a listener less."""
+    world = make("tcp://127.0.0.1:0=b", "tcp://127.0.0.1:0=c")
+    world.publish(ONE)
+    world.publish(TWO, service=C)
+    await world.begin(nursery)
+    first, second = world.place(0), world.place(1)
+    assert world.kernel.lists == {first: (("127.0.0.1", 9001),), second: (("127.0.0.1", 9002),)}
+    world.listeners[0].service = C
+    world.bypass.wake()
+    await wait_all_tasks_blocked()
+    assert world.kernel.lists[first] == (("127.0.0.1", 9002),)
+    del world.listeners[1]
+    config = ProxyConfig(listen=world.config.listen, services={C: ServiceConfig(spill=1)})
+    world.table.reconfigure(config, world.table.locality)
+    await wait_all_tasks_blocked()
+    assert world.kernel.lists == {}
+    assert ("forget", second) in world.kernel.told
+    nursery.cancel_scope.cancel()
+
+
+async def test_both_addresses_of_localhost(make: Make, nursery: trio.Nursery) -> None:
+    """Each has the instances of its family, or none."""
+    world = make("tcp://localhost:0=b")
+    world.publish(ONE)
+    await world.begin(nursery)
+    assert {each.listener[0]: each.why_not for each in world.bypass.listed(B)} == {
+        "127.0.0.1": None,
+        **({"::1": NoBypass.FAMILY} if len(world.listeners[0].sockets) == 2 else {}),
+    }
+    assert list(world.bypass.listed(C)) == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_without_the_kernels_consent_the_proxy_serves_without(
+    make: Make, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P1: it is said, and nothing else happens."""
+    world = make()
+    world.problem = OSError(1, "cannot make a map: Operation not permitted")
+    await world.begin(nursery)
+    assert "Operation not permitted" in (world.bypass.problem or "")
+    assert "no bypass; the proxy serves without" in caplog.text
+    world.publish(ONE)
+    await wait_all_tasks_blocked()
+    assert (list(world.bypass.listed()), list(world.bypass.counts())) == ([], [])
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_full_table_costs_one_listener_its_bypass(
+    make: Make, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make()
+    world.publish(ONE)
+    world.kernel.full = True
+    await world.begin(nursery)
+    assert (world.listed, world.why_not) == ([], NoBypass.KERNEL)
+    assert "bypass of a listener failed" in caplog.text
+    world.kernel.full = False
+    world.bypass.wake()
+    await wait_all_tasks_blocked()
+    assert world.listed == [9001]
+    nursery.cancel_scope.cancel()
+
+
+async def test_it_ends_with_its_task(make: Make) -> None:
+    world = make()
+    world.publish(ONE)
+    async with trio.open_nursery() as nursery:
+        await world.begin(nursery)
+        assert [(service, counts.missed) for service, counts in world.bypass.counts()] == [(B, 2)]
+        nursery.cancel_scope.cancel()
+    assert world.kernel.closed
+    assert (list(world.bypass.listed()), list(world.bypass.counts())) == ([], [])
+    # Whatever changes from now on is nothing to it.
+    world.publish(TWO)
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("192.0.2.1", False), ("2001:db8::1", False)],
+)
+def test_which_addresses_are_own(host: str, own: bool) -> None:
+    assert is_own(host) is own

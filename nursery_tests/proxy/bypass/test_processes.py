@@ -1,0 +1,198 @@
+"""A proxy, its instances and their clients, as processes within a cgroup (B1, B2, A2, H1)."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nursery_tests.e2e.running import Place, Processes, Program
+from nursery_tests.ports import free_port
+from nursery_tests.proxy.bypass.parts import Connects, connecting
+
+LIMIT = 20.0
+
+
+class World:
+    """A proxy on n1 with a listener for b, whose instances stand in a file."""
+
+    def __init__(self, processes: Processes, cgroup: Path) -> None:
+        self.processes = processes
+        self.cgroup = cgroup
+        self.port, self.admin = free_port(), free_port()
+        self.ports = [free_port() for _ in range(3)]
+        self.running: dict[str, Program] = {}
+        self.proxy: Program
+
+    def write(self, *names: str, far: tuple[str, int] | None = None) -> None:
+        """The registry has these instances, `i0` to `i2`, all on n1; and one on n2."""
+        lines = [
+            f"    - {{address: 127.0.0.1, port: {self.ports[int(name[1])]}, labels: {{node: n1}}}}" for name in names
+        ]
+        if far is not None:
+            lines.append(f"    - {{address: {far[0]}, port: {far[1]}, labels: {{node: n2}}}}")
+        body = "\n".join(["services:", "  b:", *lines]) if lines else "services: {b: []}"
+        self.processes.write("instances.yaml", f"{body}\n")
+
+    async def instance(self, name: str) -> Program:
+        started = self.running[name] = await self.processes.instance(name, "127.0.0.1", self.ports[int(name[1])])
+        return started
+
+    async def start(self, **env: str) -> None:
+        listen = ("--listen", f"tcp://127.0.0.1:{self.port}=b", "--admin", f"127.0.0.1:{self.admin}")
+        environment = {"NODE_NAME": "n1", "MESHLOCAL_PROXY__BYPASS__CGROUP": str(self.cgroup), **env}
+        self.proxy = await self.processes.meshlocal(
+            "proxy", "--discovery", "file:instances.yaml", *listen, "--log-format", "text", env=environment
+        )
+        await self.proxy.printed("meshlocal proxy ready", "out")
+
+    async def bypassed(self, active: bool = True) -> None:
+        """Wait until connects pass the proxy by, or do not."""
+        await Place().measured(self.admin, lambda found: found("bypass_active") == float(active))
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery, tmp_path: Path, cgroup: Path) -> Any:
+    return World(Processes(nursery, tmp_path), cgroup)
+
+
+@pytest.fixture
+def clients(world: World) -> Iterator[Any]:
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(connecting(world.cgroup, ("127.0.0.1", world.port)))
+
+
+async def order(client: Connects, text: str) -> dict[str, int]:
+    return await trio.to_thread.run_sync(client.order, text)
+
+
+async def test_connects_go_round_and_are_counted(world: World, clients: Any, nursery: trio.Nursery) -> None:
+    """B2, in metrics and in what `explain` says; the proxy sees none of them."""
+    for name in ("i0", "i1"):
+        await world.instance(name)
+    world.write("i0", "i1")
+    await world.start()
+    await world.bypassed()
+    client = clients()
+    assert await order(client, "connect 1000") == {"i0": 500, "i1": 500}
+    metrics = await Place().metrics(world.admin)
+    for port in world.ports[:2]:
+        labels = {"service": "b", "tier": "node", "via": "bypass", "instance": f"127.0.0.1:{port}"}
+        assert metrics("bypassed_connects_total", **labels) == 500
+    assert metrics("bypass_missed_total") == 0
+    assert metrics("requests_total") == 0
+    _, told = await Place().get(world.admin, "/explain?service=b")
+    assert '"why_not":null' in told
+    explained = await world.processes.meshlocal("explain", "b", "--proxy", f"127.0.0.1:{world.admin}")
+    await explained.exited()
+    assert f"bypassed: connects to 127.0.0.1:{world.port} go to 127.0.0.1:" in explained.out
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_kill_under_load_fails_only_what_was_there(world: World, clients: Any, nursery: trio.Nursery) -> None:
+    """What was established or queued at that moment ends with the instance; every other connect is served."""
+    for name in ("i0", "i1"):
+        await world.instance(name)
+    world.write("i0", "i1")
+    await world.start()
+    await world.bypassed()
+    client = clients()
+    await order(client, "start 8")
+    for name in ("i0", "i1"):
+        await trio.sleep(0.3)
+        await world.running[name].killed()
+        await trio.sleep(0.3)
+        await world.instance(name)
+    counts = await order(client, "stop")
+    served = counts.pop("i0") + counts.pop("i1")
+    # Each of eight clients had one connection at the moment of either kill.
+    assert sum(counts.values()) <= 16, counts
+    assert served > 200
+    nursery.cancel_scope.cancel()
+
+
+async def test_flapping_costs_only_what_was_there(world: World, clients: Any, nursery: trio.Nursery) -> None:
+    await world.instance("i1")
+    world.write("i0", "i1")
+    await world.start()
+    await world.bypassed()
+    client = clients()
+    await order(client, "start 4")
+    flaps = 10
+    for _ in range(flaps):
+        flapping = await world.instance("i0")
+        await trio.sleep(0.05)
+        await flapping.killed()
+        await trio.sleep(0.05)
+    counts = await order(client, "stop")
+    served = counts.pop("i0", 0) + counts.pop("i1")
+    assert sum(counts.values()) <= 4 * flaps, counts
+    assert served > 200
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_registry_and_failover_rule_as_ever(world: World, clients: Any, nursery: trio.Nursery) -> None:
+    """Not ready, gone, none left: connects reach the proxy, which goes to the other node; back: back."""
+    for name in ("i0", "i1", "i2"):
+        await world.instance(name)
+    far = ("127.0.0.1", world.ports[2])
+    world.write("i0", "i1", far=far)
+    await world.start()
+    await world.bypassed()
+    client = clients()
+    assert await order(client, "connect 20") == {"i0": 10, "i1": 10}
+    world.write("i1", far=far)
+    await Place().measured(world.admin, lambda found: found("instances", service="b", tier="node") == 1)
+    assert await order(client, "connect 20") == {"i1": 20}
+    world.write(far=far)
+    await world.bypassed(active=False)
+    assert await order(client, "connect 20") == {"i2": 20}
+    world.write("i0", far=far)
+    await world.bypassed()
+    assert await order(client, "connect 20") == {"i0": 20}
+    # Killed, and still in the registry: the program finds nobody listening, and the proxy the next instance.
+    await world.running["i0"].killed()
+    assert await order(client, "connect 20") == {"i2": 20}
+    metrics = await Place().metrics(world.admin)
+    assert metrics("bypass_missed_total") > 0
+    await world.instance("i0")
+    with trio.fail_after(LIMIT):
+        while (await order(client, "connect 5")).keys() != {"i0"}:  # noqa: ASYNC110 - a trial comes with time
+            await trio.sleep(0.1)
+    await world.bypassed()
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_program_goes_with_its_proxy(world: World, clients: Any, nursery: trio.Nursery) -> None:
+    """B1: killed, it leaves nothing behind: connects to its listener are refused; another proxy begins anew."""
+    await world.instance("i0")
+    world.write("i0")
+    await world.start()
+    await world.bypassed()
+    client = clients()
+    assert await order(client, "connect 10") == {"i0": 10}
+    await world.proxy.killed()
+    assert await order(client, "connect 10") == {"ConnectionRefusedError": 10}
+    await world.start()
+    await world.bypassed()
+    assert await order(client, "connect 10") == {"i0": 10}
+    world.proxy.signal(signal.SIGTERM)
+    assert await world.proxy.exited() == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_cgroup_that_is_none(world: World, nursery: trio.Nursery) -> None:
+    """The proxy serves without, and says why: in its log, and where it explains."""
+    await world.instance("i0")
+    world.write("i0")
+    await world.start(MESHLOCAL_PROXY__BYPASS__CGROUP="/nowhere")
+    await world.proxy.printed("no bypass; the proxy serves without .*No such file or directory")
+    assert await Place().ask("127.0.0.1", world.port) == "i0"
+    _, told = await Place().get(world.admin, "/explain?service=b")
+    assert "No such file or directory" in told
+    nursery.cancel_scope.cancel()
