@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class NoBypass(StrEnum):
     FAMILY = "address_family"
     MANY = "many"
     UNFIT = "unfit"
+    CROWDED = "crowded"
     TRIAL = "trial"
     KERNEL = "kernel"
 
@@ -41,6 +42,7 @@ WHY_NOT = {
     NoBypass.FAMILY: "an instance of the first tier is of another address family than the listener",
     NoBypass.MANY: "the first tier has more instances than a list takes",
     NoBypass.UNFIT: "every instance of the first tier is ejected, or fails its checks",
+    NoBypass.CROWDED: "the accept queue of every instance of the first tier is full",
     NoBypass.TRIAL: "an instance that was ejected is due for its trial, which a request through the proxy makes",
     NoBypass.KERNEL: "the kernel does not take it; see the log",
 }
@@ -62,7 +64,13 @@ class Decision(NamedTuple):
 
 
 def decide(
-    picker: Picker | None, health: Health, now: float, listener: HostPort, is_own: Callable[[str], bool], most: int
+    picker: Picker | None,
+    health: Health,
+    now: float,
+    listener: HostPort,
+    is_own: Callable[[str], bool],
+    most: int,
+    crowded: Collection[HostPort] = (),
 ) -> Decision:
     """Where connects to a listener go (B1).
 
@@ -77,6 +85,7 @@ def decide(
         listener: its address and port.
         is_own: whether an address is one of this network namespace.
         most: instances that a list takes.
+        crowded: instances whose accept queues are full: a connect would wait there for seconds.
     """
     if picker is None:
         return Decision((), NoBypass.NO_SNAPSHOT)
@@ -96,4 +105,16 @@ def decide(
         return Decision((), NoBypass.FAMILY, again)
     if not all(is_own(host) for host, _ in admitted):
         return Decision((), NoBypass.ELSEWHERE, again)
-    return Decision(admitted, None, again)
+    roomy = tuple(place for place in admitted if place not in crowded)
+    return Decision(roomy, None if roomy else NoBypass.CROWDED, again)
+
+
+def is_crowded(waiting: int, most: int, before: bool) -> bool:
+    """Whether an instance's accept queue is full, or has been and is not half empty yet.
+
+    Args:
+        waiting: connections in it.
+        most: for which there is room.
+        before: it was crowded when it was looked at last.
+    """
+    return waiting > most // 2 if before else waiting >= max(most, 1)

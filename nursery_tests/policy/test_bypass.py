@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.bypass import WHY_NOT, NoBypass, decide
+from meshlocal.policy.bypass import WHY_NOT, NoBypass, decide, is_crowded
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.health import Health
 from meshlocal.policy.locality import Locality, Selector
@@ -91,6 +91,33 @@ def test_where_all_are_ejected_the_proxy_goes_on() -> None:
     assert (decision.instances, decision.why_not) == ((), NoBypass.UNFIT)
     fit.checks_failed(A)
     assert decide(picker(at(A)), fit, 1.0, LISTENER, own, 4) == ((), NoBypass.UNFIT, None)
+
+
+def test_whose_accept_queue_is_full_is_left_out() -> None:
+    """A2: the proxy goes on after a quarter of a second, where the kernel would try again after one."""
+    made = picker(at(A), at(B))
+    assert decide(made, health(), 1.0, LISTENER, own, 4, {A}) == ((B,), None, None)
+    assert decide(made, health(), 1.0, LISTENER, own, 4, {A, B}) == ((), NoBypass.CROWDED, None)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "most", "before", "crowded"),
+    [
+        (0, 128, False, False),
+        (127, 128, False, False),
+        (128, 128, False, True),
+        (129, 128, False, True),
+        (128, 128, True, True),
+        (65, 128, True, True),
+        (64, 128, True, False),
+        (0, 0, False, False),
+        (1, 0, False, True),
+        (1, 0, True, True),
+        (0, 0, True, False),
+    ],
+)
+def test_when_a_queue_is_full(waiting: int, most: int, before: bool, crowded: bool) -> None:
+    assert is_crowded(waiting, most, before) is crowded
 
 
 def test_who_is_ejected_elsewhere_does_not_hold_it_up() -> None:

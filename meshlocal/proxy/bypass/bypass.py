@@ -6,6 +6,7 @@ import ipaddress
 import math
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import NamedTuple, Protocol
 
 import trio
@@ -13,13 +14,17 @@ import trio
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
+from meshlocal.net.sock_diag import SocketDiagnosis
 from meshlocal.policy.addresses import format_host_port
-from meshlocal.policy.bypass import WHY_NOT, Decision, NoBypass, decide
+from meshlocal.policy.bypass import WHY_NOT, Decision, NoBypass, decide, is_crowded
 from meshlocal.policy.model import HostPort, ServiceKey
 from meshlocal.proxy.bypass.kernel import SLOTS, Counts, Kernel
 from meshlocal.proxy.listeners import Listener
 
 _log = get_log(__name__)
+
+QUEUES_BUSY, QUEUES_AT_REST = 0.1, 1.0
+"""Seconds between two looks at the instances' accept queues: while there are connects, and while there are none."""
 
 KERNEL_LIMIT = 30.0
 """Seconds that it may take to load the program."""
@@ -94,6 +99,9 @@ class Bypass:
         self._wake = trio.Event()
         self._now: dict[HostPort, Bypassed] = {}
         self._said: dict[HostPort, object] = {}
+        self._diagnosis: SocketDiagnosis | None = None
+        self._crowded: set[HostPort] = set()
+        self._connects = 0
         self.problem: str | None = None
         services.on_refit = self.wake
 
@@ -112,16 +120,39 @@ class Bypass:
         self.problem = None
         self._kernel = kernel
         try:
-            _log.info("bypass is attached", cgroup=self._cgroup)
-            while True:
-                self._wake = trio.Event()
-                again = self.look(trio.current_time())
-                with trio.move_on_after(again):
-                    await self._wake.wait()
+            with closing(SocketDiagnosis()) as self._diagnosis:
+                _log.info("bypass is attached", cgroup=self._cgroup)
+                while True:
+                    self._wake = trio.Event()
+                    again = min(self.look(trio.current_time()), self._look_at_queues())
+                    with trio.move_on_after(again):
+                        await self._wake.wait()
         finally:
             self._kernel = None
             self._now.clear()
             kernel.close()
+
+    def _look_at_queues(self) -> float:
+        """See which instances' accept queues are full; returns the seconds until the next look.
+
+        A connect to one would be tried again by the kernel after seconds, where the proxy goes on after a quarter of
+        one.
+        """
+        assert self._diagnosis is not None
+        places = {place for each in self._now.values() for place in each.instances} | self._crowded
+        if not places:
+            return math.inf
+        crowded = set()
+        for place in places:
+            queue = self._diagnosis.accept_queue(*place)
+            if queue is not None and is_crowded(*queue, place in self._crowded):
+                crowded.add(place)
+        if crowded != self._crowded:
+            self._crowded = crowded
+            self.look(trio.current_time())
+        connects = sum(sum(counts.connects.values()) + counts.missed for _, counts in self.counts())
+        busy, self._connects = bool(crowded) or connects != self._connects, connects
+        return QUEUES_BUSY if busy else QUEUES_AT_REST
 
     def look(self, now: float) -> float:
         """Bring the lists up to date; returns the seconds until time alone may change one."""
@@ -160,7 +191,7 @@ class Bypass:
             return Decision((), NoBypass.SPILL)
         if service.limits != type(service.limits)() or config.limits != type(config.limits)():
             return Decision((), NoBypass.LIMITS)
-        return decide(state.picker, state.fitness.health, now, place, is_own, SLOTS)
+        return decide(state.picker, state.fitness.health, now, place, is_own, SLOTS, self._crowded)
 
     def _list(self, kernel: Lists, place: HostPort, decision: Decision) -> Decision:
         before = self._now.get(place)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,6 +56,13 @@ class World:
     async def bypassed(self, active: bool = True) -> None:
         """Wait until connects pass the proxy by, or do not."""
         await Place().measured(self.admin, lambda found: found("bypass_active") == float(active))
+
+    async def listed(self) -> list[str]:
+        """The instances that connects go to."""
+        _, told = await Place().get(self.admin, "/explain?service=b")
+        [listener] = json.loads(told)["bypass"]["listeners"]
+        found: list[str] = listener["instances"]
+        return found
 
 
 @pytest.fixture
@@ -165,6 +174,35 @@ async def test_the_registry_and_failover_rule_as_ever(world: World, clients: Any
         while (await order(client, "connect 5")).keys() != {"i0"}:  # noqa: ASYNC110 - a trial comes with time
             await trio.sleep(0.1)
     await world.bypassed()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_full_accept_queue_is_gone_past(world: World, clients: Any, nursery: trio.Nursery) -> None:
+    """A2: one that accepts nothing is left out once its queue is full; the other has all, and no connect waits."""
+    await world.instance("i1")
+    world.write("i0", "i1")
+    with ExitStack() as stack:
+        stuck = stack.enter_context(socket.create_server(("127.0.0.1", world.ports[0]), backlog=4))
+        await world.start()
+        await world.bypassed()
+        fill = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", world.ports[0]), timeout=LIMIT))
+            for _ in range(5)
+        ]
+        client = clients()
+        stuck_at = f"127.0.0.1:{world.ports[0]}"
+        with trio.fail_after(LIMIT):
+            while stuck_at in await world.listed():  # noqa: ASYNC110 - the proxy looks once a second
+                await trio.sleep(0.05)
+        assert await order(client, "connect 20") == {"i1": 20}
+        # Once it accepts again, it has its turns.
+        for _ in fill:
+            stuck.accept()[0].close()
+        stuck.close()
+        await world.instance("i0")
+        with trio.fail_after(LIMIT):
+            while (await order(client, "connect 4")).keys() != {"i0", "i1"}:  # noqa: ASYNC110 - the proxy looks
+                await trio.sleep(0.05)
     nursery.cancel_scope.cancel()
 
 
