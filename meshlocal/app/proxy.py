@@ -183,12 +183,12 @@ class ProxyProcess:
         self.stop = Stop()
 
     def _make_bypass(self, config: ProxyConfig) -> Bypass | None:
-        if config.bypass is None:
+        if config.bypass.cgroup is None:
             return None
         # Imported here: a proxy without a bypass holds no code for it.
         from meshlocal.proxy.bypass.bypass import Bypass
 
-        return Bypass(config.bypass.cgroup, self.services, lambda: self.listeners.current)
+        return Bypass(config.bypass.cgroup, self.services, lambda: self.listeners.current, config.bypass.pin)
 
     def _caller(self) -> Caller:
         """What it says of itself to discovery servers."""
@@ -564,7 +564,7 @@ def import_parts(config: ProxyConfig) -> None:
         import meshlocal.proxy.returning
     if config.tracing.endpoint is not None:
         import meshlocal.app.tracing
-    if config.bypass is not None:
+    if config.bypass.cgroup is not None:
         import meshlocal.proxy.bypass.bypass
 
 

@@ -173,6 +173,21 @@ def discovery(
 
 
 @cli.command()
+@click.argument("what", type=click.Choice(["status", "detach"]))
+@click.option("--pin", required=True, metavar="PATH", help="The folder that proxy.bypass.pin names.")
+def bypass(what: str, pin: str) -> int:
+    """Look at a bypass that is pinned, or take it away, with a proxy or without.
+
+    status: where connects to each listener go, and how many went there. detach: they reach the proxy again; if one runs
+    with it, it has no bypass until it is restarted.
+    """
+    from meshlocal.cli import bypass as pinned
+
+    click.echo(pinned.status(pin) if what == "status" else pinned.detach(pin))
+    return 0
+
+
+@cli.command()
 @click.argument("what", type=click.Choice(_LISTS))
 @click.argument("service", required=False)
 @click.option("-w", "--watch", is_flag=True, help="Go on with what is added, changed or removed: of one SERVICE.")

@@ -18,7 +18,8 @@ from typing import Self
 _SYSCALLS = {"x86_64": 321, "aarch64": 280}
 """The number of bpf(2), by machine."""
 
-_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _PROG_LOAD, _LINK_CREATE = 0, 1, 2, 3, 5, 28
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _PIN, _GET = range(8)
+_INFO, _LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 15, 28, 29, 34
 
 HASH, ARRAY = 1, 2
 """Types of maps."""
@@ -39,6 +40,10 @@ _PSEUDO_MAP = 1
 _INSTRUCTION = struct.Struct("<BBhi")
 
 
+_ELSEWHERE = (errno.EPERM, errno.EINVAL)
+"""What the kernel says of a path that is on another file system."""
+
+
 class BpfError(OSError):
     """The kernel refused. The text says what, and why as far as it said."""
 
@@ -56,12 +61,36 @@ def _bpf(command: int, attribute: bytes, what: str) -> int:
     return result
 
 
+def pinned(path: str) -> int:
+    """The descriptor of what is pinned at a path.
+
+    Raises:
+        BpfError: nothing is.
+    """
+    named = ctypes.create_string_buffer(path.encode())
+    return _bpf(_GET, struct.pack("<QII", ctypes.addressof(named), 0, 0), f"cannot open {path}")
+
+
 class _Owned:
     """A descriptor of the kernel's, closed at the end."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         os.set_inheritable(descriptor, False)
+
+    def pin(self, path: str) -> None:
+        """Have it at a path of a BPF file system, so that it stays when nobody has it open.
+
+        Raises:
+            BpfError: it cannot be there.
+        """
+        named = ctypes.create_string_buffer(path.encode())
+        attribute = struct.pack("<QII", ctypes.addressof(named), self.descriptor, 0)
+        try:
+            _bpf(_PIN, attribute, f"cannot pin to {path}")
+        except BpfError as error:
+            hint = "; it must be on a BPF file system, such as /sys/fs/bpf" if error.errno in _ELSEWHERE else ""
+            raise BpfError(error.errno, f"{error.strerror}{hint}") from None
 
     def close(self) -> None:
         """Let it go; what nothing else holds is gone with it."""
@@ -84,15 +113,19 @@ class Map(_Owned):
         key: bytes of a key.
         value: bytes of a value.
         entries: at most; of an array, how many there are.
+        descriptor: of one that is there already, and is of this kind; None: a new one is made.
 
     Raises:
         BpfError: the kernel made none.
     """
 
-    def __init__(self, kind: int, key: int, value: int, entries: int) -> None:
+    def __init__(self, kind: int, key: int, value: int, entries: int, descriptor: int | None = None) -> None:
+        self._key = key
         self._value = value
-        attribute = struct.pack("<5I", kind, key, value, entries, 0)
-        super().__init__(_bpf(_MAP_CREATE, attribute, "cannot make a map"))
+        if descriptor is None:
+            attribute = struct.pack("<5I", kind, key, value, entries, 0)
+            descriptor = _bpf(_MAP_CREATE, attribute, "cannot make a map")
+        super().__init__(descriptor)
 
     def _element(self, command: int, key: bytes, value: ctypes.Array[ctypes.c_char] | None, what: str) -> None:
         named = ctypes.create_string_buffer(key, len(key))
@@ -118,6 +151,22 @@ class Map(_Owned):
                 return None
             raise
         return found.raw
+
+    def keys(self) -> list[bytes]:
+        """The keys that there are. Nobody else may change them meanwhile."""
+        found: list[bytes] = []
+        following = ctypes.create_string_buffer(self._key)
+        while True:
+            before = ctypes.create_string_buffer(found[-1], self._key) if found else None
+            at = ctypes.addressof(before) if before is not None else 0
+            attribute = struct.pack("<IxxxxQQQ", self.descriptor, at, ctypes.addressof(following), 0)
+            try:
+                _bpf(_NEXT_KEY, attribute, "cannot read a map")
+            except BpfError as error:
+                if error.errno == errno.ENOENT:
+                    return found
+                raise
+            found.append(following.raw)
 
     def delete(self, key: bytes) -> None:
         """Have nothing there, whether there was something or not."""
@@ -194,15 +243,50 @@ class Program(_Owned):
 
 
 class Link(_Owned):
-    """A program at a cgroup, for as long as this is open.
+    """A program at a cgroup, for as long as this is open, or pinned."""
 
-    Raises:
-        BpfError: it cannot be there.
-    """
+    @classmethod
+    def to(cls, program: Program, cgroup: int, attach: int) -> Link:
+        """Attach a program.
 
-    def __init__(self, program: Program, cgroup: int, attach: int) -> None:
+        Args:
+            program: which.
+            cgroup: a descriptor of the cgroup's folder.
+            attach: what it is for.
+
+        Raises:
+            BpfError: it cannot be there.
+        """
         attribute = struct.pack("<4I", program.descriptor, cgroup, attach, 0)
-        super().__init__(_bpf(_LINK_CREATE, attribute, "cannot attach to the cgroup"))
+        return cls(_bpf(_LINK_CREATE, attribute, "cannot attach to the cgroup"))
+
+    def cgroup(self) -> int:
+        """The number of the cgroup that it is at; 0: that is gone.
+
+        Raises:
+            BpfError: it is at none.
+        """
+        # struct bpf_link_info: type, id, program, and for a cgroup its number behind them.
+        info = ctypes.create_string_buffer(64)
+        attribute = struct.pack("<IIQ", self.descriptor, len(info), ctypes.addressof(info))
+        _bpf(_INFO, attribute, "cannot look at a link")
+        return int.from_bytes(info.raw[16:24], "little")
+
+    def update(self, program: Program) -> None:
+        """Have another program in the place of the one that is there, in one step.
+
+        Raises:
+            BpfError: it cannot be there; the one before stays.
+        """
+        _bpf(_LINK_UPDATE, struct.pack("<4I", self.descriptor, program.descriptor, 0, 0), "cannot replace the program")
+
+    def detach(self) -> None:
+        """Take the program away, whoever has this open.
+
+        Raises:
+            BpfError: it is not there.
+        """
+        _bpf(_LINK_DETACH, struct.pack("<I", self.descriptor), "cannot detach the program")
 
 
 def netns_cookie() -> int:

@@ -273,9 +273,8 @@ class ProxyConfig(Section, frozen=True):
         Meta(description="A label key: instances that do not share the proxy's value are never used (L6); null: off."),
     ] = None
     bypass: Annotated[
-        BypassConfig | None,
-        Meta(description="Healthy connects to instances of this node that pass the proxy by; null: none."),
-    ] = None
+        BypassConfig, Meta(description="Healthy connects to instances of this node that pass the proxy by.")
+    ] = BypassConfig()
     discovery: Annotated[DiscoveryClientConfig, Meta(description="Where instances come from.")] = (
         DiscoveryClientConfig()
     )

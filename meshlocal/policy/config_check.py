@@ -51,7 +51,9 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
             yield (at, "labels", name), f"empty name, or longer than {MAX_LABEL_LENGTH} characters"
     if len(proxy.labels) > MAX_LABELS:
         yield (at, "labels"), f"{len(proxy.labels)} of them; at most {MAX_LABELS}"
-    if proxy.bypass is not None and proxy.workers > 1:
+    if proxy.bypass.pin is not None and proxy.bypass.cgroup is None:
+        yield (at, "bypass", "pin"), "takes proxy.bypass.cgroup too"
+    if proxy.bypass.cgroup is not None and proxy.workers > 1:
         yield (at, "bypass"), "takes proxy.workers: 1; each worker would have a list of its own"
     if not proxy.prefer:
         yield (at, "prefer"), "is empty; at least one label key, such as node"

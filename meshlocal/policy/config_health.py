@@ -38,13 +38,20 @@ class BypassConfig(Section, frozen=True):
     """Connects to tcp listeners that go straight to an instance of this node, past the proxy (B1)."""
 
     cgroup: Annotated[
-        Name,
+        Name | None,
         Meta(
             description="The folder of a cgroup of version 2, such as /sys/fs/cgroup/app.slice: the connects of its"
-            " processes, and of those below it, are looked at. It takes Linux 5.14, CAP_BPF and CAP_NET_ADMIN; where"
+            " processes, and of those below it, are looked at; null: none are. It takes Linux 5.14, CAP_BPF and CAP_NET_ADMIN; where"
             " these are not, the proxy serves without, and says so."
         ),
-    ]
+    ] = None
+    pin: Annotated[
+        Name | None,
+        Meta(
+            description="A folder of a BPF file system, such as /sys/fs/bpf/meshlocal: the program stays there when the"
+            " proxy ends, so that local traffic goes on while it restarts. null: it ends with the proxy."
+        ),
+    ] = None
 
 
 class HealthCheckConfig(Section, frozen=True):

@@ -41,7 +41,7 @@ FULL: dict[str, Any] = {
         "namespace": "default",
         "labels": {"zone": "z1"},
         "prefer": ["node", "zone"],
-        "bypass": {"cgroup": "/sys/fs/cgroup/app.slice"},
+        "bypass": {"cgroup": "/sys/fs/cgroup/app.slice", "pin": "/sys/fs/bpf/meshlocal"},
         "within": "zone",
         "discovery": {
             "urls": ["grpc://127.0.0.1:7070", "grpc://discovery:7070"],
@@ -225,7 +225,7 @@ def test_every_key() -> None:
             namespace="default",
             labels={"zone": "z1"},
             prefer=("node", "zone"),
-            bypass=BypassConfig(cgroup="/sys/fs/cgroup/app.slice"),
+            bypass=BypassConfig(cgroup="/sys/fs/cgroup/app.slice", pin="/sys/fs/bpf/meshlocal"),
             within="zone",
             discovery=DiscoveryClientConfig(
                 urls=(DiscoveryUrl("grpc", "127.0.0.1", 7070), DiscoveryUrl("grpc", "discovery", 7070)),
@@ -589,7 +589,7 @@ def test_numbers_are_floats_where_they_are_times() -> None:
             {"proxy": {"bypass": {"cgroup": "/c"}, "workers": 2}},
             "proxy.bypass: takes proxy.workers: 1; each worker would have a list of its own",
         ),
-        ({"proxy": {"bypass": {}}}, "proxy.bypass: has no 'cgroup'"),
+        ({"proxy": {"bypass": {"pin": "/p"}}}, "proxy.bypass.pin: takes proxy.bypass.cgroup too"),
         ({"discovery": {"xds_prefer": []}}, "discovery.xds_prefer: is empty; at least one label key, such as node"),
         (
             {"discovery": {"xds_prefer": ["node", "node"]}},

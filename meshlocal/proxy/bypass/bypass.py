@@ -49,6 +49,10 @@ class Lists(Protocol):
         """See `Kernel.counts`."""
         ...
 
+    def adopted(self) -> dict[HostPort, tuple[HostPort, ...]]:
+        """See `Kernel.adopted`."""
+        ...
+
     def close(self) -> None:
         """See `Kernel.close`."""
         ...
@@ -77,6 +81,7 @@ class Bypass:
         cgroup: the folder of the cgroup whose processes' connects are looked at.
         services: what their pickers say is what counts.
         listeners: the current ones.
+        pin: where it stays when the proxy ends, and goes on from; None: it ends with it.
         load: makes the kernel's part.
 
     Attributes:
@@ -88,9 +93,11 @@ class Bypass:
         cgroup: str,
         services: ServiceTable,
         listeners: Callable[[], Iterable[Listener]],
-        load: Callable[[str], Lists] = Kernel,
+        pin: str | None = None,
+        load: Callable[[str, str | None], Lists] = Kernel,
     ) -> None:
         self._cgroup = cgroup
+        self._pin = pin
         self._services = services
         self._listeners = listeners
         self._load = load
@@ -112,13 +119,17 @@ class Bypass:
     async def run(self) -> None:
         """Keep the lists until cancelled; then connects are the proxy's alone. Without the kernel's consent, say so."""
         try:
-            kernel = await self._files.run(self._load, self._cgroup)
+            kernel = await self._files.run(self._load, self._cgroup, self._pin)
         except (OSError, BlockedError) as error:
             self.problem = str(error)
             _log.warning("no bypass; the proxy serves without", cgroup=self._cgroup, problem=self.problem)
             await trio.sleep_forever()
         self.problem = None
         self._kernel = kernel
+        # Of the proxy before this one, if it is pinned: whose they are is not known yet.
+        self._now = {
+            place: Bypassed(place, ServiceKey(""), instances, None) for place, instances in kernel.adopted().items()
+        }
         try:
             with closing(SocketDiagnosis()) as self._diagnosis:
                 _log.info("bypass is attached", cgroup=self._cgroup)
@@ -165,9 +176,14 @@ class Bypass:
                 continue
             for place in _places(listener):
                 decision = self._decide(listener, state, place, now)
+                before = self._now.get(place)
+                if decision.why_not is NoBypass.NO_SNAPSHOT and before is not None and before.instances:
+                    # What the proxy before this one had goes on until there is a word of the service.
+                    found[place] = before._replace(service=listener.service)
+                    continue
                 if decision.instances:
                     decision = self._list(kernel, place, decision)
-                elif place in self._now and self._now[place].instances:
+                elif before is not None and before.instances:
                     kernel.remove(place)
                 again = min(again, decision.again if decision.again is not None else math.inf)
                 found[place] = Bypassed(place, listener.service, decision.instances, decision.why_not)

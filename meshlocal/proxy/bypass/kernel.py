@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib.resources import files
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from meshlocal.net.bpf import (
     ARRAY,
@@ -17,10 +18,12 @@ from meshlocal.net.bpf import (
     INET4_CONNECT,
     INET6_CONNECT,
     SOCK_ADDR,
+    BpfError,
     Link,
     Map,
     Program,
     netns_cookie,
+    pinned,
     with_maps,
 )
 from meshlocal.policy.model import HostPort
@@ -73,29 +76,48 @@ class Kernel:
 
     Args:
         cgroup: the folder of a cgroup of version 2.
+        pin: a folder of a BPF file system, in which it stays when this is closed, with its last lists; one that is
+            there from before is taken over. None: it goes with this.
 
     Raises:
-        OSError: there is no such cgroup, or the kernel refuses; the text says what.
+        OSError: there is no such cgroup, another process has what is pinned, or the kernel refuses; the text says what.
     """
 
-    def __init__(self, cgroup: str) -> None:
+    def __init__(self, cgroup: str, pin: str | None = None) -> None:
         self._listed: dict[HostPort, _Listed] = {}
         self._free: list[int] = list(range(COUNTERS - 1, -1, -1))
         with ExitStack() as opened:
             self._netns = netns_cookie()
-            self._lists = opened.enter_context(Map(HASH, _KEY.size, _LIST.size + SLOTS * _SLOT.size, LISTENERS))
-            self._counters = opened.enter_context(Map(ARRAY, 4, 8, COUNTERS))
+            if pin is not None:
+                opened.callback(os.close, _owned(pin))
+            self._lists, self._counters = (opened.enter_context(each) for each in _maps(pin))
             folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             opened.callback(os.close, folder)
+            self._adopt()
             for name, attach, instructions in _PROGRAMS:
                 code = with_maps(instructions, {_LISTS: self._lists, _COUNTERS: self._counters})
                 program = opened.enter_context(Program(SOCK_ADDR, attach, code, f"ml_{name}", "GPL"))
-                opened.enter_context(Link(program, folder, attach))
+                opened.enter_context(_link(program, folder, attach, None if pin is None else f"{pin}/{name}"))
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Detach it: connects are the proxy's again."""
+        """Let it go: connects are the proxy's again, unless it is pinned."""
         self._opened.close()
+
+    def _adopt(self) -> None:
+        """Go on with the lists that are there."""
+        taken: set[int] = set()
+        for netns, listener, turn, missed, slots in _read_lists(self._lists):
+            numbers = dict(slots)
+            taken |= {turn, missed, *numbers.values()}
+            if netns == self._netns:
+                listed = self._listed[listener] = _Listed(turn, missed)
+                listed.counters = numbers
+        self._free = [number for number in self._free if number not in taken]
+
+    def adopted(self) -> dict[HostPort, tuple[HostPort, ...]]:
+        """The lists of this network namespace that were there from before."""
+        return {listener: tuple(listed.counters) for listener, listed in self._listed.items()}
 
     def set(self, listener: HostPort, instances: Sequence[HostPort]) -> None:
         """Send connects to a listener to the next of these that listens. What was counted before stays.
@@ -159,6 +181,148 @@ class Kernel:
     def _read(self, number: int) -> int:
         found = self._counters.get(number.to_bytes(4, "little"))
         return int.from_bytes(found or b"", "little")
+
+
+_FORMAT = 1
+"""Of the maps' entries: those of another one are not taken over."""
+
+
+def _owned(pin: str) -> int:
+    """Make the folder that things are pinned to, and have it alone; the descriptor that says so."""
+    os.makedirs(pin, 0o700, exist_ok=True)
+    folder = os.open(pin, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(folder)
+        raise OSError(f"another proxy has {pin}") from None
+    return folder
+
+
+def _maps(pin: str | None) -> Iterator[Map]:
+    """The lists and the counters: those that are pinned, or new ones, which then are."""
+    for name, kind, key, value, entries in _MAPS:
+        path = None if pin is None else f"{pin}/{name}-{_FORMAT}"
+        if path is not None and os.path.exists(path):
+            yield Map(kind, key, value, entries, pinned(path))
+            continue
+        made = Map(kind, key, value, entries)
+        if path is not None:
+            try:
+                made.pin(path)
+            except BaseException:
+                made.close()
+                raise
+        yield made
+
+
+_MAPS = (
+    ("lists", HASH, _KEY.size, _LIST.size + SLOTS * _SLOT.size, LISTENERS),
+    ("counters", ARRAY, 4, 8, COUNTERS),
+)
+
+
+def _link(program: Program, cgroup: int, attach: int, pin: str | None) -> Link:
+    """The program at the cgroup: in the place of the one that is pinned, if one is."""
+    if pin is not None and os.path.exists(pin):
+        link = Link(pinned(pin))
+        try:
+            # A cgroup's number is that of its folder.
+            if link.cgroup() == os.fstat(cgroup).st_ino:
+                link.update(program)
+                return link
+            link.detach()
+        except BpfError:
+            # The cgroup that it was at is gone, and it with it.
+            pass
+        link.close()
+        os.unlink(pin)
+    link = Link.to(program, cgroup, attach)
+    if pin is not None:
+        try:
+            link.pin(pin)
+        except BaseException:
+            link.close()
+            raise
+    return link
+
+
+_Slots: TypeAlias = "list[tuple[HostPort, int]]"
+
+
+def _read_lists(lists: Map) -> Iterator[tuple[int, HostPort, int, int, _Slots]]:
+    """Network namespace, listener, the counters of turns and of what was missed, and instances with their counters."""
+    for key in lists.keys():  # noqa: SIM118 - it is no mapping
+        value = lists.get(key)
+        if value is None:
+            continue
+        netns, address, port, _ = _KEY.unpack(key)
+        length, turn, missed, _ = _LIST.unpack_from(value)
+        slots = []
+        for position in range(min(length, SLOTS)):
+            host, instance_port, number = _SLOT.unpack_from(value, _LIST.size + position * _SLOT.size)
+            slots.append(((_host(host), socket.ntohs(instance_port)), number))
+        yield netns, (_host(address), socket.ntohs(port)), turn, missed, slots
+
+
+class Pinned(NamedTuple):
+    """A list that is pinned.
+
+    Attributes:
+        here: it is of this network namespace.
+        listener: whose it is.
+        counts: of its instances, and of what found none.
+    """
+
+    here: bool
+    listener: HostPort
+    counts: Counts
+
+
+def read_pinned(pin: str) -> list[Pinned]:
+    """What is pinned in a folder.
+
+    Raises:
+        OSError: nothing is, or it may not be read.
+    """
+    with ExitStack() as opened:
+        lists, counters = (
+            opened.enter_context(Map(kind, key, value, entries, pinned(f"{pin}/{name}-{_FORMAT}")))
+            for name, kind, key, value, entries in _MAPS
+        )
+
+        def read(number: int) -> int:
+            return int.from_bytes(counters.get(number.to_bytes(4, "little")) or b"", "little")
+
+        netns = netns_cookie()
+        return [
+            Pinned(where == netns, listener, Counts({place: read(number) for place, number in slots}, read(missed)))
+            for where, listener, _, missed, slots in _read_lists(lists)
+        ]
+
+
+def detach_pinned(pin: str) -> None:
+    """Take away what is pinned in a folder, and the folder. Whoever runs with it is left without a bypass.
+
+    Raises:
+        OSError: it is not there, or may not be taken away.
+    """
+    for name, _, _ in _PROGRAMS:
+        path = f"{pin}/{name}"
+        if os.path.exists(path):
+            with Link(pinned(path)) as link:
+                link.detach()
+            os.unlink(path)
+    for name, *_ in _MAPS:
+        path = f"{pin}/{name}-{_FORMAT}"
+        if os.path.exists(path):
+            os.unlink(path)
+    os.rmdir(pin)
+
+
+def _host(packed: bytes) -> str:
+    address = ipaddress.IPv6Address(packed)
+    return str(address.ipv4_mapped or address)
 
 
 def _address(host: str) -> bytes:

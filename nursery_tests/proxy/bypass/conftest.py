@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nursery_tests.proxy.bypass.parts import cgroup2
+
+
+@pytest.fixture
+def bpffs(root: None, program: Callable[[str], str], tmp_path: Path) -> Iterator[Path]:
+    """A BPF file system."""
+    made = tmp_path / "bpf"
+    made.mkdir()
+    subprocess.run([program("mount"), "-t", "bpf", "bpf", str(made)], check=True)
+    yield made
+    subprocess.run([program("umount"), "--lazy", str(made)], check=True)
 
 
 @pytest.fixture

@@ -56,6 +56,9 @@ class FakeKernel:
     def counts(self, listener: tuple[str, int]) -> Counts:
         return Counts(dict.fromkeys(self.lists.get(listener, ()), 3), 2)
 
+    def adopted(self) -> dict[tuple[str, int], tuple[tuple[str, int], ...]]:
+        return dict(self.lists)
+
     def close(self) -> None:
         self.closed = True
 
@@ -71,10 +74,10 @@ class World:
         self.table = ServiceTable(self.config, Locality({"node": "n1"}), random.Random(0))
         self.listeners: list[Listener] = []
         self._listen()
-        self.bypass = Bypass("cgroup", self.table, lambda: self.listeners, self._load)
+        self.bypass = Bypass("cgroup", self.table, lambda: self.listeners, load=self._load)
         self.problem: Exception | None = None
 
-    def _load(self, cgroup: str) -> FakeKernel:
+    def _load(self, cgroup: str, pin: str | None) -> FakeKernel:
         if self.problem is not None:
             raise self.problem
         return self.kernel
@@ -223,6 +226,22 @@ async def test_a_reload_is_followed(make: Make, nursery: trio.Nursery) -> None:
     await wait_all_tasks_blocked()
     assert world.kernel.lists == {}
     assert ("forget", second) in world.kernel.told
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_was_there_before_goes_on_until_there_is_a_word(make: Make, nursery: trio.Nursery) -> None:
+    """The stated exception of B1: of a pinned program. What is nobody's any more is forgotten."""
+    world = make()
+    stranger = ("127.0.0.9", 1)
+    world.kernel.lists = {world.place(): (("127.0.0.1", 9007),), stranger: (("127.0.0.1", 9008),)}
+    await world.begin(nursery)
+    assert world.kernel.lists == {world.place(): (("127.0.0.1", 9007),)}
+    assert world.kernel.told == [("forget", stranger)]
+    [found] = world.bypass.listed(B)
+    assert (found.instances, found.why_not) == ((("127.0.0.1", 9007),), None)
+    world.publish(ONE)
+    await wait_all_tasks_blocked()
+    assert world.listed == [9001]
     nursery.cancel_scope.cancel()
 
 

@@ -16,7 +16,7 @@ import pytest
 import meshlocal.proxy.bypass.kernel as kernel_module
 from meshlocal.net import bpf
 from meshlocal.net.bpf import ARRAY, HASH, INET4_CONNECT, SOCK_ADDR, BpfError, Map, Program, with_maps
-from meshlocal.proxy.bypass.kernel import SLOTS, Kernel
+from meshlocal.proxy.bypass.kernel import SLOTS, Kernel, detach_pinned, read_pinned
 from nursery_tests.proxy.bypass.parts import connecting
 
 FOLDER = Path(kernel_module.__file__).parent
@@ -324,3 +324,81 @@ def test_a_kernel_that_tells_no_namespaces_apart(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bpf, "_SO_NETNS_COOKIE", 9999)
     with pytest.raises(BpfError, match=r"it takes Linux 5\.14"):
         bpf.netns_cookie()
+
+
+def test_what_is_pinned_goes_on_and_is_taken_over(cgroup: Path, bpffs: Path, serve: Serve) -> None:
+    """B1's exception: nobody has it open, and connects go where its last lists say; the next one counts on."""
+    proxy, a, b = serve("proxy"), serve("a"), serve("b")
+    pin = str(bpffs / "meshlocal")
+    first = Kernel(str(cgroup), pin)
+    assert first.adopted() == {}
+    first.set(proxy.place, [a.place, b.place])
+    with pytest.raises(OSError, match=f"another proxy has {pin}"):
+        Kernel(str(cgroup), pin)
+    with connecting(cgroup, proxy.place) as client:
+        assert client.order("connect 10") == {"a": 5, "b": 5}
+        first.close()
+        assert client.order("connect 10") == {"a": 5, "b": 5}
+        second = Kernel(str(cgroup), pin)
+        assert second.adopted() == {proxy.place: (a.place, b.place)}
+        assert client.order("connect 10") == {"a": 5, "b": 5}
+        assert second.counts(proxy.place) == ({a.place: 15, b.place: 15}, 0)
+        second.set(proxy.place, [b.place])
+        assert client.order("connect 10") == {"b": 10}
+        # Counters of what was taken over are not given to others.
+        other = ("127.0.0.9", 80)
+        second.set(other, [("127.0.0.9", port) for port in range(1, 10)])
+        assert second.counts(proxy.place).connects[b.place] == 25
+        assert set(second.counts(other).connects.values()) == {0}
+        [shown, _] = sorted(read_pinned(pin), key=lambda each: each.listener != proxy.place)
+        assert shown == (True, proxy.place, ({b.place: 25}, 0))
+        second.close()
+        detach_pinned(pin)
+        assert client.order("connect 10") == {"proxy": 10}
+    assert not (bpffs / "meshlocal").exists()
+    with pytest.raises(OSError, match="No such file"):
+        read_pinned(pin)
+
+
+def test_another_cgroup_has_it_alone(cgroup: Path, bpffs: Path, serve: Serve) -> None:
+    """What is pinned moves with the configuration; where it was, connects are left alone."""
+    proxy, a = serve("proxy"), serve("a")
+    pin = str(bpffs / "meshlocal")
+    below = [cgroup / "one", cgroup / "two"]
+    for each in below:
+        each.mkdir()
+    try:
+        first = Kernel(str(below[0]), pin)
+        first.set(proxy.place, [a.place])
+        first.close()
+        Kernel(str(below[1]), pin).close()
+        for place, served in zip(below, ("proxy", "a"), strict=True):
+            with connecting(place, proxy.place) as client:
+                assert client.order("connect 3") == {served: 3}
+        # One whose cgroup is gone is begun anew.
+        below[1].rmdir()
+        again = Kernel(str(below[0]), pin)
+        with connecting(below[0], proxy.place) as client:
+            assert client.order("connect 3") == {"a": 3}
+        again.close()
+    finally:
+        for each in below:
+            if each.exists():
+                _remove(each)
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(10_000):
+        try:
+            folder.rmdir()
+        except OSError:
+            os.sched_yield()
+        else:
+            return
+
+
+def test_a_folder_that_is_on_no_bpf_file_system(cgroup: Path, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BpfError, match="it must be on a BPF file system, such as /sys/fs/bpf"):
+        Kernel(str(cgroup), str(tmp_path / "pin"))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -234,3 +234,45 @@ async def test_a_cgroup_that_is_none(world: World, nursery: trio.Nursery) -> Non
     _, told = await Place().get(world.admin, "/explain?service=b")
     assert "No such file or directory" in told
     nursery.cancel_scope.cancel()
+
+
+async def test_pinned_it_outlives_its_proxy(
+    world: World, clients: Any, bpffs: Path, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """Killed under load, no connect fails while an instance lives; the next proxy takes over, and counts on."""
+    for name in ("i0", "i1"):
+        await world.instance(name)
+    world.write("i0", "i1")
+    pin = {"MESHLOCAL_PROXY__BYPASS__PIN": str(bpffs / "meshlocal")}
+    await world.start(**pin)
+    await world.bypassed()
+    client = clients()
+    await order(client, "start 4")
+    await trio.sleep(0.3)
+    await world.proxy.killed()
+    await trio.sleep(0.5)
+    counts = await order(client, "stop")
+    assert counts.keys() == {"i0", "i1"}
+    status = await world.processes.meshlocal("bypass", "status", "--pin", str(bpffs / "meshlocal"))
+    assert await status.exited() == 0
+    assert f"127.0.0.1:{world.port}" in status.out
+    await order(client, "start 4")
+    await world.start(**pin)
+    await world.bypassed()
+    more = await order(client, "stop")
+    assert more.keys() == {"i0", "i1"}
+    metrics = await Place().metrics(world.admin)
+    assert metrics("bypassed_connects_total") == sum(counts.values()) + sum(more.values())
+    world.write("i1")
+    await Place().measured(world.admin, lambda found: found("instances", service="b", tier="node") == 1)
+    assert await order(client, "connect 10") == {"i1": 10}
+    world.proxy.signal(signal.SIGTERM)
+    await world.proxy.exited()
+    assert await order(client, "connect 10") == {"i1": 10}
+    detach = await world.processes.meshlocal("bypass", "detach", "--pin", str(bpffs / "meshlocal"))
+    assert await detach.exited() == 0
+    assert await order(client, "connect 3") == {"ConnectionRefusedError": 3}
+    again = await world.processes.meshlocal("bypass", "detach", "--pin", str(bpffs / "meshlocal"))
+    assert await again.exited() == 1
+    assert "no bypass is detached from" in again.err
+    nursery.cancel_scope.cancel()
