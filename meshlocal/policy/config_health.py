@@ -41,8 +41,8 @@ class BypassConfig(Section, frozen=True):
         Name | None,
         Meta(
             description="The folder of a cgroup of version 2, such as /sys/fs/cgroup/app.slice: the connects of its"
-            " processes, and of those below it, are looked at; null: none are. It takes Linux 5.14, CAP_BPF and CAP_NET_ADMIN; where"
-            " these are not, the proxy serves without, and says so."
+            " processes, and of those below it, are looked at; null: none are. It takes Linux 5.14, CAP_BPF and"
+            " CAP_NET_ADMIN; where these are not, the proxy serves without, and says so."
         ),
     ] = None
     pin: Annotated[
