@@ -83,6 +83,15 @@ def test_xds(tmp_path: Any) -> None:
     assert "6 clients of 3 services" in printed
 
 
+def test_bypass(tmp_path: Any, root: None) -> None:
+    """Every route is measured, the bypass among them, and the cgroup is gone."""
+    printed, figures = run("bypass", tmp_path, "--rounds", "2", "--exchanges", "5", "--connects", "3")
+    for kind in ("connect", "established"):
+        assert set(figures[kind]) >= {"direct", "direct, once more", "meshlocal", "meshlocal, bypass"}
+        assert all(0 < row["p50"] <= row["p99"] for row in figures[kind].values())
+    assert "| meshlocal, bypass " in printed
+
+
 def test_restart(tmp_path: Any) -> None:
     """D1: every watcher comes back, and none forgets its last state meanwhile."""
     _, figures = run("restart", tmp_path, "--watchers", "6", "--instances", "3", "--down", "0.2")
