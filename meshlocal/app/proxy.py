@@ -429,6 +429,8 @@ class ProxyProcess:
                 with trio.move_on_after(drain.delay):
                     await self.stop.now.wait()
                 acceptors.cancel_scope.cancel()
+                if self.bypass is not None:
+                    self.bypass.drain()
                 if self.http is not None:
                     self.http.drain()
             connections.cancel_scope.deadline = trio.current_time() + drain.timeout

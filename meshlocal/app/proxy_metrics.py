@@ -250,6 +250,7 @@ class ProxyCollector(Collector):
             missing[key] += counts.missed
             for place, count in counts.connects.items():
                 totals[key, place] += count
+            yield None
         nearest = self._services.locality.tiers[0]
         for (service, place), count in totals.items():
             connects.add_metric([service, format_host_port(*place), nearest, "bypass"], count)

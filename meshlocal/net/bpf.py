@@ -12,6 +12,7 @@ import os
 import platform
 import socket
 import struct
+from functools import cache
 from types import TracebackType
 from typing import Self
 
@@ -48,13 +49,17 @@ class BpfError(OSError):
     """The kernel refused. The text says what, and why as far as it said."""
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _bpf(command: int, attribute: bytes, what: str) -> int:
     number = _SYSCALLS.get(platform.machine())
     if number is None:
         raise BpfError(errno.ENOSYS, f"{what}: bpf(2) has no known number on {platform.machine()}")
     buffer = ctypes.create_string_buffer(attribute, _ATTRIBUTE)
-    libc = ctypes.CDLL(None, use_errno=True)
-    result: int = libc.syscall(number, command, buffer, _ATTRIBUTE)
+    result: int = _libc().syscall(number, command, buffer, _ATTRIBUTE)
     if result < 0:
         code = ctypes.get_errno()
         raise BpfError(code, f"{what}: {os.strerror(code)}")

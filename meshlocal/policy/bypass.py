@@ -10,6 +10,12 @@ from meshlocal.policy.health import Health
 from meshlocal.policy.model import HostPort
 from meshlocal.policy.picker import Picker
 
+LATER = 10.0
+"""Seconds after which something that nobody tells of is looked at again."""
+
+_LOOKED_AT = 8
+"""Times what a list takes, beyond which instances are not looked at one by one."""
+
 
 class NoBypass(StrEnum):
     """Why connects to a listener reach the proxy."""
@@ -27,12 +33,13 @@ class NoBypass(StrEnum):
     UNFIT = "unfit"
     CROWDED = "crowded"
     TRIAL = "trial"
+    DRAINING = "draining"
     KERNEL = "kernel"
 
 
 WHY_NOT = {
     NoBypass.KIND: "only tcp listeners are bypassed",
-    NoBypass.ADDRESS: "the listener is at every address; name the one that callers connect to",
+    NoBypass.ADDRESS: "the listener is at every address, or at one of a link; name the one that callers connect to",
     NoBypass.TLS: "the proxy speaks TLS to its instances",
     NoBypass.SPILL: "spill counts what is under way, which the proxy would not see",
     NoBypass.LIMITS: "limits count what is under way, which the proxy would not see",
@@ -44,6 +51,7 @@ WHY_NOT = {
     NoBypass.UNFIT: "every instance of the first tier is ejected, or fails its checks",
     NoBypass.CROWDED: "the accept queue of every instance of the first tier is full",
     NoBypass.TRIAL: "an instance that was ejected is due for its trial, which a request through the proxy makes",
+    NoBypass.DRAINING: "the proxy drains",
     NoBypass.KERNEL: "the kernel does not take it; see the log",
 }
 """The reasons in words, for people."""
@@ -89,7 +97,10 @@ def decide(
     """
     if picker is None:
         return Decision((), NoBypass.NO_SNAPSHOT)
-    places = tuple(dict.fromkeys(instance.key[:2] for instance in picker.first_tier()))
+    first = picker.first_tier()
+    if len(first) > _LOOKED_AT * most:
+        return Decision((), NoBypass.MANY)
+    places = tuple(dict.fromkeys(instance.key[:2] for instance in first))
     if not places:
         return Decision((), NoBypass.NO_LOCAL)
     admitted = tuple(place for place in places if health.is_admitted(place))
@@ -104,7 +115,8 @@ def decide(
     if any((":" in host) != (":" in listener[0]) for host, _ in admitted):
         return Decision((), NoBypass.FAMILY, again)
     if not all(is_own(host) for host, _ in admitted):
-        return Decision((), NoBypass.ELSEWHERE, again)
+        # Addresses come and go, and nobody tells.
+        return Decision((), NoBypass.ELSEWHERE, min(again, LATER) if again is not None else LATER)
     roomy = tuple(place for place in admitted if place not in crowded)
     return Decision(roomy, None if roomy else NoBypass.CROWDED, again)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlocal.policy.bypass import WHY_NOT, NoBypass, decide, is_crowded
+from meshlocal.policy.bypass import LATER, WHY_NOT, NoBypass, decide, is_crowded
 from meshlocal.policy.config_health import EjectionConfig
 from meshlocal.policy.health import Health
 from meshlocal.policy.locality import Locality, Selector
@@ -54,12 +54,14 @@ TERMINATING = Conditions(ready=False, serving=True, terminating=True)
         (picker(at(A), at(("10.0.0.1", 80))), (("10.0.0.1", 80), A), None),
         (picker(at(A), at(("::1", 80))), (), NoBypass.FAMILY),
         (picker(*(at(("127.0.0.1", port)) for port in range(1, 6))), (), NoBypass.MANY),
+        (picker(*(at(("127.0.0.1", port)) for port in range(1, 50))), (), NoBypass.MANY),
     ],
 )
 def test_where_connects_go(
     made: Picker | None, instances: tuple[tuple[str, int], ...], why_not: NoBypass | None
 ) -> None:
-    assert decide(made, health(), 0.0, LISTENER, own, 4) == (instances, why_not, None)
+    again = LATER if why_not is NoBypass.ELSEWHERE else None
+    assert decide(made, health(), 0.0, LISTENER, own, 4) == (instances, why_not, again)
 
 
 def test_an_instance_under_two_port_names_has_one_turn() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import math
-import socket
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NamedTuple, Protocol
 
 import trio
@@ -14,9 +14,10 @@ import trio
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.log import get_log
+from meshlocal.net.routes import Routes
 from meshlocal.net.sock_diag import SocketDiagnosis
 from meshlocal.policy.addresses import format_host_port
-from meshlocal.policy.bypass import WHY_NOT, Decision, NoBypass, decide, is_crowded
+from meshlocal.policy.bypass import LATER, WHY_NOT, Decision, NoBypass, decide, is_crowded
 from meshlocal.policy.model import HostPort, ServiceKey
 from meshlocal.proxy.bypass.kernel import SLOTS, Counts, Kernel
 from meshlocal.proxy.listeners import Listener
@@ -25,6 +26,9 @@ _log = get_log(__name__)
 
 QUEUES_BUSY, QUEUES_AT_REST = 0.1, 1.0
 """Seconds between two looks at the instances' accept queues: while there are connects, and while there are none."""
+
+CGROUP_LOOK = 10.0
+"""Seconds between two looks at whether the cgroup is there, and the same one."""
 
 KERNEL_LIMIT = 30.0
 """Seconds that it may take to load the program."""
@@ -107,6 +111,9 @@ class Bypass:
         self._now: dict[HostPort, Bypassed] = {}
         self._said: dict[HostPort, object] = {}
         self._diagnosis: SocketDiagnosis | None = None
+        self._routes: Routes | None = None
+        self._own: dict[str, bool] = {}
+        self._draining = False
         self._crowded: set[HostPort] = set()
         self._connects = 0
         self.problem: str | None = None
@@ -117,31 +124,69 @@ class Bypass:
         self._wake.set()
 
     async def run(self) -> None:
-        """Keep the lists until cancelled; then connects are the proxy's alone. Without the kernel's consent, say so."""
-        try:
-            kernel = await self._files.run(self._load, self._cgroup, self._pin)
-        except (OSError, BlockedError) as error:
-            self.problem = str(error)
-            _log.warning("no bypass; the proxy serves without", cgroup=self._cgroup, problem=self.problem)
-            await trio.sleep_forever()
-        self.problem = None
+        """Keep the lists until cancelled; then connects are the proxy's alone.
+
+        Without the kernel's consent, say so, and try again from time to time: a cgroup may come later, or be another one.
+        """
+        while True:
+            try:
+                kernel = await self._files.run(self._load, self._cgroup, self._pin)
+            except (OSError, BlockedError) as error:
+                if self.problem != (problem := str(error)):
+                    self.problem = problem
+                    _log.warning("no bypass; the proxy serves without", cgroup=self._cgroup, problem=problem)
+                await trio.sleep(CGROUP_LOOK)
+                continue
+            self.problem = None
+            try:
+                with closing(SocketDiagnosis()) as self._diagnosis, closing(Routes()) as self._routes:
+                    await self._keep(kernel)
+            finally:
+                self._kernel = None
+                self._now.clear()
+                self._said.clear()
+                kernel.close()
+
+    async def _keep(self, kernel: Lists) -> None:
+        """Keep the lists, until the cgroup is another one."""
         self._kernel = kernel
         # Of the proxy before this one, if it is pinned: whose they are is not known yet.
         self._now = {
             place: Bypassed(place, ServiceKey(""), instances, None) for place, instances in kernel.adopted().items()
         }
-        try:
-            with closing(SocketDiagnosis()) as self._diagnosis:
-                _log.info("bypass is attached", cgroup=self._cgroup)
-                while True:
-                    self._wake = trio.Event()
-                    again = min(self.look(trio.current_time()), self._look_at_queues())
-                    with trio.move_on_after(again):
-                        await self._wake.wait()
-        finally:
-            self._kernel = None
-            self._now.clear()
-            kernel.close()
+        _log.info("bypass is attached", cgroup=self._cgroup)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_cgroup, nursery.cancel_scope)
+            while True:
+                self._wake = trio.Event()
+                again = min(self.look(trio.current_time()), self._look_at_queues())
+                with trio.move_on_after(again):
+                    await self._wake.wait()
+
+    async def _watch_cgroup(self, keeping: trio.CancelScope) -> None:
+        """Notice that the folder is another cgroup, or none: service managers remove those that are empty."""
+
+        def number() -> int:
+            try:
+                return os.stat(self._cgroup).st_ino
+            except OSError:
+                return 0
+
+        before = await self._files.run(number)
+        while True:
+            await trio.sleep(CGROUP_LOOK)
+            try:
+                now = await self._files.run(number)
+            except BlockedError:
+                continue
+            if now != before:
+                _log.warning("no bypass; the proxy serves without", cgroup=self._cgroup, problem="it is another cgroup")
+                keeping.cancel()
+
+    def drain(self) -> None:
+        """The proxy takes no more connections, and neither do its instances for it (S1); what is pinned stays."""
+        self._draining = True
+        self.wake()
 
     def _look_at_queues(self) -> float:
         """See which instances' accept queues are full; returns the seconds until the next look.
@@ -169,7 +214,15 @@ class Bypass:
         """Bring the lists up to date; returns the seconds until time alone may change one."""
         kernel = self._kernel
         assert kernel is not None
+        if self._draining:
+            if self._pin is None:
+                for place, was in self._now.items():
+                    if was.instances:
+                        kernel.remove(place)
+                        self._now[place] = was._replace(instances=(), why_not=NoBypass.DRAINING)
+            return math.inf
         again = math.inf
+        self._own.clear()
         found: dict[HostPort, Bypassed] = {}
         for listener in self._listeners():
             if listener.service is None or (state := self._services.get(listener.service)) is None:
@@ -177,12 +230,16 @@ class Bypass:
             for place in _places(listener):
                 decision = self._decide(listener, state, place, now)
                 before = self._now.get(place)
+                if before is not None and before.service not in ("", listener.service):
+                    # What was counted is the other service's.
+                    kernel.forget(place)
+                    before = None
                 if decision.why_not is NoBypass.NO_SNAPSHOT and before is not None and before.instances:
                     # What the proxy before this one had goes on until there is a word of the service.
                     found[place] = before._replace(service=listener.service)
                     continue
                 if decision.instances:
-                    decision = self._list(kernel, place, decision)
+                    decision = self._list(kernel, place, decision, before)
                 elif before is not None and before.instances:
                     kernel.remove(place)
                 again = min(again, decision.again if decision.again is not None else math.inf)
@@ -199,7 +256,9 @@ class Bypass:
         service = config.service(state.key)
         if listener.configured.scheme != "tcp":
             return Decision((), NoBypass.KIND)
-        if ipaddress.ip_address(place[0]).is_unspecified:
+        address = ipaddress.ip_address(place[0])
+        # The program does not see which link a link-local address is of.
+        if address.is_unspecified or address.is_link_local:
             return Decision((), NoBypass.ADDRESS)
         if state.security is not None:
             return Decision((), NoBypass.TLS)
@@ -207,19 +266,28 @@ class Bypass:
             return Decision((), NoBypass.SPILL)
         if service.limits != type(service.limits)() or config.limits != type(config.limits)():
             return Decision((), NoBypass.LIMITS)
-        return decide(state.picker, state.fitness.health, now, place, is_own, SLOTS, self._crowded)
+        return decide(state.picker, state.fitness.health, now, place, self._is_own, SLOTS, self._crowded)
 
-    def _list(self, kernel: Lists, place: HostPort, decision: Decision) -> Decision:
-        before = self._now.get(place)
+    def _list(self, kernel: Lists, place: HostPort, decision: Decision, before: Bypassed | None) -> Decision:
         if before is not None and before.instances == decision.instances:
             return decision
         try:
             kernel.set(place, decision.instances)
         except OSError as error:
-            _log.error("bypass of a listener failed", listener=format_host_port(*place), problem=str(error))
-            kernel.remove(place)
-            return Decision((), NoBypass.KERNEL)
+            if self._said.get(place) is not NoBypass.KERNEL:
+                _log.error("bypass of a listener failed", listener=format_host_port(*place), problem=str(error))
+            with suppress(OSError):
+                kernel.remove(place)
+            return Decision((), NoBypass.KERNEL, LATER)
         return decision
+
+    def _is_own(self, host: str) -> bool:
+        """Whether an address is one of this network namespace's own; asked once in a look."""
+        found = self._own.get(host)
+        if found is None:
+            assert self._routes is not None
+            found = self._own[host] = self._routes.is_own(host)
+        return found
 
     def _say(self, bypassed: Bypassed) -> None:
         """Note what changed, for people; not of each instance."""
@@ -243,19 +311,6 @@ class Bypass:
         if self._kernel is not None:
             for each in self._now.values():
                 yield each.service, self._kernel.counts(each.listener)
-
-
-def is_own(host: str) -> bool:
-    """Whether an address is one of this network namespace's own."""
-    parsed = ipaddress.ip_address(host)
-    if parsed.is_loopback:
-        return True
-    with socket.socket(socket.AF_INET6 if parsed.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.bind((host, 0))
-        except OSError:
-            return False
-    return True
 
 
 def _places(listener: Listener) -> Iterator[HostPort]:

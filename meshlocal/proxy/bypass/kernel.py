@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import ipaddress
 import os
+import secrets
 import socket
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib.resources import files
@@ -42,8 +44,10 @@ _LISTS, _COUNTERS = 0x6D6C6D01, 0x6D6C6D02
 """What program.c calls its maps."""
 
 _KEY = struct.Struct("=Q16sII")
-_LIST = struct.Struct("=IIII")
+_LIST = struct.Struct("=QIIII")
 _SLOT = struct.Struct("=16sII")
+_VERSION = struct.Struct("=Q")
+_VALUE = _LIST.size + SLOTS * _SLOT.size + _VERSION.size
 _PROGRAMS = tuple(
     (name, attach, files(__package__).joinpath(f"{name}.bin").read_bytes())
     for name, attach in (("connect4", INET4_CONNECT), ("connect6", INET6_CONNECT))
@@ -85,7 +89,7 @@ class Kernel:
 
     def __init__(self, cgroup: str, pin: str | None = None) -> None:
         self._listed: dict[HostPort, _Listed] = {}
-        self._free: list[int] = list(range(COUNTERS - 1, -1, -1))
+        self._free: deque[int] = deque(range(COUNTERS))
         with ExitStack() as opened:
             self._netns = netns_cookie()
             if pin is not None:
@@ -113,7 +117,7 @@ class Kernel:
             if netns == self._netns:
                 listed = self._listed[listener] = _Listed(turn, missed)
                 listed.counters = numbers
-        self._free = [number for number in self._free if number not in taken]
+        self._free = deque(number for number in self._free if number not in taken)
 
     def adopted(self) -> dict[HostPort, tuple[HostPort, ...]]:
         """The lists of this network namespace that were there from before."""
@@ -130,19 +134,23 @@ class Kernel:
             raise ValueError(f"{len(instances)} instances; a list takes 1 to {SLOTS}")
         listed = self._listed.get(listener)
         if listed is None:
+            self._want(2)
             listed = self._listed[listener] = _Listed(self._counter(), self._counter())
-        if len(listed.counters) > _REMEMBERED:
-            # A listener whose instances come and go: who is gone for long is forgotten.
-            for gone in [place for place in listed.counters if place not in instances]:
-                self._give_back(listed.counters.pop(gone))
+        self._want(sum(instance not in listed.counters for instance in instances))
         for instance in instances:
-            if instance not in listed.counters:
-                listed.counters[instance] = self._counter()
+            # Who is in the list stands last: the first are those who left longest ago.
+            number = listed.counters.pop(instance, None)
+            listed.counters[instance] = self._counter() if number is None else number
         slots = b"".join(
             _SLOT.pack(_address(host), socket.htons(port), listed.counters[host, port]) for host, port in instances
         )
-        value = _LIST.pack(len(instances), listed.turn, listed.missed, 0) + slots
-        self._lists.set(self._key(listener), value.ljust(_LIST.size + SLOTS * _SLOT.size, b"\0"))
+        # Of each list that is ever written: program.c says what it is for.
+        version = secrets.randbits(64)
+        value = _LIST.pack(version, len(instances), listed.turn, listed.missed, 0) + slots
+        self._lists.set(self._key(listener), value.ljust(_VALUE - _VERSION.size, b"\0") + _VERSION.pack(version))
+        # Only now, when no list has them any more.
+        while len(listed.counters) > _REMEMBERED + len(instances):
+            self._give_back(listed.counters.pop(next(iter(listed.counters))))
 
     def remove(self, listener: HostPort) -> None:
         """Leave connects to a listener alone. What was counted stays."""
@@ -169,10 +177,13 @@ class Kernel:
         host, port = listener
         return _KEY.pack(self._netns, _address(host), socket.htons(port), 0)
 
-    def _counter(self) -> int:
-        if not self._free:
+    def _want(self, counters: int) -> None:
+        if len(self._free) < counters:
             raise OSError(f"more than {COUNTERS} counters of bypassed connects")
-        return self._free.pop()
+
+    def _counter(self) -> int:
+        # Those given back come last: somebody may be counting still.
+        return self._free.popleft()
 
     def _give_back(self, number: int) -> None:
         self._counters.set(number.to_bytes(4, "little"), bytes(8))
@@ -183,7 +194,7 @@ class Kernel:
         return int.from_bytes(found or b"", "little")
 
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the maps' entries: those of another one are not taken over."""
 
 
@@ -217,7 +228,7 @@ def _maps(pin: str | None) -> Iterator[Map]:
 
 
 _MAPS = (
-    ("lists", HASH, _KEY.size, _LIST.size + SLOTS * _SLOT.size, LISTENERS),
+    ("lists", HASH, _KEY.size, _VALUE, LISTENERS),
     ("counters", ARRAY, 4, 8, COUNTERS),
 )
 
@@ -257,7 +268,7 @@ def _read_lists(lists: Map) -> Iterator[tuple[int, HostPort, int, int, _Slots]]:
         if value is None:
             continue
         netns, address, port, _ = _KEY.unpack(key)
-        length, turn, missed, _ = _LIST.unpack_from(value)
+        _, length, turn, missed, _ = _LIST.unpack_from(value)
         slots = []
         for position in range(min(length, SLOTS)):
             host, instance_port, number = _SLOT.unpack_from(value, _LIST.size + position * _SLOT.size)

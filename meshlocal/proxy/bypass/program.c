@@ -33,8 +33,11 @@ struct slot {
 	__u32 counter;
 };
 
-// An entry is replaced whole, so that who looks sees one list or the other.
+// The kernel replaces an entry whole, but may give the memory of the one before to another entry at once, while somebody
+// still reads it. So each list that is written has a number of its own at both ends: who finds another one there after it has
+// read what it needs has read a mixture.
 struct list {
+	__u64 first;
 	__u32 length;
 	// Which counter says whose turn it is.
 	__u32 turn;
@@ -42,6 +45,7 @@ struct list {
 	__u32 missed;
 	__u32 zero;
 	struct slot slots[SLOTS];
+	__u64 last;
 };
 
 #define MAP(number) ({ void *map; asm volatile("%0 = 0x6d6c6d0" #number " ll" : "=r"(map)); map; })
@@ -87,43 +91,61 @@ INLINE int listens(void *ctx, const struct slot *slot)
 	return state == TCP_LISTEN;
 }
 
-// Where a connect to a listener goes; null: nowhere else.
-INLINE const struct slot *choose(void *ctx, const struct key *key)
+// Where a connect to a listener goes, into `chosen`; 0: nowhere else.
+INLINE int choose(struct bpf_sock_addr *ctx, const struct key *key, struct slot *chosen)
 {
-	const struct list *list = lookup(LISTS, key);
-	__u32 length, start, tried;
-	__u64 *turn;
+	const volatile struct list *list;
+	__u32 length, start, tried, number, missed;
+	__u64 *turn, version;
 
+	// A socket that is bound to a device, or to a VRF, means another network's address.
+	if (ctx->sk && ctx->sk->bound_dev_if)
+		return 0;
+	list = lookup(LISTS, key);
 	if (!list)
 		return 0;
+	version = list->first;
 	length = list->length;
-	if (length == 0 || length > SLOTS)
+	number = list->turn;
+	missed = list->missed;
+	if (length == 0 || length > SLOTS || list->first != version || list->last != version)
 		return 0;
-	turn = lookup(COUNTERS, &list->turn);
+	turn = lookup(COUNTERS, &number);
 	if (!turn)
 		return 0;
 	start = __sync_fetch_and_add(turn, 1);
 	for (tried = 0; tried < SLOTS && tried < length; tried++) {
 		__u64 at = (start + tried) % length;
-		const struct slot *slot;
+		const volatile struct slot *slot;
 
 		// The compiler knows that it is within bounds; the verifier wants to see it. Where the loader has no
 		// CAP_PERFMON, it must never be a constant to it either, which is why `start` comes from a map.
 		asm volatile("%0 &= %1" : "+r"(at) : "i"(SLOTS - 1));
 		slot = &list->slots[at];
-		if (listens(ctx, slot)) {
-			count(slot->counter);
-			return slot;
+		chosen->address[0] = slot->address[0];
+		chosen->address[1] = slot->address[1];
+		chosen->address[2] = slot->address[2];
+		chosen->address[3] = slot->address[3];
+		chosen->port = slot->port;
+		chosen->counter = slot->counter;
+		if (list->first != version || list->last != version)
+			return 0;
+		if (listens(ctx, chosen)) {
+			count(chosen->counter);
+			// Who does not listen has no turn: else its successor would have two.
+			if (tried)
+				__sync_fetch_and_add(turn, tried);
+			return 1;
 		}
 	}
-	count(list->missed);
+	count(missed);
 	return 0;
 }
 
 __attribute__((section("cgroup/connect4"), used)) int connect4(struct bpf_sock_addr *ctx)
 {
 	struct key key = {};
-	const struct slot *slot;
+	struct slot chosen = {};
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return 1;
@@ -131,11 +153,10 @@ __attribute__((section("cgroup/connect4"), used)) int connect4(struct bpf_sock_a
 	key.address[2] = MAPPED;
 	key.address[3] = ctx->user_ip4;
 	key.port = ctx->user_port;
-	slot = choose(ctx, &key);
 	// An IPv4 socket reaches no IPv6 address; the lists of IPv4 listeners have none.
-	if (slot && slot->address[2] == MAPPED) {
-		ctx->user_ip4 = slot->address[3];
-		ctx->user_port = slot->port;
+	if (choose(ctx, &key, &chosen) && chosen.address[2] == MAPPED) {
+		ctx->user_ip4 = chosen.address[3];
+		ctx->user_port = chosen.port;
 	}
 	return 1;
 }
@@ -143,7 +164,7 @@ __attribute__((section("cgroup/connect4"), used)) int connect4(struct bpf_sock_a
 __attribute__((section("cgroup/connect6"), used)) int connect6(struct bpf_sock_addr *ctx)
 {
 	struct key key = {};
-	const struct slot *slot;
+	struct slot chosen = {};
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return 1;
@@ -153,13 +174,12 @@ __attribute__((section("cgroup/connect6"), used)) int connect6(struct bpf_sock_a
 	key.address[2] = ctx->user_ip6[2];
 	key.address[3] = ctx->user_ip6[3];
 	key.port = ctx->user_port;
-	slot = choose(ctx, &key);
-	if (slot) {
-		ctx->user_ip6[0] = slot->address[0];
-		ctx->user_ip6[1] = slot->address[1];
-		ctx->user_ip6[2] = slot->address[2];
-		ctx->user_ip6[3] = slot->address[3];
-		ctx->user_port = slot->port;
+	if (choose(ctx, &key, &chosen)) {
+		ctx->user_ip6[0] = chosen.address[0];
+		ctx->user_ip6[1] = chosen.address[1];
+		ctx->user_ip6[2] = chosen.address[2];
+		ctx->user_ip6[3] = chosen.address[3];
+		ctx->user_port = chosen.port;
 	}
 	return 1;
 }

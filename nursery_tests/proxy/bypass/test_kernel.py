@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -89,6 +90,33 @@ def test_connects_take_turns_among_those_that_listen(cgroup: Path, kernel: Kerne
         kernel.remove(proxy.place)
         assert client.order("connect 10") == {"proxy": 10}
         assert kernel.counts(proxy.place) == ({a.place: 60, b.place: 150}, 10)
+
+
+@pytest.mark.parametrize("dead", [1, 2, 3])
+def test_who_does_not_listen_has_no_turn(cgroup: Path, kernel: Kernel, serve: Serve, dead: int) -> None:
+    """O2: the others have as many as each other, wherever it stands."""
+    proxy, *others = (serve(name) for name in ("proxy", "a", "b", "c", "d"))
+    kernel.set(proxy.place, [each.place for each in others])
+    for each in others[:dead]:
+        each.close()
+    with connecting(cgroup, proxy.place) as client:
+        counts = client.order("connect 120")
+    assert counts == dict.fromkeys("abcd"[dead:], 120 // (4 - dead))
+
+
+def test_lists_of_other_listeners_are_not_mixed_up(cgroup: Path, kernel: Kernel, serve: Serve) -> None:
+    """B2: the kernel may give an entry's memory to another while somebody reads it."""
+    proxy, other, a, b = (serve(name) for name in ("proxy", "other", "a", "b"))
+    with connecting(cgroup, proxy.place) as client:
+        kernel.set(proxy.place, [a.place])
+        client.order("start 4")
+        for _ in range(2000):
+            kernel.set(other.place, [b.place] * 1)
+            kernel.set(proxy.place, [a.place])
+        counts = client.order("stop")
+    # What it finds mixed up reaches the listener.
+    assert counts.keys() <= {"a", "proxy"}
+    assert counts["a"] > 100
 
 
 def test_a_list_is_replaced_whole_and_its_turns_go_on(cgroup: Path, kernel: Kernel, serve: Serve) -> None:
@@ -207,9 +235,12 @@ def test_counters_are_given_back(kernel: Kernel) -> None:
 
 
 def test_a_full_table_says_so(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel._free = kernel._free[:2]
+    kernel._free = deque([1, 2])
     with pytest.raises(OSError, match="more than 16384 counters"):
         kernel.set(("127.0.0.1", 80), [("127.0.0.1", 1)])
+    # What there was of it is given back.
+    kernel._free.append(3)
+    kernel.set(("127.0.0.1", 80), [("127.0.0.1", 1)])
 
 
 @pytest.mark.parametrize(
