@@ -126,7 +126,7 @@ class Bypass:
     async def run(self) -> None:
         """Keep the lists until cancelled; then connects are the proxy's alone.
 
-        Without the kernel's consent, say so, and try again from time to time: a cgroup may come later, or be another one.
+        Without the kernel's consent, say so, and try again from time to time: a cgroup may come later, or be another.
         """
         while True:
             try:
