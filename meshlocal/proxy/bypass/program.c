@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 //
-// What happens at a connect(2) within the cgroup (B1, B2): if it is to a listener of a proxy, and an instance in the list
-// of that listener's service listens at that moment, it goes to the instance. Every other connect stays as it is.
+// What happens at a connect(2) within the cgroup (B1, B2): if it is to a listener of a proxy, and an instance in the
+// list of that listener's service listens at that moment, it goes to the instance. Every other connect stays as it is.
 //
-// `make bypass` compiles it to connect4.bin and connect6.bin, bare instructions. Where they name a map, they have one of the
-// numbers of MAP below, which the loader (kernel.py) replaces by the map.
+// `make bypass` compiles it to connect4.bin and connect6.bin, bare instructions. Where they name a map, they have one of
+// the numbers of MAP below, which the loader (kernel.py) replaces by the map.
 
 #include <linux/bpf.h>
 #include <linux/in.h>
@@ -14,8 +14,8 @@
 
 #define TCP_LISTEN 10
 
-// 0000:0000:0000:ffff: how an IPv4 address begins as an IPv6 one (RFC 4291, 2.5.5.2); in the order of the network, as is
-// every address and port here.
+// 0000:0000:0000:ffff: how an IPv4 address begins as an IPv6 one (RFC 4291, 2.5.5.2); in the order of the network, as
+// is every address and port here.
 #define MAPPED __builtin_bswap32(0xffff)
 
 // Of a listener. The cookie is that of its network namespace: 127.0.0.1 of another one is another address.
@@ -33,9 +33,9 @@ struct slot {
 	__u32 counter;
 };
 
-// The kernel replaces an entry whole, but may give the memory of the one before to another entry at once, while somebody
-// still reads it. So each list that is written has a number of its own at both ends: who finds another one there after it has
-// read what it needs has read a mixture.
+// The kernel replaces an entry whole, but may give the memory of the one before to another entry at once, while
+// somebody still reads it. So each list that is written has a number of its own at both ends: who finds another one
+// there after it has read what it needs has read a mixture.
 struct list {
 	__u64 first;
 	__u32 length;
