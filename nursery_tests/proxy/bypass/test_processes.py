@@ -121,7 +121,7 @@ async def test_a_kill_under_load_fails_only_what_was_there(world: World, clients
     served = counts.pop("i0") + counts.pop("i1")
     # Each of eight clients had one connection at the moment of either kill.
     assert sum(counts.values()) <= 16, counts
-    assert served > 200
+    assert served > 20
     nursery.cancel_scope.cancel()
 
 
@@ -141,7 +141,7 @@ async def test_flapping_costs_only_what_was_there(world: World, clients: Any, nu
     counts = await order(client, "stop")
     served = counts.pop("i0", 0) + counts.pop("i1")
     assert sum(counts.values()) <= 4 * flaps, counts
-    assert served > 200
+    assert served > 20
     nursery.cancel_scope.cancel()
 
 
