@@ -25,6 +25,7 @@ function method(call, requestStream, responseStream) {
 
 let left = 0;
 const waiting = [];
+const begun = new Set();
 
 function leave() {
   const told = waiting.shift();
@@ -74,7 +75,11 @@ const handlers = {
     answer({ code: grpc.status.ABORTED, details: 'höchst 100% ärgerlich\n', metadata: trailer });
   },
   Wait(call) {
+    begun.add(call.request.toString());
     call.on('cancelled', leave);
+  },
+  Began(call, answer) {
+    answer(null, Buffer.from(begun.has(call.request.toString()) ? 'yes' : 'no'));
   },
   Left(call, answer) {
     if (left > 0) {

@@ -50,12 +50,21 @@ def fail(request: bytes, context: grpc.ServicerContext) -> bytes:
 _left = threading.Semaphore(0)
 
 
+_begun: set[bytes] = set()
+
+
 def wait(request: bytes, context: grpc.ServicerContext) -> bytes:
-    """Until the call is cancelled, which `left` tells of."""
+    """Until the call is cancelled, which `left` tells of; `began` tells that it is here."""
+    _begun.add(request)
     context.add_callback(_left.release)
     while context.is_active():
         threading.Event().wait(0.01)
     return b""
+
+
+def began(request: bytes, context: grpc.ServicerContext) -> bytes:
+    """Whether a `wait` with this request has begun."""
+    return b"yes" if request in _begun else b"no"
 
 
 def left(request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -72,6 +81,7 @@ def serve(address: str, port: int) -> None:
         "Chat": grpc.stream_stream_rpc_method_handler(chat),
         "Fail": grpc.unary_unary_rpc_method_handler(fail),
         "Wait": grpc.unary_unary_rpc_method_handler(wait),
+        "Began": grpc.unary_unary_rpc_method_handler(began),
         "Left": grpc.unary_unary_rpc_method_handler(left),
     }
     server = grpc.server(

@@ -235,8 +235,11 @@ def test_grpcio_deadline(greeter: grpc.Channel) -> None:
 
 def test_grpcio_cancellation(greeter: grpc.Channel) -> None:
     """C4, A8."""
-    waits = greeter.unary_unary("/test.Greeter/Wait").future(b"", timeout=LIMIT)
+    waits = greeter.unary_unary("/test.Greeter/Wait").future(b"to be cancelled", timeout=LIMIT)
     assert greeter.unary_unary("/test.Greeter/Echo")(b"x", timeout=LIMIT) == b"x"
+    # One that is cancelled before its instance has begun it never came to it.
+    began = greeter.unary_unary("/test.Greeter/Began")
+    wait_until(lambda: began(b"to be cancelled", timeout=LIMIT) == b"yes", "the call is with its instance")
     waits.cancel()
     assert greeter.unary_unary("/test.Greeter/Left")(b"", timeout=LIMIT) == b"yes"
 
