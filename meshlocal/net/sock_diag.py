@@ -7,13 +7,13 @@ import socket
 import struct
 from typing import NamedTuple
 
+from meshlocal.net.netlink import Netlink
+
 _NETLINK_SOCK_DIAG = 4
 _BY_FAMILY = 20
-_REQUEST = 1
 _LISTEN = 10
 _NO_COOKIE = 0xFFFFFFFF
 
-_HEADER = struct.Struct("=IHHII")
 # struct inet_diag_req_v2 with its inet_diag_sockid: ports and addresses in the order of the network.
 _QUESTION = struct.Struct("=BBBxI 2s2s16s16sIII")
 # struct inet_diag_msg, as far as the lengths of the queues.
@@ -32,20 +32,15 @@ class AcceptQueue(NamedTuple):
     most: int
 
 
-class SocketDiagnosis:
-    """Asks the kernel about sockets of this network namespace; any user may.
+class SocketDiagnosis(Netlink):
+    """Asks the kernel about sockets.
 
     Raises:
         OSError: there is no such interface.
     """
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
-        self._socket.setblocking(False)
-
-    def close(self) -> None:
-        """Ask no more."""
-        self._socket.close()
+        super().__init__(_NETLINK_SOCK_DIAG)
 
     def accept_queue(self, host: str, port: int) -> AcceptQueue | None:
         """The queue of the socket that a connect to an address would reach; None: none listens, or it is not told."""
@@ -53,14 +48,8 @@ class SocketDiagnosis:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         place = (port.to_bytes(2, "big"), bytes(2), address.packed.ljust(16, b"\0"), bytes(16))
         question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 1 << _LISTEN, *place, 0, _NO_COOKIE, _NO_COOKIE)
-        head = _HEADER.pack(_HEADER.size + len(question), _BY_FAMILY, _REQUEST, 0, 0)
-        try:
-            self._socket.send(head + question)
-            # The kernel has answered by the time that it took the question.
-            answer = self._socket.recv(4096)
-        except OSError:
+        answer = self.ask(_BY_FAMILY, question, _BY_FAMILY)
+        if answer is None or len(answer) < _ANSWER.size:
             return None
-        if len(answer) < _HEADER.size + _ANSWER.size or _HEADER.unpack_from(answer)[1] != _BY_FAMILY:
-            return None
-        _, state, _, _, _, waiting, most = _ANSWER.unpack_from(answer, _HEADER.size)
+        _, state, _, _, _, waiting, most = _ANSWER.unpack_from(answer)
         return AcceptQueue(waiting, most) if state == _LISTEN else None
