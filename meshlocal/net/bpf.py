@@ -139,7 +139,8 @@ class Map(_Owned):
         _bpf(command, attribute, what)
 
     def set(self, key: bytes, value: bytes) -> None:
-        """Put a value there; whoever looks sees the one before or this one, whole.
+        """Put a value there. Of a hash, a program that found the one before may still read its memory, which the kernel
+        may have given to another entry by then.
 
         Raises:
             BpfError: there is no room.

@@ -18,6 +18,7 @@ from meshlocal.net.routes import Routes
 from meshlocal.net.sock_diag import SocketDiagnosis
 from meshlocal.policy.addresses import format_host_port
 from meshlocal.policy.bypass import LATER, WHY_NOT, Decision, NoBypass, decide, is_crowded
+from meshlocal.policy.config_health import LimitsConfig
 from meshlocal.policy.model import HostPort, ServiceKey
 from meshlocal.proxy.bypass.kernel import SLOTS, Counts, Kernel
 from meshlocal.proxy.listeners import Listener
@@ -51,6 +52,11 @@ class Lists(Protocol):
 
     def counts(self, listener: HostPort) -> Counts:
         """See `Kernel.counts`."""
+        ...
+
+    @property
+    def cgroup(self) -> int:
+        """See `Kernel.cgroup`."""
         ...
 
     def adopted(self) -> dict[HostPort, tuple[HostPort, ...]]:
@@ -156,30 +162,27 @@ class Bypass:
         }
         _log.info("bypass is attached", cgroup=self._cgroup)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_cgroup, nursery.cancel_scope)
+            nursery.start_soon(self._watch_cgroup, nursery.cancel_scope, kernel.cgroup)
             while True:
                 self._wake = trio.Event()
                 again = min(self.look(trio.current_time()), self._look_at_queues())
                 with trio.move_on_after(again):
                     await self._wake.wait()
 
-    async def _watch_cgroup(self, keeping: trio.CancelScope) -> None:
-        """Notice that the folder is another cgroup, or none: service managers remove those that are empty."""
+    async def _watch_cgroup(self, keeping: trio.CancelScope, attached: int) -> None:
+        """Notice that the folder is another cgroup, or none: service managers remove those that are empty.
 
-        def number() -> int:
-            try:
-                return os.stat(self._cgroup).st_ino
-            except OSError:
-                return 0
-
-        before = await self._files.run(number)
+        Args:
+            keeping: ended then.
+            attached: the number of the cgroup that the program is at.
+        """
         while True:
             await trio.sleep(CGROUP_LOOK)
             try:
-                now = await self._files.run(number)
+                now = await self._files.run(_number, self._cgroup)
             except BlockedError:
                 continue
-            if now != before:
+            if now != attached:
                 _log.warning("no bypass; the proxy serves without", cgroup=self._cgroup, problem="it is another cgroup")
                 keeping.cancel()
 
@@ -264,7 +267,7 @@ class Bypass:
             return Decision((), NoBypass.TLS)
         if service.spill is not None:
             return Decision((), NoBypass.SPILL)
-        if service.limits != type(service.limits)() or config.limits != type(config.limits)():
+        if service.limits != LimitsConfig() or config.limits != LimitsConfig():
             return Decision((), NoBypass.LIMITS)
         return decide(state.picker, state.fitness.health, now, place, self._is_own, SLOTS, self._crowded)
 
@@ -311,6 +314,14 @@ class Bypass:
         if self._kernel is not None:
             for each in self._now.values():
                 yield each.service, self._kernel.counts(each.listener)
+
+
+def _number(cgroup: str) -> int:
+    """A cgroup's number, which is that of its folder; 0: it is gone."""
+    try:
+        return os.stat(cgroup).st_ino
+    except OSError:
+        return 0
 
 
 def _places(listener: Listener) -> Iterator[HostPort]:

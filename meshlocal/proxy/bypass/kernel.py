@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import os
@@ -85,6 +86,9 @@ class Kernel:
 
     Raises:
         OSError: there is no such cgroup, another process has what is pinned, or the kernel refuses; the text says what.
+
+    Attributes:
+        cgroup: its number.
     """
 
     def __init__(self, cgroup: str, pin: str | None = None) -> None:
@@ -97,6 +101,8 @@ class Kernel:
             self._lists, self._counters = (opened.enter_context(each) for each in _maps(pin))
             folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             opened.callback(os.close, folder)
+            # A cgroup's number is that of its folder.
+            self.cgroup = os.fstat(folder).st_ino
             self._adopt()
             for name, attach, instructions in _PROGRAMS:
                 code = with_maps(instructions, {_LISTS: self._lists, _COUNTERS: self._counters})
@@ -194,7 +200,7 @@ class Kernel:
         return int.from_bytes(found or b"", "little")
 
 
-_FORMAT = 2
+_FORMAT = 1
 """Of the maps' entries: those of another one are not taken over."""
 
 
@@ -238,7 +244,6 @@ def _link(program: Program, cgroup: int, attach: int, pin: str | None) -> Link:
     if pin is not None and os.path.exists(pin):
         link = Link(pinned(pin))
         try:
-            # A cgroup's number is that of its folder.
             if link.cgroup() == os.fstat(cgroup).st_ino:
                 link.update(program)
                 return link
@@ -318,16 +323,15 @@ def detach_pinned(pin: str) -> None:
     Raises:
         OSError: it is not there, or may not be taken away.
     """
-    for name, _, _ in _PROGRAMS:
-        path = f"{pin}/{name}"
-        if os.path.exists(path):
-            with Link(pinned(path)) as link:
-                link.detach()
-            os.unlink(path)
-    for name, *_ in _MAPS:
-        path = f"{pin}/{name}-{_FORMAT}"
-        if os.path.exists(path):
-            os.unlink(path)
+    links = [path for name, _, _ in _PROGRAMS if os.path.exists(path := f"{pin}/{name}")]
+    maps = [path for name, *_ in _MAPS if os.path.exists(path := f"{pin}/{name}-{_FORMAT}")]
+    if not links and not maps:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), pin)
+    for path in links:
+        with Link(pinned(path)) as link:
+            link.detach()
+    for path in (*links, *maps):
+        os.unlink(path)
     os.rmdir(pin)
 
 

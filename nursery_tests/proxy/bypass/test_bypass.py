@@ -34,7 +34,8 @@ FAR = make_instance("10.9.9.9", 9000, labels={"node": "n2"})
 class FakeKernel:
     """Notes what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, cgroup: int = 0) -> None:
+        self.cgroup = cgroup
         self.lists: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
         self.told: list[tuple[str, tuple[str, int]]] = []
         self.closed = False
@@ -355,6 +356,7 @@ async def test_a_cgroup_that_comes_later_and_one_that_is_another(
     assert world.bypass.problem is not None
     (tmp_path / "cgroup").mkdir()
     world.problem = None
+    world.kernel.cgroup = (tmp_path / "cgroup").stat().st_ino
     await trio.sleep(11)
     while not world.listed:  # noqa: ASYNC110 - a thread does it
         await trio.sleep(0.01)
@@ -362,7 +364,7 @@ async def test_a_cgroup_that_comes_later_and_one_that_is_another(
     (tmp_path / "other").mkdir()
     (tmp_path / "cgroup").rmdir()
     (tmp_path / "other").rename(tmp_path / "cgroup")
-    first, world.kernel = world.kernel, FakeKernel()
+    first, world.kernel = world.kernel, FakeKernel((tmp_path / "cgroup").stat().st_ino)
     await trio.sleep(11)
     while not world.listed:  # noqa: ASYNC110 - a thread does it
         await trio.sleep(0.01)

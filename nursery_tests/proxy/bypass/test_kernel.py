@@ -258,51 +258,38 @@ def test_a_folder_that_is_no_cgroup(root: None, cgroup_: str, message: str) -> N
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def as_child(cgroup: Path, *lines: str) -> str:
+    """What a process prints that has `Kernel`, and a cgroup as its argument."""
+    script = "\n".join(("import ctypes, os, struct, sys", "from meshlocal.proxy.bypass.kernel import Kernel", *lines))
+    command = [sys.executable, "-c", script, str(cgroup)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
+
+
 def test_a_process_that_may_not(cgroup: Path) -> None:
-    said = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import os, sys\n"
-            "from meshlocal.proxy.bypass.kernel import Kernel\n"
-            "os.setuid(65534)\n"
-            "try: Kernel(sys.argv[1])\n"
-            "except OSError as error: print(error.strerror)\n",
-            str(cgroup),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[3],
+    said = as_child(
+        cgroup,
+        "os.setuid(65534)",
+        "try: Kernel(sys.argv[1])",
+        "except OSError as error: print(error.strerror)",
     )
-    assert said.stdout == "cannot make a map: Operation not permitted\n"
+    assert said == "cannot make a map: Operation not permitted\n"
 
 
 def test_two_capabilities_are_enough(cgroup: Path) -> None:
     """What deploy/systemd/bypass.conf gives: CAP_BPF and CAP_NET_ADMIN, and no root (capabilities(7))."""
-    said = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import ctypes, os, struct, sys\n"
-            "from meshlocal.proxy.bypass.kernel import Kernel\n"
-            "libc = ctypes.CDLL(None, use_errno=True)\n"
-            "libc.prctl(8, 1, 0, 0, 0)\n"  # PR_SET_KEEPCAPS
-            "os.setuid(65534)\n"
-            "low, high = 1 << 12, 1 << (39 - 32)\n"  # CAP_NET_ADMIN, CAP_BPF
-            "caps = struct.pack('6I', low, low, 0, high, high, 0)\n"
-            "assert libc.capset(struct.pack('Ii', 0x20080522, 0), caps) == 0\n"
-            "made = Kernel(sys.argv[1])\n"
-            "made.set(('127.0.0.1', 80), [('127.0.0.1', 81)])\n"
-            "print(os.getuid(), made.counts(('127.0.0.1', 80)).missed)\n",
-            str(cgroup),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[3],
+    said = as_child(
+        cgroup,
+        "libc = ctypes.CDLL(None, use_errno=True)",
+        "libc.prctl(8, 1, 0, 0, 0)",  # PR_SET_KEEPCAPS
+        "os.setuid(65534)",
+        "low, high = 1 << 12, 1 << (39 - 32)",  # CAP_NET_ADMIN, CAP_BPF
+        "caps = struct.pack('6I', low, low, 0, high, high, 0)",
+        "assert libc.capset(struct.pack('Ii', 0x20080522, 0), caps) == 0",
+        "made = Kernel(sys.argv[1])",
+        "made.set(('127.0.0.1', 80), [('127.0.0.1', 81)])",
+        "print(os.getuid(), made.counts(('127.0.0.1', 80)).missed)",
     )
-    assert said.stdout == "65534 0\n"
+    assert said == "65534 0\n"
 
 
 def test_the_verifiers_words_are_told(root: None) -> None:
@@ -393,6 +380,11 @@ def test_what_is_pinned_goes_on_and_is_taken_over(cgroup: Path, bpffs: Path, ser
     assert not (bpffs / "meshlocal").exists()
     with pytest.raises(OSError, match="No such file"):
         read_pinned(pin)
+    # A folder in which nothing is pinned is left alone.
+    (bpffs / "other").mkdir()
+    with pytest.raises(OSError, match="No such file"):
+        detach_pinned(str(bpffs / "other"))
+    assert (bpffs / "other").exists()
 
 
 def test_another_cgroup_has_it_alone(cgroup: Path, bpffs: Path, serve: Serve) -> None:
