@@ -20,6 +20,7 @@ ServiceKey = NewType("ServiceKey", str)
 
 NODE = "node"
 ZONE = "zone"
+REGION = "region"
 CLUSTER = "cluster"
 NAMESPACE = "namespace"
 REGISTRY = "registry"

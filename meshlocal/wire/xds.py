@@ -26,6 +26,7 @@ from meshlocal.policy.locality import Locality
 from meshlocal.policy.model import (
     MAX_LABEL_LENGTH,
     NODE,
+    REGION,
     ZONE,
     Caller,
     HostPort,
@@ -68,8 +69,6 @@ MOST_NAME = 512
 
 RETRIES = 3
 """Further attempts of a request: two in the first priority, two in those behind it."""
-
-REGION = "region"
 
 _PORT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 _UINT32 = (1 << 32) - 1
@@ -141,19 +140,12 @@ class Place(NamedTuple):
     Attributes:
         caller: as it is shown to people.
         locality: decides on the priorities.
+        key: equal for places from which all services look alike.
     """
 
     caller: Caller
     locality: Locality
-
-    @property
-    def key(self) -> bytes:
-        """Equal for places from which all services look alike. It takes time to make."""
-        locality = self.locality
-        own = tuple(map(locality.own, locality.prefer))
-        within = locality.within
-        seen = (locality.prefer, own, within, None if within is None else locality.own(within))
-        return blake2b(repr(seen).encode(), digest_size=16).digest()
+    key: bytes
 
 
 def place_of(node: core_pb.Node, prefer: tuple[str, ...]) -> Place:
@@ -187,7 +179,15 @@ def place_of(node: core_pb.Node, prefer: tuple[str, ...]) -> Place:
             labels[key] = value
     software = " ".join(filter(None, (node.user_agent_name, node.user_agent_version)))
     locality = Locality(labels, prefer, within)
-    return Place(caller_of(node.id or node.cluster, locality.node, software), locality)
+    return Place(caller_of(node.id or node.cluster, locality.node, software), locality, _key(locality))
+
+
+def _key(locality: Locality) -> bytes:
+    """A digest of what of a place a `Selector` looks at."""
+    within = locality.within
+    own = tuple(map(locality.own, locality.prefer))
+    looked_at = (locality.prefer, own, within, None if within is None else locality.own(within))
+    return blake2b(repr(looked_at).encode(), digest_size=16).digest()
 
 
 def _labels(value: Value, most: int = 16) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from meshlocal.policy.model import (
     CLUSTER,
     NAMESPACE,
     NODE,
+    REGION,
     REGISTRY,
     SERVICE,
     ZONE,
@@ -42,7 +43,6 @@ from meshlocal.policy.model import (
 from meshlocal.policy.protocols import APP_PROTOCOL
 
 CLUSTER_ID = "cluster_id"
-REGION = "region"
 KUBERNETES = "kubernetes"
 MAX_PROBLEMS = 10
 """Problems of one object that are told."""

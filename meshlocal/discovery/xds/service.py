@@ -60,11 +60,13 @@ _OVERHEAD = 512
 """Bytes that an entry of what is kept takes beside its body."""
 
 _FIXED_KEPT = 1 << 15
+"""Resources that are kept of those that follow from their name alone; each has some 500 bytes."""
 
 _TOLD = 500
 """Characters of a client's reasons that are logged."""
 
 _INTERVAL = 5.0
+"""Seconds between two lines of the log that say the same."""
 
 _Call: TypeAlias = ServerCall[pb.DiscoveryRequest, pb.DiscoveryResponse]
 
@@ -105,7 +107,7 @@ class XdsService:
         self.refused = 0
         self._limits = limits
         self._watches = watches
-        self._hide = hide
+        self.hide = hide
         self._prefer = tuple(prefer)
         self._kept: OrderedDict[object, Content] = OrderedDict()
         self._kept_size = 0
@@ -144,10 +146,6 @@ class XdsService:
             finally:
                 self.streams -= 1
 
-    def hide(self, call: _Call, services: Sequence[ServiceKey]) -> None:
-        """Note that a client asked for services that it may not see."""
-        self._hide(call, services)
-
     def ignore(self, call: _Call, url: str) -> None:
         """Note that a client asked for a type that is not served: it gets no answer, and goes on with the others."""
         self._tell_ignored(trio.current_time(), client=call.peer, type=url[:_TOLD])
@@ -174,11 +172,9 @@ class XdsService:
             problem=problem[:_TOLD],
         )
 
-    def endpoints(
-        self, name: str, resource: ResourceName, snapshot: ServiceSnapshot, place: Place, place_key: bytes
-    ) -> Steps[Content]:
+    def endpoints(self, name: str, resource: ResourceName, snapshot: ServiceSnapshot, place: Place) -> Steps[Content]:
         """A service's instances as they look from a place, in steps."""
-        key = (name, snapshot.version, place_key)
+        key = (name, snapshot.version, place.key)
         content = self._kept.get(key)
         if content is not None:
             self._kept.move_to_end(key)
@@ -214,7 +210,6 @@ class _Stream:
         self._service = service
         self._call = call
         self._place = place
-        self._place_key = place.key
         self._watching = watching
         self._watcher: Watcher = watching.watcher
         self._resize = resize
@@ -421,7 +416,7 @@ class _Stream:
                 if resource is None or held is None:
                     content = _none(name)
                 else:
-                    content = yield from self._service.endpoints(name, resource, held, self._place, self._place_key)
+                    content = yield from self._service.endpoints(name, resource, held, self._place)
                     work += len(held.instances)
             elif held is None or held.unknown:
                 contents[name] = None

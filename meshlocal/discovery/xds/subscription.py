@@ -221,9 +221,10 @@ class Subscription:
             contents: what was taken; None: it does not exist.
         """
         found = {name: content for name, content in contents.items() if content is not None and self.wants(name)}
+        answering, self._answering, self._taken = self._answering, False, []
         if self.kind.whole:
             sent = {name: content.digest for name, content in found.items()}
-            if sent == self._sent and not self._answering:
+            if sent == self._sent and not answering:
                 return None
             self._sent = sent
             # What it lacks, the client has no longer.

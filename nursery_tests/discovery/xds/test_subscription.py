@@ -225,6 +225,16 @@ def test_what_cannot_be_said_yet_stays_due() -> None:
     assert client.turn() == {"a": "1"}
 
 
+def test_what_was_answered_is_not_owed_again() -> None:
+    """A hold before anything was taken anew puts back nothing of what is done."""
+    client = Client(CLUSTER, {"a": "1"})
+    client.request("a")
+    assert client.turn() == {"a": "1"}
+    client.ack()
+    client.subscription.hold()
+    assert not client.subscription.is_due
+
+
 def test_what_was_taken_and_put_back_is_sent_after_the_rest() -> None:
     client = Client(ENDPOINTS, {"a": "1", "b": "1"})
     client.request("a", "b")
