@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.latency import connects, exchanges
+from bench.latency import connects, exchanges, summarise
 from bench.machine import describe
 from bench.peers import ENVOY, HAPROXY, NGINX, Instance, Job, present, started
 from bench.processes import StartError, instances_file, meshlocal, module, port_in
@@ -95,14 +95,7 @@ def main() -> None:
     figures: dict[str, Any] = {name: getattr(asked, name) for name in ("rounds", "exchanges", "connects")}
     titles = {"connect": "Connect, 64 bytes there and back, close", "established": "64 bytes there and back"}
     for kind, title in titles.items():
-        medians = {route: [report.percentile(each, 50) for each in rounds] for route, rounds in times[kind].items()}
-        figures[kind] = {
-            route: {
-                **report.percentiles([one for each in rounds for one in each]),
-                "ratio_to_direct": report.median_ratio(medians[route], medians[DIRECT]),
-            }
-            for route, rounds in times[kind].items()
-        }
+        figures[kind] = summarise(times[kind])
         rows = [
             [route, *(report.micro(row[key]) for key in ("p50", "p90", "p99")), f"{row['ratio_to_direct']:.2f}"]
             for route, row in figures[kind].items()

@@ -215,6 +215,19 @@ def one_change(
     return {"first": min(times), **report.percentiles(times), "last": max(times), "server_cpu": spent}
 
 
+def over_changes(rounds: list[dict[str, float]], title: str) -> dict[str, dict[str, float]]:
+    """The median and the worst of several changes, which are printed as well."""
+    columns = ("first", "p50", "p99", "last")
+    overall = {column: median(each[column] for each in rounds) for column in columns}
+    worst = {column: max(each[column] for each in rounds) for column in columns}
+    rows = [
+        [f"median of {len(rounds)} changes", *(report.milli(overall[column]) for column in columns)],
+        ["worst change", *(report.milli(worst[column]) for column in columns)],
+    ]
+    print(report.table([title, *columns], rows), end="\n\n")
+    return {"median": overall, "worst": worst}
+
+
 def main() -> None:
     asked = options()
     raise_file_limit()
@@ -225,18 +238,10 @@ def main() -> None:
     report.heading("Watchers of one discovery server", machine)
     figures = measure(asked)
     rounds = figures["each_change"]
-    columns = ("first", "p50", "p99", "last")
-    overall = {column: median(each[column] for each in rounds) for column in columns}
-    worst = {column: max(each[column] for each in rounds) for column in columns}
-    rows = [
-        [f"median of {len(rounds)} changes", *(report.milli(overall[column]) for column in columns)],
-        ["worst change", *(report.milli(worst[column]) for column in columns)],
-    ]
-    title = f"{asked.watchers} watchers have a change after, ms"
-    print(report.table([title, *columns], rows), end="\n\n")
+    figures |= over_changes(rounds, f"{asked.watchers} watchers have a change after, ms")
     spent = median(each["server_cpu"] for each in rounds)
     per_watcher = spent / asked.watchers
-    figures.update(median=overall, worst=worst, server_cpu_per_change=spent)
+    figures["server_cpu_per_change"] = spent
     rows = [
         ["CPU of one change, in all", f"{spent * 1e3:.0f} ms"],
         ["CPU of one change, per watcher", f"{per_watcher * 1e6:.0f} µs"],

@@ -26,7 +26,7 @@ import trio
 from bench import report
 from bench.machine import cpu_seconds, describe, memory_kb, raise_file_limit
 from bench.processes import START_LIMIT, StartError, free_port, meshlocal, ready_line, running
-from bench.watchers import CHANGE_LIMIT, published
+from bench.watchers import CHANGE_LIMIT, over_changes, published
 from meshlocal.net.grpc.client import open_channel
 from meshlocal.net.grpc.options import GrpcOptions
 from meshlocal.wire.grpc.status import GrpcError
@@ -241,17 +241,9 @@ def main() -> None:
     report.heading("xDS clients of one discovery server", machine)
     figures = measure(asked)
     rounds = figures["each_change"]
-    columns = ("first", "p50", "p99", "last")
-    overall = {column: median(each[column] for each in rounds) for column in columns}
-    worst = {column: max(each[column] for each in rounds) for column in columns}
-    rows = [
-        [f"median of {len(rounds)} changes", *(report.milli(overall[column]) for column in columns)],
-        ["worst change", *(report.milli(worst[column]) for column in columns)],
-    ]
-    title = f"{asked.clients} clients of {asked.services} services have a change after, ms"
-    print(report.table([title, *columns], rows), end="\n\n")
+    figures |= over_changes(rounds, f"{asked.clients} clients of {asked.services} services have a change after, ms")
     spent = median(each["server_cpu"] for each in rounds) - figures["reading_cpu"]
-    figures.update(median=overall, worst=worst, server_cpu_per_change=spent)
+    figures["server_cpu_per_change"] = spent
     restart = figures["restart"]
     rows = [
         ["CPU of one change, beside the reading of the file", f"{spent * 1e3:.0f} ms"],
