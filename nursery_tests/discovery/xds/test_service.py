@@ -609,14 +609,13 @@ async def test_what_changes_and_changes_back_is_sent_in_the_end(serving: Serving
         await wait_all_tasks_blocked()
         change(back=True)
         served.service.turns.release()
-        last = await client.next()
-        await client.ack(kind, "b")
-        with trio.move_on_after(0.2):
-            last = await client.next()
-            await client.ack(kind, "b")
-        assert names(last) == ["b"]
-        if not gone:
-            assert nodes(last) == {"b": [(0, "n1"), (1, "n2")]}
+
+        def is_back(response: pb.DiscoveryResponse) -> bool:
+            return names(response) == ["b"] and (gone or nodes(response) == {"b": [(0, "n1"), (1, "n2")]})
+
+        with trio.fail_after(20):
+            while not is_back(await client.next()):
+                await client.ack(kind, "b")
 
 
 async def test_names_that_change_while_a_response_is_made_show_nothing_hidden(
@@ -645,9 +644,9 @@ async def test_names_that_change_while_a_response_is_made_show_nothing_hidden(
             for _ in range(500):
                 await trio.lowlevel.checkpoint()
             await client.ask(ENDPOINTS, "open", "secret", "open2")
-            with trio.move_on_after(0.2):
+            with trio.fail_after(20):
                 seen |= nodes(await client.next())
-                await client.ack(ENDPOINTS, "open", "open2")
+            await client.ack(ENDPOINTS, "open", "open2")
         assert seen.keys() >= {"open", "open2"}
         assert seen.get("secret", []) == []
 

@@ -77,7 +77,7 @@ class Asyncio:
         self._run(self._open(target, options))
 
     def _run(self, what: object) -> object:
-        return asyncio.run_coroutine_threadsafe(what, self._loop).result()  # type: ignore[arg-type]
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result()  # type: ignore[arg-type]  # a coroutine, of whatever kind
 
     async def _open(self, target: str, options: list[tuple[str, int]]) -> None:
         self._call = grpc.aio.insecure_channel(target, options=options).unary_unary(METHOD)

@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from nursery_tests.discovery.kubernetes import apiserver
-from nursery_tests.e2e.running import Processes, Program
+from nursery_tests.e2e.running import Place, Processes, Program
 from nursery_tests.interop.etcd import Etcd
 from nursery_tests.ports import free_port
 
@@ -169,6 +169,26 @@ class World:
         )
         await started.printed(rf"xds=grpcs?://127\.0\.0\.1:{self.xds_port}", "out")
         return started
+
+    async def held_and_told(self, held: Held) -> None:
+        """Have the registry hold this, and wait until the client has accepted what discovery made of it."""
+
+        async def responses() -> float:
+            metrics = await Place().metrics(self.admin_port)
+            return metrics("xds_responses_total", type="ClusterLoadAssignment")
+
+        async def behind() -> float:
+            _, page = await Place().get(self.admin_port, "/proxies")
+            [client] = json.loads(page)["proxies"]
+            return float(client["behind"])
+
+        before = await responses()
+        await self.registry.hold(held)
+        with trio.fail_after(LIMIT):
+            while await responses() == before or await behind():  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.02)
+        # What it accepted, its connections and pickers follow in tasks of their own.
+        await trio.sleep(0.2)
 
     async def instance(self, name: str, number: int, *arguments: str) -> Program:
         """Start an instance, and wait until it listens."""

@@ -71,14 +71,12 @@ async def test_a_rollout_under_load_fails_no_call(world: World, kind: str, nurse
     await client.only("n2")
     await client.order("start 8")
     for number, name in enumerate(NODES, start=1):
-        await world.registry.hold(held(world, *(each for each in NODES if each != name)))
-        await trio.sleep(0.6)
+        await world.held_and_told(held(world, *(each for each in NODES if each != name)))
         old = world.instances[name]
         old.signal(signal.SIGTERM)
         await old.exited()
         await world.instance(name, number)
-        await world.registry.hold(held(world, *NODES))
-        await trio.sleep(0.6)
+        await world.held_and_told(held(world, *NODES))
     counts = await client.order("stop")
     assert failed(counts) == {}
     assert counts.keys() == set(NODES)
