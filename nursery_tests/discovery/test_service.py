@@ -15,7 +15,7 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 from meshlocal.client.websocket_link import Answers, WebSocketLink
 from meshlocal.discovery.hub import Hub, Update
 from meshlocal.discovery.service import DiscoveryService, EncodedEvents
-from meshlocal.discovery.source import Instances, Publisher
+from meshlocal.discovery.source import Instances
 from meshlocal.discovery.websocket import WebSocketServer
 from meshlocal.net.grpc.client import Channel, channel_over, open_channel
 from meshlocal.net.grpc.server import GrpcServer, ServerCall
@@ -41,28 +41,9 @@ from meshlocal.wire.discovery_websocket import PROTO
 from meshlocal.wire.grpc.method import Method
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
 from meshlocal.wire.pb import discovery_pb2 as pb
+from nursery_tests.discovery.held import HeldSource
 
 B = ServiceKey("b")
-
-
-class HeldSource:
-    """A source that its test publishes through."""
-
-    name = "held"
-
-    def __init__(self) -> None:
-        self.publisher: Publisher | None = None
-        self.sync = trio.Event()
-
-    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
-        self.publisher = publisher
-        await self.sync.wait()
-        task_status.started()
-        await trio.sleep_forever()
-
-    def update(self, service: str, *instances: Instance) -> None:
-        assert self.publisher is not None
-        self.publisher.update(ServiceKey(service), model.index(instances))
 
 
 class WebSocketCall:

@@ -15,16 +15,14 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from meshlocal.discovery.hub import Hub
 from meshlocal.discovery.limits import ServerLimits
-from meshlocal.discovery.source import Publisher
 from meshlocal.discovery.watches import Watches
 from meshlocal.discovery.xds import service as service_module
 from meshlocal.discovery.xds.service import XdsService
 from meshlocal.net.grpc.client import Channel, channel_over
 from meshlocal.net.grpc.server import GrpcServer, Handler, Routes, ServerCall
 from meshlocal.net.slices import in_slices
-from meshlocal.policy import model
 from meshlocal.policy.config_discovery import ServerLimitsConfig
-from meshlocal.policy.model import Instance, ServiceKey, make_instance
+from meshlocal.policy.model import ServiceKey, make_instance
 from meshlocal.policy.steps import finish
 from meshlocal.policy.visibility import View
 from meshlocal.wire.grpc.status import GrpcError, StatusCode
@@ -35,6 +33,7 @@ from meshlocal.wire.pb import envoy_endpoint_pb2 as endpoint_pb
 from meshlocal.wire.pb import envoy_listener_pb2 as listener_pb
 from meshlocal.wire.pb import envoy_route_pb2 as route_pb
 from meshlocal.wire.xds import STREAM, ResourceType
+from nursery_tests.discovery.held import HeldSource
 
 CLUSTER, ENDPOINTS, LISTENER, ROUTE = ResourceType
 _MESSAGES: dict[str, Any] = {
@@ -44,33 +43,6 @@ _MESSAGES: dict[str, Any] = {
     ROUTE.url: route_pb.RouteConfiguration,
 }
 ONE, TWO, FAR = (make_instance(f"10.0.0.{n}", 80, labels={"node": f"n{n}"}) for n in (1, 2, 3))
-
-
-class HeldSource:
-    """A source that its test publishes through."""
-
-    def __init__(self, name: str = "held", service: str | None = None) -> None:
-        self.name = name
-        self.publisher: Publisher | None = None
-        self.sync = trio.Event()
-        self._service = service
-
-    def may_know(self, service: ServiceKey) -> bool:
-        return self._service in (None, service)
-
-    async def run(self, publisher: Publisher, *, task_status: trio.TaskStatus[None]) -> None:
-        self.publisher = publisher
-        await self.sync.wait()
-        task_status.started()
-        await trio.sleep_forever()
-
-    def set(self, service: str, *instances: Instance) -> None:
-        assert self.publisher is not None
-        self.publisher.update(ServiceKey(service), model.index(instances))
-
-    def remove(self, service: str) -> None:
-        assert self.publisher is not None
-        self.publisher.update(ServiceKey(service), None)
 
 
 class Client:
@@ -182,7 +154,7 @@ def serving() -> Serving:
                 served = Served(sources, hub, service, watches)
                 served.channel, served.hidden, served.limits = channel, hidden, taken
                 for name in services:
-                    served.source.set(name, ONE, TWO)
+                    served.source.update(name, ONE, TWO)
                 if sync:
                     for source in sources:
                         source.sync.set()
@@ -242,11 +214,11 @@ async def test_only_what_changed_is_pushed(serving: Serving) -> None:
         await client.ask(ENDPOINTS, "a", "b")
         assert set(nodes(await client.next())) == {"a", "b"}
         await client.ack(ENDPOINTS, "a", "b")
-        served.source.set("c", ONE)
+        served.source.update("c", ONE)
         # What changes nothing of what a client sees is nothing to it.
-        served.source.set("a", ONE, make_instance("10.0.0.2", 80, labels={"node": "n2", "version": "2"}))
+        served.source.update("a", ONE, make_instance("10.0.0.2", 80, labels={"node": "n2", "version": "2"}))
         await client.silence()
-        served.source.set("b", ONE, FAR)
+        served.source.update("b", ONE, FAR)
         assert nodes(await client.next()) == {"b": [(0, "n1"), (1, "n3")]}
 
 
@@ -262,7 +234,7 @@ async def test_a_service_that_is_gone_takes_its_cluster_with_it_and_comes_back(s
         assert nodes(await client.next()) == {"b": []}
         for kind in (CLUSTER, ENDPOINTS):
             await client.ack(kind, "a", "b")
-        served.source.set("b", ONE)
+        served.source.update("b", ONE)
         response = await client.next()
         assert (response.type_url, names(response)) == (CLUSTER.url, ["a", "b"])
         assert nodes(await client.next()) == {"b": [(0, "n1")]}
@@ -270,7 +242,7 @@ async def test_a_service_that_is_gone_takes_its_cluster_with_it_and_comes_back(s
 
 async def test_a_service_without_instances_is_known(serving: Serving) -> None:
     async with serving() as served, served.client() as client:
-        served.source.set("b")
+        served.source.update("b")
         await client.ask(CLUSTER, "b")
         assert names(await client.next()) == ["b"]
         await client.ask(ENDPOINTS, "b")
@@ -282,7 +254,7 @@ async def test_what_nobody_knows_does_not_exist(serving: Serving) -> None:
         await client.ask(LISTENER, "nobody")
         assert names(await client.next()) == []
         await client.ack(LISTENER, "nobody")
-        served.source.set("nobody", ONE)
+        served.source.update("nobody", ONE)
         assert names(await client.next()) == ["nobody"]
 
 
@@ -302,7 +274,7 @@ async def test_names_that_can_be_none_are_counted_and_harm_no_others(
 async def test_ports_are_chosen_by_name(serving: Serving) -> None:
     async with serving() as served, served.client() as client:
         grpc, metrics = (make_instance("10.0.0.1", port, name) for port, name in ((80, "grpc"), (90, "metrics")))
-        served.source.set("b", grpc, metrics)
+        served.source.update("b", grpc, metrics)
         await client.ask(ENDPOINTS, "b:grpc", "b:none")
         response = await client.next()
         found = [endpoint_pb.ClusterLoadAssignment.FromString(each.value) for each in response.resources]
@@ -322,7 +294,7 @@ async def test_a_rejected_response_is_counted_logged_and_not_sent_again(
         await client.silence()
         assert served.service.rejected[ENDPOINTS] == 1
         assert served.service.responses[ENDPOINTS] == 1
-        served.source.set("b", TWO)
+        served.source.update("b", TWO)
         assert nodes(await client.next()) == {"b": [(0, "n2")]}
     assert "xds response rejected" in caplog.text
     assert "no such field" in caplog.text
@@ -333,13 +305,13 @@ async def test_a_wildcard_follows_which_services_there_are(serving: Serving) -> 
         await client.ask(CLUSTER)
         assert sorted(names(await client.next())) == ["a", "b"]
         await client.ack(CLUSTER)
-        served.source.set("c", ONE)
+        served.source.update("c", ONE)
         assert sorted(names(await client.next())) == ["a", "b", "c"]
         await client.ack(CLUSTER)
         served.source.remove("a")
         assert sorted(names(await client.next())) == ["b", "c"]
         await client.ack(CLUSTER)
-        served.source.set("b", TWO)
+        served.source.update("b", TWO)
         await client.silence()
 
 
@@ -354,7 +326,7 @@ async def test_a_wildcard_that_is_given_up_is_watched_no_more(serving: Serving) 
         await wait_all_tasks_blocked()
         [watching] = served.watches._told_of()
         assert set(watching.watcher.services) == {"a"}
-        served.source.set("c", ONE)
+        served.source.update("c", ONE)
         await client.silence()
 
 
@@ -366,7 +338,7 @@ async def test_what_is_given_up_is_watched_no_more(serving: Serving) -> None:
         await wait_all_tasks_blocked()
         [watching] = served.watches._told_of()
         assert set(watching.watcher.services) == {"b"}
-        served.source.set("a", TWO)
+        served.source.update("a", TWO)
         await client.silence()
         await client.ask(ENDPOINTS, "a", "b:grpc", nonce=client.nonces[ENDPOINTS.url])
         assert nodes(await client.next()) == {"a": [(0, "n2")]}
@@ -391,13 +363,13 @@ async def test_a_source_that_is_out_holds_up_what_it_may_know_alone(serving: Ser
     """D3, D8: of endpoints, what can be said is said."""
     sources = [HeldSource("one", "a"), HeldSource("two", "b")]
     async with serving(sources=sources, sync=False) as served, served.client() as client:
-        sources[0].set("a", ONE)
+        sources[0].update("a", ONE)
         sources[0].sync.set()
         await client.ask(ENDPOINTS, "a", "b")
         assert nodes(await client.next()) == {"a": [(0, "n1")]}
         await client.ack(ENDPOINTS, "a", "b")
         await client.silence()
-        sources[1].set("b", TWO)
+        sources[1].update("b", TWO)
         sources[1].sync.set()
         assert nodes(await client.next()) == {"b": [(0, "n2")]}
 
@@ -423,7 +395,7 @@ async def test_a_caller_sees_what_it_may_and_is_told_of_nothing_else(serving: Se
         await client.ask(CLUSTER)
         assert names(await client.next()) == ["a"]
         await client.ack(CLUSTER)
-        served.source.set("c", ONE)
+        served.source.update("c", ONE)
         await client.silence()
         assert served.hidden == ["b"]
 
@@ -534,7 +506,7 @@ async def test_who_may_hold_all_of_a_service_is_told_of_no_part(serving: Serving
     """D8: a restarted server whose other source is away keeps what clients have; who has nothing gets what there is."""
     sources = [HeldSource("one"), HeldSource("two")]
     async with serving(sources=sources, sync=False) as served:
-        sources[0].set("b", ONE)
+        sources[0].update("b", ONE)
         sources[0].sync.set()
         await wait_all_tasks_blocked()
         async with served.client() as old, served.client() as new:
@@ -543,7 +515,7 @@ async def test_who_may_hold_all_of_a_service_is_told_of_no_part(serving: Serving
             await old.silence()
             await new.ask(ENDPOINTS, "b")
             assert nodes(await new.next()) == {"b": [(0, "n1")]}
-            sources[1].set("b", TWO)
+            sources[1].update("b", TWO)
             sources[1].sync.set()
             assert names(await old.next()) == ["b"]
             assert nodes(await old.next()) == {"b": [(0, "n1"), (1, "n2")]}
@@ -554,7 +526,7 @@ async def test_a_wildcard_is_told_what_there_is_unless_it_may_hold_more(serving:
     """D3: an Envoy that starts while a registry is away begins with the others' services."""
     sources = [HeldSource("one", "a"), HeldSource("two", "b")]
     async with serving(sources=sources, sync=False) as served, served.client() as client:
-        sources[0].set("a", ONE)
+        sources[0].update("a", ONE)
         sources[0].sync.set()
         await client.ask(CLUSTER, version=version)
         if version:
@@ -563,7 +535,7 @@ async def test_a_wildcard_is_told_what_there_is_unless_it_may_hold_more(serving:
             assert names(await client.next()) == ["a"]
             await client.ack(CLUSTER)
             await client.silence()
-        sources[1].set("b", TWO)
+        sources[1].update("b", TWO)
         sources[1].sync.set()
         assert sorted(names(await client.next())) == ["a", "b"]
 
@@ -572,7 +544,7 @@ async def test_what_cannot_be_said_yet_withholds_nothing_else(serving: Serving) 
     """D3: of listeners too; a name that the client cannot have from before is left out, and comes once it is known."""
     sources = [HeldSource("one", "a"), HeldSource("two", "b")]
     async with serving(sources=sources, sync=False) as served, served.client() as client:
-        sources[0].set("a", ONE)
+        sources[0].update("a", ONE)
         sources[0].sync.set()
         await client.ask(LISTENER, "b")
         await client.silence()
@@ -580,7 +552,7 @@ async def test_what_cannot_be_said_yet_withholds_nothing_else(serving: Serving) 
         assert names(await client.next()) == ["a"]
         await client.ack(LISTENER, "a", "b")
         await client.silence()
-        sources[1].set("b", TWO)
+        sources[1].update("b", TWO)
         sources[1].sync.set()
         assert sorted(names(await client.next())) == ["a", "b"]
 
@@ -597,11 +569,11 @@ async def test_what_changes_and_changes_back_is_sent_in_the_end(serving: Serving
 
         def change(*, back: bool) -> None:
             if back:
-                served.source.set("b", ONE, TWO)
+                served.source.update("b", ONE, TWO)
             elif gone:
                 served.source.remove("b")
             else:
-                served.source.set("b", TWO)
+                served.source.update("b", TWO)
 
         # The stream takes the change, and waits for its turn to send it; meanwhile it is undone.
         await served.service.turns.acquire()
@@ -670,8 +642,8 @@ async def test_endpoints_that_were_put_back_follow_though_the_first_were_nothing
             await client.ack(ENDPOINTS, "a", "b", "c")
         # Nothing that the client sees, and then something; in one go.
         for service in ("a", "b"):
-            served.source.set(service, ONE, make_instance("10.0.0.2", 80, labels={"node": "n2", "x": "1"}))
-        served.source.set("c", ONE)
+            served.source.update(service, ONE, make_instance("10.0.0.2", 80, labels={"node": "n2", "x": "1"}))
+        served.source.update("c", ONE)
         assert nodes(await client.next()) == {"c": [(0, "n1")]}
 
 
@@ -716,7 +688,7 @@ async def test_a_stream_that_says_nothing_is_a_watch_too(serving: Serving) -> No
 async def test_a_scoped_address_costs_its_service_none_of_the_others(serving: Serving) -> None:
     """RFC 4007: its zone is an interface of another host, and clients reject all that comes with it."""
     async with serving() as served, served.client() as client:
-        served.source.set("b", ONE, make_instance("fe80::1%eth0", 80, labels={"node": "n1"}))
+        served.source.update("b", ONE, make_instance("fe80::1%eth0", 80, labels={"node": "n1"}))
         await client.ask(ENDPOINTS, "b")
         [resource] = (await client.next()).resources
         [group] = endpoint_pb.ClusterLoadAssignment.FromString(resource.value).endpoints
