@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from typing import NamedTuple, Protocol
@@ -136,7 +137,7 @@ class Bypass:
         """
         while True:
             try:
-                kernel = await self._files.run(self._load, self._cgroup, self._pin)
+                kernel = await self._attach()
             except (OSError, BlockedError) as error:
                 if self.problem != (problem := str(error)):
                     self.problem = problem
@@ -152,6 +153,35 @@ class Bypass:
                 self._now.clear()
                 self._said.clear()
                 kernel.close()
+
+    async def _attach(self) -> Lists:
+        """Load the program, in a thread. One that comes when nobody waits for it any more is let go at once.
+
+        Raises:
+            OSError, BlockedError: it cannot be loaded.
+        """
+        lock = threading.Lock()
+        loaded: list[Lists] = []
+        given_up = False
+
+        def load() -> Lists:
+            kernel = self._load(self._cgroup, self._pin)
+            with lock:
+                if not given_up:
+                    loaded.append(kernel)
+                    return kernel
+            kernel.close()
+            return kernel
+
+        try:
+            return await self._files.run(load)
+        except BaseException:
+            # It may be loaded already, and only its way here was cut off.
+            with lock:
+                given_up = True
+            for kernel in loaded:
+                kernel.close()
+            raise
 
     async def _keep(self, kernel: Lists) -> None:
         """Keep the lists, until the cgroup is another one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -370,3 +371,46 @@ async def test_a_cgroup_that_comes_later_and_one_that_is_another(
         await trio.sleep(0.01)
     assert first.closed
     nursery.cancel_scope.cancel()
+
+
+async def test_a_program_that_comes_when_nobody_waits_is_let_go(make: Make) -> None:
+    """P1: the proxy was told to stop while its thread was in the kernel."""
+    world = make()
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(cgroup: str, pin: str | None) -> FakeKernel:
+        began.set()
+        go_on.wait(20)
+        return world.kernel
+
+    world.bypass._load = slow
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.bypass.run)
+        while not began.is_set():  # noqa: ASYNC110 - a thread does it
+            await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    go_on.set()
+    with trio.fail_after(20):
+        while not world.kernel.closed:  # noqa: ASYNC110 - a thread does it
+            await trio.sleep(0.001)
+
+
+async def test_a_program_that_is_loaded_but_never_arrives_is_let_go(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1: the proxy was told to stop after the kernel had it, and before the proxy had."""
+    world = make()
+    loaded = trio.Event()
+
+    async def cut_off(load: Callable[[], object]) -> object:
+        load()
+        loaded.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(world.bypass._files, "run", cut_off)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.bypass.run)
+        await loaded.wait()
+        assert not world.kernel.closed
+        nursery.cancel_scope.cancel()
+    assert world.kernel.closed
