@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import anyio
 
 from meshlocal.client.feed import FeedStatus, SnapshotSink
-from meshlocal.discovery.hub import Hub
+from meshlocal.discovery.hub import Hub, Watcher
 from meshlocal.policy.model import ServiceKey
-
-_LOOK = 1.0
-"""Seconds between two looks at whether the sources are current."""
 
 
 class EmbeddedFeed:
@@ -49,16 +47,27 @@ class EmbeddedFeed:
 
     async def _follow_hub(self) -> None:
         with self._hub.watch(dict.fromkeys(self._services, "")) as watcher:
-            while True:
-                for update in watcher.take():
-                    self._sink.publish(update.latest, update.last)
-                self._note_state()
-                with anyio.move_on_after(_LOOK):
+            self._pass_on(watcher)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._follow_problems, watcher)
+                while True:
                     await watcher.wait()
+                    self._pass_on(watcher)
 
-    def _note_state(self) -> None:
+    async def _follow_problems(self, watcher: Watcher) -> None:
+        while True:
+            await self._hub.wait_told()
+            self._pass_on(watcher)
+
+    def _pass_on(self, watcher: Watcher) -> None:
+        for update in watcher.take():
+            self._sink.publish(update.latest, update.last)
         problems = [state.problem for state in self._hub.sources if state.problem is not None]
+        connected = self._hub.in_sync and not problems
         self.status.problem = "; ".join(problems) or None
-        self.status.connected = self._hub.in_sync and not problems
-        if self.status.connected:
+        if connected:
+            # For as long as nothing is said against it.
+            self.status.confirmed_at = math.inf
+        elif self.status.connected:
             self.status.confirmed_at = anyio.current_time()
+        self.status.connected = connected

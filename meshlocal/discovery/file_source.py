@@ -1,11 +1,13 @@
 """Instances from a file, read again whenever it changes.
 
-The file is looked at, not watched: one `stat` an interval, following symbolic
-links, so that an atomic replacement by rename, a ConfigMap's swapped link, an
-edit in place and a file that comes late are all seen alike, on every file
-system. A file that changed is read once it looks the same twice in a row and
-nobody has it open for writing, so that a writer caught half-way is waited for:
-half a file may well parse, and say that there are no instances.
+What counts is a look at it: one `stat`, following symbolic links, so that an
+atomic replacement by rename, a ConfigMap's swapped link, an edit in place and a
+file that comes late are all seen alike, on every file system. The kernel's
+hints that something happened make the next look come at once; without one there
+is a look every 2.5 seconds, or twice a second where the kernel gives no hints.
+A file that changed is read once it looks the same twice in a row and nobody has
+it open for writing, so that a writer caught half-way is waited for: half a file
+may well parse, and say that there are no instances.
 
 All of it is done in a thread: a file system that hangs holds that one, and what was published before stays (P1).
 """
@@ -16,7 +18,7 @@ import errno
 import fcntl
 import os
 import signal
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ import anyio
 
 from meshlocal.discovery.source import Publisher, Source, SourceContext
 from meshlocal.net.blocking import BlockedError, Blocking
+from meshlocal.net.file_hints import FileHints
 from meshlocal.net.log import get_log
 from meshlocal.policy.model import index
 from meshlocal.policy.problems import Problem
@@ -37,11 +40,17 @@ if TYPE_CHECKING:
 _log = get_log(__name__)
 
 POLL_INTERVAL = 0.25
-"""Seconds between two looks at the file. A change is published after one to two of them."""
+"""Seconds between two looks at a file that changes. A change is published once two of them saw the same."""
 
-LOOK_FOR = 5.0
-"""Seconds that a thread looks for, before it comes back without a change. Less than a file system may take to answer:
-one that hangs is told from one where nothing changes."""
+UNHINTED = 2
+"""Intervals between two looks at a file that rests, where the kernel gives no hints."""
+
+HINTED = 10
+"""The same where it does: hints can be missing, as of what happens elsewhere on a network file system."""
+
+LOOK_FOR = 20.0
+"""Seconds that a thread looks for, before it comes back without a change. One that does not come back soon after that
+tells of a file system that hangs."""
 
 BLOCKED_PAUSE = 1.0
 """Seconds between two tries to look at a file whose file system does not answer."""
@@ -68,7 +77,7 @@ class FileSource:
         path: the file.
         zone: the `zone` label of instances for which the file gives none.
         cluster: the `cluster` label of its instances that have none.
-        poll_interval: seconds between two looks.
+        poll_interval: seconds between two looks at a file that changes.
     """
 
     def __init__(self, path: Path, *, zone: str = "", cluster: str = "", poll_interval: float = POLL_INTERVAL) -> None:
@@ -145,23 +154,28 @@ class FileSource:
             BlockedError: the file system does not answer.
         """
         while True:
-            stop = threading.Event()
+            hints = FileHints(self._path)
             try:
-                found = await self._files.run(self._look_until_changed, known, stop)
+                found = await self._files.run(self._look_until_changed, known, hints, waits=LOOK_FOR)
             finally:
-                stop.set()
+                hints.stop()
             if found is not None:
                 return found
 
-    def _look_until_changed(self, known: _Signature | str | None, stop: threading.Event) -> _Signature | str | None:
+    def _look_until_changed(self, known: _Signature | str | None, hints: FileHints) -> _Signature | str | None:
         """In a thread: look again and again; None if nothing changed for a while."""
-        for _ in range(max(1, round(LOOK_FOR / self._poll_interval))):
-            found = self._look()
-            if known is None or found != known:
-                return found
-            if stop.wait(self._poll_interval):
-                break
-        return None
+        if known is None:
+            return self._look()
+        until = time.monotonic() + LOOK_FOR
+        with hints:
+            while True:
+                pause = self._poll_interval * (HINTED if hints.arm() else UNHINTED)
+                found = self._look()
+                if found != known:
+                    return found
+                left = until - time.monotonic()
+                if left <= 0 or not hints.wait(min(pause, left), min(self._poll_interval, left)):
+                    return None
 
     async def _read(self) -> InstancesFile | InstancesFileError:
         try:

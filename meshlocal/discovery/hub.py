@@ -130,7 +130,9 @@ class SourceState:
 
     def report(self, problem: str | None) -> None:
         """See `Publisher.report`."""
-        self.problem = problem
+        if problem != self.problem:
+            self.problem = problem
+            self._hub._source_told()
 
     def _restarting(self) -> None:
         """What was published stays; what comes next counts once the source is in sync again."""
@@ -175,6 +177,7 @@ class Hub:
         self._rng = rng
         self._services: dict[ServiceKey, _Service] = {}
         self._synced = anyio.Event()
+        self._told = anyio.Event()
         self._marked: OrderedDict[Watcher, None] = OrderedDict()
         self._some_marked = anyio.Event()
         self._pushing = False
@@ -194,6 +197,14 @@ class Hub:
     async def wait_in_sync(self) -> None:
         """Wait until every source has been in sync once."""
         await self._synced.wait()
+
+    async def wait_told(self) -> None:
+        """Wait until a source is in sync for the first time, or says what keeps it from being current, or no more."""
+        await self._told.wait()
+
+    def _source_told(self) -> None:
+        self._told.set()
+        self._told = anyio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run every source, for ever. Started at once: watchers may come before the sources are in sync."""
@@ -356,6 +367,7 @@ class Hub:
             for watcher in state.watchers:
                 if service in watcher.pending:
                     watcher._mark(service)
+        self._source_told()
 
     def _forget_if_idle(self, service: ServiceKey, state: _Service) -> None:
         """Names that no registry knows are kept only while somebody watches them: anybody may ask for any."""

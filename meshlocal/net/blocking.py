@@ -44,10 +44,15 @@ class Blocking:
         """A call was given up that has not come back yet."""
         return self._hanging
 
-    async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+    async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts, waits: float = 0.0) -> T:
         """Call the function in a thread; returns what it returns, raises what it raises.
 
         When the caller is cancelled, the function goes on by itself, and what it returns is dropped.
+
+        Args:
+            function: what may block.
+            args: its arguments.
+            waits: seconds for which the function itself waits, beside what it is held up for.
 
         Raises:
             BlockedError: it did not come back in time, or one that was given up has not come back yet.
@@ -55,7 +60,7 @@ class Blocking:
         async with self._lock:
             if self._hanging:
                 raise BlockedError(f"{self._what} still does not answer")
-            with anyio.move_on_after(self._limit):
+            with anyio.move_on_after(self._limit + waits):
                 return await anyio.to_thread.run_sync(self._call, function, args, abandon_on_cancel=True)
         raise BlockedError(f"{self._what} does not answer within {self._limit:g} s")
 

@@ -109,7 +109,7 @@ Ts = TypeVarTuple("Ts")
 class AtOnce(Blocking):
     """Does in the loop what blocks."""
 
-    async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+    async def run(self, function: Callable[[Unpack[Ts]], T], *args: *Ts, waits: float = 0.0) -> T:
         await trio.lowlevel.checkpoint()
         return function(*args)
 

@@ -17,6 +17,7 @@ from trio.testing import MockClock
 from meshlocal.discovery import file_source
 from meshlocal.discovery.file_source import FileSource, is_written_to
 from meshlocal.discovery.hub import Hub
+from meshlocal.net import file_hints
 from meshlocal.net.blocking import Blocking
 from meshlocal.policy.model import ServiceKey
 from nursery_tests.logged import entry
@@ -225,7 +226,7 @@ class Stepped:
         self.hub = Hub([source], random.Random(0))
         self._clock = clock
 
-        async def run(work: Callable[..., object], *arguments: Any) -> object:
+        async def run(work: Callable[..., object], *arguments: Any, waits: float = 0.0) -> object:
             await trio.lowlevel.checkpoint()
             if work == source._look_until_changed:
                 (known, _) = arguments
@@ -410,4 +411,37 @@ async def test_a_quiet_file_leaves_the_loop_alone(tmp_path: Path, nursery: trio.
     await trio.sleep(0.3)  # sixty looks
     trio.lowlevel.remove_instrument(counting)
     assert len([name for name in steps if "FileSource" in name or "_supervise" in name]) <= 2
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("change", [replace, write])
+async def test_a_hint_makes_the_next_look_come_at_once(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, str], None]
+) -> None:
+    """P3: looks without one are rare."""
+    monkeypatch.setattr(file_source, "HINTED", 1_000_000)
+    looks = count_looks(monkeypatch)
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await hub.wait_in_sync()
+    await trio.sleep(0.05)  # ten intervals
+    assert len(looks) <= 4
+    change(path, content(1, 2))
+    await until(lambda: ports(hub) == [1, 2])
+    nursery.cancel_scope.cancel()
+
+
+async def test_without_hints_it_is_looked_at_more_often(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a user's instances of inotify are used up."""
+    monkeypatch.setattr(file_source, "HINTED", 1_000_000)
+    monkeypatch.setattr(file_hints, "_init", lambda: -1)
+    path = tmp_path / "instances.yaml"
+    write(path, content(1))
+    hub = await start(nursery, path)
+    await hub.wait_in_sync()
+    replace(path, content(1, 2))
+    await until(lambda: ports(hub) == [1, 2])
     nursery.cancel_scope.cancel()
