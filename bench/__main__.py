@@ -1,4 +1,4 @@
-"""The whole comparison: TCP, HTTP, gRPC, failover and snapshots, in one run. `make bench`."""
+"""The whole comparison: TCP, a cache, HTTP, gRPC, failover and snapshots, in one run. `make bench`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import grpc, http, load, locality, page, peers, plots, report, rounds, tcp, tls, update
+from bench import cache, grpc, http, load, locality, page, peers, plots, report, rounds, tcp, tls, update
 from bench.machine import ROOT, describe, describe_line, raise_file_limit
 from bench.rounds import OURS, REFERENCE, Measured, Row
 
 IMAGES = ROOT / "docs" / "images"
 _OTHERS = ("HAProxy", "nginx", REFERENCE)
 
-PARTS = ("tcp", "http", "grpc", "tls", "failover", "update")
+PARTS = ("tcp", "cache", "http", "grpc", "tls", "failover", "update")
 """What is measured."""
 
 Goals = list[dict[str, Any]]
@@ -52,6 +52,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     if "tcp" in only:
         figures["tcp"] = tcp.measure(asked)
         checks += tcp.checks(asked)
+    if "cache" in only:
+        figures["cache"] = cache.measure(asked)
     if "http" in only:
         figures["http"] = http.measure(asked)
         checks += http.checks(asked)
@@ -73,6 +75,7 @@ def tables(figures: dict[str, Any]) -> str:
     parts = []
     for title, name, rows in (
         ("TCP", "tcp", tcp.ROWS),
+        ("Redis", "cache", cache.ROWS),
         ("HTTP/1.1", "http", http.ROWS),
         ("gRPC", "grpc", grpc.ROWS),
         ("TLS", "tls", tls.ROWS),

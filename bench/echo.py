@@ -1,5 +1,7 @@
 """An echo server in one process: `python -m bench.echo ADDRESS...` prints the port of each address, and serves.
 
+An address with a slash is the path of a Unix socket, whose port is 0.
+
 It does next to nothing between two system calls. What it costs is in the direct figures of each benchmark, and the
 checks of `make bench` compare it with a server in C.
 """
@@ -22,11 +24,17 @@ def main() -> None:
     poll = select.epoll()
     for argument in sys.argv[1:]:
         address, _, port = argument.partition(":")
-        sock = socket.create_server((address, int(port or 0)), backlog=4096)
+        if "/" in address:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(address)
+            sock.listen(4096)
+        else:
+            sock = socket.create_server((address, int(port or 0)), backlog=4096)
         sock.setblocking(False)
         listeners[sock.fileno()] = sock
         poll.register(sock, select.EPOLLIN)
-    print(*(sock.getsockname()[1] for sock in listeners.values()), flush=True)
+    ports = (sock.getsockname()[1] if sock.family == socket.AF_INET else 0 for sock in listeners.values())
+    print(*ports, flush=True)
     serve(poll, listeners)
 
 
@@ -59,7 +67,8 @@ def accept(listener: socket.socket, poll: select.epoll, connections: dict[int, s
             sock, _ = listener.accept()
         except BlockingIOError:
             return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if listener.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connections[sock.fileno()] = sock
         poll.register(sock, select.EPOLLIN)
 

@@ -70,11 +70,16 @@ def routes(one_way: float) -> Iterator[tuple[dict[str, int], float]]:
         yield {"direct": near, "far-direct": relay, **ports}, added
 
 
-def exchanges(port: int, count: int) -> list[float]:
+Place = int | str
+"""A port of 127.0.0.1, or the path of a Unix socket."""
+
+
+def exchanges(place: Place, count: int) -> list[float]:
     """Seconds of each exchange on one connection."""
     times = []
-    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with _connected(place) as sock:
+        if isinstance(place, int):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _exchange(sock)
         for _ in range(count):
             start = time.perf_counter()
@@ -83,18 +88,27 @@ def exchanges(port: int, count: int) -> list[float]:
     return times
 
 
-def connects(port: int, count: int) -> list[float]:
+def connects(place: Place, count: int) -> list[float]:
     """Seconds of each connect, exchange and close."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
-        # Not create_connection: its look-up of the name would count.
-        with socket.socket() as sock:
-            sock.settimeout(LIMIT)
-            sock.connect(("127.0.0.1", port))
+        with _connected(place) as sock:
             _exchange(sock)
         times.append(time.perf_counter() - start)
     return times
+
+
+def _connected(place: Place) -> socket.socket:
+    # Not create_connection: its look-up of the name would count.
+    sock = socket.socket(socket.AF_INET if isinstance(place, int) else socket.AF_UNIX)
+    try:
+        sock.settimeout(LIMIT)
+        sock.connect(("127.0.0.1", place) if isinstance(place, int) else place)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _exchange(sock: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Programs that make load, each in C and a process of its own: wrk, h2load, sockperf, iperf3.
+"""Programs that make load, each in C and a process of its own: wrk, h2load, sockperf, iperf3, redis-benchmark.
 
 wrk makes the load of TCP echoes too. Its script (`echo.lua`) sends bytes that read as an HTTP response, and an echo
 server sends them back: so wrk, whose loop serves many connections from one thread, measures exchanges of any size
@@ -7,6 +7,7 @@ with any upstream that echoes.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -26,6 +27,8 @@ PACKAGES = {
     "haproxy": "haproxy",
     "nginx": "nginx-light",
     "openssl": "openssl",
+    "redis-benchmark": "redis-tools",
+    "redis-server": "redis-server",
 }
 """Debian packages of programs."""
 
@@ -191,6 +194,31 @@ def iperf3(port: int, seconds: int, *, reverse: bool = False) -> float:
         problem = found.get("error", text)
         time.sleep(0.2)
     raise LoadError(f"iperf3 measured nothing: {problem}")
+
+
+def redis_gets(
+    port: int, connections: int, count: int, *, pipelined: int = 1, kept: bool = True, command: str = "get"
+) -> dict[str, float]:
+    """So many GETs of 64 bytes in all, one after another on each connection.
+
+    Args:
+        port: of the cache.
+        connections: how many clients at once.
+        count: requests in all.
+        pipelined: so many are sent at once on a connection.
+        kept: each client has one connection; otherwise each request has one of its own.
+        command: `set` makes what `get` gets.
+
+    Returns:
+        `requests`, `rate` (a second), and `p50`, `p95` and `p99` in seconds, without `kept` from the connect on.
+    """
+    flags = ["-h", "127.0.0.1", "-p", str(port), "-c", str(connections), "-n", str(count), "-P", str(pipelined)]
+    text = _run("redis-benchmark", *flags, "-k", str(int(kept)), "-d", "64", "-t", command, "--csv")
+    rows = list(csv.DictReader(text.splitlines()))
+    if len(rows) != 1:
+        raise LoadError(f"redis-benchmark printed no figures: {text}")
+    times = {f"p{share}": float(rows[0][f"p{share}_latency_ms"]) / 1e3 for share in (50, 95, 99)}
+    return {"requests": float(count), "rate": float(rows[0]["rps"]), **times}
 
 
 def _run(program: str, *arguments: str, environment: dict[str, str] | None = None) -> str:

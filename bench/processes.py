@@ -91,8 +91,8 @@ def ready_line(process: subprocess.Popen[bytes], limit: float = START_LIMIT) -> 
 
 
 @contextmanager
-def listening(command: Sequence[str], log: Path, ports: Iterable[int]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that says nothing when it is ready: up once it listens on all its ports of 127.0.0.1.
+def listening(command: Sequence[str], log: Path, ports: Iterable[int | Path]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that says nothing when it is ready: up once it listens on all its ports of 127.0.0.1, or Unix sockets.
 
     Raises:
         StartError: it ended, or did not listen in time; with the end of its log.
@@ -107,7 +107,10 @@ def listening(command: Sequence[str], log: Path, ports: Iterable[int]) -> Iterat
         yield process
 
 
-def _connects(port: int) -> bool:
+def _connects(port: int | Path) -> bool:
+    if isinstance(port, Path):
+        with socket.socket(socket.AF_UNIX) as sock:
+            return sock.connect_ex(str(port)) == 0
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 

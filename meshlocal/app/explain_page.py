@@ -12,7 +12,7 @@ import meshlocal
 from meshlocal.admin.messages import Request, Response
 from meshlocal.app import html
 from meshlocal.app.common_pages import plain
-from meshlocal.app.explaining import bypass_lines, bypass_view, explain_in_steps
+from meshlocal.app.explaining import bypass_lines, bypass_view, explain_in_steps, socket_lines, sockets_in_steps
 from meshlocal.app.proxy import ProxyProcess
 from meshlocal.app.views import tls_view
 from meshlocal.client.services import ServiceState
@@ -53,6 +53,7 @@ class ExplainPage:
         age = feed.age(trio.current_time())
         view["tls"] = tls_view(config, service)
         view["bypass"] = bypass_view(self._process.bypass, service.key)
+        view["sockets"] = yield from sockets_in_steps(service.picker, service.sockets)
         view["discovery"] = {
             "connected": feed.connected,
             "problem": feed.problem,
@@ -104,7 +105,7 @@ def _plan_page(service: str, view: Mapping[str, Any]) -> Steps[Response]:
     ]
     parts = [
         *more,
-        *(html.paragraph(line) for line in bypass_lines(view["bypass"])),
+        *(html.paragraph(line) for line in (*bypass_lines(view["bypass"]), *socket_lines(view["sockets"]))),
         html.paragraph("What the next request tries, in this order, while each attempt fails."),
         html.table("The plan", ("Step", "Instance", "Node", "Tier", "Why not the first tier", "Why so late"), steps),
         html.heading("Left out"),

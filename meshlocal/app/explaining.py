@@ -9,11 +9,12 @@ from meshlocal.app.views import left_out_in_steps, sorted_in_steps
 from meshlocal.net.slices import pieces
 from meshlocal.policy.addresses import format_host_port
 from meshlocal.policy.bypass import WHY_NOT
-from meshlocal.policy.model import ServiceKey
+from meshlocal.policy.model import SOCKET, ServiceKey
 from meshlocal.policy.picker import Cursors, Gate, Pick, Picker
 from meshlocal.policy.steps import Steps, finish
 
 if TYPE_CHECKING:
+    from meshlocal.policy.unix_sockets import UnixSockets
     from meshlocal.proxy.bypass.bypass import Bypass
 
 
@@ -62,6 +63,30 @@ def bypass_lines(view: Mapping[str, Any] | None) -> list[str]:
         if each["why_not"] is None
         else f"not bypassed: {each['listener']}, {each['why_not']}"
         for each in view["listeners"]
+    ]
+
+
+def sockets_in_steps(picker: Picker, sockets: UnixSockets | None) -> Steps[list[dict[str, Any]] | None]:
+    """The Unix sockets of a service's instances on the proxy's own node; None: no folder for them is configured."""
+    if sockets is None:
+        return None
+    found: list[dict[str, Any]] = []
+    for piece in pieces(picker.snapshot.instances.values()):
+        for instance in piece:
+            if SOCKET in instance.labels and instance.node and instance.node == sockets.node:
+                path, problem = sockets.look(instance.labels[SOCKET])
+                found.append({"instance": str(instance.key), "path": path, "problem": problem})
+        yield
+    return sorted(found, key=lambda each: each["instance"])
+
+
+def socket_lines(view: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """What `sockets_in_steps` tells, for people; nothing of another version."""
+    return [
+        f"by socket: {each['instance']} at {each['path']}, where it can be connected"
+        if each["problem"] is None
+        else f"not by socket: {each['instance']}, its label {SOCKET}: {each['problem']}"
+        for each in view or ()
     ]
 
 

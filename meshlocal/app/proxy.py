@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -46,6 +46,7 @@ from meshlocal.net.log import configure_logging, get_log
 from meshlocal.net.relay_loop import RelayLoop, open_relay_loop
 from meshlocal.net.sockets import close, format_address
 from meshlocal.net.supervision import DEAD_STATUS, Supervision, TaskDeadError
+from meshlocal.net.unix import UnixOpening
 from meshlocal.net.wall_clock import wall_clock
 from meshlocal.policy.config import Config, ProxyConfig
 from meshlocal.policy.config_build import ConfigError
@@ -368,7 +369,11 @@ class ProxyProcess:
                 admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
             for sock in admin_sockets:
                 opened.callback(close, sock)
-            self.listeners.adopt(self.listeners.prepare(config), config)
+            opening = UnixOpening(self.listeners.missing_paths(config))
+            opened.callback(lambda: [file.remove() for file in opening.give_up()])
+            opening.open()
+            self.listeners.adopt(self.listeners.prepare(config, opening.opened), config)
+            opening.give_away()
             for listener in self.listeners.current:
                 opened.callback(listener.close)
             self._tell_unknown_labels()
@@ -485,15 +490,34 @@ class ProxyProcess:
             collector = await self._files.run(make_collector, config.proxy)
         except (BlockedError, FileProblemError) as error:
             return [str(error)]
-        return self.apply(config, tls, collector)
+        opening = UnixOpening(self.listeners.missing_paths(config.proxy))
+        try:
+            await self._files.run(opening.open)
+            return self.apply(config, tls, collector, opening)
+        except (BlockedError, ListenError) as error:
+            return [str(error)]
+        finally:
+            left = opening.give_up()
+            with trio.CancelScope(shield=True), suppress(BlockedError):
+                for file in left:
+                    await self._files.run(file.remove)
 
-    def apply(self, config: Config, tls: ProxyTls | None, collector: CollectorFiles | None) -> list[str]:
-        """Apply a configuration that `read_again` let pass; returns what prevents it, empty if it holds now."""
+    def apply(
+        self, config: Config, tls: ProxyTls | None, collector: CollectorFiles | None, opening: UnixOpening
+    ) -> list[str]:
+        """Apply a configuration that `read_again` let pass; returns what prevents it, empty if it holds now.
+
+        Args:
+            config: the configuration.
+            tls: made of its files.
+            collector: likewise.
+            opening: its new Unix sockets, which are open.
+        """
         if self.stop.requested.is_set():
             return ["draining"]
         proxy = config.proxy
         try:
-            prepared = self.listeners.prepare(proxy)
+            prepared = self.listeners.prepare(proxy, opening.opened)
         except ListenError as error:
             return [str(error)]
         self.config = config
@@ -514,6 +538,7 @@ class ProxyProcess:
             self._follow_files(self._lifetime)
             self._export(self._lifetime)
         self.listeners.adopt(prepared, proxy)
+        opening.give_away()
         if self.bypass is not None:
             self.bypass.wake()
         self.forwarder.access_log = proxy.access_log

@@ -280,6 +280,11 @@ class ProxyCollector(Collector):
             "Attempts to connect to instances on this very host in plaintext, as the service's tls.skip_tiers has it.",
             labels=["service"],
         )
+        by_socket = CounterMetricFamily(
+            "meshlocal_unix_connects",
+            "Connections to instances of this node that were made by their Unix sockets (proxy.socket_folder).",
+            labels=["service"],
+        )
         refused = CounterMetricFamily(
             "meshlocal_limit_refused",
             "Requests refused because of a limit; without a service: a limit of the whole proxy.",
@@ -297,11 +302,13 @@ class ProxyCollector(Collector):
                     replays.add_metric([service.key, reason], count)
                 if service.security is not None:
                     skipped.add_metric([service.key], service.statistics.tls_skipped)
+                if service.sockets is not None:
+                    by_socket.add_metric([service.key], service.statistics.unix_connects)
                 for limit, count in service.circuit.refused.items():
                     refused.add_metric([service.key, limit], count)
         for limit, count in self._services.circuit.refused.items():
             refused.add_metric(["", limit], count)
-        yield from (ejected, ejections, checks, replays, skipped, refused)
+        yield from (ejected, ejections, checks, replays, skipped, by_socket, refused)
 
     def _connections(self) -> Iterator[Metric | None]:
         moving: dict[str, tuple[int, int]] = {}

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import click
 import yaml
 
-from meshlocal.app.explaining import bypass_lines, explain_view
+from meshlocal.app.explaining import bypass_lines, explain_view, socket_lines
 from meshlocal.app.query import (
     QueryError,
     fetch_all,
@@ -205,6 +205,7 @@ def _explanation(view: Mapping[str, Any]) -> str:
     lines = [f"service {view['service']}, seen from node {node}; usable instances by tier: {sizes}{but}"]
     lines += _staleness(view.get("discovery"))
     lines += bypass_lines(view.get("bypass"))
+    lines += socket_lines(view.get("sockets"))
     if not view["known"]:
         lines.append("no registry knows this service")
     if view["plan"]:

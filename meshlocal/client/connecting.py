@@ -21,7 +21,7 @@ from meshlocal.client.account import Account
 from meshlocal.client.security import Security
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.net.dial import Connecting, classify_connect_error
+from meshlocal.net.dial import Connecting, classify_connect_error, connect_socket
 from meshlocal.net.pipe import Pipe, PlainPipe
 from meshlocal.net.tls_error import TlsError
 from meshlocal.policy.picker import Pick
@@ -237,6 +237,11 @@ def begin_dial(state: ServiceState, pick: Pick, security: Security | None) -> Co
             state.statistics.tls_skipped += 1
         else:
             port = security.port(pick.instance)
+    elif state.sockets is not None:
+        found: Connecting[Security] | None = connect_socket(state.sockets.of(pick.instance))
+        if found is not None:
+            state.statistics.unix_connects += 1
+            return _finish(found)
     try:
         connecting: Connecting[Security] = Connecting(key.address, port)
     except OSError as error:

@@ -38,6 +38,7 @@ from meshlocal.policy.model import (
 )
 from meshlocal.policy.picker import Cursors, Pick, Picker, Plan, RandomSource
 from meshlocal.policy.steps import Steps
+from meshlocal.policy.unix_sockets import UnixSockets
 
 _log = get_log(__name__)
 
@@ -69,6 +70,7 @@ class ServiceState:
         policy: how its requests are tried.
         protocol: which version of HTTP its instances are spoken to in; None: as they say, or as the client does.
         security: how connections to its instances are secured; None: not at all.
+        sockets: where its instances have Unix sockets; None: nowhere.
         picker: what the latest snapshot says; None before the first (A7).
         cursors: where its rotations stand; they outlive pickers (O3).
         fitness: what was found out about its instances; it outlives pickers too.
@@ -103,6 +105,7 @@ class ServiceState:
         "refit",
         "security",
         "selector",
+        "sockets",
         "statistics",
         "told",
     )
@@ -122,6 +125,7 @@ class ServiceState:
         self.policy = policy
         self.protocol = config.protocol
         self.security: Security | None = None
+        self.sockets: UnixSockets | None = None
         self.selector = selector
         self.picker: Picker | None = None
         self.cursors = Cursors(rng)
@@ -362,6 +366,7 @@ class ServiceTable:
             selector = Selector(locality, service.port_name)
             state.reselect(selector, config.attempts_for(key), config.ejection, service)
             state.security = self.security_of(key)
+            state.sockets = self._sockets
             self._publish_fixed(state)
         for key in wanted:
             if key not in self._states:
@@ -382,10 +387,16 @@ class ServiceTable:
             self.circuit,
         )
         state.security = self.security_of(key)
+        state.sockets = self._sockets
         self._publish_fixed(state)
         state.fitness.on_failing = self._tell_failing
         state.refit = state.fitness.health.on_change = self._tell_refit
         return state
+
+    @property
+    def _sockets(self) -> UnixSockets | None:
+        folder = self.config.socket_folder
+        return UnixSockets(folder, self.locality.node) if folder is not None else None
 
     def _tell_refit(self) -> None:
         if self.on_refit is not None:

@@ -104,6 +104,7 @@ class ServiceStatistics:
         "requests",
         "responses",
         "tls_skipped",
+        "unix_connects",
     )
 
     def __init__(self) -> None:
@@ -124,6 +125,8 @@ class ServiceStatistics:
         """Connections that went on to another instance before the first byte of one, by why (A5)."""
         self.tls_skipped = 0
         """Attempts to connect in plaintext because of `tls.skip_tiers`."""
+        self.unix_connects = 0
+        """Connections to instances that were made by their Unix sockets."""
         self.checks: defaultdict[str, int] = defaultdict(int)
         """Health checks that ended, `passed` or `failed` (H3)."""
         self.open = 0

@@ -20,10 +20,11 @@ import anyio
 import anyio.lowlevel
 import httpcore
 import httpx
-from anyio.abc import ByteStream, SocketAttribute, SocketStream
+from anyio.abc import ByteStream, SocketAttribute, SocketStream, UNIXSocketStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-from meshlocal.net.dial import Connecting, classify_connect_error
+from meshlocal.net.dial import Connecting, classify_connect_error, connect_socket
+from meshlocal.net.sockets import is_unix
 from meshlocal.policy.limits import Circuit, Limit
 
 _ERRORS: dict[type[Exception], type[httpx.TransportError]] = {
@@ -45,8 +46,10 @@ class Record:
 
     Args:
         circuit: counts those that wait for a connect; None: nobody does.
+        path: the instance's Unix socket; None: it has none.
 
     Attributes:
+        by_socket: the connection was made by it.
         fresh: the connection was made for it.
         connect_error: how the connect failed, in a word; empty if it did not.
         sent: a byte of the request may have been sent.
@@ -55,10 +58,12 @@ class Record:
         asked: when the last byte of the request was sent so far, by anyio.current_time(); None before the first.
     """
 
-    __slots__ = ("asked", "circuit", "connect_error", "fresh", "received", "sent", "stream")
+    __slots__ = ("asked", "by_socket", "circuit", "connect_error", "fresh", "path", "received", "sent", "stream")
 
-    def __init__(self, circuit: Circuit | None = None) -> None:
+    def __init__(self, circuit: Circuit | None = None, path: str | None = None) -> None:
         self.circuit = circuit
+        self.path = path
+        self.by_socket = False
         self.asked: float | None = None
         self.fresh = False
         self.connect_error = ""
@@ -261,7 +266,10 @@ class _Backend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectError("as many requests wait for an instance as its limits allow")
         try:
             with anyio.fail_after(timeout):
-                stream = await SocketStream.from_socket(await _connect(host, port))
+                sock = await _connect(host, port, record.path)
+                record.by_socket = is_unix(sock)
+                kind = UNIXSocketStream if record.by_socket else SocketStream
+                stream = await kind.from_socket(sock)
         except TimeoutError as error:
             record.connect_error = "timeout"
             raise httpcore.ConnectTimeout("no answer in time") from error
@@ -274,9 +282,9 @@ class _Backend(httpcore.AsyncNetworkBackend):
         return _Stream(stream, self._pool)
 
 
-async def _connect(host: str, port: int) -> socket.socket:
+async def _connect(host: str, port: int, path: str | None) -> socket.socket:
     await anyio.lowlevel.checkpoint()
-    connecting: Connecting[object] = Connecting(host, port)
+    connecting: Connecting[object] = connect_socket(path) or Connecting(host, port)
     try:
         if connecting.pending:
             await anyio.wait_writable(connecting.socket)

@@ -239,7 +239,7 @@ class MeshRequest(Account):
         pool = self._pools.pool(pick.instance.key)
         pool.in_use += 1
         self.enter_instance()
-        record = Record(self._service.circuit)
+        record = self._record(pick)
         try:
             while True:
                 try:
@@ -249,10 +249,17 @@ class MeshRequest(Account):
                         raise
                 # Its other unused connections have most likely ended too.
                 await pool.close_idle()
-                record = Record(self._service.circuit)
+                record = self._record(pick)
         except BaseException:
             self.leave(pool, record)
             raise
+
+    def _record(self, pick: Pick) -> Record:
+        state = self._service
+        # What https is spoken at is the port.
+        if state.sockets is None or self._request.url.scheme != "http":
+            return Record(state.circuit)
+        return Record(state.circuit, state.sockets.of(pick.instance))
 
     def _repeats(self, failed: _FailedError) -> bool:
         return (
@@ -270,6 +277,7 @@ class MeshRequest(Account):
                 response = await pool.send(message, record)
                 # From here on it is about the body, of which each read has the whole time again.
                 times["read"] = self._given.get("read")
+                self._service.statistics.unix_connects += record.by_socket
                 if record.fresh:
                     # When it was connected is not known: the response is there by now.
                     self.reached(None)

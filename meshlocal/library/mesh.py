@@ -184,6 +184,7 @@ async def open_mesh(
     certificate_file: str | os.PathLike[str] | None = None,
     key_file: str | os.PathLike[str] | None = None,
     cache_file: str | os.PathLike[str] | None = None,
+    socket_folder: str | os.PathLike[str] | None = None,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Mesh]:
     """Know the instances of services for as long as the block lasts, nearest first.
@@ -210,6 +211,8 @@ async def open_mesh(
         key_file: its key, in PEM; by default it stands with the certificate.
         cache_file: a file that keeps the last snapshots over a restart, one for each mesh, in a directory that exists
             (D2).
+        socket_folder: the folder in which instances of this node have Unix sockets: what their label `socket` names
+            there is connected to instead of their port, where it can be; by default none is.
         rng: for the cursors' first positions and the jitter of reconnects.
 
     Raises:
@@ -238,6 +241,7 @@ async def open_mesh(
         certificate_file=certificate_file,
         key_file=key_file,
         cache_file=cache_file,
+        socket_folder=socket_folder,
     )
     rng = rng or random.Random()
     core = MeshCore(config, rng)

@@ -35,6 +35,7 @@ def mesh_config(
     certificate_file: str | os.PathLike[str] | None,
     key_file: str | os.PathLike[str] | None,
     cache_file: str | os.PathLike[str] | None,
+    socket_folder: str | os.PathLike[str] | None,
 ) -> ProxyConfig:
     """The configuration that a mesh goes by; its node name is resolved (L1).
 
@@ -63,6 +64,7 @@ def mesh_config(
         "labels": dict(labels or {}),
         "within": within,
         "namespace": namespace,
+        "socket_folder": os.fspath(socket_folder) if socket_folder is not None else None,
         "http": {"max_services": MAX_SERVICES},
     }
     if attempts is not None:

@@ -63,6 +63,12 @@ S = TypeVar("S")
 class Connecting(Generic[S]):
     """A connect(2) that has begun. Its socket belongs to the caller, who closes it whatever comes of it.
 
+    Args:
+        address: an IP address.
+        port: of it.
+        path: a Unix socket's, in place of both. Such a connect is made at once or fails, also where the queue of those
+            that wait to be accepted is full (EAGAIN).
+
     Attributes:
         socket: the socket.
         pending: it is to be waited for.
@@ -77,14 +83,16 @@ class Connecting(Generic[S]):
 
     __slots__ = ("_port", "pending", "security", "socket")
 
-    def __init__(self, address: str, port: int) -> None:
-        family, sockaddr = _sockaddr(address, port)
-        self._port = port
+    def __init__(self, address: str, port: int, path: str = "") -> None:
+        sockaddr: tuple[str, int] | tuple[str, int, int, int] | str
+        family, sockaddr = (socket.AF_UNIX, path) if path else _sockaddr(address, port)
+        self._port = port if not path else 0
         self.socket = socket.socket(family, _NON_BLOCKING_STREAM)
         self.pending = False
         self.security: S | None = None
         try:
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not path:
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = self.socket.connect_ex(sockaddr)
             if number == errno.EINPROGRESS:
                 # A peer on the same host has answered by now, a refusal included: asking again spares a trip
@@ -117,18 +125,30 @@ class Connecting(Generic[S]):
             raise OSError(number, os.strerror(number))
 
 
-async def dial_tcp(address: str, port: int) -> socket.socket:
-    """Connect to an IP address, without a resolver. The caller's cancel scope is the deadline.
+def connect_socket(path: str | None) -> Connecting[S] | None:
+    """Connect to a Unix socket, if there is a path, and somebody can be connected there now; None: there is nobody."""
+    if path is None:
+        return None
+    try:
+        return Connecting("", 0, path)
+    except OSError:
+        return None
+
+
+async def dial(address: str, port: int, path: str | None = None) -> socket.socket:
+    """Connect to a Unix socket if there is one, else to an IP address, without a resolver.
+
+    The caller's cancel scope is the deadline.
 
     Returns:
-        A connected, non-blocking socket with TCP_NODELAY; the caller closes it.
+        A connected, non-blocking socket, with TCP_NODELAY if it has that; the caller closes it.
 
     Raises:
         OSError: no connection; `classify_connect_error` says why in a word. The socket is closed then, as it is on
             cancellation.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
-    connecting: Connecting[object] = Connecting(address, port)
+    connecting: Connecting[object] = connect_socket(path) or Connecting(address, port)
     try:
         if connecting.pending:
             await trio.lowlevel.wait_writable(connecting.socket)

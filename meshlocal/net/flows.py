@@ -28,6 +28,7 @@ import trio
 
 from meshlocal.net.log import get_log
 from meshlocal.net.relay_state import RelayResult, RelayState, Side
+from meshlocal.net.sockets import is_unix
 
 _log = get_log(__name__)
 
@@ -49,8 +50,11 @@ SCANT = 4096
 FLOW_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What an epoll instance tells of a socket that is read, edge-triggered."""
 
+UNIX_EVENTS = FLOW_EVENTS | select.EPOLLRDNORM
+"""The same of a Unix socket, whose bytes are so told from TCP's: for them one read is not enough (`is_unix`)."""
+
 ALL_EVENTS = FLOW_EVENTS | select.EPOLLOUT
-"""The same of one that is waited for to take bytes, too."""
+"""The same of a socket that is waited for to take bytes, too."""
 
 
 class Flow:
@@ -61,9 +65,10 @@ class Flow:
         rest: what the sink would not take yet; empty if nothing is held.
         ready: it reads when bytes come: nothing is held, and it has not ended.
         split: something ends a read before all is read: the source's end or failure, or urgent data (tcp(7)), which
-            both paths leave out. So this direction reads until there is nothing.
+            both paths leave out, or what a Unix socket has. So this direction reads until there is nothing.
         ended: nothing more is moved this way.
         armed: the loop has been told to hear when the sink takes bytes again.
+        events: what the loop is to tell of the source.
         twin: the other direction; there is none once the pair is done.
     """
 
@@ -71,6 +76,7 @@ class Flow:
         "armed",
         "counters",
         "ended",
+        "events",
         "limit",
         "outward",
         "pair",
@@ -102,9 +108,10 @@ class Flow:
         self.limit = len(space)
         self.rest: memoryview | bytes = b""
         self.ready = True
-        self.split = False
+        self.split = is_unix(source)
         self.ended = False
         self.armed = False
+        self.events = UNIX_EVENTS if self.split else FLOW_EVENTS
 
 
 class Pair:
@@ -314,7 +321,7 @@ class Flows:
         flow.armed = True
         # While the relay begins the sink is not there yet, and is registered with this later. ENOENT says so.
         with suppress(FileNotFoundError):
-            self._epoll.modify(flow.sink.fileno(), ALL_EVENTS)
+            self._epoll.modify(flow.sink.fileno(), flow.twin.events | select.EPOLLOUT)
 
     def _end(self, flow: Flow) -> None:
         """The source's end: pass it on."""

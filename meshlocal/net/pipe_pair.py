@@ -94,6 +94,7 @@ class PipePair:
                 self._go(reading)
             elif (
                 mask & select.EPOLLHUP
+                and not reading.is_unix
                 and (reading.ended or reading.need is Need.NOTHING)
                 and writing.need is not Need.NOTHING
             ):

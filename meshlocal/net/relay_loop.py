@@ -38,10 +38,10 @@ import trio
 from trio.lowlevel import RunVar
 
 from meshlocal.net.busy_poll import BusyPoll
-from meshlocal.net.flows import ALL_EVENTS, FIRST, FLOW_EVENTS, TURN_BYTES, Flow, Flows, Pair
+from meshlocal.net.flows import ALL_EVENTS, FIRST, TURN_BYTES, Flow, Flows, Pair
 from meshlocal.net.log import get_log
 from meshlocal.net.relay_state import RelayCounters, RelayResult, RelayState
-from meshlocal.net.sockets import on_close
+from meshlocal.net.sockets import is_unix, on_close
 from meshlocal.net.trio_internals import epoll_fileno
 
 _log = get_log(__name__)
@@ -233,8 +233,8 @@ class RelayLoop(Flows, trio.abc.Instrument):
             self.held += len(there.rest)
             self._move(there)
             if not pair.done:
-                self._register(pair.fds[0], ALL_EVENTS if back.armed else FLOW_EVENTS)
-                self._register(pair.fds[1], ALL_EVENTS if there.armed else FLOW_EVENTS)
+                self._register(pair.fds[0], there.events | (select.EPOLLOUT if back.armed else 0))
+                self._register(pair.fds[1], back.events | (select.EPOLLOUT if there.armed else 0))
         except BaseException:
             self._remove(pair)
             raise
@@ -429,6 +429,9 @@ class RelayLoop(Flows, trio.abc.Instrument):
             number = flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except OSError as error:
             number = error.errno or 0
+        if not number and is_unix(flow.source):
+            # A Unix socket tells of its other end's close, which TCP does not; what is sent there will fail.
+            return
         flow.pair.state.fail(flow.side, number or errno.ECONNRESET)
         self._finish(flow.pair)
 

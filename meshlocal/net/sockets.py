@@ -13,6 +13,9 @@ from trio.lowlevel import RunVar
 on_close: RunVar[Callable[[socket.socket], None] | None] = RunVar("meshlocal.sockets.on_close", default=None)
 """Told of each socket that `close` or `abort` is about to close: for what waits for sockets without trio's help."""
 
+# The module's own makes an enumeration's member of it each time, which costs more than the system call.
+_family_of = vars(socket.SocketType)["family"].__get__
+
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -25,6 +28,16 @@ def format_address(sockaddr: object) -> str:
         # An abstract name (unix(7)) starts with a zero byte, which ss(8) and others write as an at sign.
         sockaddr = sockaddr.decode("utf-8", "backslashreplace").replace("\0", "@")
     return f"unix:{sockaddr}"
+
+
+def is_unix(sock: socket.socket) -> bool:
+    """Whether it is a Unix socket (unix(7)).
+
+    To an epoll instance those differ from TCP's in two ways. A close of the other end is told as EPOLLHUP, where TCP
+    tells so only of what is over in both directions. And a read ends behind bytes that file descriptors were sent with,
+    though there is more.
+    """
+    return bool(_family_of(sock) == socket.AF_UNIX)
 
 
 def close(sock: socket.socket, *, awaited: bool = True) -> None:
@@ -43,6 +56,8 @@ def close(sock: socket.socket, *, awaited: bool = True) -> None:
 
 def abort(sock: socket.socket, *, awaited: bool = True) -> None:
     """Close a TCP connection with a reset instead of a clean end: what was not yet sent is dropped (RFC 9293, 3.10.5).
+
+    Unix sockets have no such thing: one that is cut looks to its other end like one that was closed.
 
     Wakes tasks that wait for it with trio.ClosedResourceError; `awaited` as in `close`. Harmless on a closed socket.
     """

@@ -14,6 +14,7 @@ from enum import Enum, auto
 
 from meshlocal.net.pipe import Pipe
 from meshlocal.net.relay_state import RelayState, Side
+from meshlocal.net.sockets import is_unix
 
 CHUNK = 65536
 """The most bytes that one read gives, and so the most that one direction holds."""
@@ -53,10 +54,24 @@ class Way:
         need: what it goes on with.
         ended: its source ended its stream, and the sink was told, or will be.
         split: something ends a read before all is read, such as the source's end; it reads until there is nothing.
+        is_unix: the source is a Unix socket.
         cut: its source failed, so that the other direction has nobody to write to.
     """
 
-    __slots__ = ("_clock", "_other", "_rest", "_side", "_sink", "_source", "_state", "cut", "ended", "need", "split")
+    __slots__ = (
+        "_clock",
+        "_other",
+        "_rest",
+        "_side",
+        "_sink",
+        "_source",
+        "_state",
+        "cut",
+        "ended",
+        "is_unix",
+        "need",
+        "split",
+    )
 
     def __init__(
         self,
@@ -76,7 +91,7 @@ class Way:
         self._rest: bytes | memoryview = bytes(early)
         self.ended = False
         self.need = Need.INPUT
-        self.split = False
+        self.split = self.is_unix = source.plain is not None and is_unix(source.plain)
         self.cut = False
 
     def move(self) -> Need:

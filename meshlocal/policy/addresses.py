@@ -6,12 +6,14 @@ Each type has a `parse` that raises `AddressError`, and a `str()` that `parse` r
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 
 import msgspec
 
 from meshlocal.policy.model import FIXED, ModelError, ServiceKey, is_fixed, parse_service_key
 from meshlocal.policy.problems import quote
+from meshlocal.policy.unix_sockets import PATH_LIMIT
 
 _DNS_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _COLLECTOR = re.compile(r"(https?)://([^/?#@]+)(/[!-\"$-~]*)?", re.IGNORECASE)
@@ -21,6 +23,7 @@ _HTTP_SCHEMES = ("http", "https")
 TLS_SCHEMES = ("tls", "https")
 """Of listeners that speak TLS."""
 
+_UNIX = "unix:"
 _SERVER_SCHEMES = ("grpc", "grpcs", "ws", "wss")
 
 
@@ -49,26 +52,35 @@ class SocketAddress(msgspec.Struct, frozen=True):
 
 
 class ListenAddress(msgspec.Struct, frozen=True):
-    """A listener of the proxy: where it listens (`SocketAddress`), and whose instances its traffic goes to.
+    """A listener of the proxy: where it listens, and whose instances its traffic goes to.
 
     Attributes:
         scheme: `tcp` or `http`; over TLS `tls` or `https`.
+        host, port: as a `SocketAddress` has them; empty and 0 if it listens on a Unix socket.
         service: None for an http or https listener that finds the service of each request in the request.
+        path: of the Unix socket that it listens on; empty: it listens on an address.
     """
 
     scheme: str
     host: str
     port: int
     service: ServiceKey | None
+    path: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.scheme}://{format_host_port(self.host, self.port)}"
+        place = f"{_UNIX}{self.path}" if self.path else format_host_port(self.host, self.port)
+        where = f"{self.scheme}://{place}"
         return f"{where}={self.service}" if self.service is not None else where
 
     @property
-    def address(self) -> SocketAddress:
-        """Where it listens."""
-        return SocketAddress(self.host, self.port)
+    def address(self) -> SocketAddress | None:
+        """Where it listens; None: on a Unix socket."""
+        return SocketAddress(self.host, self.port) if not self.path else None
+
+    @property
+    def place(self) -> tuple[str, int, str]:
+        """What it has in common with other listeners of the same place."""
+        return self.host, self.port, self.path
 
     @property
     def is_http(self) -> bool:
@@ -83,7 +95,8 @@ class ListenAddress(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str) -> ListenAddress:
         """Read `tcp://HOST:PORT=SERVICE`, `http://HOST:PORT=SERVICE` or `http://HOST:PORT`; likewise with `tls` and
-        `https`. In place of a service, `@ADDRESS:PORT` is the one address that traffic goes to.
+        `https`. In place of `HOST:PORT`, `unix:PATH` is a Unix socket, without TLS; in place of a service,
+        `@ADDRESS:PORT` is the one address that traffic goes to.
 
         Raises:
             AddressError: it is written otherwise.
@@ -98,11 +111,16 @@ class ListenAddress(msgspec.Struct, frozen=True):
         where, separator, service = rest.partition("=")
         if not service and (separator or scheme not in _HTTP_SCHEMES):
             raise AddressError(f"names no service; expected {form}, got {quote(text)}")
-        host, port = parse_host_port(where.removesuffix("/") if not separator else where, form, text)
+        where = where.removesuffix("/") if not separator else where
         try:
             key = parse_target(service) if service else None
         except ModelError as error:
             raise AddressError(str(error)) from None
+        if where.startswith(_UNIX):
+            if scheme in TLS_SCHEMES:
+                raise AddressError(f"a Unix socket has no TLS: write tcp://{where} or http://{where}")
+            return cls(scheme, "", 0, key, _socket_path(where))
+        host, port = parse_host_port(where, form, text)
         return cls(scheme, _bindable(host), port, key)
 
 
@@ -274,6 +292,18 @@ def unix_path(text: str) -> str:
     path = rest.removeprefix("//") if rest.startswith("///") else rest
     if scheme != "unix" or not separator or not path.startswith("/") or path.startswith("//") or "\0" in path:
         raise AddressError(f"expected unix:///PATH, got {quote(text)}")
+    return path
+
+
+def _socket_path(text: str) -> str:
+    """The path of a socket to listen on: `unix_path`, of a length that the system takes.
+
+    Raises:
+        AddressError: it names none, or is too long.
+    """
+    path = unix_path(text)
+    if len(os.fsencode(path)) > PATH_LIMIT:
+        raise AddressError(f"{quote(path)} is longer than the {PATH_LIMIT} bytes that a socket's path may have")
     return path
 
 

@@ -282,10 +282,18 @@ class ProxyConfig(Section, frozen=True):
         tuple[ListenAddress, ...],
         Meta(
             description="Listeners: tcp://HOST:PORT=SERVICE, http://HOST:PORT=SERVICE, or http://HOST:PORT, which"
-            " routes by host; over TLS tls:// and https://. With @ADDRESS:PORT for SERVICE, all goes to that address."
+            " routes by host; over TLS tls:// and https://. With @ADDRESS:PORT for SERVICE, all goes to that address;"
+            " with unix:PATH for HOST:PORT, it is a Unix socket."
             " Port 0: any free one. An IPv6 address in brackets."
         ),
     ] = ()
+    socket_folder: Annotated[
+        str | None,
+        Meta(
+            description="The folder in which instances of this node have Unix sockets: what their label socket names"
+            " there is connected to instead of their port, where it can be. null: none is."
+        ),
+    ] = None
     admin: Annotated[
         SocketAddress | None, Meta(description="Where metrics and health are served, HOST:PORT; none: nowhere.")
     ] = SocketAddress("127.0.0.1", 15000)

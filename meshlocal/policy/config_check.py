@@ -81,11 +81,14 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
         message = f"{client.backoff_initial:g} is more than proxy.discovery.backoff_max, {client.backoff_max:g}"
         yield (at, "discovery", "backoff_initial"), message
     sockets: list[tuple[KeyPath, SocketAddress]] = [
-        ((at, "listen", position), listener.address) for position, listener in enumerate(proxy.listen)
+        ((at, "listen", position), address)
+        for position, listener in enumerate(proxy.listen)
+        if (address := listener.address) is not None
     ]
     if proxy.admin is not None:
         sockets.append(((at, "admin"), proxy.admin))
     yield from _check_sockets(sockets)
+    yield from _check_unix_sockets(proxy)
     yield from _check_routes(proxy.http)
     yield from _check_tls(proxy)
     yield from _check_tracing(proxy.tracing)
@@ -106,6 +109,18 @@ def _check_proxy(proxy: ProxyConfig) -> Iterator[Finding]:
         if proxy.namespace and f"{key}.{proxy.namespace}" in proxy.services:
             other = format_path((at, "services", f"{key}.{proxy.namespace}"))
             yield (at, "services", key), f"is the same service as {other}"
+
+
+def _check_unix_sockets(proxy: ProxyConfig) -> Iterator[Finding]:
+    paths: dict[str, KeyPath] = {}
+    for position, listener in enumerate(proxy.listen):
+        at: KeyPath = ("proxy", "listen", position)
+        if listener.path and (first := paths.setdefault(listener.path, at)) is not at:
+            yield at, f"unix:{listener.path} is already the address of {format_path(first)}"
+        if listener.path and proxy.workers > 1:
+            yield at, "several workers cannot share a Unix socket: it takes proxy.workers 1"
+    if proxy.socket_folder is not None and not proxy.socket_folder.startswith("/"):
+        yield ("proxy", "socket_folder"), f"expected an absolute path, got {quote(proxy.socket_folder)}"
 
 
 def _check_tls(proxy: ProxyConfig) -> Iterator[Finding]:

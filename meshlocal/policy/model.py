@@ -25,6 +25,7 @@ CLUSTER = "cluster"
 NAMESPACE = "namespace"
 REGISTRY = "registry"
 SERVICE = "service"
+SOCKET = "socket"
 
 MAX_LABELS = 64
 MAX_LABEL_LENGTH = 1024

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from meshlocal.net.sockets import close, format_address
+from meshlocal.net.unix import UnixFile
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
@@ -19,12 +20,20 @@ class BoundAddress:
         configured: as the config has it.
         service: the registry's name of its service; None if each request says its own.
         sockets: that listen on it.
+        file: of its Unix socket, for the holder to remove; None: it has none.
     """
 
-    def __init__(self, configured: ListenAddress, service: ServiceKey | None, sockets: Sequence[socket.socket]) -> None:
+    def __init__(
+        self,
+        configured: ListenAddress,
+        service: ServiceKey | None,
+        sockets: Sequence[socket.socket],
+        file: UnixFile | None = None,
+    ) -> None:
         self.configured = configured
         self.service = service
         self.sockets = sockets
+        self.file = file
 
     @property
     def bound(self) -> list[str]:
@@ -52,7 +61,7 @@ def keep(current: Sequence[Bound], config: ProxyConfig) -> list[Bound | None]:
     def take(configured: ListenAddress, *, same_service: bool) -> Bound | None:
         for listener in left:
             before = listener.configured
-            if (before.host, before.port) != (configured.host, configured.port):
+            if before.place != configured.place:
                 continue
             if same_service and listener.service != service_key(config, configured):
                 continue

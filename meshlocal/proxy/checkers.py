@@ -7,11 +7,12 @@ made. A check that comes to nothing raises `CheckFailed`; its limit of time is t
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
+from typing import Protocol
 
 import trio
 
-from meshlocal.net.dial import classify_connect_error, dial_tcp
+from meshlocal.net.dial import classify_connect_error, dial
 from meshlocal.net.sockets import abort, format_address
 from meshlocal.policy.config_health import HealthCheckConfig
 
@@ -20,8 +21,13 @@ GLANCE = 0.05
 
 _HEAD_LIMIT = 65536
 
-Check = Callable[[str, int], Awaitable[None]]
-"""Checks what listens at an address and port."""
+
+class Check(Protocol):
+    """Checks what listens at an address and port, or at a Unix socket's path if there is one that can be connected."""
+
+    def __call__(self, address: str, port: int, path: str | None = None, /) -> Awaitable[None]:
+        """Raises `CheckFailed` if it does not work."""
+        ...
 
 
 class CheckFailed(Exception):  # noqa: N818 - as pytest's Failed: what it says is the check's result, no error here
@@ -37,8 +43,8 @@ def make_check(config: HealthCheckConfig) -> Check:
     return _grpc_check(config)
 
 
-async def _check_tcp(address: str, port: int) -> None:
-    sock = await _connect(address, port)
+async def _check_tcp(address: str, port: int, path: str | None = None) -> None:
+    sock = await _connect(address, port, path)
     try:
         # Something before the port, a proxy most often, may accept for an instance that is away, and then reset.
         with trio.move_on_after(GLANCE):
@@ -53,9 +59,9 @@ async def _check_tcp(address: str, port: int) -> None:
         abort(sock)
 
 
-async def _connect(address: str, port: int) -> socket.socket:
+async def _connect(address: str, port: int, path: str | None) -> socket.socket:
     try:
-        return await dial_tcp(address, port)
+        return await dial(address, port, path)
     except OSError as error:
         raise CheckFailed(classify_connect_error(error)) from None
 
@@ -67,10 +73,10 @@ def _http_check(config: HealthCheckConfig) -> Check:
 
     limits = HeadLimits()
 
-    async def check(address: str, port: int) -> None:
+    async def check(address: str, port: int, path: str | None = None) -> None:
         host = config.host or format_address((address, port))
         request = f"GET {config.path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: meshlocal\r\nconnection: close\r\n\r\n"
-        sock = await _connect(address, port)
+        sock = await _connect(address, port, path)
         try:
             received = await _ask(sock, request.encode())
             while True:
@@ -124,8 +130,8 @@ def _grpc_check(config: HealthCheckConfig) -> Check:
     from meshlocal.wire.grpc.status import GrpcError
     from meshlocal.wire.pb.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-    async def check(address: str, port: int) -> None:
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(await _connect(address, port)))
+    async def check(address: str, port: int, path: str | None = None) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(await _connect(address, port, path)))
         authority = config.host or format_address((address, port))
         try:
             async with channel_over(stream, authority=authority) as channel:

@@ -128,14 +128,17 @@ class HealthChecks:
     async def _check(self, followed: _Followed, instance: Instance) -> str | None:
         """One check; returns how it failed."""
         address, port = instance.key[:2]
-        security = followed.state.security
+        security, sockets = followed.state.security, followed.state.sockets
+        path: str | None = None
         if security is not None and not security.skips(instance, followed.state.selector.tier(instance)):
             # What can be connected there says something of what requests will find.
             port = security.port(instance)
+        elif sockets is not None and followed.config.port is None:
+            path = sockets.of(instance)
         async with self._turns:
             with trio.move_on_after(followed.config.timeout):
                 try:
-                    await followed.check(address, followed.config.port or port)
+                    await followed.check(address, followed.config.port or port, path)
                 except CheckFailed as failed:
                     return str(failed)
                 except Exception:  # noqa: BLE001 - whatever an instance sends must not end the checks of the others

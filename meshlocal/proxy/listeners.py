@@ -7,16 +7,19 @@ import os
 import random
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import trio
 
+from meshlocal.net.blocking import BlockedError, Blocking
 from meshlocal.net.descriptors import connections_ceiling
 from meshlocal.net.listen import Started, Take, accept_each, accept_queued, open_tcp_listeners, wanted_by
 from meshlocal.net.log import RateLimited, get_log
 from meshlocal.net.supervision import Supervision
+from meshlocal.net.unix import OpenUnix, UnixFile
 from meshlocal.policy.addresses import ListenAddress
 from meshlocal.policy.config import ProxyConfig
 from meshlocal.policy.model import ServiceKey
@@ -24,6 +27,10 @@ from meshlocal.proxy.bound import BoundAddress, keep, service_key
 
 _log = get_log(__name__)
 _ERROR_INTERVAL = 5.0
+
+
+_REMOVAL = 1.0
+"""Seconds that the removal of a socket's file is waited for."""
 
 
 class Server(Protocol):
@@ -64,6 +71,7 @@ class Listener(BoundAddress):
         configured: as the config has it.
         service: the registry's name of its service; None if each request says its own.
         sockets: that listen on its address.
+        file: of its Unix socket; None: it has none.
 
     Attributes:
         server: serves its connections; None until it is adopted.
@@ -71,8 +79,14 @@ class Listener(BoundAddress):
         accepting: its cancellation ends the accept loops.
     """
 
-    def __init__(self, configured: ListenAddress, service: ServiceKey | None, sockets: Sequence[socket.socket]) -> None:
-        super().__init__(configured, service, sockets)
+    def __init__(
+        self,
+        configured: ListenAddress,
+        service: ServiceKey | None,
+        sockets: Sequence[socket.socket],
+        file: UnixFile | None = None,
+    ) -> None:
+        super().__init__(configured, service, sockets, file)
         self.server: Server | None = None
         self.accept_errors = 0
         self.accepting = trio.CancelScope()
@@ -121,14 +135,30 @@ class Listeners:
         self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
         self.current: list[Listener] = []
 
-    def prepare(self, config: ProxyConfig) -> list[Listener]:
+    def missing_paths(self, config: ProxyConfig) -> list[tuple[str, str]]:
+        """The Unix sockets that `config` has and the current listeners have not: keys of the configuration, and paths.
+
+        Who prepares opens them before, as the file system may block.
+        """
+        return [
+            (f"proxy.listen[{position}]", configured.path)
+            for position, (configured, there) in enumerate(zip(config.listen, keep(self.current, config), strict=True))
+            if configured.path and there is None
+        ]
+
+    def prepare(self, config: ProxyConfig, opened: Mapping[str, OpenUnix] = MappingProxyType({})) -> list[Listener]:
         """Open what `config` has and the current listeners have not; `adopt` takes the result.
 
         A listener whose address stays keeps its sockets, whatever its service. Where several have the same address (on
         port 0), those go on that have the same service, too.
 
+        Args:
+            config: what is to be listened on.
+            opened: the sockets of `missing_paths`, by path.
+
         Raises:
-            ListenError: an address cannot be listened on. Nothing is left open, and the current listeners go on.
+            ListenError: an address cannot be listened on. Nothing is left open but `opened`, and the current listeners
+                go on.
         """
         kept = keep(self.current, config)
         prepared: list[Listener] = []
@@ -136,13 +166,19 @@ class Listeners:
             for position, (configured, there) in enumerate(zip(config.listen, kept, strict=True)):
                 if there is None:
                     with wanted_by(f"proxy.listen[{position}]"):
-                        sockets = open_tcp_listeners(configured.host, configured.port, shared=self._shared)
-                    there = Listener(configured, service_key(config, configured), sockets)
+                        there = self._open(configured, service_key(config, configured), opened)
                 prepared.append(there)
         except BaseException:
             self.discard(prepared)
             raise
         return prepared
+
+    def _open(self, configured: ListenAddress, service: ServiceKey | None, opened: Mapping[str, OpenUnix]) -> Listener:
+        if configured.path:
+            sock, file = opened[configured.path]
+            return Listener(configured, service, [sock], file)
+        sockets = open_tcp_listeners(configured.host, configured.port, shared=self._shared)
+        return Listener(configured, service, sockets)
 
     def discard(self, prepared: Iterable[Listener]) -> None:
         """Close what `prepare` opened and nobody adopted."""
@@ -194,6 +230,8 @@ class Listeners:
                             name = f"accept on {listener.bound[0]}"
                             nursery.start_soon(partial(self._supervision.keep, name, accept, vital=True))
             finally:
+                if listener.file is not None:
+                    await _remove(listener.file)
                 # Their clients know no better than that they are connected.
                 for sock in listener.sockets:
                     accept_queued(sock, take)
@@ -210,3 +248,9 @@ class Listeners:
         listener.on_accept_error(error)
         for server in self._servers.values():
             server.shed()
+
+
+async def _remove(file: UnixFile) -> None:
+    """Remove a socket's file, so that nobody connects there any more; one that hangs is left."""
+    with trio.CancelScope(shield=True), suppress(BlockedError):
+        await Blocking(limit=_REMOVAL).run(file.remove)

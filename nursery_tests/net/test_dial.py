@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshlocal.net.dial import classify_connect_error, dial_tcp, usable_families
+from meshlocal.net.dial import classify_connect_error, dial, usable_families
 from nursery_tests.ports import free_port
 
 
@@ -33,7 +33,7 @@ def nothing_left_open() -> Iterator[None]:
 
 async def test_a_connected_socket_is_non_blocking_with_nodelay(stack: ExitStack) -> None:
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    sock = stack.enter_context(await dial_tcp(*listener.getsockname()))
+    sock = stack.enter_context(await dial(*listener.getsockname()))
     assert sock.gettimeout() == 0
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     accepted = stack.enter_context(listener.accept()[0])
@@ -48,14 +48,14 @@ async def test_ipv6_is_dialled_too(stack: ExitStack) -> None:
         pytest.skip("this host has no IPv6 loopback")
     port = listener.getsockname()[1]
     for address in ("::1", "::1%lo", "::1%1"):
-        sock = stack.enter_context(await dial_tcp(address, port))
+        sock = stack.enter_context(await dial(address, port))
         assert sock.getpeername()[:2] == ("::1", port)
 
 
 @pytest.mark.usefixtures("nothing_left_open")
 async def test_a_refusal_is_an_error_and_closes() -> None:
     with pytest.raises(ConnectionRefusedError) as caught:
-        await dial_tcp("127.0.0.1", free_port())
+        await dial("127.0.0.1", free_port())
     assert classify_connect_error(caught.value) == "refused"
 
 
@@ -67,7 +67,7 @@ async def test_nothing_is_ever_looked_up(monkeypatch: pytest.MonkeyPatch, addres
 
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     with pytest.raises(OSError, match=r"is no IP address|[Nn]o such device|no interface"):
-        await dial_tcp(address, free_port())
+        await dial(address, free_port())
 
 
 class Slow(socket.socket):
@@ -98,7 +98,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
 async def test_cancelled_before_it_begins_opens_nothing(slow: type[Slow]) -> None:
     with trio.CancelScope() as scope:
         scope.cancel()
-        await dial_tcp("127.0.0.1", 9)
+        await dial("127.0.0.1", 9)
     assert scope.cancelled_caught
     assert slow.made == []
 
@@ -111,7 +111,7 @@ async def test_cancelled_while_connecting_closes(
 
     monkeypatch.setattr(trio.lowlevel, "wait_writable", never)
     with trio.move_on_after(0.25) as scope:
-        await dial_tcp("127.0.0.1", 9)
+        await dial("127.0.0.1", 9)
     assert scope.cancelled_caught
     assert [sock.fileno() for sock in slow.made] == [-1]
 
@@ -135,7 +135,7 @@ async def test_late_errors_are_raised_and_named(
 ) -> None:
     monkeypatch.setattr(Slow, "getsockopt", lambda *_: number)
     with pytest.raises(OSError) as caught:
-        await dial_tcp("127.0.0.1", 9)
+        await dial("127.0.0.1", 9)
     assert caught.value.errno == number
     assert classify_connect_error(caught.value) == word
     assert [sock.fileno() for sock in slow.made] == [-1]
@@ -156,7 +156,7 @@ async def test_a_late_answer_is_waited_for(stack: ExitStack, monkeypatch: pytest
             return super().connect_ex(address) if self.asked == 1 else errno.EALREADY  # type: ignore[arg-type]  # the stub's type is private
 
     monkeypatch.setattr(socket, "socket", Unhurried)
-    sock = stack.enter_context(await dial_tcp(*listener.getsockname()))
+    sock = stack.enter_context(await dial(*listener.getsockname()))
     assert sock.getpeername() == listener.getsockname()
 
 
@@ -175,7 +175,7 @@ async def test_a_socket_that_connected_to_itself_is_a_refusal(monkeypatch: pytes
 
     monkeypatch.setattr(socket, "socket", Bound)
     with pytest.raises(ConnectionRefusedError):
-        await dial_tcp("127.0.0.1", port)
+        await dial("127.0.0.1", port)
     assert made[0].fileno() == -1
 
 

@@ -41,6 +41,7 @@ FULL: dict[str, Any] = {
         "namespace": "default",
         "labels": {"zone": "z1"},
         "prefer": ["node", "zone"],
+        "socket_folder": "/run/services",
         "bypass": {"cgroup": "/sys/fs/cgroup/app.slice", "pin": "/sys/fs/bpf/meshlocal"},
         "within": "zone",
         "discovery": {
@@ -225,6 +226,7 @@ def test_every_key() -> None:
             namespace="default",
             labels={"zone": "z1"},
             prefer=("node", "zone"),
+            socket_folder="/run/services",
             bypass=BypassConfig(cgroup="/sys/fs/cgroup/app.slice", pin="/sys/fs/bpf/meshlocal"),
             within="zone",
             discovery=DiscoveryClientConfig(
@@ -433,6 +435,18 @@ def test_numbers_are_floats_where_they_are_times() -> None:
         ({"proxy": {"labels": {"zone": True}}}, "proxy.labels.zone: expected text, got true; put it between quotes"),
         ({"proxy": {"labels": {"zone": None}}}, "proxy.labels.zone: expected text, got nothing (null)"),
         ({"proxy": {"labels": {"node": "n1"}}}, "proxy.labels.node: is set by proxy.node_name"),
+        (
+            {"proxy": {"listen": ["tcp://unix:/run/a=b", "http://unix:///run/a"]}},
+            "proxy.listen[1]: unix:/run/a is already the address of proxy.listen[0]",
+        ),
+        (
+            {"proxy": {"listen": ["tcp://unix:/run/a=b"], "workers": 2}},
+            "proxy.listen[0]: several workers cannot share a Unix socket: it takes proxy.workers 1",
+        ),
+        (
+            {"proxy": {"socket_folder": "run"}},
+            "proxy.socket_folder: expected an absolute path, got 'run'",
+        ),
         (
             {"proxy": {"listen": ["tls://127.0.0.1:1=b"]}},
             "proxy.listen[0]: takes proxy.tls.certificate_file, or workload_api",

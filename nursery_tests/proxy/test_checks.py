@@ -157,15 +157,17 @@ class Checked:
         self.problem: str | Exception | None = None
         self.times: list[float] = []
         self.targets: set[tuple[str, int]] = set()
+        self.paths: set[str | None] = set()
         monkeypatch.setattr(meshlocal.proxy.checks, "make_check", lambda config: self._check)
         self.config = HealthCheckConfig(**{"kind": "http", "interval": 10.0, **config})
         self.table = ServiceTable(self._proxy(self.config), Locality({"node": "n1"}), random.Random(1))
         self.checks = HealthChecks(self.table, random.Random(1))
         self.instance = make_instance("10.0.0.1", 9000, labels={"node": "n1"})
 
-    async def _check(self, address: str, port: int) -> None:
+    async def _check(self, address: str, port: int, path: str | None = None) -> None:
         self.times.append(trio.current_time())
         self.targets.add((address, port))
+        self.paths.add(path)
         await trio.lowlevel.checkpoint()
         if self.problem == "hangs":
             await trio.sleep_forever()
@@ -176,7 +178,7 @@ class Checked:
 
     def _proxy(self, check: HealthCheckConfig | None) -> ProxyConfig:
         listen = (ListenAddress.parse("tcp://127.0.0.1:0=b"),)
-        return ProxyConfig(listen=listen, services={B: ServiceConfig(health_check=check)})
+        return ProxyConfig(listen=listen, services={B: ServiceConfig(health_check=check)}, socket_folder="/run/s")
 
     def configure(self, check: HealthCheckConfig | None) -> None:
         self.table.reconfigure(self._proxy(check), self.table.locality)
@@ -293,6 +295,17 @@ async def test_another_port_can_be_checked(checked: Any, autojump_clock: MockClo
     made.start()
     await trio.sleep(11)
     assert made.targets == {("10.0.0.1", 8080)}
+
+
+@pytest.mark.parametrize(("port", "path"), [(None, "/run/s/b.sock"), (9001, None)])
+async def test_a_check_goes_where_requests_go(
+    checked: Any, autojump_clock: MockClock, port: int | None, path: str | None
+) -> None:
+    """To the instance's Unix socket, if it has one; a port of its own is a port."""
+    made = checked(port=port)
+    made.start(make_instance("10.0.0.1", 9000, labels={"node": "n1", "socket": "b.sock"}))
+    await trio.sleep(15)
+    assert made.paths == {path}
 
 
 async def test_a_reload_without_checks_ends_them_and_their_verdict(checked: Any, autojump_clock: MockClock) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
@@ -356,6 +357,6 @@ def _number(cgroup: str) -> int:
 
 def _places(listener: Listener) -> Iterator[HostPort]:
     for sock in listener.sockets:
-        if sock.fileno() >= 0:
+        if sock.fileno() >= 0 and sock.family != socket.AF_UNIX:
             host, port, *_ = sock.getsockname()
             yield host, port
