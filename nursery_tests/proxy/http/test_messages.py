@@ -543,7 +543,8 @@ async def test_upgrade_that_an_instance_takes_in_pieces(
         (upstream,) = next(iter(proxy.forwarder.services[B].pool._idle.values()))
         monkeypatch.setattr(upstream.pipe, "plain", Wrapped(upstream.pipe.plain, takes_half))
         # The real one asks the socket's own type.
-        monkeypatch.setattr("meshlocal.net.ways.is_unix", lambda sock: False)
+        for module in ("flows", "ways"):
+            monkeypatch.setattr(f"meshlocal.net.{module}.is_unix", lambda sock: False)
         local.behaviour = switch
         await client.send(UPGRADE)
         await until(lambda: len(local.heads) == 2)
