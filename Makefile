@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-below bench-xds bench-restart \
 	bench-neighbours bench-attacks bench-resend bench-live-page bench-observed \
-	bench-policy bench-kubernetes bench-etcd bench-bypass bench-unix protos bypass reference screenshots docs lock clean
+	bench-policy bench-kubernetes bench-etcd bench-bypass bench-unix bench-library protos bypass reference screenshots docs lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -127,6 +127,10 @@ bench-etcd: $(VENV)/peers.stamp
 # Connects within the node past the proxy, beside direct ones and others; as root.
 bench-bypass: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.bypass
+
+# What the library costs, beside trio and httpx alone.
+bench-library: $(VENV)/dev.stamp $(VENV)/bench.stamp
+	$(BIN)/python -m bench.library
 
 # Unix sockets beside loopback TCP.
 bench-unix: $(VENV)/bench.stamp

@@ -14,26 +14,17 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING
 
-import anyio.lowlevel
+import httpcore
 import httpx
 
-from meshlocal.library.http_errors import (
-    HttpBrokenError,
-    HttpConnectError,
-    HttpDeadlineError,
-    HttpLimitedError,
-    HttpNoInstanceError,
-    HttpReadError,
-    HttpTimeoutError,
-)
-from meshlocal.library.http_pools import InstancePools
-from meshlocal.library.http_request import MeshRequest, Served
-from meshlocal.policy.retry import RetryBudget
-from meshlocal.policy.routing import Router
+from meshlocal.library.errors import AttemptsFailedError, DeadlineError, LimitedError, NoInstanceError
+from meshlocal.library.http_errors import HttpError, HttpErrors
+from meshlocal.library.http_kind import HttpKind
+from meshlocal.library.http_request import Served
+from meshlocal.library.http_transport import EXPIRY, MAX_CONNECTIONS, MAX_IDLE, Transport
 
 if TYPE_CHECKING:
     from meshlocal.library.mesh import Mesh
-    from meshlocal.policy.model import ServiceKey
 
 __all__ = [
     "HttpBrokenError",
@@ -47,7 +38,54 @@ __all__ = [
     "Served",
 ]
 
-LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0)
+
+class _HttpError(HttpError, httpx.TransportError):
+    theirs = httpx.TransportError
+
+
+class HttpNoInstanceError(_HttpError, NoInstanceError, httpx.ConnectError):
+    """There was no instance to try."""
+
+
+class HttpLimitedError(_HttpError, LimitedError, httpx.ConnectError):
+    """As many requests as the service's limits allow were under way."""
+
+
+class HttpConnectError(_HttpError, AttemptsFailedError, httpx.ConnectError):
+    """No instance could be connected; no byte of the request was sent to the last one."""
+
+
+class HttpReadError(_HttpError, AttemptsFailedError, httpx.ReadError):
+    """The last instance that was tried ended its connection without a response."""
+
+
+class HttpTimeoutError(_HttpError, AttemptsFailedError, httpx.ReadTimeout):
+    """The last instance that was tried did not answer in the time of an attempt."""
+
+
+class HttpBrokenError(_HttpError, AttemptsFailedError, httpx.RemoteProtocolError):
+    """The last instance's response broke off within its head, or is malformed."""
+
+
+class HttpDeadlineError(_HttpError, DeadlineError, httpx.ReadTimeout):
+    """The deadline of the request came before a response's head."""
+
+
+_KIND = HttpKind(
+    httpx,
+    httpcore,
+    HttpErrors(
+        HttpNoInstanceError,
+        HttpLimitedError,
+        HttpConnectError,
+        HttpReadError,
+        HttpTimeoutError,
+        HttpBrokenError,
+        HttpDeadlineError,
+    ),
+)
+
+LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_IDLE, keepalive_expiry=EXPIRY)
 """Connections to one instance, by default."""
 
 
@@ -67,10 +105,7 @@ class MeshTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, mesh: Mesh, *, ssl_context: ssl.SSLContext | None = None, limits: httpx.Limits = LIMITS) -> None:
-        self._core = mesh.core
-        self._pools = InstancePools(mesh.core, ssl_context, limits)
-        self._budgets: dict[ServiceKey, RetryBudget] = {}
-        self._router = Router(domain=mesh.core.config.http.cluster_domain, named=mesh.core.config.services)
+        self._transport = Transport(mesh.core, _KIND, ssl_context, limits)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; see `httpx.AsyncBaseTransport`.
@@ -79,23 +114,8 @@ class MeshTransport(httpx.AsyncBaseTransport):
             HttpNoInstanceError: the host names no service, or the service has no instance.
             httpx.TransportError: no instance gave a response; also a `meshlocal.ServiceError`.
         """
-        await anyio.lowlevel.checkpoint()
-        if request.url.scheme not in ("http", "https"):
-            raise httpx.UnsupportedProtocol(f"{request.url.scheme}: is neither http nor https")
-        named = self._router.by_host(request.url.host)
-        if named is None:
-            raise HttpNoInstanceError(f"{request.url.host}: the host names no service", request.url.host)
-        key = self._core.config.service_key(named)
-        state = self._core.demand(key)
-        budget = self._budgets.get(key)
-        if budget is None:
-            # Services that nobody follows any more need none, whatever hosts an application was made to ask for.
-            followed = self._core.services
-            self._budgets = {each: kept for each, kept in self._budgets.items() if followed.get(each) is not None}
-            http = self._core.config.http
-            budget = self._budgets[key] = RetryBudget(http.retry_percent / 100, http.retry_floor)
-        return await MeshRequest(self._pools, state, budget, request).run()
+        return await self._transport.send(request)
 
     async def aclose(self) -> None:
         """Close every connection. Responses that are still open break off."""
-        await self._pools.aclose()
+        await self._transport.pools.aclose()

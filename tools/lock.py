@@ -17,8 +17,8 @@ EXTRAS: dict[str, list[str]] = {
     "peers": ["peers"],
     "bench": ["bench"],
     "docs": ["docs"],
-    "lowest": ["dev", "httpx"],
-    "highest": ["dev", "httpx"],
+    "lowest": ["dev", "httpx", "httpx2"],
+    "highest": ["dev", "httpx", "httpx2"],
 }
 CONSTRAINED = {"docs": "dev", "peers": "dev"}
 """Installed into one environment with another lock's packages."""

@@ -10,8 +10,9 @@ from enum import Enum
 from pathlib import Path
 from types import ModuleType
 
+import meshlocal.httpx
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.library import errors, http_errors
+from meshlocal.library import errors
 from meshlocal.net import dial
 from meshlocal.policy.config_discovery import ServerLimitsConfig
 from meshlocal.policy.health import Cause, State
@@ -108,9 +109,9 @@ Its state: {_listed(State)} ([what each gets](reliability.md#ejection)). What ej
 A `ServiceError` carries what was tried: `service`, `attempts` (each with `instance`, `tier`, `reason`, `error` and
 `cause`), and for the last of them `attempt` and `instance`.
 
-`MeshTransport` raises these, which are httpx's exceptions as well (`meshlocal.library.http_errors`):
+`MeshTransport` raises these, which are httpx's exceptions as well, and that of `meshlocal.httpx2` httpx2's:
 
-{_table(("exception", "is also", ""), _exceptions(http_errors))}
+{_table(("exception", "is also", ""), _exceptions(meshlocal.httpx))}
 ## Discovery's statuses
 
 {_table(("gRPC", "WebSocket", "when"), _statuses())}"""

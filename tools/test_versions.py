@@ -36,6 +36,7 @@ QUICK = (
     "library/test_cancellation.py::test_a_watch_of_a_discovery_server",
     "library/test_cancellation.py::test_opening_watching_and_closing_a_mesh",
     "library/test_httpx.py",
+    "library/test_httpx2.py",
     "net/grpc",
     "net/test_listen.py",
     "net/test_websocket_client.py",
@@ -76,7 +77,8 @@ def stale() -> list[str]:
         name, _, version = line.partition(" ")[0].partition("==")
         locked[name] = version
     findings = []
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["httpx"]]:
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["httpx"], *extras["httpx2"]]:
         match = re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+),<[0-9.]+", requirement)
         if match is None:
             findings.append(f"pyproject.toml: {requirement}: expected NAME>=VERSION,<VERSION")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 
 import anyio
-import httpx
 
 
 class ReplayableBody:
@@ -13,8 +12,8 @@ class ReplayableBody:
 
     Args:
         stream: the body.
-        hold: bytes that are held of a stream; of one that is longer nothing is. What the caller has in memory as a
-            whole takes no holding.
+        hold: bytes that are held of a stream; of one that is longer nothing is.
+        whole: the caller has it in memory as a whole, which takes no holding, and is read without a wait.
 
     Attributes:
         failure: what the application's own stream failed with.
@@ -22,7 +21,7 @@ class ReplayableBody:
         on_piece: called once that came, or the end.
     """
 
-    def __init__(self, stream: httpx.AsyncByteStream, hold: int) -> None:
+    def __init__(self, stream: AsyncIterable[bytes], hold: int, *, whole: bool = False) -> None:
         self._limit = hold
         self._size = 0
         self._chunks: list[bytes] | None = []
@@ -31,7 +30,8 @@ class ReplayableBody:
         self.failure: Exception | None = None
         self.on_wait: Callable[[], None] = _nothing
         self.on_piece: Callable[[], None] = _nothing
-        if isinstance(stream, httpx.ByteStream):
+        if whole:
+            assert isinstance(stream, Iterable)
             self._chunks = list(stream)
         else:
             self._rest = stream.__aiter__()

@@ -1,10 +1,9 @@
-"""The library's errors as httpx's: what a request through `MeshTransport` raises is both."""
+"""The library's errors as those of an HTTP library: what a request through a `MeshTransport` raises is both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import httpx
+from typing import ClassVar, NamedTuple
 
 from meshlocal.library.errors import (
     Attempt,
@@ -16,37 +15,27 @@ from meshlocal.library.errors import (
 )
 
 
-class _HttpError(ServiceError, httpx.TransportError):
-    """A `ServiceError` that httpx's callers handle too."""
+class HttpError(ServiceError):
+    """A `ServiceError` that the HTTP library's callers handle too.
+
+    Attributes:
+        theirs: the library's error of a transport, which it is as well.
+    """
+
+    theirs: ClassVar[type[Exception]]
 
     def __init__(self, message: str, service: str, attempts: Sequence[Attempt] = ()) -> None:
-        httpx.TransportError.__init__(self, message)
+        self.theirs.__init__(self, message)
         ServiceError.__init__(self, message, service, attempts)
 
 
-class HttpNoInstanceError(_HttpError, NoInstanceError, httpx.ConnectError):
-    """There was no instance to try."""
+class HttpErrors(NamedTuple):
+    """What a transport raises, by what happened."""
 
-
-class HttpLimitedError(_HttpError, LimitedError, httpx.ConnectError):
-    """As many requests as the service's limits allow were under way."""
-
-
-class HttpConnectError(_HttpError, AttemptsFailedError, httpx.ConnectError):
-    """No instance could be connected; no byte of the request was sent to the last one."""
-
-
-class HttpReadError(_HttpError, AttemptsFailedError, httpx.ReadError):
-    """The last instance that was tried ended its connection without a response."""
-
-
-class HttpTimeoutError(_HttpError, AttemptsFailedError, httpx.ReadTimeout):
-    """The last instance that was tried did not answer in the time of an attempt."""
-
-
-class HttpBrokenError(_HttpError, AttemptsFailedError, httpx.RemoteProtocolError):
-    """The last instance's response broke off within its head, or is malformed."""
-
-
-class HttpDeadlineError(_HttpError, DeadlineError, httpx.ReadTimeout):
-    """The deadline of the request came before a response's head."""
+    no_instance: type[NoInstanceError]
+    limited: type[LimitedError]
+    connect: type[AttemptsFailedError]
+    read: type[AttemptsFailedError]
+    timeout: type[AttemptsFailedError]
+    broken: type[AttemptsFailedError]
+    deadline: type[DeadlineError]

@@ -1,285 +1,245 @@
-"""Connections of the httpx transport: one pool for each instance, and what each attempt did on its connection.
+"""Connections of an HTTP transport to one instance, and what each attempt did on its own.
 
-httpcore keeps the pools and speaks HTTP. Its network streams are wrapped here, to know of an attempt what A3 asks:
-whether a byte of the request may have been sent, and whether one of a response came. An attempt runs in one task, and
-finds its own record in a context variable.
+httpcore speaks HTTP/1.1 on each connection. Which connection a request takes is decided here: httpcore's own pool is
+for many hosts, and looks through all of its requests and connections for each.
 """
 
 from __future__ import annotations
 
 import math
-import select
 import socket
 import ssl
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
-import httpcore
-import httpx
-from anyio.abc import ByteStream, SocketAttribute, SocketStream, UNIXSocketStream
-from anyio.streams.tls import TLSAttribute, TLSStream
 
+from meshlocal.library.http_kind import HttpKind
+from meshlocal.library.http_wire import PlainWire, Record, Wire
 from meshlocal.net.dial import Connecting, classify_connect_error, connect_socket
 from meshlocal.net.sockets import is_unix
 from meshlocal.policy.limits import Circuit, Limit
 
-_ERRORS: dict[type[Exception], type[httpx.TransportError]] = {
-    httpcore.ConnectTimeout: httpx.ConnectTimeout,
-    httpcore.ReadTimeout: httpx.ReadTimeout,
-    httpcore.WriteTimeout: httpx.WriteTimeout,
-    httpcore.PoolTimeout: httpx.PoolTimeout,
-    httpcore.ConnectError: httpx.ConnectError,
-    httpcore.ReadError: httpx.ReadError,
-    httpcore.WriteError: httpx.WriteError,
-    httpcore.UnsupportedProtocol: httpx.UnsupportedProtocol,
-    httpcore.LocalProtocolError: httpx.LocalProtocolError,
-    httpcore.RemoteProtocolError: httpx.RemoteProtocolError,
-}
+if TYPE_CHECKING:
+    import httpcore
+    import httpx
 
 
-class Record:
-    """What one attempt did on its connection.
+class Connection:
+    """One connection.
 
     Args:
-        circuit: counts those that wait for a connect; None: nobody does.
-        path: the instance's Unix socket; None: it has none.
+        http: HTTP over it.
+        wire: its bytes.
 
     Attributes:
-        by_socket: the connection was made by it.
-        fresh: the connection was made for it.
-        connect_error: how the connect failed, in a word; empty if it did not.
-        sent: a byte of the request may have been sent.
-        received: bytes of the response.
-        stream: the connection; None before the first byte was sent.
-        asked: when the last byte of the request was sent so far, by anyio.current_time(); None before the first.
+        http, wire: as given.
+        idle_since: when it was used last; infinite while it is.
     """
 
-    __slots__ = ("asked", "by_socket", "circuit", "connect_error", "fresh", "path", "received", "sent", "stream")
+    __slots__ = ("http", "idle_since", "wire")
 
-    def __init__(self, circuit: Circuit | None = None, path: str | None = None) -> None:
-        self.circuit = circuit
-        self.path = path
-        self.by_socket = False
-        self.asked: float | None = None
-        self.fresh = False
-        self.connect_error = ""
-        self.sent = False
-        self.received = 0
-        self.stream: _Stream | None = None
-
-
-_record: ContextVar[Record | None] = ContextVar("meshlocal_attempt", default=None)
-
-
-@contextmanager
-def recorded(record: Record) -> Iterator[None]:
-    """Connections that this task uses in the block note in the record what they do."""
-    token = _record.set(record)
-    try:
-        yield
-    finally:
-        _record.reset(token)
-
-
-@contextmanager
-def as_httpx_errors() -> Iterator[None]:
-    """httpcore's errors become httpx's of the same name."""
-    try:
-        yield
-    except Exception as error:
-        kind = _ERRORS.get(type(error))
-        if kind is None:
-            raise
-        raise kind(str(error)) from error
-
-
-class SupportsFileno(Protocol):
-    """A socket of whatever loop."""
-
-    def fileno(self) -> int:
-        """The socket's descriptor; -1 once it is closed."""
-        ...
+    def __init__(self, http: httpcore.AsyncHTTP11Connection, wire: Wire) -> None:
+        self.http = http
+        self.wire = wire
+        self.idle_since = math.inf
 
 
 class InstancePool:
     """Connections to one instance.
 
     Args:
+        kind: whose httpcore speaks HTTP.
         ssl_context: for https; None: the system's authorities.
         limits: how many, and how long an unused one is kept.
 
     Attributes:
-        streams: those that are open.
+        connections: those that are open.
         in_use: requests under way, until their responses are closed.
         retired: discovery removed the instance (H2).
     """
 
-    def __init__(self, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
-        self.streams: set[_Stream] = set()
+    def __init__(self, kind: HttpKind, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
+        self.connections: set[Connection] = set()
         self.in_use = 0
         self.retired = False
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context,
-            max_connections=limits.max_connections,
-            max_keepalive_connections=limits.max_keepalive_connections,
-            keepalive_expiry=limits.keepalive_expiry,
-            network_backend=_Backend(self),
-        )
+        self._kind = kind
+        self._core: Any = kind.httpcore
+        self._ssl_context = ssl_context
+        self._most = math.inf if limits.max_connections is None else limits.max_connections
+        self._most_idle = math.inf if limits.max_keepalive_connections is None else limits.max_keepalive_connections
+        self._expiry = limits.keepalive_expiry
+        self._idle: list[Connection] = []
+        self._opening = 0
+        self._waiting: deque[anyio.Event] = deque()
 
-    async def send(self, request: httpcore.Request, record: Record) -> httpcore.Response:
+    @property
+    def idle(self) -> int:
+        """How many connections wait for a request."""
+        return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a connection."""
+        return len(self._waiting)
+
+    async def send(
+        self, request: httpcore.Request, record: Record, circuit: Circuit | None = None, path: str | None = None
+    ) -> tuple[httpcore.Response, Connection]:
         """Send a request; returns once the response's head has come.
 
+        Args:
+            request: what to send.
+            record: is told what the attempt does.
+            circuit: counts those that wait for a connect; None: nobody does.
+            path: the instance's Unix socket; None: it has none.
+
+        Returns:
+            The response, and its connection, which is to be `put` back once the response is closed.
+
         Raises:
-            httpx.TransportError: it did not; the record says how far the request came.
+            httpx.TransportError: there was none; the record says how far the request came.
         """
-        with as_httpx_errors(), recorded(record):
-            return await self._pool.handle_async_request(request)
+        with self._kind.as_httpx_errors():
+            connection = await self._take(request, record, circuit, path)
+            connection.wire.record = record
+            try:
+                return await connection.http.handle_async_request(request), connection
+            except BaseException:
+                # It has closed itself.
+                self._drop(connection)
+                raise
+
+    async def put(self, connection: Connection) -> None:
+        """Have a connection back whose response is closed."""
+        connection.wire.record = None
+        if connection.http.is_idle() and not self.retired and len(self._idle) < self._most_idle:
+            connection.idle_since = anyio.current_time()
+            self._idle.append(connection)
+            self._wake()
+            return
+        if connection.http.is_closed():
+            self._drop(connection)
+        else:
+            await self._close([connection])
 
     async def close_idle(self, before: float = math.inf) -> None:
         """Close connections without a request that became idle before a time."""
-        for stream in [each for each in self.streams if not each.busy and each.idle_since < before]:
-            await stream.aclose()
+        old = [each for each in self._idle if each.idle_since < before]
+        # All at once: another task may take those that are left, or close them.
+        self._idle = [each for each in self._idle if each.idle_since >= before]
+        await self._close(old)
 
     async def aclose(self) -> None:
         """Close every connection of the pool."""
-        await self._pool.aclose()
+        self.retired = True
+        self._idle.clear()
+        await self._close(list(self.connections))
 
+    async def _close(self, connections: list[Connection]) -> None:
+        with anyio.CancelScope(shield=True):
+            for connection in connections:
+                self._drop(connection)
+                await connection.http.aclose()
 
-class _Stream(httpcore.AsyncNetworkStream):
-    """A connection of one pool.
+    def _drop(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self._wake()
 
-    Attributes:
-        busy: a request is under way on it.
-        idle_since: when it was busy last.
-    """
+    def _wake(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().set()
 
-    def __init__(self, stream: ByteStream, pool: InstancePool) -> None:
-        self._stream = stream
-        self._pool = pool
-        self._closed = False
-        self.busy = True
-        self.idle_since = math.inf
-        pool.streams.add(self)
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
+    async def _take(
+        self, request: httpcore.Request, record: Record, circuit: Circuit | None, path: str | None
+    ) -> Connection:
+        times = request.extensions["timeout"]
+        found = await self._reuse()
+        if found is None and len(self.connections) + self._opening >= self._most:
+            try:
+                with anyio.fail_after(times.get("pool")):
+                    found = await self._wait()
+            except TimeoutError as error:
+                raise self._core.PoolTimeout("all connections to the instance are in use") from error
+        if found is not None:
+            return found
+        self._opening += 1
         try:
-            with anyio.fail_after(timeout):
-                received = await self._stream.receive(max_bytes)
-        except anyio.EndOfStream:
-            return b""
-        except TimeoutError as error:
-            raise httpcore.ReadTimeout("no byte in time") from error
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise httpcore.ReadError(_why(error)) from error
-        if (record := _record.get()) is not None:
-            record.received += len(received)
-        return received
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - httpcore's
-        if not buffer:
-            return
-        record = _record.get()
-        if record is not None and not self._closed:
-            record.sent = True
-            record.stream = self
-            self.busy = True
-        try:
-            with anyio.fail_after(timeout):
-                await self._stream.send(buffer)
-            if record is not None:
-                record.asked = anyio.current_time()
-        except TimeoutError as error:
-            raise httpcore.WriteTimeout("the instance did not read in time") from error
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise httpcore.WriteError(_why(error)) from error
-
-    def release(self) -> None:
-        """Note that the connection's request is over: it is idle from now on."""
-        self.busy = False
-        self.idle_since = anyio.current_time()
-
-    async def aclose(self) -> None:
-        self._closed = True
-        self._pool.streams.discard(self)
-        await self._stream.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's
-    ) -> httpcore.AsyncNetworkStream:
-        try:
-            with anyio.fail_after(timeout):
-                stream = await TLSStream.wrap(
-                    self._stream, hostname=server_hostname, ssl_context=ssl_context, standard_compatible=False
-                )
-        except BaseException as error:
-            self._pool.streams.discard(self)
-            await anyio.aclose_forcefully(self._stream)
-            if isinstance(error, TimeoutError):
-                raise httpcore.ConnectTimeout("no TLS in time") from error
-            if isinstance(error, ssl.SSLError | anyio.BrokenResourceError | anyio.EndOfStream):
-                raise httpcore.ConnectError(f"TLS: {_why(error)}") from error
+            wire = await self._connect(request, record, circuit, path, times.get("connect"))
+        except BaseException:
+            self._opening -= 1
+            self._wake()
             raise
-        self._pool.streams.discard(self)
-        return _Stream(stream, self._pool)
+        self._opening -= 1
+        origin = request.url.origin
+        http = self._core.AsyncHTTP11Connection(origin=origin, stream=wire, keepalive_expiry=self._expiry)
+        made = Connection(http, wire)
+        self.connections.add(made)
+        return made
 
-    def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable" and self._closed:
-            return True  # httpcore's question whether an unused connection has ended
-        if info == "ssl_object":
-            return self._stream.extra(TLSAttribute.ssl_object, None)
-        if info == "client_addr":
-            return self._stream.extra(SocketAttribute.local_address, None)
-        if info == "server_addr":
-            return self._stream.extra(SocketAttribute.remote_address, None)
-        sock = self._stream.extra(SocketAttribute.raw_socket, None)
-        if info == "is_readable":
-            return sock is None or _is_readable(sock)
-        return sock if info == "socket" else None
+    async def _reuse(self) -> Connection | None:
+        """The connection that was used last, of those that did not end meanwhile."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.http.has_expired():
+                connection.idle_since = math.inf
+                return connection
+            await self._close([connection])
+        return None
 
+    async def _wait(self) -> Connection | None:
+        """Wait for a connection, or for room for another one; those who came first come first."""
+        event = anyio.Event()
+        self._waiting.append(event)
+        while True:
+            try:
+                await event.wait()
+            except BaseException:
+                if event.is_set():
+                    self._wake()  # it was meant for somebody who waits no more
+                else:
+                    self._waiting.remove(event)
+                raise
+            found = await self._reuse()
+            if found is not None or len(self.connections) + self._opening < self._most:
+                return found
+            event = anyio.Event()
+            self._waiting.appendleft(event)
 
-class _Backend(httpcore.AsyncNetworkBackend):
-    """Connects as the proxy does, on any loop."""
-
-    def __init__(self, pool: InstancePool) -> None:
-        self._pool = pool
-
-    async def connect_tcp(
+    async def _connect(
         self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        record = _record.get() or Record()
+        request: httpcore.Request,
+        record: Record,
+        circuit: Circuit | None,
+        path: str | None,
+        limit: float | None,
+    ) -> Wire:
         record.fresh = True
-        circuit = record.circuit
         if circuit is not None and not circuit.enter(Limit.WAITING):
             record.connect_error = f"limit_{Limit.WAITING}"
-            raise httpcore.ConnectError("as many requests wait for an instance as its limits allow")
+            raise self._core.ConnectError("as many requests wait for an instance as its limits allow")
         try:
-            with anyio.fail_after(timeout):
-                sock = await _connect(host, port, record.path)
-                record.by_socket = is_unix(sock)
-                kind = UNIXSocketStream if record.by_socket else SocketStream
-                stream = await kind.from_socket(sock)
+            with anyio.fail_after(limit):
+                sock = await _connect(request.url.host.decode(), request.url.port or 0, path)
         except TimeoutError as error:
             record.connect_error = "timeout"
-            raise httpcore.ConnectTimeout("no answer in time") from error
+            raise self._core.ConnectTimeout("no answer in time") from error
         except OSError as error:
             record.connect_error = classify_connect_error(error)
-            raise httpcore.ConnectError(error.strerror or str(error)) from error
+            raise self._core.ConnectError(error.strerror or str(error)) from error
         finally:
             if circuit is not None:
                 circuit.leave(Limit.WAITING)
-        return _Stream(stream, self._pool)
+        record.by_socket = is_unix(sock)
+        wire = PlainWire(sock, self._core)
+        if request.url.scheme != b"https":
+            return wire
+        if self._ssl_context is None:
+            self._ssl_context = self._core.default_ssl_context()
+        self._ssl_context.set_alpn_protocols(["http/1.1"])
+        name = request.extensions.get("sni_hostname") or request.url.host.decode()
+        return await wire.start_tls(self._ssl_context, name, limit)
 
 
 async def _connect(host: str, port: int, path: str | None) -> socket.socket:
@@ -293,18 +253,3 @@ async def _connect(host: str, port: int, path: str | None) -> socket.socket:
         connecting.socket.close()
         raise
     return connecting.socket
-
-
-def _is_readable(sock: SupportsFileno) -> bool:
-    """Whether an unused connection has ended, or brought what nobody asked for."""
-    number = sock.fileno()
-    if number < 0:
-        return True
-    poll = select.poll()
-    poll.register(number, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _why(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return str(cause) or type(cause).__name__

@@ -1,15 +1,20 @@
-"""The pools of one httpx transport: made when an instance is first tried, closed when it leaves (H2)."""
+"""The pools of one transport: made when an instance is first tried, closed when it leaves (H2)."""
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import anyio
-import httpx
 
 from meshlocal.library.core import MeshCore
+from meshlocal.library.http_kind import HttpKind
 from meshlocal.library.http_pool import InstancePool
 from meshlocal.policy.model import EndpointKey, ServiceKey, ServiceSnapshot
+
+if TYPE_CHECKING:
+    import httpx
 
 _SWEEP_SHORTEST = 1.0
 
@@ -19,11 +24,22 @@ class InstancePools:
 
     Args:
         core: tells which instances left, and has the background tasks.
+        kind: httpx, or httpx2.
+        body: makes the stream of a response.
         ssl_context: for https.
         limits: on the connections to one instance.
     """
 
-    def __init__(self, core: MeshCore, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
+    def __init__(
+        self,
+        core: MeshCore,
+        kind: HttpKind,
+        body: Callable[..., object],
+        ssl_context: ssl.SSLContext | None,
+        limits: httpx.Limits,
+    ) -> None:
+        self.kind = kind
+        self.body = body
         self._core = core
         self._ssl_context = ssl_context
         self._limits = limits
@@ -43,7 +59,7 @@ class InstancePools:
         """The instance's pool."""
         pool = self._pools.get(key)
         if pool is None:
-            pool = self._pools[key] = InstancePool(self._ssl_context, self._limits)
+            pool = self._pools[key] = InstancePool(self.kind, self._ssl_context, self._limits)
             self._start_sweep()
         return pool
 
@@ -95,7 +111,7 @@ class InstancePools:
             tasks.start_soon(self._close_expired, self._sweeping, expiry)
 
     async def _close_expired(self, scope: anyio.CancelScope, expiry: float) -> None:
-        """Close connections that no request came for; httpcore looks only when one comes."""
+        """Close connections that no request came for."""
         with scope:
             while True:
                 await anyio.sleep(max(expiry / 2, _SWEEP_SHORTEST))

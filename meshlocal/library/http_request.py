@@ -10,33 +10,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
-import httpcore
-import httpx
 
 from meshlocal.client.account import Account
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
-from meshlocal.library import http_errors as errors
-from meshlocal.library.errors import Attempt, ServiceError, tried
+from meshlocal.library.errors import Attempt, NoInstanceError, ServiceError, tried
 from meshlocal.library.http_body import ReplayableBody
-from meshlocal.library.http_pool import InstancePool, Record, as_httpx_errors
+from meshlocal.library.http_kind import HttpKind
+from meshlocal.library.http_pool import Connection, InstancePool
 from meshlocal.library.http_pools import InstancePools
+from meshlocal.library.http_wire import Record
 from meshlocal.library.unavailable import why_none
 from meshlocal.policy.limits import Limit
 from meshlocal.policy.model import Instance
 from meshlocal.policy.picker import Pick, Reason
 from meshlocal.policy.retry import IDEMPOTENT_METHODS, Decision, Failure, RetryBudget, decide
 
-_ERRORS: dict[Failure, type[ServiceError]] = {
-    Failure.CONNECT: errors.HttpConnectError,
-    Failure.STALE: errors.HttpReadError,
-    Failure.NO_RESPONSE: errors.HttpReadError,
-    Failure.TIMEOUT: errors.HttpTimeoutError,
-    Failure.BROKEN: errors.HttpBrokenError,
+if TYPE_CHECKING:
+    import httpcore
+    import httpx
+
+_ERRORS = {
+    Failure.CONNECT: "connect",
+    Failure.STALE: "read",
+    Failure.NO_RESPONSE: "read",
+    Failure.TIMEOUT: "timeout",
+    Failure.BROKEN: "broken",
 }
+"""Which of `HttpErrors` is raised for what the last attempt failed by."""
 
 
 class Served(NamedTuple):
@@ -74,6 +78,9 @@ class MeshRequest(Account):
         state: the service.
         budget: of retries after an answer, of the service.
         request: what to send.
+
+    Attributes:
+        kind: httpx, or httpx2.
     """
 
     __slots__ = (
@@ -86,16 +93,20 @@ class MeshRequest(Account):
         "_pools",
         "_read_left",
         "_request",
+        "kind",
     )
 
     def __init__(self, pools: InstancePools, state: ServiceState, budget: RetryBudget, request: httpx.Request) -> None:
         super().__init__(anyio.current_time())
         self.state = state
+        self.kind = kind = pools.kind
         self._pools = pools
         self._budget = budget
         self._request = request
-        assert isinstance(request.stream, httpx.AsyncByteStream)
-        self._body = ReplayableBody(request.stream, state.policy.replay_buffer)
+        stream = request.stream
+        assert isinstance(stream, kind.httpx.AsyncByteStream)
+        whole = isinstance(stream, kind.httpx.ByteStream)
+        self._body = ReplayableBody(stream, state.policy.replay_buffer, whole=whole)
         self._idempotent = request.method.encode() in IDEMPOTENT_METHODS or "idempotency-key" in request.headers
         given: Mapping[str, float | None] = request.extensions.get("timeout") or {}
         self._given = given
@@ -117,7 +128,7 @@ class MeshRequest(Account):
         if self.begin(state, limit, Limit.REQUESTS) is not None:
             self.end(Outcome.LIMITED)
             limits = "as many requests as its limits allow are under way"
-            raise errors.HttpLimitedError(f"{state.key}: {limits}", state.key)
+            raise self.kind.errors.limited(f"{state.key}: {limits}", state.key)
         self._budget.request(self.started)
         response: httpx.Response | None = None
         outcome = Outcome.CLIENT_LEFT
@@ -128,7 +139,7 @@ class MeshRequest(Account):
             if response is None and deadline.cancelled_caught:
                 outcome = Outcome.DEADLINE
                 raise self._late()
-        except errors.HttpNoInstanceError:
+        except NoInstanceError:
             outcome = Outcome.NO_INSTANCE
             raise
         except ServiceError:
@@ -178,7 +189,7 @@ class MeshRequest(Account):
                 failed = error
             else:
                 if not self._is_replaced(response, pick):
-                    assert isinstance(response.stream, _ResponseBody)
+                    assert isinstance(response.stream, ResponseBody)
                     response.stream.final = True
                     self.end_search()
                     return response
@@ -197,8 +208,9 @@ class MeshRequest(Account):
             )
             if decision is not Decision.NEXT:
                 told = f"{state.key}: no instance answered: {tried(self._failed_attempts)}"
-                raise _ERRORS[failed.failure](told, state.key, self._failed_attempts) from failed.cause
-        raise errors.HttpNoInstanceError(f"{state.key}: {why_none(state)}", state.key)
+                kind: type[ServiceError] = getattr(self.kind.errors, _ERRORS[failed.failure])
+                raise kind(told, state.key, self._failed_attempts) from failed.cause
+        raise self.kind.errors.no_instance(f"{state.key}: {why_none(state)}", state.key)
 
     def _is_replaced(self, response: httpx.Response, pick: Pick) -> bool:
         """Whether another instance is to be tried in place of this answer; otherwise it is the answer."""
@@ -210,7 +222,9 @@ class MeshRequest(Account):
         ):
             self.answered()
             return False
-        cause = httpx.HTTPStatusError(f"status {response.status_code}", request=self._request, response=response)
+        cause = self.kind.httpx.HTTPStatusError(
+            f"status {response.status_code}", request=self._request, response=response
+        )
         self._failed_attempts.append(Attempt(pick.instance, tier, pick.reason, Failure.STATUS, cause))
         return True
 
@@ -226,7 +240,7 @@ class MeshRequest(Account):
         told = f"{state.key}: no instance answered within {state.policy.response_deadline:g} s"
         if self._failed_attempts:
             told += f": {tried(self._failed_attempts)}"
-        return errors.HttpDeadlineError(told, state.key, self._failed_attempts)
+        return self.kind.errors.deadline(told, state.key, self._failed_attempts)
 
     # One attempt.
 
@@ -239,64 +253,66 @@ class MeshRequest(Account):
         pool = self._pools.pool(pick.instance.key)
         pool.in_use += 1
         self.enter_instance()
-        record = self._record(pick)
         try:
             while True:
                 try:
-                    return self._wrap(await self._send(pick, pool, record), pick, pool, record)
+                    response, connection = await self._send(pick, pool)
+                    return self._wrap(response, pick, pool, connection)
                 except _FailedError as failed:
                     if failed.failure is not Failure.STALE or not self._repeats(failed):
                         raise
                 # Its other unused connections have most likely ended too.
                 await pool.close_idle()
-                record = self._record(pick)
         except BaseException:
-            self.leave(pool, record)
+            self.leave(pool)
             raise
 
-    def _record(self, pick: Pick) -> Record:
-        state = self._service
-        # What https is spoken at is the port.
-        if state.sockets is None or self._request.url.scheme != "http":
-            return Record(state.circuit)
-        return Record(state.circuit, state.sockets.of(pick.instance))
+    def _socket(self, pick: Pick) -> str | None:
+        """The instance's Unix socket, if it has one here; what https is spoken at is the port."""
+        sockets = self._service.sockets
+        if sockets is None or self._request.url.scheme != "http":
+            return None
+        return sockets.of(pick.instance)
 
     def _repeats(self, failed: _FailedError) -> bool:
         return (
             decide(failed.failure, sent=failed.sent, idempotent=self._idempotent, held=self._body.held) is Decision.SAME
         )
 
-    async def _send(self, pick: Pick, pool: InstancePool, record: Record) -> httpcore.Response:
-        policy = self._service.policy
-        limit = policy.attempt_timeout if policy.attempt_timeout is not None else math.inf
-        message, times = self._message(pick)
-        failure: Exception
+    async def _send(self, pick: Pick, pool: InstancePool) -> tuple[httpcore.Response, Connection]:
+        limit = self._service.policy.attempt_timeout
+        if limit is None:
+            return await self._send_once(pick, pool, Record())
+        record = Record()
         with anyio.move_on_after(limit) as scope:
             self._clocks.append((scope, limit))
             try:
-                response = await pool.send(message, record)
-                # From here on it is about the body, of which each read has the whole time again.
-                times["read"] = self._given.get("read")
-                self._service.statistics.unix_connects += record.by_socket
-                if record.fresh:
-                    # When it was connected is not known: the response is there by now.
-                    self.reached(None)
-                return response
-            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
-                raise
-            except httpx.TransportError as error:
-                failure = error
-                if self._body.failure is not None:
-                    raise
+                return await self._send_once(pick, pool, record)
             finally:
                 self._clocks.pop()
-                if record.asked is not None:
-                    self._read_left -= anyio.current_time() - record.asked
-        if scope.cancelled_caught:
-            failure = TimeoutError(f"no response within {limit:g} s")
-            kind = Failure.TIMEOUT if record.sent else Failure.CONNECT
-            raise _FailedError(kind, "timeout", record.sent, failure)
-        raise _classify(failure, record)
+        kind = Failure.TIMEOUT if record.sent else Failure.CONNECT
+        raise _FailedError(kind, "timeout", record.sent, TimeoutError(f"no response within {limit:g} s"))
+
+    async def _send_once(self, pick: Pick, pool: InstancePool, record: Record) -> tuple[httpcore.Response, Connection]:
+        message, times = self._message(pick)
+        try:
+            answer = await pool.send(message, record, self._service.circuit, self._socket(pick))
+        except (self.kind.httpx.UnsupportedProtocol, self.kind.httpx.LocalProtocolError):
+            raise
+        except self.kind.httpx.TransportError as error:
+            if self._body.failure is not None:
+                raise
+            raise _classify(self.kind, error, record) from None
+        finally:
+            if record.asked is not None:
+                self._read_left -= anyio.current_time() - record.asked
+        # From here on it is about the body, of which each read has the whole time again.
+        times["read"] = self._given.get("read")
+        self._service.statistics.unix_connects += record.by_socket
+        if record.fresh:
+            # When it was connected is not known: the response is there by now.
+            self.reached(None)
+        return answer
 
     def _message(self, pick: Pick) -> tuple[httpcore.Request, dict[str, float | None]]:
         """The request for one instance: its address, with the Host that the application gave; and its timeouts, which
@@ -310,36 +326,39 @@ class MeshRequest(Account):
         extensions = {**request.extensions, "timeout": times}
         if request.url.scheme == "https":
             extensions.setdefault("sni_hostname", request.url.host)
-        url = httpcore.URL(
+        core = self.kind.httpcore
+        url = core.URL(
             scheme=request.url.raw_scheme, host=key.address.encode(), port=key.port, target=request.url.raw_path
         )
-        message = httpcore.Request(
+        message: httpcore.Request = core.Request(
             request.method, url, headers=request.headers.raw, content=self._body, extensions=extensions
         )
         return message, times
 
-    def _wrap(self, response: httpcore.Response, pick: Pick, pool: InstancePool, record: Record) -> httpx.Response:
+    def _wrap(
+        self, response: httpcore.Response, pick: Pick, pool: InstancePool, connection: Connection
+    ) -> httpx.Response:
         served = Served(pick.instance, self.tier, pick.reason, self.attempts)
-        return httpx.Response(
+        made: httpx.Response = self.kind.httpx.Response(
             response.status,
             headers=response.headers,
-            stream=_ResponseBody(self, response, pool, record),
+            stream=self._pools.body(self, response, pool, connection),
             extensions={**response.extensions, "meshlocal": served},
         )
+        return made
 
-    def leave(self, pool: InstancePool, record: Record) -> None:
+    def leave(self, pool: InstancePool) -> None:
         """The instance is done with this request."""
         self.leave_instance()
-        if record.stream is not None:
-            record.stream.release()
         pool.in_use -= 1
 
-    async def closed(self, pool: InstancePool, record: Record, outcome: Outcome | None) -> None:
+    async def closed(self, pool: InstancePool, connection: Connection, outcome: Outcome | None) -> None:
         """A response of it was closed; with an outcome, that was the application's."""
-        self.leave(pool, record)
+        self.leave(pool)
         if outcome is not None:
             self.end(outcome)
             await self._body.aclose()
+        await pool.put(connection)
         await self._pools.tidy(pool)
 
 
@@ -347,42 +366,46 @@ def _or_infinite(seconds: float | None) -> float:
     return math.inf if seconds is None else seconds
 
 
-def _classify(error: Exception, record: Record) -> _FailedError:
+def _classify(kind: HttpKind, error: Exception, record: Record) -> _FailedError:
+    httpx = kind.httpx
     if record.connect_error or not (record.sent or isinstance(error, httpx.ReadError)):
-        return _FailedError(Failure.CONNECT, record.connect_error or _word(error), False, error)
+        return _FailedError(Failure.CONNECT, record.connect_error or _word(kind, error), False, error)
     if record.received:
         return _FailedError(Failure.BROKEN, Failure.BROKEN, record.sent, error)
     if isinstance(error, httpx.TimeoutException):
         return _FailedError(Failure.TIMEOUT, Failure.TIMEOUT, record.sent, error)
-    kind = Failure.NO_RESPONSE if record.fresh else Failure.STALE
-    return _FailedError(kind, kind, record.sent, error)
+    failure = Failure.NO_RESPONSE if record.fresh else Failure.STALE
+    return _FailedError(failure, failure, record.sent, error)
 
 
-def _word(error: Exception) -> str:
+def _word(kind: HttpKind, error: Exception) -> str:
     """How an attempt failed that was neither a connect's failure nor sent."""
+    httpx = kind.httpx
     if isinstance(error, httpx.PoolTimeout):
         return "pool_timeout"
     return "tls" if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else "other"
 
 
-class _ResponseBody(httpx.AsyncByteStream):
-    """A response's body.
+class ResponseBody:
+    """A response's body: httpx's `AsyncByteStream`, once it is joined with that (`body_of`).
 
     Attributes:
         final: the response is the application's, and its close the end of the request.
     """
 
-    def __init__(self, request: MeshRequest, response: httpcore.Response, pool: InstancePool, record: Record) -> None:
+    def __init__(
+        self, request: MeshRequest, response: httpcore.Response, pool: InstancePool, connection: Connection
+    ) -> None:
         self._request = request
         self._response = response
         self._pool = pool
-        self._record = record
+        self._connection = connection
         self._outcome = Outcome.SERVED
         self._closed = False
         self.final = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with as_httpx_errors():
+        with self._request.kind.as_httpx_errors():
             try:
                 async for piece in self._response.aiter_stream():
                     yield piece
@@ -391,10 +414,16 @@ class _ResponseBody(httpx.AsyncByteStream):
                 raise
 
     async def aclose(self) -> None:
+        """Let go of what the response has."""
         if self._closed:
             return
         self._closed = True
         try:
             await self._response.aclose()
         finally:
-            await self._request.closed(self._pool, self._record, self._outcome if self.final else None)
+            await self._request.closed(self._pool, self._connection, self._outcome if self.final else None)
+
+
+def body_of(kind: HttpKind) -> type[Any]:
+    """`ResponseBody` as one of the two libraries wants it."""
+    return type("ResponseBody", (ResponseBody, kind.httpx.AsyncByteStream), {})

@@ -331,6 +331,9 @@ class Flows:
         if state.failed is None:
             # Otherwise the source died while the other direction wrote to it: its last bytes end here, not its stream.
             state.first_end = state.first_end or flow.side
+            if flow.twin.ended and flow.pair.on_end is not None:
+                self._finish(flow.pair)
+                return
             try:
                 flow.sink.shutdown(socket.SHUT_WR)
             except OSError as error:

@@ -172,17 +172,19 @@ class Upstream:
                         continue
                     sock.setblocking(False)
                     self.accepted += 1
-                    self._tasks.start_soon(self._serve, self._own(sock))
+                    # From here on it can be cut, also before its task has made a step.
+                    connection = UpstreamConnection(self, self._own(sock))
+                    self._connections[connection] = anyio.CancelScope()
+                    self._tasks.start_soon(self._serve, connection, sock)
         except OSError:
             if not scope.cancel_called:
                 raise
         finally:
             self._disown(listener)
 
-    async def _serve(self, sock: socket.socket) -> None:
-        connection = UpstreamConnection(self, sock)
+    async def _serve(self, connection: UpstreamConnection, sock: socket.socket) -> None:
         try:
-            with anyio.CancelScope() as self._connections[connection], suppress(OSError):  # the peer reset it
+            with self._connections[connection], suppress(OSError):  # the peer reset it
                 await (self._next.popleft() if self._next else self._behaviour)(connection)
         finally:
             del self._connections[connection]

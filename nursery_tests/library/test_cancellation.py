@@ -167,7 +167,7 @@ def test_a_request(on_loop: Run, near_is: str) -> None:
             async def check() -> None:
                 await closed(near, far)
 
-            assert await at_each_await(operation, check) >= 10
+            assert await at_each_await(operation, check) >= 5
 
     on_loop(main)
 

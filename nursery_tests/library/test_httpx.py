@@ -70,10 +70,9 @@ class Setup:
             assert state.in_use == 0
             assert state.fitness.under_way == {}
             assert set(state.circuit.now.values()) == {0}
-        for pool in self.transport._pools._pools.values():
-            assert pool.in_use == 0
-            assert not any(stream.busy for stream in pool.streams)
-            assert pool._pool._requests == []
+        for pool in self.transport._transport.pools._pools.values():
+            assert (pool.in_use, pool.waiting, pool._opening) == (0, 0, 0)
+            assert pool.idle == len(pool.connections)
 
 
 @asynccontextmanager
@@ -656,13 +655,13 @@ def test_hosts_that_were_asked_for_once_cost_nothing_for_ever(on_loop: Run) -> N
             its.source.set("b", its.near.instance)
             its.source.set("c", its.far.instance)
             assert (await its.client.get("http://c/")).text == "n2"
-            pools = its.transport._pools
+            pools = its.transport._transport.pools
             assert list(pools._pools) == [its.far.instance.key]
             for state in list(its.mesh.core.services):
                 del its.mesh.core.services._states[state.key]
             its.mesh.core.services._tell_followed()
             assert (await its.client.get("http://b/")).text == "n1"
-            assert set(pools._members) == set(its.transport._budgets) == {"b"}
+            assert set(pools._members) == set(its.transport._transport.budgets) == {"b"}
             assert list(pools._pools) == [its.near.instance.key]
             await open_connections(its.far, 0)
 
@@ -676,8 +675,8 @@ def test_closing_the_client_closes_the_connections(on_loop: Run) -> None:
             async with httpx.AsyncClient(transport=transport) as client:
                 await client.get("http://b/")
             await open_connections(its.near, 0)
-            assert len(transport._pools) == 0
-            assert list(its.mesh.core.listeners) == [its.transport._pools._on_snapshot]
+            assert len(transport._transport.pools) == 0
+            assert list(its.mesh.core.listeners) == [its.transport._transport.pools._on_snapshot]
 
     on_loop(main)
 

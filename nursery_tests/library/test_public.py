@@ -26,6 +26,10 @@ PUBLIC = {
         HttpBrokenError HttpConnectError HttpDeadlineError HttpLimitedError HttpNoInstanceError HttpReadError
         HttpTimeoutError MeshTransport Served
     """,
+    "meshlocal.httpx2": """
+        HttpBrokenError HttpConnectError HttpDeadlineError HttpLimitedError HttpNoInstanceError HttpReadError
+        HttpTimeoutError MeshTransport Served
+    """,
     "meshlocal.testing": """
         Behaviour FakeSource HttpRequest HttpResponse Upstream UpstreamConnection answer echo http open_upstream reset
         run silent virtual_clock

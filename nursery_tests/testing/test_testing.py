@@ -263,3 +263,31 @@ def test_time_passes_when_everybody_waits() -> None:
     assert run(main, 5) == pytest.approx(5 * 3600, abs=0.2)
     assert trio.run(main, 1, clock=virtual_clock()) >= 3600
     assert time.monotonic() - start < 1000
+
+
+def test_a_connection_is_cut_however_young_it_is() -> None:
+    """Also one that was accepted just now, and whose behaviour has not begun."""
+
+    async def main() -> None:
+        async with open_upstream() as upstream:
+            for number in range(1, 21):
+                with socket.create_connection(("127.0.0.1", upstream.port)) as client:
+                    client.settimeout(LIMIT)
+                    with anyio.fail_after(LIMIT):
+                        while upstream.accepted < number:
+                            await anyio.lowlevel.checkpoint()
+                        upstream.cut()
+                        while upstream.open:
+                            await anyio.lowlevel.checkpoint()
+                    assert _ends_by_a_reset(client)
+
+    anyio.run(main, backend="trio")
+
+
+def _ends_by_a_reset(client: socket.socket) -> bool:
+    try:
+        while client.recv(64):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
