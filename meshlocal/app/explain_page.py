@@ -53,7 +53,7 @@ class ExplainPage:
         age = feed.age(trio.current_time())
         view["tls"] = tls_view(config, service)
         view["bypass"] = bypass_view(self._process.bypass, service.key)
-        view["sockets"] = yield from sockets_in_steps(service.picker, service.sockets)
+        view["sockets"] = yield from sockets_in_steps(service.picker, service.sockets, service.security)
         view["discovery"] = {
             "connected": feed.connected,
             "problem": feed.problem,

@@ -14,6 +14,7 @@ from meshlocal.policy.picker import Cursors, Gate, Pick, Picker
 from meshlocal.policy.steps import Steps, finish
 
 if TYPE_CHECKING:
+    from meshlocal.client.security import Security
     from meshlocal.policy.unix_sockets import UnixSockets
     from meshlocal.proxy.bypass.bypass import Bypass
 
@@ -66,15 +67,26 @@ def bypass_lines(view: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def sockets_in_steps(picker: Picker, sockets: UnixSockets | None) -> Steps[list[dict[str, Any]] | None]:
-    """The Unix sockets of a service's instances on the proxy's own node; None: no folder for them is configured."""
+def sockets_in_steps(
+    picker: Picker, sockets: UnixSockets | None, security: Security | None
+) -> Steps[list[dict[str, Any]] | None]:
+    """The Unix sockets of a service's instances on the proxy's own node; None: no folder for them is configured.
+
+    Args:
+        picker: of the service.
+        sockets: where they are.
+        security: how connections to the instances are secured; None: not at all.
+    """
     if sockets is None:
         return None
     found: list[dict[str, Any]] = []
     for piece in pieces(picker.snapshot.instances.values()):
         for instance in piece:
-            if SOCKET in instance.labels and instance.node and instance.node == sockets.node:
-                path, problem = sockets.look(instance.labels[SOCKET])
+            name = instance.labels.get(SOCKET)
+            if name and instance.node and instance.node == sockets.node:
+                path, problem = sockets.look(name)
+                if security is not None and not security.skips(instance, picker.selector.tier(instance)):
+                    path, problem = None, "the proxy speaks TLS to it, at its port"
                 found.append({"instance": str(instance.key), "path": path, "problem": problem})
         yield
     return sorted(found, key=lambda each: each["instance"])

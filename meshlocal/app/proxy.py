@@ -369,13 +369,16 @@ class ProxyProcess:
                 admin_sockets = [] if config.admin is None else open_tcp_listeners(config.admin.host, config.admin.port)
             for sock in admin_sockets:
                 opened.callback(close, sock)
-            opening = UnixOpening(self.listeners.missing_paths(config))
-            opened.callback(lambda: [file.remove() for file in opening.give_up()])
+            opening = UnixOpening(self.listeners.paths(config))
+            opened.callback(opening.give_up)
             opening.open()
             self.listeners.adopt(self.listeners.prepare(config, opening.opened), config)
             opening.give_away()
             for listener in self.listeners.current:
                 opened.callback(listener.close)
+                if listener.file is not None:
+                    # Its acceptor does, but for one that never began.
+                    opened.callback(listener.file.remove)
             self._tell_unknown_labels()
             routes = self._superior.routes(self)
             admin = AdminServer(routes, self.admin_access, streams=streams(routes), changing=[LOG])
@@ -490,14 +493,14 @@ class ProxyProcess:
             collector = await self._files.run(make_collector, config.proxy)
         except (BlockedError, FileProblemError) as error:
             return [str(error)]
-        opening = UnixOpening(self.listeners.missing_paths(config.proxy))
+        opening = UnixOpening(self.listeners.paths(config.proxy))
         try:
             await self._files.run(opening.open)
             return self.apply(config, tls, collector, opening)
         except (BlockedError, ListenError) as error:
             return [str(error)]
         finally:
-            left = opening.give_up()
+            left = opening.leave()
             with trio.CancelScope(shield=True), suppress(BlockedError):
                 for file in left:
                     await self._files.run(file.remove)

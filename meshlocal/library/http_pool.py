@@ -53,14 +53,19 @@ class InstancePool:
         kind: whose httpcore speaks HTTP.
         ssl_context: for https; None: the system's authorities.
         limits: how many, and how long an unused one is kept.
+        path: the instance's Unix socket, for http; None: it has none.
 
     Attributes:
+        path: as given.
         connections: those that are open.
         in_use: requests under way, until their responses are closed.
         retired: discovery removed the instance (H2).
     """
 
-    def __init__(self, kind: HttpKind, ssl_context: ssl.SSLContext | None, limits: httpx.Limits) -> None:
+    def __init__(
+        self, kind: HttpKind, ssl_context: ssl.SSLContext | None, limits: httpx.Limits, path: str | None = None
+    ) -> None:
+        self.path = path
         self.connections: set[Connection] = set()
         self.in_use = 0
         self.retired = False
@@ -85,7 +90,7 @@ class InstancePool:
         return len(self._waiting)
 
     async def send(
-        self, request: httpcore.Request, record: Record, circuit: Circuit | None = None, path: str | None = None
+        self, request: httpcore.Request, record: Record, circuit: Circuit | None = None
     ) -> tuple[httpcore.Response, Connection]:
         """Send a request; returns once the response's head has come.
 
@@ -93,7 +98,6 @@ class InstancePool:
             request: what to send.
             record: is told what the attempt does.
             circuit: counts those that wait for a connect; None: nobody does.
-            path: the instance's Unix socket; None: it has none.
 
         Returns:
             The response, and its connection, which is to be `put` back once the response is closed.
@@ -102,7 +106,7 @@ class InstancePool:
             httpx.TransportError: there was none; the record says how far the request came.
         """
         with self._kind.as_httpx_errors():
-            connection = await self._take(request, record, circuit, path)
+            connection = await self._take(request, record, circuit)
             connection.wire.record = record
             try:
                 return await connection.http.handle_async_request(request), connection
@@ -151,9 +155,7 @@ class InstancePool:
         if self._waiting:
             self._waiting.popleft().set()
 
-    async def _take(
-        self, request: httpcore.Request, record: Record, circuit: Circuit | None, path: str | None
-    ) -> Connection:
+    async def _take(self, request: httpcore.Request, record: Record, circuit: Circuit | None) -> Connection:
         times = request.extensions["timeout"]
         found = await self._reuse()
         if found is None and len(self.connections) + self._opening >= self._most:
@@ -166,7 +168,7 @@ class InstancePool:
             return found
         self._opening += 1
         try:
-            wire = await self._connect(request, record, circuit, path, times.get("connect"))
+            wire = await self._connect(request, record, circuit, times.get("connect"))
         except BaseException:
             self._opening -= 1
             self._wake()
@@ -212,7 +214,6 @@ class InstancePool:
         request: httpcore.Request,
         record: Record,
         circuit: Circuit | None,
-        path: str | None,
         limit: float | None,
     ) -> Wire:
         record.fresh = True
@@ -221,6 +222,8 @@ class InstancePool:
             raise self._core.ConnectError("as many requests wait for an instance as its limits allow")
         try:
             with anyio.fail_after(limit):
+                # What https is spoken at is the port.
+                path = self.path if request.url.scheme == b"http" else None
                 sock = await _connect(request.url.host.decode(), request.url.port or 0, path)
         except TimeoutError as error:
             record.connect_error = "timeout"

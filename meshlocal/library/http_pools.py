@@ -55,11 +55,19 @@ class InstancePools:
     def __len__(self) -> int:
         return len(self._pools)
 
-    def pool(self, key: EndpointKey) -> InstancePool:
-        """The instance's pool."""
+    def pool(self, key: EndpointKey, path: str | None) -> InstancePool:
+        """The instance's pool.
+
+        Args:
+            key: the instance's.
+            path: of its Unix socket; None: it has none. Connections that were made when it had another are not used.
+        """
         pool = self._pools.get(key)
+        if pool is not None and pool.path != path:
+            self._leave(key)
+            pool = None
         if pool is None:
-            pool = self._pools[key] = InstancePool(self.kind, self._ssl_context, self._limits)
+            pool = self._pools[key] = InstancePool(self.kind, self._ssl_context, self._limits, path)
             self._start_sweep()
         return pool
 
@@ -90,15 +98,18 @@ class InstancePools:
                 # Nobody follows it any more: what becomes of its instances is not told.
                 left |= self._members.pop(service)
         self._members[snapshot.service] = now
-        tasks = self._core.tasks
         for key in left:
             if any(key in members for members in self._members.values()):
                 continue
-            pool = self._pools.pop(key, None)
-            if pool is not None:
-                pool.retired = True
-                if tasks is not None:
-                    tasks.start_soon(self._retire, pool)
+            self._leave(key)
+
+    def _leave(self, key: EndpointKey) -> None:
+        """Use connections to an instance no more; what is under way goes on."""
+        pool = self._pools.pop(key, None)
+        if pool is not None:
+            pool.retired = True
+            if self._core.tasks is not None:
+                self._core.tasks.start_soon(self._retire, pool)
 
     async def _retire(self, pool: InstancePool) -> None:
         await pool.close_idle()

@@ -250,7 +250,9 @@ class MeshRequest(Account):
         Raises:
             _FailedError: it brought no response.
         """
-        pool = self._pools.pool(pick.instance.key)
+        sockets = self._service.sockets
+        path = sockets.of(pick.instance) if sockets is not None else None
+        pool = self._pools.pool(pick.instance.key, path)
         pool.in_use += 1
         self.enter_instance()
         try:
@@ -266,13 +268,6 @@ class MeshRequest(Account):
         except BaseException:
             self.leave(pool)
             raise
-
-    def _socket(self, pick: Pick) -> str | None:
-        """The instance's Unix socket, if it has one here; what https is spoken at is the port."""
-        sockets = self._service.sockets
-        if sockets is None or self._request.url.scheme != "http":
-            return None
-        return sockets.of(pick.instance)
 
     def _repeats(self, failed: _FailedError) -> bool:
         return (
@@ -296,7 +291,7 @@ class MeshRequest(Account):
     async def _send_once(self, pick: Pick, pool: InstancePool, record: Record) -> tuple[httpcore.Response, Connection]:
         message, times = self._message(pick)
         try:
-            answer = await pool.send(message, record, self._service.circuit, self._socket(pick))
+            answer = await pool.send(message, record, self._service.circuit)
         except (self.kind.httpx.UnsupportedProtocol, self.kind.httpx.LocalProtocolError):
             raise
         except self.kind.httpx.TransportError as error:

@@ -84,8 +84,9 @@ class Connecting(Generic[S]):
     __slots__ = ("_port", "pending", "security", "socket")
 
     def __init__(self, address: str, port: int, path: str = "") -> None:
-        sockaddr: tuple[str, int] | tuple[str, int, int, int] | str
-        family, sockaddr = (socket.AF_UNIX, path) if path else _sockaddr(address, port)
+        sockaddr: tuple[str, int] | tuple[str, int, int, int] | bytes
+        # Encoded here: Python would go by the locale.
+        family, sockaddr = (socket.AF_UNIX, path.encode()) if path else _sockaddr(address, port)
         self._port = port if not path else 0
         self.socket = socket.socket(family, _NON_BLOCKING_STREAM)
         self.pending = False

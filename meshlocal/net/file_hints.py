@@ -16,6 +16,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,7 @@ class FileHints:
     def __init__(self, path: Path) -> None:
         self._path = os.fspath(path)
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = threading.Event()
         self._pipe: tuple[int, int] | None = None
         self._inotify = -1
         self._armed = False
@@ -52,16 +53,18 @@ class FileHints:
     def stop(self) -> None:
         """End the wait, and any later one. From any thread; also before the wait began, or after its end."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             if self._pipe is not None:
                 os.write(self._pipe[1], b"\0")
 
     def __enter__(self) -> Self:
         with self._lock:
-            self._pipe = os.pipe()
-            if self._stopped:
+            # Without descriptors to spare it is waited for all the same, without hints.
+            with suppress(OSError):
+                self._pipe = os.pipe()
+            if self._stopped.is_set() and self._pipe is not None:
                 os.write(self._pipe[1], b"\0")
-        self._inotify = _init()
+        self._inotify = _init() if self._pipe is not None else -1
         self._armed = False
         return self
 
@@ -95,7 +98,8 @@ class FileHints:
             longest: seconds after which it goes on without one.
             shortest: seconds that it waits even so, as the folder may be one in which much goes on.
         """
-        assert self._pipe is not None
+        if self._pipe is None:
+            return not self._stopped.wait(longest)
         stopped, began = self._pipe[0], time.monotonic()
         found = _readable(longest, stopped, self._inotify)
         if self._inotify in found:

@@ -41,6 +41,9 @@ LARGEST = 1024 * 1024
 TURN_BYTES = 2 * LARGEST
 """Bytes that large reads move in one turn of the loop, before others have theirs: some two milliseconds."""
 
+READS = 4
+"""Reads in a row of a direction that reads until there is nothing, before others have their turn."""
+
 HELD_MOST = 64 * LARGEST
 """Bytes held for sinks that take nothing, in all, from which on reads are `SCANT`."""
 
@@ -214,6 +217,7 @@ class Flows:
             # Others have had as much as there is for all in this turn.
             self._again[flow] = None
             return
+        left = READS
         while flow.ready:
             size = -1
             try:
@@ -229,6 +233,11 @@ class Flows:
                 return
             self._count(flow, sent)
             if not flow.split:
+                return
+            left -= 1
+            if not left:
+                # A source that goes on and on has its next turn when others had theirs.
+                self._again[flow] = None
                 return
 
     def _count(self, flow: Flow, sent: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -24,10 +25,10 @@ def format_address(sockaddr: object) -> str:
     if isinstance(sockaddr, tuple) and len(sockaddr) >= 2:
         host, port = sockaddr[0], sockaddr[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    if isinstance(sockaddr, bytes):
-        # An abstract name (unix(7)) starts with a zero byte, which ss(8) and others write as an at sign.
-        sockaddr = sockaddr.decode("utf-8", "backslashreplace").replace("\0", "@")
-    return f"unix:{sockaddr}"
+    # A client may bind its own to any bytes. An abstract name (unix(7)) starts with a zero byte, which ss(8) and others
+    # write as an at sign.
+    name = sockaddr if isinstance(sockaddr, bytes) else os.fsencode(str(sockaddr))
+    return f"unix:{name.decode('utf-8', 'backslashreplace')}".replace("\0", "@")
 
 
 def is_unix(sock: socket.socket) -> bool:

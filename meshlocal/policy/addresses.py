@@ -6,7 +6,7 @@ Each type has a `parse` that raises `AddressError`, and a `str()` that `parse` r
 from __future__ import annotations
 
 import ipaddress
-import os
+import os.path
 import re
 
 import msgspec
@@ -301,8 +301,13 @@ def _socket_path(text: str) -> str:
     Raises:
         AddressError: it names none, or is too long.
     """
-    path = unix_path(text)
-    if len(os.fsencode(path)) > PATH_LIMIT:
+    # As it is compared: spelled in one way.
+    path = os.path.normpath(unix_path(text))
+    try:
+        size = len(path.encode())
+    except UnicodeEncodeError:
+        raise AddressError(f"{quote(path)} cannot be written in UTF-8") from None
+    if size > PATH_LIMIT:
         raise AddressError(f"{quote(path)} is longer than the {PATH_LIMIT} bytes that a socket's path may have")
     return path
 

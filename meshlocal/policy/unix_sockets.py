@@ -9,7 +9,7 @@ from typing import NamedTuple
 from meshlocal.policy.model import SOCKET, Instance, known
 
 PATH_LIMIT = 107
-"""Bytes of a Unix socket's path (unix(7), sun_path, which ends with a zero byte)."""
+"""Bytes of a Unix socket's path, in UTF-8 (unix(7), sun_path, which ends with a zero byte)."""
 
 
 class UnixSocketError(ValueError):
@@ -55,10 +55,14 @@ def socket_path(folder: str, name: str) -> str:
         UnixSocketError: it leads elsewhere, or is too long for a socket.
     """
     name = known(name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UnixSocketError(f"{name!r} cannot be written in UTF-8") from None
     path = os.path.normpath(os.path.join(folder, name))
     root = os.path.normpath(folder)
     if ".." in name.split("/") or not path.startswith(root.rstrip("/") + "/") or "\0" in name:
         raise UnixSocketError(f"{name!r} is no path within {folder}")
-    if len(os.fsencode(path)) > PATH_LIMIT:
+    if len(path.encode()) > PATH_LIMIT:
         raise UnixSocketError(f"{path!r} is longer than the {PATH_LIMIT} bytes that a socket's path may have")
     return path

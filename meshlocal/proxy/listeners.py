@@ -135,15 +135,15 @@ class Listeners:
         self._nurseries: tuple[trio.Nursery, trio.Nursery] | None = None
         self.current: list[Listener] = []
 
-    def missing_paths(self, config: ProxyConfig) -> list[tuple[str, str]]:
-        """The Unix sockets that `config` has and the current listeners have not: keys of the configuration, and paths.
+    def paths(self, config: ProxyConfig) -> list[tuple[str, str, UnixFile | None]]:
+        """The Unix sockets of `config`: keys of the configuration, paths, and the files of listeners that have them.
 
-        Who prepares opens them before, as the file system may block.
+        Who prepares opens those that are not there before, as the file system may block.
         """
         return [
-            (f"proxy.listen[{position}]", configured.path)
+            (f"proxy.listen[{position}]", configured.path, there.file if there is not None else None)
             for position, (configured, there) in enumerate(zip(config.listen, keep(self.current, config), strict=True))
-            if configured.path and there is None
+            if configured.path
         ]
 
     def prepare(self, config: ProxyConfig, opened: Mapping[str, OpenUnix] = MappingProxyType({})) -> list[Listener]:
@@ -154,7 +154,7 @@ class Listeners:
 
         Args:
             config: what is to be listened on.
-            opened: the sockets of `missing_paths`, by path.
+            opened: the sockets of `paths` that were not there, by path.
 
         Raises:
             ListenError: an address cannot be listened on. Nothing is left open but `opened`, and the current listeners
@@ -164,7 +164,7 @@ class Listeners:
         prepared: list[Listener] = []
         try:
             for position, (configured, there) in enumerate(zip(config.listen, kept, strict=True)):
-                if there is None:
+                if there is None or configured.path in opened:
                     with wanted_by(f"proxy.listen[{position}]"):
                         there = self._open(configured, service_key(config, configured), opened)
                 prepared.append(there)

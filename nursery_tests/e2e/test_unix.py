@@ -105,6 +105,14 @@ async def test_a_proxy_on_unix_sockets(processes: Any, here: Any, tmp_path: Path
             proxy.signal(SIGHUP)
             await proxy.printed("config applied")
             assert (await client.get("http://b/")).text == "socket"
+            # The file is lost: a reload makes it anew, and clients that are connected go on.
+            os.unlink(second)
+            start = len(proxy.err)
+            proxy.signal(SIGHUP)
+            await proxy.printed("config applied", start=start)
+            async with over(second) as other:
+                assert (await other.get("http://b/")).text == "socket"
+            assert (await client.get("http://b/")).text == "socket"
         by_socket.cancel()
         os.unlink(tmp_path / "b.sock")
         async with over(second) as client:
@@ -162,6 +170,15 @@ async def test_the_library_uses_sockets(tmp_path: Path) -> None:
             async with await mesh.open_tcp_stream("b") as stream:
                 await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
                 assert (await stream.receive_some()).endswith(b"socket")
+            # The label is taken back: kept connections that it led to are not used again.
+            (tmp_path / "instances.yaml").write_text(INSTANCES.format(port=port).replace(", socket: b.sock", ""))
+            with trio.fail_after(LIMIT):
+                while (await client.get("http://b/")).text != "port":  # noqa: ASYNC110 - the file is looked at
+                    await trio.sleep(0.01)
+            (tmp_path / "instances.yaml").write_text(INSTANCES.format(port=port))
+            with trio.fail_after(LIMIT):
+                while (await client.get("http://b/")).text != "socket":  # noqa: ASYNC110 - likewise
+                    await trio.sleep(0.01)
             by_socket.cancel()
             os.unlink(tmp_path / "b.sock")
             async with await mesh.open_tcp_stream("b") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -193,3 +194,20 @@ def test_the_way_to_a_file(tmp_path: Path) -> None:
         assert list(folders_of(f"{here}/{path}")) == expected
     (tmp_path / "circle").symlink_to("circle")
     assert set(folders_of(f"{here}/circle")) == {here}
+
+
+def test_who_has_no_descriptor_to_spare_waits_without_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at a file takes none."""
+
+    def refuse() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "pipe", refuse)
+    with FileHints(tmp_path / "file") as hints:
+        assert not hints.arm()
+        assert hints.wait(0.0, 0.0)
+    with waiting(tmp_path / "file") as found:
+        assert not found.told
+        found.hints.stop()
+        assert found.ended()
+    assert found.went_on is False

@@ -20,6 +20,7 @@ from meshlocal.net.sockets import abort, close, format_address
         (("host", 80), "host:80"),
         ("/run/x.sock", "unix:/run/x.sock"),
         (b"\0abstract", "unix:@abstract"),
+        ("/run/\udcff.sock", "unix:/run/\\xff.sock"),
         ("", "unix:"),
     ],
 )

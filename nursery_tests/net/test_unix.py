@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from meshlocal.net import unix
 from meshlocal.net.listen import ListenError
-from meshlocal.net.unix import UnixOpening, open_unix_listener
+from meshlocal.net.unix import UnixFile, UnixOpening, open_unix_listener
 
 
 @pytest.fixture
@@ -101,25 +104,85 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_only_the_own_file_is_removed(path: str, sockets: list[socket.socket]) -> None:
     sock, file = open_unix_listener(path)
     sockets.append(sock)
-    os.rename(path, path + ".old")
-    leave_behind(path)
+    assert file.is_there
+    os.unlink(path)
+    assert not file.is_there
+    other, others = open_unix_listener(path)
+    sockets.append(other)
     file.remove()
-    assert os.path.exists(path), "it is another's"
-    os.rename(path + ".old", path)
-    file.remove()
+    assert connects(path), "it is another's"
+    others.remove()
     assert not os.path.exists(path)
-    file.remove()
+    leave_behind(path)
+    others.remove()
+    assert os.path.exists(path), "once: it may have the same number"
+
+
+def test_of_two_that_come_at_once_one_listens(path: str, sockets: list[socket.socket]) -> None:
+    """Both find what was left behind; who is second must not take the first one's file for that."""
+    for _ in range(50):
+        leave_behind(path)
+        barrier = threading.Barrier(2)
+        opened: list[tuple[socket.socket, UnixFile]] = []
+        refused: list[ListenError] = []
+
+        def listen(
+            barrier: threading.Barrier = barrier,
+            opened: list[tuple[socket.socket, UnixFile]] = opened,
+            refused: list[ListenError] = refused,
+        ) -> None:
+            barrier.wait()
+            try:
+                opened.append(open_unix_listener(path))
+            except ListenError as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=listen) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sockets += [sock for sock, _ in opened]
+        assert (len(opened), len(refused)) == (1, 1)
+        assert connects(path)
+        opened[0][1].remove()
+
+
+def test_a_folder_that_somebody_keeps_locked_is_told(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unix, "_LOCK_LIMIT", 0.05)
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(ListenError, match="somebody keeps a lock on the folder"):
+            open_unix_listener(path)
+    finally:
+        os.close(descriptor)
+    assert not os.path.exists(path)
+
+
+def test_one_whose_file_is_gone_is_opened_anew(path: str, sockets: list[socket.socket]) -> None:
+    """Nobody could connect to it any more."""
+    sock, file = open_unix_listener(path)
+    sockets.append(sock)
+    for gone in (False, True):
+        if gone:
+            os.unlink(path)
+        opening = UnixOpening([("proxy.listen[0]", path, file)])
+        opening.open()
+        sockets += [sock for sock, _ in opening.opened.values()]
+        assert list(opening.opened) == [path] * gone
+        assert connects(path)
+        opening.give_away()
 
 
 def test_what_is_opened_for_nobody_is_closed(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
-    wanted = [("proxy.listen[0]", str(tmp_path / "a")), ("proxy.listen[2]", str(tmp_path / "none" / "b"))]
+    wanted = [("proxy.listen[0]", str(tmp_path / "a"), None), ("proxy.listen[2]", str(tmp_path / "none" / "b"), None)]
     opening = UnixOpening(wanted)
     with pytest.raises(ListenError, match=r"^proxy.listen\[2\]: cannot listen on unix:"):
         opening.open()
     assert list(opening.opened) == [str(tmp_path / "a")]
-    for file in opening.give_up():
-        file.remove()
+    opening.give_up()
     assert os.listdir(tmp_path) == []
     assert os.listdir("/proc/self/fd") == before
 
@@ -127,8 +190,8 @@ def test_what_is_opened_for_nobody_is_closed(tmp_path: Path) -> None:
 def test_what_a_thread_opens_too_late_is_closed(tmp_path: Path) -> None:
     """One that hung while its caller gave up."""
     before = os.listdir("/proc/self/fd")
-    opening = UnixOpening([("proxy.listen[0]", str(tmp_path / "a"))])
-    assert opening.give_up() == []
+    opening = UnixOpening([("proxy.listen[0]", str(tmp_path / "a"), None)])
+    assert opening.leave() == []
     opening.open()
     assert opening.opened == {}
     assert os.listdir(tmp_path) == []
@@ -136,9 +199,9 @@ def test_what_a_thread_opens_too_late_is_closed(tmp_path: Path) -> None:
 
 
 def test_what_is_given_away_stays(path: str, sockets: list[socket.socket]) -> None:
-    opening = UnixOpening([("proxy.listen[0]", path)])
+    opening = UnixOpening([("proxy.listen[0]", path, None)])
     opening.open()
     sockets += [sock for sock, _ in opening.opened.values()]
     opening.give_away()
-    assert opening.give_up() == []
+    assert opening.leave() == []
     assert connects(path)

@@ -32,6 +32,7 @@ FORMS = "file:PATH, etcd://HOST:PORT/PREFIX, dns:NAME?service=SERVICE, meshlocal
         ("https://127.0.0.1:80", ListenAddress("https", "127.0.0.1", 80, None)),
         ("tcp://unix:/run/b.sock=b", ListenAddress("tcp", "", 0, ServiceKey("b"), "/run/b.sock")),
         ("http://unix:/run/b", ListenAddress("http", "", 0, None, "/run/b")),
+        ("http://unix:///run//./a/../b=c", ListenAddress("http", "", 0, ServiceKey("c"), "/run/b")),
         ("http://unix:///run/b=c", ListenAddress("http", "", 0, ServiceKey("c"), "/run/b")),
         ("tcp://unix:/run/b=@127.0.0.1:9", ListenAddress("tcp", "", 0, ServiceKey("@127.0.0.1:9"), "/run/b")),
         ("grpc://127.0.0.1:7070", DiscoveryUrl("grpc", "127.0.0.1", 7070)),
@@ -111,6 +112,7 @@ def test_reads(text: str, value: SocketAddress | ListenAddress | DiscoveryUrl | 
             "tls://unix:/run/b=b",
             "a Unix socket has no TLS: write tcp://unix:/run/b or http://unix:/run/b",
         ),
+        (ListenAddress, "tcp://unix:/run/\udcff=b", "'/run/\\udcff' cannot be written in UTF-8"),
         (ListenAddress, "tcp://unix:run/b=b", "expected unix:///PATH, got 'unix:run/b'"),
         (ListenAddress, "http://unix:", "expected unix:///PATH, got 'unix:'"),
         (

@@ -39,6 +39,7 @@ def test_a_label_names_a_socket_in_the_folder(name: str, path: str) -> None:
         ("/run/services", "'/run/services' is no path within /run/services"),
         ("/run/services-of-others/x", "'/run/services-of-others/x' is no path within /run/services"),
         ("a\0b", "'a\\x00b' is no path within /run/services"),
+        ("b\udcff.sock", "'b\\udcff.sock' cannot be written in UTF-8"),
         ("é" * 48, f"'/run/services/{'é' * 48}' is longer than the 107 bytes that a socket's path may have"),
     ],
 )
@@ -56,7 +57,7 @@ def test_a_label_that_leads_elsewhere_names_none(name: str, problem: str) -> Non
 def test_no_label_leads_out_of_the_folder(name: str) -> None:
     try:
         path = socket_path(FOLDER, name)
-    except (UnixSocketError, UnicodeEncodeError):
+    except UnixSocketError:
         return
     assert path.startswith(FOLDER + "/")
     assert ".." not in path.split("/")

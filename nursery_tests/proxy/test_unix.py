@@ -11,13 +11,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 import trio
 
 from meshlocal.client.services import ServiceTable
 from meshlocal.client.statistics import Outcome
 from meshlocal.net.dial import connect_socket
+from meshlocal.net.flows import READS
 from meshlocal.net.relay_loop import open_relay_loop
+from meshlocal.net.relay_state import RelayCounters
+from meshlocal.net.sockets import close
 from meshlocal.net.unix import UnixOpening
 from meshlocal.policy import model
 from meshlocal.policy.addresses import ListenAddress
@@ -59,7 +63,7 @@ class Unix:
         self.ended = trio.Event()
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        opening = UnixOpening(self.listeners.missing_paths(self.config))
+        opening = UnixOpening(self.listeners.paths(self.config))
         opening.open()
         self.listeners.adopt(self.listeners.prepare(self.config, opening.opened), self.config)
         opening.give_away()
@@ -341,6 +345,116 @@ async def test_a_kept_connection_that_its_instance_closed_is_replaced(proxy: Uni
             await streams[-1].aclose()
             await trio.testing.wait_all_tasks_blocked(0.01)
     assert len(streams) == 3
+
+
+async def test_a_request_behind_file_descriptors_is_served(proxy: Unix) -> None:
+    """The read that finds it is not the one that found the request before."""
+    proxy.publish(await proxy.instance(answer_requests))
+    async with await proxy.connect("http") as stream:
+        await stream.send_all(b"GET /0 HTTP/1.1\r\nhost: b\r\n\r\n")
+        await receive_until(stream, b"\r\n\r\n/0")
+        with socket.socket() as sent:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sent.fileno()]))]
+            await stream.socket.sendmsg([b"GET /1 HTTP/1.1\r\nhost: b\r\n\r\n"], rights)
+            await stream.socket.send(b"GET /2 HTTP/1.1\r\nhost: b\r\n\r\n")
+        await receive_until(stream, b"\r\n\r\n/2")
+
+
+async def test_a_response_behind_file_descriptors_is_passed_on(proxy: Unix) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            async for _ in stream:
+                with socket.socket() as sent:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sent.fileno()]))]
+                    await stream.socket.sendmsg([b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n"], rights)
+                    await stream.socket.send(b"body")
+
+    proxy.publish(await proxy.instance(answer))
+    async with await proxy.connect("http") as stream:
+        for _ in range(3):
+            await stream.send_all(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+            await receive_until(stream, b"\r\n\r\nbody")
+
+
+async def receive_until(stream: trio.SocketStream, end: bytes) -> None:
+    received = b""
+    with trio.fail_after(LIMIT):
+        while not received.endswith(end):
+            more = await stream.receive_some()
+            assert more, received
+            received += more
+
+
+@pytest.mark.parametrize("change", ["another label", "no label", "no folder"])
+async def test_a_kept_connection_does_not_outlive_what_it_was_made_by(proxy: Unix, change: str) -> None:
+    """What an operator takes back must be taken back, however busy it is."""
+
+    def named(name: str) -> Serve:
+        async def serve(stream: trio.SocketStream) -> None:
+            async with stream:
+                async for _ in stream:
+                    await stream.send_all(f"HTTP/1.1 200 OK\r\ncontent-length: {len(name)}\r\n\r\n{name}".encode())
+
+        return serve
+
+    first = await proxy.instance(named("first"), "first")
+    await proxy.instance(named("second"), "second")
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    proxy.nursery.start_soon(trio.serve_listeners, named("port"), listeners)
+    port = listeners[0].socket.getsockname()[1]
+
+    async with await proxy.connect("http") as stream:
+
+        async def ask() -> str:
+            await stream.send_all(b"GET / HTTP/1.1\r\nhost: b\r\n\r\n")
+            received = b""
+            with trio.fail_after(LIMIT):
+                while not received.partition(b"\r\n\r\n")[2]:
+                    received += await stream.receive_some()
+            return received.partition(b"\r\n\r\n")[2].decode()
+
+        proxy.publish(proxy.named("first", port))
+        assert first.labels["socket"] == "first"
+        assert [await ask() for _ in range(3)] == ["first"] * 3
+        if change == "another label":
+            proxy.publish(proxy.named("second", port), make_instance("127.0.0.1", 2))
+            assert [await ask() for _ in range(3)] == ["second"] * 3
+        elif change == "no label":
+            proxy.publish(make_instance("127.0.0.1", port, labels={"node": "n1"}), make_instance("127.0.0.1", 2))
+            assert [await ask() for _ in range(3)] == ["port"] * 3
+        else:
+            proxy.config = msgspec.structs.replace(proxy.config, socket_folder=None)
+            proxy.table.reconfigure(proxy.config, proxy.table.locality)
+            proxy.http.reconfigure(proxy.config)
+            assert [await ask() for _ in range(3)] == ["port"] * 3
+
+
+async def test_a_source_that_goes_on_and_on_leaves_others_their_turn(nursery: trio.Nursery) -> None:
+    """P2: a direction that reads until there is nothing ends its turn before."""
+    with open_relay_loop() as loop:
+        assert loop is not None
+        ends = [socket.socketpair() for _ in range(2)]
+        for _, inner in ends:
+            inner.setblocking(False)
+        pair = loop.begin(ends[0][1], ends[1][1], RelayCounters(0.0))
+        flow = loop._flows[ends[0][1].fileno()]
+        reads = 0
+
+        def endless(space: memoryview) -> int:
+            nonlocal reads
+            reads += 1
+            assert reads < 100
+            return 10
+
+        flow.receive, flow.send = endless, len  # type: ignore[assignment]  # a socket's, with less to choose from
+        loop._move(flow)
+        assert reads == READS
+        assert flow in loop._again
+        loop._remove(pair)
+        loop._again.clear()
+        for end in ends:
+            for sock in end:
+                close(sock)
 
 
 async def test_the_files_go_with_the_listeners(nursery: trio.Nursery, tmp_path: Path) -> None:

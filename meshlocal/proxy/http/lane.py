@@ -37,6 +37,7 @@ from meshlocal.wire.http1.messages import RequestBody
 
 if TYPE_CHECKING:
     from meshlocal.net.relay_loop import RelayLoop
+from meshlocal.net.sockets import is_unix
 
 LANE_TURN = 4
 """Full chunks that the lane passes on in a row; a response that has more of them goes to its task."""
@@ -70,6 +71,7 @@ class Lane:
         "_reminder",
         "_sent_in",
         "_shared",
+        "_unix",
         "end",
         "raised",
         "request",
@@ -85,6 +87,7 @@ class Lane:
         assert isinstance(client.pipe, PlainPipe)
         self._pipe = client.pipe
         self._fd = client.pipe.plain.fileno()
+        self._unix = is_unix(client.pipe.plain)
         self._registered = False
         self._more = False
         self._handed_over = False
@@ -196,8 +199,8 @@ class Lane:
     def on_client(self, mask: int) -> None:
         """The client's socket has an event."""
         if self.request is None:
-            # An end that came with the request makes no event of its own.
-            self._read_client(more=bool(mask & _ENDING))
+            # An end that came with the request makes no event of its own; nor does what is behind a Unix socket's read.
+            self._read_client(more=self._unix or bool(mask & _ENDING))
             return
         # It sends its next request, or ended its stream, before the response: that has its turn. But a reset ends all.
         self._more = True
@@ -337,7 +340,7 @@ class Lane:
             if whole or (upstream.is_complete and not upstream.needs_task):
                 if mask & _ENDING:
                     upstream.upstream.ending = True
-                elif len(data) == CHUNK:
+                elif len(data) == CHUNK or upstream.upstream.is_unix:
                     upstream.upstream.look_behind()
                 upstream.out = out
                 self._loop.at_end(self._send_rest)
@@ -356,7 +359,7 @@ class Lane:
                 break
             if mask & _ENDING:
                 upstream.upstream.ending = True
-            if len(data) < CHUNK and not mask & _ENDING:
+            if len(data) < CHUNK and not mask & _ENDING and not upstream.upstream.is_unix:
                 # Behind a short read there is nothing, and more makes another event (epoll(7), Q9).
                 if upstream.head_came and (client.deadline != math.inf or self not in self._patience.waiting):
                     # It is looked at by the sweep only, from here on or already.

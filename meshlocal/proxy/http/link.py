@@ -13,6 +13,7 @@ from trio.lowlevel import checkpoint
 
 from meshlocal.net.pipe import Pipe, finish_writing
 from meshlocal.net.relay_loop import RelayLoop
+from meshlocal.net.sockets import is_unix
 from meshlocal.net.wakeup import Wakeup
 from meshlocal.wire.http2 import ErrorCode, Event, Http2Error, Http2Protocol
 
@@ -77,6 +78,7 @@ class Link:
         "_room",
         "_sending",
         "_settling",
+        "_short_is_all",
         "_tell",
         "_time",
         "_unsent",
@@ -103,6 +105,8 @@ class Link:
         self._wakes = loop
         self._wakeup = Wakeup(loop)
         self._fd = pipe.plain.fileno() if pipe.plain is not None else -1
+        # Behind a short read of a socket there is nothing, and more makes another event (epoll(7), Q9).
+        self._short_is_all = pipe.plain is not None and not is_unix(pipe.plain)
         self._unsent: bytes | memoryview = b""
         self._dirty = False
         self._more = False
@@ -271,8 +275,7 @@ class Link:
             self.receive(data)
             if self.late:
                 continue
-            if len(data) < CHUNK and not mask & _ENDING and self.pipe.plain is not None:
-                # Behind a short read of a socket there is nothing, and more makes another event (epoll(7), Q9).
+            if len(data) < CHUNK and not mask & _ENDING and self._short_is_all:
                 return
         self._more = True
         self._wakeup.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import ClassVar, Protocol
 
 import trio
@@ -296,6 +296,7 @@ class SharedLinks:
         run: has a connection served to its end, in a task of its own.
 
     Attributes:
+        paths: of instances' Unix sockets now; connections that were made when an instance had another take no more.
         wanted: how many wait for a stream that is free, or for a connection that another makes.
     """
 
@@ -308,6 +309,7 @@ class SharedLinks:
         "_places",
         "_run",
         "_waiting",
+        "paths",
         "security",
         "wanted",
     )
@@ -316,6 +318,7 @@ class SharedLinks:
         self._loop = loop
         self._run = run
         self.security: Security | None = None
+        self.paths: Mapping[HostPort, str] = {}
         self._links: dict[HostPort, list[UpstreamLink]] = {}
         self._places: Collection[HostPort] | None = None
         self._connecting: set[HostPort] = set()
@@ -355,11 +358,13 @@ class SharedLinks:
             waiter.error = error
         self.freed()
 
-    def adopt(self, pipe: Pipe, place: HostPort, config: HttpConfig, security: Security | None) -> UpstreamLink:
-        """Share a connection that was made, with this security."""
+    def adopt(
+        self, pipe: Pipe, place: HostPort, config: HttpConfig, security: Security | None, path: str | None
+    ) -> UpstreamLink:
+        """Share a connection that was made, with this security, when the instance's Unix socket was at this path."""
         link = UpstreamLink(pipe, place, config, self._loop, self, security)
         gone = self._closed or (self._places is not None and place not in self._places)
-        if gone or security is not self.security:
+        if gone or security is not self.security or path != self.paths.get(place):
             # It serves who made it, and no other (H2, T1).
             link.closing = True
         self._links.setdefault(place, []).append(link)
@@ -405,6 +410,12 @@ class SharedLinks:
         self._places = places
         for link in self:
             if link.place not in places:
+                link.retire()
+
+    def retire(self, places: Collection[HostPort]) -> None:
+        """Connections to these places take no more streams."""
+        for link in self:
+            if link.place in places:
                 link.retire()
 
     def renew(self, security: Security | None) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import select
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from meshlocal.client.security import Security
 from meshlocal.net.pipe import Pipe, is_silent
+from meshlocal.net.sockets import is_unix
 from meshlocal.policy.model import HostPort
 from meshlocal.policy.retry import Failure
 
@@ -25,6 +26,8 @@ class Upstream:
         number: the socket's file descriptor; -1 likewise.
         place: where it leads.
         security: that it was made with; None: it is in plaintext.
+        path: of the instance's Unix socket, when it was made; None: it had none.
+        is_unix: it is one.
         pool: that has it, while it waits.
         used: it had a response already (A4).
         idle_since: when it was put back.
@@ -32,14 +35,29 @@ class Upstream:
         ending: its other side closed it, or it failed, or said more than was asked for.
     """
 
-    __slots__ = ("ending", "idle_since", "number", "pipe", "place", "pool", "security", "sock", "used", "watched")
+    __slots__ = (
+        "ending",
+        "idle_since",
+        "is_unix",
+        "number",
+        "path",
+        "pipe",
+        "place",
+        "pool",
+        "security",
+        "sock",
+        "used",
+        "watched",
+    )
 
-    def __init__(self, pipe: Pipe, place: HostPort, security: Security | None) -> None:
+    def __init__(self, pipe: Pipe, place: HostPort, security: Security | None, path: str | None = None) -> None:
         self.pipe = pipe
         self.sock = sock = pipe.plain
         self.number = sock.fileno() if sock is not None else -1
         self.place = place
         self.security = security
+        self.path = path
+        self.is_unix = sock is not None and is_unix(sock)
         self.pool: Pool | None = None
         self.used = False
         self.idle_since = 0.0
@@ -90,14 +108,16 @@ class Pool:
     Attributes:
         on_unasked: told of an instance that said something while nobody had asked it.
         security: that connections are made with now (T1); those of another are not kept.
+        paths: of instances' Unix sockets now; connections that were made when an instance had another are not kept.
     """
 
-    __slots__ = ("_idle", "_loop", "_places", "on_unasked", "security")
+    __slots__ = ("_idle", "_loop", "_places", "on_unasked", "paths", "security")
 
     def __init__(self, loop: RelayLoop | None = None) -> None:
         self._loop = loop
         self.on_unasked: Callable[[HostPort], None] | None = None
         self.security: Security | None = None
+        self.paths: Mapping[HostPort, str] = {}
         self._idle: dict[HostPort, deque[Upstream]] = {}
         self._places: Collection[HostPort] | None = None
 
@@ -137,7 +157,7 @@ class Pool:
             watched: the loop had it all the time.
         """
         place = upstream.place
-        if upstream.security is not self.security:
+        if upstream.security is not self.security or upstream.path != self.paths.get(place):
             upstream.pipe.close()
             return
         idle = self._idle.get(place)
@@ -175,15 +195,17 @@ class Pool:
     def keep_only(self, places: Collection[HostPort]) -> None:
         """Close the connections to all other places, now and when they are given back (H2)."""
         self._places = places
-        for place in [place for place in self._idle if place not in places]:
-            for upstream in self._idle.pop(place):
-                upstream.pipe.close()
+        self.drop_places([place for place in self._idle if place not in places])
 
     def renew(self, security: Security | None) -> None:
         """Keep only what is made with this from now on (T1)."""
         self.security = security
-        for place in list(self._idle):
-            for upstream in self._idle.pop(place):
+        self.drop_places(list(self._idle))
+
+    def drop_places(self, places: Iterable[HostPort]) -> None:
+        """Close the connections to these places that wait."""
+        for place in places:
+            for upstream in self._idle.pop(place, ()):
                 upstream.pipe.close()
 
     def close(self) -> None:

@@ -253,13 +253,13 @@ async def _connect(request: HttpRequest, service: HttpService, pick: Pick) -> H1
 
 
 async def _dial(request: HttpRequest, service: HttpService, pick: Pick) -> H1Upstream | _Failed | None:
-    security = service.state.security
+    security, path = service.state.security, service.path(pick)
     dialled = await dial(request.client, service.state, pick, security, "http/1.1")
     if dialled.upstream is None:
         return None if request.client.left else _Failed(Failure.CONNECT, dialled.error, sent=False)
     service.statistics.connections_made += 1
     request.reached(trio.current_time())
-    return H1Upstream(request, service, Upstream(dialled.upstream, pick.instance.key[:2], security))
+    return H1Upstream(request, service, Upstream(dialled.upstream, pick.instance.key[:2], security, path))
 
 
 async def _connect_shared(
@@ -283,14 +283,14 @@ async def _connect_shared(
         error = AttemptOutcome.ABANDONED
         links.begin_connect(place)
         try:
-            security = service.state.security
+            security, path = service.state.security, service.path(pick)
             dialled = await dial(client, service.state, pick, security, "h2")
             error = dialled.error
             if dialled.upstream is None:
                 return None if _has_left(request) else _Failed(Failure.CONNECT, error, sent=False)
             service.statistics.connections_made += 1
             request.reached(trio.current_time())
-            return _on_link(request, service, links.adopt(dialled.upstream, place, service.config, security))
+            return _on_link(request, service, links.adopt(dialled.upstream, place, service.config, security, path))
         finally:
             # One that was given up says nothing: another one tries.
             links.end_connect(place, "" if error == AttemptOutcome.ABANDONED else error)

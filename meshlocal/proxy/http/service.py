@@ -58,6 +58,8 @@ class HttpService:
         self.pool_size = config.pool_size
         if self.state.security is not self.pool.security:
             self._renew()
+        if self.state.picker is not None:
+            self._follow_paths(self.state.picker.snapshot)
 
     def _renew(self) -> None:
         self.pool.renew(self.state.security)
@@ -85,6 +87,25 @@ class HttpService:
         places = {key[:2] for key in snapshot.instances}
         self.pool.keep_only(places)
         self.links.keep_only(places)
+        self._follow_paths(snapshot)
+
+    def _follow_paths(self, snapshot: ServiceSnapshot) -> None:
+        """What was connected by another Unix socket than an instance has now, or by none, is not used again."""
+        sockets, before = self.state.sockets, self.pool.paths
+        if sockets is None and not before:
+            return
+        now: dict[HostPort, str] = {}
+        for instance in snapshot.instances.values() if sockets is not None else ():
+            if sockets is not None and (path := sockets.of(instance)) is not None:
+                now[instance.key[:2]] = path
+        self.pool.paths = self.links.paths = now
+        changed = [place for place in before.keys() | now.keys() if before.get(place) != now.get(place)]
+        self.pool.drop_places(changed)
+        self.links.retire(changed)
+
+    def path(self, pick: Pick) -> str | None:
+        """The path of an instance's Unix socket; None: it has none here."""
+        return self.pool.paths.get(pick.instance.key[:2])
 
     def _on_unasked(self, place: HostPort) -> None:
         """An instance said something that nobody had asked for. Had it come a moment later, on a connection that waits

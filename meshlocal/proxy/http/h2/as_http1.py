@@ -297,6 +297,8 @@ class SharedUpstream(Upstream):
         self.number = -1
         self.place = link.place
         self.security = link.security
+        self.path = None
+        self.is_unix = False
         self.pool = None
         self.used = link.used
         self.idle_since = 0.0
