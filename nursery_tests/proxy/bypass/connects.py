@@ -2,7 +2,7 @@
 
 It reads orders on standard input, and answers each with a line of JSON: who answered how many connects, or how those
 failed that did. `connect N` makes N of them, one after the other; `start N` goes on from N places at once; `stop` ends
-that.
+that; `count` tells how many there were so far, and goes on.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def main() -> None:
             threads = [threading.Thread(target=go_on) for _ in range(int(number))]
             for thread in threads:
                 thread.start()
-        else:
+        elif order == "stop":
             stop.set()
             for thread in threads:
                 thread.join()
-        told = {} if order == "start" else dict(counts)
-        if order != "start":
+        with lock:
+            told = {} if order == "start" else dict(counts)
+        if order not in ("start", "count"):
             counts.clear()
         sys.stdout.write(f"{json.dumps(told)}\n")
         sys.stdout.flush()
