@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test test-versions test-versions-quick fuzz fuzz-quick check format bench bench-quick bench-document bench-grpc bench-tls bench-locality bench-versions bench-latency bench-scale bench-below bench-xds bench-restart \
 	bench-neighbours bench-attacks bench-resend bench-live-page bench-observed \
-	bench-policy bench-kubernetes bench-etcd bench-bypass bench-unix bench-library protos bypass reference screenshots docs lock clean
+	bench-policy bench-kubernetes bench-etcd bench-bypass bench-unix bench-library bench-services bench-idle protos bypass reference screenshots docs lock clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/meshlocal demo
@@ -131,6 +131,14 @@ bench-bypass: $(VENV)/bench.stamp
 # What the library costs, beside trio and httpx alone.
 bench-library: $(VENV)/dev.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m bench.library
+
+# A proxy of 1,000 services with 100,000 instances, and a full resync of them under load.
+bench-services: $(VENV)/run.stamp
+	$(BIN)/python -m bench.services
+
+# Idle proxies, and how soon one is ready.
+bench-idle: $(VENV)/run.stamp
+	$(BIN)/python -m bench.idle
 
 # Unix sockets beside loopback TCP.
 bench-unix: $(VENV)/bench.stamp

@@ -18,6 +18,8 @@ _OTHERS = ("HAProxy", "nginx", REFERENCE)
 PARTS = ("tcp", "cache", "http", "grpc", "tls", "failover", "update")
 """What is measured."""
 
+_KEPT = ("cache-1", "cache-50", "cache-50-16")
+
 Goals = list[dict[str, Any]]
 
 
@@ -97,13 +99,18 @@ def tables(figures: dict[str, Any]) -> str:
 def goals(figures: dict[str, Any]) -> Goals:
     """What of the project's goals holds in this run; prints it."""
     found: Goals = []
-    measured: Measured = {**figures.get("tcp", {}), **figures.get("http", {}), **figures.get("grpc", {})}
+    measured: Measured = {}
+    for part in ("tcp", "cache", "http", "grpc"):
+        measured |= figures.get(part, {})
     wanted = [
         ("64 B, 1 connection, p50", Row("", "echo-64-1", "p50", "", 1), 0.9, False),
         ("64 B, 32 connections, throughput", Row("", "echo-64-32", "rate", "", 1), 1.3, True),
         ("64 KiB, 1 connection, p50", Row("", "echo-65536-1", "p50", "", 1), 0.9, False),
         ("64 KiB, 32 connections, p50", Row("", "echo-65536-32", "p50", "", 1), 0.9, False),
         ("connect, exchange, close, p50", Row("", "connect", "p50", "", 1), 1.1, False),
+        ("connect, exchange, close, CPU", Row("", "connect", "cpu_per_request", "", 1), 1.0, False),
+        ("connect, GET, close, 20 clients at once, rate", Row("", "cache-fresh-20", "rate", "", 1), 1.0, True),
+        ("connect, GET, close, 100 clients at once, rate", Row("", "cache-fresh-100", "rate", "", 1), 1.0, True),
         ("memory, idle", Row("", "memory", "idle", "", 1), 0.6, False),
         ("memory per idle connection", Row("", "memory", "each", "", 1), 0.7, False),
         ("HTTP, 32 connections, throughput", Row("", "http-32", "rate", "", 1), 1.2, True),
@@ -119,11 +126,21 @@ def goals(figures: dict[str, Any]) -> Goals:
         ("full handshakes a second", Row("", "handshakes", "rate", "", 1), 0.5, True),
         ("resumed handshakes a second", Row("", "resumed", "rate", "", 1), 0.5, True),
     ]
+    of_best = [
+        ("HTTP, 32 connections, throughput", Row("", "http-32", "rate", "", 1, more=True), 0.85),
+        ("HTTP, 1 connection, p50", Row("", "http-1", "p50", "", 1), 1.0),
+        ("connect, exchange, close, p50", Row("", "connect", "p50", "", 1), 1.35),
+    ]
     for figures_of, rows in ((measured, wanted), (figures.get("tls", {}), secured)):
         for title, row, limit, more in rows:
             relative = rounds.ratio(figures_of, row, OURS, REFERENCE)
             if relative is not None:
                 found.append(report.verdict(f"{title}, as a ratio to {REFERENCE}'s", relative, limit, at_least=more))
+    for title, row, limit in of_best:
+        against = [each for name in _OTHERS if (each := rounds.ratio(measured, row, OURS, name)) is not None]
+        if against:
+            worst = min(against) if row.more else max(against)
+            found.append(report.verdict(f"{title}, as a ratio to the best peer's", worst, limit, at_least=row.more))
     if lost := rounds.values(measured, "storm", OURS, "errors"):
         found.append(report.verdict(f"{tcp.STORM:,} connections a second: lost", lost[0], 0))
     if OURS in figures.get("failover", {}).get("rounds", {}):
@@ -131,6 +148,12 @@ def goals(figures: dict[str, Any]) -> Goals:
     if figures.get("update"):
         found += update.goals(figures["update"])
     found += _standing(figures.get("tcp", {}))
+    kept = [row for row in cache.ROWS if row.workload in _KEPT] if figures.get("cache") else []
+    kept = [row for row in kept if rounds.ratio(measured, row, OURS, REFERENCE) is not None]
+    if kept:
+        as_envoy = sum(_no_worse(measured, row, [REFERENCE]) for row in kept)
+        title = f"Redis, established connections: rows of {len(kept)} at least as good as {REFERENCE}'s"
+        found.append(report.verdict(title, as_envoy, len(kept), at_least=True))
     return found
 
 

@@ -124,8 +124,9 @@ class Pair:
         state: what the relay has come to.
         done: it has ended.
         task: waits for that.
-        on_end: called at that instead, at the end of the loop's turn, until a task waits. Tasks that it wakes go on at
-            once if the relay failed; after a clean end, it is only by `RelayLoop.finish` that they do.
+        on_end: called at that instead, at the end of the loop's turn, until a task waits; it closes both sockets. Tasks
+            that it wakes go on at once if the relay failed; after a clean end, it is only by `RelayLoop.finish` that
+            they do.
     """
 
     __slots__ = ("_flows", "done", "fds", "on_end", "state", "task")
@@ -341,6 +342,7 @@ class Flows:
             # Otherwise the source died while the other direction wrote to it: its last bytes end here, not its stream.
             state.first_end = state.first_end or flow.side
             if flow.twin.ended and flow.pair.on_end is not None:
+                # Both sides have ended, and are closed at the end of this turn, which tells the sink as much.
                 self._finish(flow.pair)
                 return
             try:

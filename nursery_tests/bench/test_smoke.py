@@ -174,3 +174,58 @@ def test_attacks(tmp_path: Any, program: Callable[[str], str]) -> None:
     for (made,) in figures["rounds"].values():
         assert 0 < made["p50"] <= made["p99"] <= made["most"]
     assert printed.count("(goal ≤") == 1
+
+
+def test_unix(tmp_path: Any) -> None:
+    printed, figures = run("unix", tmp_path, "--rounds", "2", "--exchanges", "5", "--connects", "3")
+    for kind in ("established", "connect"):
+        rows = figures[kind]
+        assert {"direct", "direct, Unix", "meshlocal", "meshlocal, Unix"} <= set(rows)
+        assert all(0 < row["p50"] <= row["p90"] <= row["p99"] for row in rows.values())
+    assert "| meshlocal, Unix " in printed
+
+
+def test_library(tmp_path: Any) -> None:
+    printed, figures = run("library", tmp_path, "--rounds", "2", "--count", "3")
+    for kind in ("stream", "get"):
+        rows = figures[kind]
+        assert set(rows) == {"direct", "meshlocal"}
+        assert all(0 < row["p50"] <= row["p90"] <= row["p99"] for row in rows.values())
+    assert printed.count("(goal ≤") == len(figures["goals"]) == 1
+
+
+def test_idle(tmp_path: Any) -> None:
+    printed, figures = run("idle", tmp_path, "--proxies", "2", "--seconds", "0.2", "--starts", "1")
+    assert 0 < figures["start"]["p50"] <= figures["start"]["max"]
+    assert figures["idle"]["wakes"] >= 0
+    assert figures["idle"]["memory"] > 1e6
+    assert printed.count("(goal ≤") == len(figures["goals"]) == 2
+
+
+def test_services(tmp_path: Any) -> None:
+    """The proxy has a state whole, and then another one whole."""
+    printed, figures = run("services", tmp_path, "--services", "3", "--instances", "4", "--seconds", "0.5")
+    assert figures["instances"] == 12
+    assert figures["first"] > 0
+    assert figures["resync"] > 0
+    for key in ("quiet", "meanwhile"):
+        assert figures[key]["requests"] == 500
+        assert figures[key]["errors"] == 0
+    assert printed.count("(goal ≤") == len(figures["goals"]) == 1
+
+
+def test_cache(tmp_path: Any, program: Callable[[str], str]) -> None:
+    """A real Redis, asked by its own benchmark."""
+    program("redis-server")
+    program("redis-benchmark")
+    command = [sys.executable, "-m", "bench", "--only", "cache", "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    measured = json.loads((tmp_path / "compare-cache.json").read_text())["cache"]
+    assert set(measured) >= {"cache-1", "cache-50", "cache-50-16", "cache-fresh-1", "cache-fresh-20", "cache-fresh-100"}
+    for found in measured.values():
+        for name in ("direct", "meshlocal"):
+            [once] = found[name]
+            assert once["requests"] > 0
+            assert 0 < once["p50"] <= once["p99"]
+    assert "| GET, 1 connection, p50, µs ↓" in done.stdout

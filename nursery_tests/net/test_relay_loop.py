@@ -980,6 +980,36 @@ async def test_who_began_a_relay_is_told_of_its_end(ends: str) -> None:
         assert len(loop) == 0
 
 
+@pytest.mark.parametrize("concludes", [True, False])
+async def test_the_last_end_is_told_by_the_close_alone(concludes: bool) -> None:
+    """A FIN takes one system call then; where a task closes the sockets later, the end goes on before."""
+    with ExitStack() as stack:
+        loop = opened(stack)
+        line = stack.enter_context(Line())
+        pair = loop.begin(line.client, line.upstream, line.counters)
+        told: list[int] = []
+
+        class Counted:
+            def __init__(self, sock: socket.socket) -> None:
+                self._sock = sock
+
+            def shutdown(self, how: int) -> None:
+                told.append(how)
+                self._sock.shutdown(how)
+
+        for flow in list(loop._flows.values()):
+            flow.sink = Counted(flow.sink)  # type: ignore[assignment]  # no more of it is asked for
+        ended = trio.Event()
+        if concludes:
+            pair.on_end = ended.set
+        line.app.shutdown(socket.SHUT_WR)
+        line.server.shutdown(socket.SHUT_WR)
+        with trio.fail_after(10):
+            await (ended.wait() if concludes else pair.join())
+        assert told == [socket.SHUT_WR] * (1 if concludes else 2)
+        assert pair.state.result().failed is None
+
+
 async def test_tasks_that_the_end_of_a_failed_relay_wakes_go_on_at_once() -> None:
     """It may end what somebody waits for: an instance that is ejected, a stream that is given up."""
     with ExitStack() as stack:
