@@ -1,4 +1,4 @@
-"""The whole comparison: TCP, a cache, HTTP, gRPC, failover and snapshots, in one run. `make bench`."""
+"""The whole comparison: TCP, a cache, HTTP, gRPC, TLS, the library, failover, snapshots, in one run. `make bench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.rounds import OURS, REFERENCE, Measured, Row
 IMAGES = ROOT / "docs" / "images"
 _OTHERS = ("HAProxy", "nginx", REFERENCE)
 
-PARTS = ("tcp", "cache", "http", "grpc", "tls", "failover", "update")
+PARTS = ("tcp", "cache", "http", "grpc", "tls", "library", "failover", "update")
 """What is measured."""
 
 _KEPT = ("cache-1", "cache-50", "cache-50-16")
@@ -63,6 +63,12 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         figures["grpc"] = grpc.measure(asked)
     if "tls" in only:
         figures["tls"] = tls.measure(asked)
+    if "library" in only:
+        # Imported here: it takes httpx, which nothing else here does.
+        from bench import library
+
+        sizes = argparse.Namespace(rounds=3 if asked.quick else 15, count=50 if asked.quick else 150)
+        figures["library"] = library.run(sizes)
     figures["checks"] = checks
     if "failover" in only:
         figures["failover"] = locality.failover(asked)
@@ -85,6 +91,10 @@ def tables(figures: dict[str, Any]) -> str:
         if figures.get(name):
             parts.append(rounds.compare(title, figures[name], rows))
             parts += [f"{line}\n" for line in rounds.errors({**figures[name], "storm": {}})]
+    if figures.get("library"):
+        from bench import library
+
+        parts.append(library.tables(figures["library"]))
     if figures.get("failover"):
         parts.append(locality.failover_table(figures["failover"]))
     if figures.get("update"):
@@ -143,6 +153,10 @@ def goals(figures: dict[str, Any]) -> Goals:
             found.append(report.verdict(f"{title}, as a ratio to the best peer's", worst, limit, at_least=row.more))
     if lost := rounds.values(measured, "storm", OURS, "errors"):
         found.append(report.verdict(f"{tcp.STORM:,} connections a second: lost", lost[0], 0))
+    if figures.get("library"):
+        from bench import library
+
+        found += library.goals(figures["library"])
     if OURS in figures.get("failover", {}).get("rounds", {}):
         found += locality.goals(figures["failover"])
     if figures.get("update"):
