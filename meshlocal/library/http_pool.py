@@ -10,6 +10,7 @@ import math
 import socket
 import ssl
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -26,28 +27,53 @@ if TYPE_CHECKING:
     import httpx
 
 
+Key = tuple["httpcore.Origin", str]
+"""What a connection is for: scheme and address, and the name that a certificate proved; empty without TLS."""
+
+
 class Connection:
     """One connection.
 
     Args:
         http: HTTP over it.
         wire: its bytes.
+        key: what it is for.
 
     Attributes:
-        http, wire: as given.
+        http, wire, key: as given.
         idle_since: when it was used last; infinite while it is.
     """
 
-    __slots__ = ("http", "idle_since", "wire")
+    __slots__ = ("http", "idle_since", "key", "wire")
 
-    def __init__(self, http: httpcore.AsyncHTTP11Connection, wire: Wire) -> None:
+    def __init__(self, http: httpcore.AsyncHTTP11Connection, wire: Wire, key: Key) -> None:
         self.http = http
         self.wire = wire
+        self.key = key
         self.idle_since = math.inf
 
 
+class _Waiter:
+    """A request that waits for a connection, or for room for another.
+
+    Attributes:
+        key: what it is for.
+        event: set once it has something.
+        found: the connection that it was given.
+        room: it was given room for one.
+    """
+
+    __slots__ = ("event", "found", "key", "room")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.event = anyio.Event()
+        self.found: Connection | None = None
+        self.room = False
+
+
 class InstancePool:
-    """Connections to one instance.
+    """Connections to one instance. Who waits for one is given it, in the order in which they came.
 
     Args:
         kind: whose httpcore speaks HTTP.
@@ -59,7 +85,7 @@ class InstancePool:
         path: as given.
         connections: those that are open.
         in_use: requests under way, until their responses are closed.
-        retired: discovery removed the instance (H2).
+        retired: discovery removed the instance (H2), or the client was closed.
     """
 
     def __init__(
@@ -77,7 +103,7 @@ class InstancePool:
         self._expiry = limits.keepalive_expiry
         self._idle: list[Connection] = []
         self._opening = 0
-        self._waiting: deque[anyio.Event] = deque()
+        self._waiting: deque[_Waiter] = deque()
 
     @property
     def idle(self) -> int:
@@ -109,112 +135,147 @@ class InstancePool:
             connection = await self._take(request, record, circuit)
             connection.wire.record = record
             try:
-                return await connection.http.handle_async_request(request), connection
-            except BaseException:
-                # It has closed itself.
-                self._drop(connection)
+                response: httpcore.Response = await connection.http.handle_async_request(request)
+                if not record.received:
+                    # httpcore held it when the request was sent: an answer to nothing, or to somebody else.
+                    raise self._core.RemoteProtocolError("a response that nobody asked for")
+            except BaseException as error:
+                await self._close([connection])
+                if isinstance(error, self._core.ConnectionNotAvailable):
+                    raise self._core.ConnectError("the connection was closed meanwhile") from error
                 raise
+            return response, connection
 
     async def put(self, connection: Connection) -> None:
         """Have a connection back whose response is closed."""
         connection.wire.record = None
-        if connection.http.is_idle() and not self.retired and len(self._idle) < self._most_idle:
-            connection.idle_since = anyio.current_time()
-            self._idle.append(connection)
-            self._wake()
+        if connection not in self.connections:
             return
-        if connection.http.is_closed():
-            self._drop(connection)
+        if connection.http.is_idle() and not self.retired and (self._waiting or len(self._idle) < self._most_idle):
+            self._lay_aside(connection)
         else:
             await self._close([connection])
 
     async def close_idle(self, before: float = math.inf) -> None:
         """Close connections without a request that became idle before a time."""
-        old = [each for each in self._idle if each.idle_since < before]
-        # All at once: another task may take those that are left, or close them.
-        self._idle = [each for each in self._idle if each.idle_since >= before]
-        await self._close(old)
+        await self._close([each for each in self._idle if each.idle_since < before])
 
     async def aclose(self) -> None:
-        """Close every connection of the pool."""
+        """Close every connection of the pool; who waits for one gets none."""
         self.retired = True
-        self._idle.clear()
+        waiting, self._waiting = self._waiting, deque()
+        for waiter in waiting:
+            waiter.event.set()
         await self._close(list(self.connections))
 
-    async def _close(self, connections: list[Connection]) -> None:
+    async def _close(self, connections: Iterable[Connection]) -> None:
+        """Close these, which count no more from here on, whatever becomes of the closing."""
+        left = []
+        for connection in connections:
+            if connection in self.connections:
+                self.connections.remove(connection)
+                if connection in self._idle:
+                    self._idle.remove(connection)
+                if not connection.wire.close_now():
+                    left.append(connection)
+        self._serve_waiting()
         with anyio.CancelScope(shield=True):
-            for connection in connections:
-                self._drop(connection)
+            for connection in left:
                 await connection.http.aclose()
 
-    def _drop(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        self._wake()
+    def _lay_aside(self, connection: Connection) -> None:
+        connection.idle_since = anyio.current_time()
+        self._idle.append(connection)
+        self._serve_waiting()
 
-    def _wake(self) -> None:
-        if self._waiting:
-            self._waiting.popleft().set()
+    def _serve_waiting(self) -> None:
+        """Give to those that wait what there is, the first one first."""
+        while self._waiting:
+            waiter = self._waiting[0]
+            waiter.found = self._reuse(waiter.key)
+            if waiter.found is None:
+                if not self._has_room():
+                    return
+                waiter.room = True
+                self._opening += 1
+            self._waiting.popleft().event.set()
+
+    def _reuse(self, key: Key) -> Connection | None:
+        """The connection for this that was used last, of those that did not end meanwhile."""
+        for connection in reversed(self._idle):
+            if connection.key == key:
+                if not connection.http.has_expired():
+                    self._idle.remove(connection)
+                    connection.idle_since = math.inf
+                    return connection
+                self._forget(connection)
+        return None
+
+    def _has_room(self) -> bool:
+        """Whether another one may be made; one that is idle, and for something else, gives way to it."""
+        if len(self.connections) + self._opening >= self._most and self._idle:
+            self._forget(self._idle[0])
+        return len(self.connections) + self._opening < self._most
+
+    def _forget(self, connection: Connection) -> None:
+        """Close an idle one, without a wait."""
+        self._idle.remove(connection)
+        self.connections.discard(connection)
+        connection.wire.close_now(cut=True)
 
     async def _take(self, request: httpcore.Request, record: Record, circuit: Circuit | None) -> Connection:
         times = request.extensions["timeout"]
-        found = await self._reuse()
-        if found is None and len(self.connections) + self._opening >= self._most:
-            try:
-                with anyio.fail_after(times.get("pool")):
-                    found = await self._wait()
-            except TimeoutError as error:
-                raise self._core.PoolTimeout("all connections to the instance are in use") from error
+        key = self._key(request)
+        found: Connection | None = None
+        if self._waiting or ((found := self._reuse(key)) is None and not self._has_room()):
+            found = await self._wait(key, times.get("pool"))
+        elif found is None:
+            self._opening += 1
         if found is not None:
             return found
-        self._opening += 1
+        # There is room for one, which is counted in `_opening`.
         try:
-            wire = await self._connect(request, record, circuit, times.get("connect"))
+            wire = await self._connect(request, key, record, circuit, times.get("connect"))
         except BaseException:
             self._opening -= 1
-            self._wake()
+            self._serve_waiting()
             raise
         self._opening -= 1
-        origin = request.url.origin
-        http = self._core.AsyncHTTP11Connection(origin=origin, stream=wire, keepalive_expiry=self._expiry)
-        made = Connection(http, wire)
+        http = self._core.AsyncHTTP11Connection(origin=key[0], stream=wire, keepalive_expiry=self._expiry)
+        made = Connection(http, wire, key)
         self.connections.add(made)
         return made
 
-    async def _reuse(self) -> Connection | None:
-        """The connection that was used last, of those that did not end meanwhile."""
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.http.has_expired():
-                connection.idle_since = math.inf
-                return connection
-            await self._close([connection])
-        return None
+    def _key(self, request: httpcore.Request) -> Key:
+        if request.url.scheme != b"https":
+            return request.url.origin, ""
+        return request.url.origin, str(request.extensions.get("sni_hostname") or request.url.host.decode())
 
-    async def _wait(self) -> Connection | None:
-        """Wait for a connection, or for room for another one; those who came first come first."""
-        event = anyio.Event()
-        self._waiting.append(event)
-        while True:
-            try:
-                await event.wait()
-            except BaseException:
-                if event.is_set():
-                    self._wake()  # it was meant for somebody who waits no more
-                else:
-                    self._waiting.remove(event)
-                raise
-            found = await self._reuse()
-            if found is not None or len(self.connections) + self._opening < self._most:
-                return found
-            event = anyio.Event()
-            self._waiting.appendleft(event)
+    async def _wait(self, key: Key, limit: float | None) -> Connection | None:
+        """Wait for a connection, or for room for another one (None), which is counted in `_opening` then."""
+        waiter = _Waiter(key)
+        self._waiting.append(waiter)
+        try:
+            with anyio.fail_after(limit):
+                await waiter.event.wait()
+        except BaseException as error:
+            # What it was given just now is for others.
+            if waiter.found is not None:
+                self._lay_aside(waiter.found)
+            elif waiter.room:
+                self._opening -= 1
+                self._serve_waiting()
+            elif waiter in self._waiting:
+                self._waiting.remove(waiter)
+            if isinstance(error, TimeoutError):
+                raise self._core.PoolTimeout("all connections to the instance are in use") from error
+            raise
+        if waiter.found is None and not waiter.room:
+            raise self._core.ConnectError("the client was closed")
+        return waiter.found
 
     async def _connect(
-        self,
-        request: httpcore.Request,
-        record: Record,
-        circuit: Circuit | None,
-        limit: float | None,
+        self, request: httpcore.Request, key: Key, record: Record, circuit: Circuit | None, limit: float | None
     ) -> Wire:
         record.fresh = True
         if circuit is not None and not circuit.enter(Limit.WAITING):
@@ -241,8 +302,7 @@ class InstancePool:
         if self._ssl_context is None:
             self._ssl_context = self._core.default_ssl_context()
         self._ssl_context.set_alpn_protocols(["http/1.1"])
-        name = request.extensions.get("sni_hostname") or request.url.host.decode()
-        return await wire.start_tls(self._ssl_context, name, limit)
+        return await wire.start_tls(self._ssl_context, key[1], limit)
 
 
 async def _connect(host: str, port: int, path: str | None) -> socket.socket:

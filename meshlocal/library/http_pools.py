@@ -40,6 +40,7 @@ class InstancePools:
     ) -> None:
         self.kind = kind
         self.body = body
+        self.closed = False
         self._core = core
         self._ssl_context = ssl_context
         self._limits = limits
@@ -58,10 +59,15 @@ class InstancePools:
     def pool(self, key: EndpointKey, path: str | None) -> InstancePool:
         """The instance's pool.
 
+        Raises:
+            RuntimeError: the transport was closed.
+
         Args:
             key: the instance's.
             path: of its Unix socket; None: it has none. Connections that were made when it had another are not used.
         """
+        if self.closed:
+            raise RuntimeError("the transport was closed, as its client was")
         pool = self._pools.get(key)
         if pool is not None and pool.path != path:
             self._leave(key)
@@ -79,6 +85,7 @@ class InstancePools:
 
     async def aclose(self) -> None:
         """Close every connection of every pool."""
+        self.closed = True
         self._core.listeners.pop(self._on_snapshot, None)
         if self._sweeping is not None:
             self._sweeping.cancel()

@@ -297,6 +297,9 @@ class MeshRequest(Account):
         except self.kind.httpx.TransportError as error:
             if self._body.failure is not None:
                 raise
+            if self._pools.closed:
+                # By the application: that says nothing of the instance, and no other one is wanted.
+                raise self.kind.httpx.ReadError("the client was closed") from error
             raise _classify(self.kind, error, record) from None
         finally:
             if record.asked is not None:
@@ -350,11 +353,13 @@ class MeshRequest(Account):
     async def closed(self, pool: InstancePool, connection: Connection, outcome: Outcome | None) -> None:
         """A response of it was closed; with an outcome, that was the application's."""
         self.leave(pool)
-        if outcome is not None:
-            self.end(outcome)
-            await self._body.aclose()
-        await pool.put(connection)
-        await self._pools.tidy(pool)
+        try:
+            if outcome is not None:
+                self.end(outcome)
+                await self._body.aclose()
+        finally:
+            await pool.put(connection)
+            await self._pools.tidy(pool)
 
 
 def _or_infinite(seconds: float | None) -> float:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 
+WRITES = 4
+"""Writes in a row that wait for nothing, before others have their turn, and cancellation is looked at."""
+
+
 class Record:
     """What one attempt did on its connection.
 
@@ -84,7 +88,11 @@ class Wire:
         raise NotImplementedError
 
     async def aclose(self) -> None:
-        """Close it."""
+        """Close it, with what took its place."""
+        raise NotImplementedError
+
+    def close_now(self, *, cut: bool = False) -> bool:
+        """Close it without a wait, if that can be done; `cut`: in any case, though it may not look whole."""
         raise NotImplementedError
 
     async def start_tls(
@@ -109,6 +117,8 @@ class PlainWire(Wire):
         super().__init__(httpcore)
         self._sock = sock
         self._asked = False
+        self._written = 0
+        self._successor: Wire | None = None
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
         """See `Wire.read`."""
@@ -133,12 +143,18 @@ class PlainWire(Wire):
         """See `Wire.write`."""
         if not buffer:
             return
+        if not self._written % WRITES:
+            await anyio.lowlevel.checkpoint_if_cancelled()
         record = self._sending()
         try:
             sent = self._send(buffer)
             while sent < len(buffer):
                 await self._wait(anyio.wait_writable, timeout)
                 sent += self._send(memoryview(buffer)[sent:])
+            self._written += 1
+            if not self._written % WRITES:
+                # Cancelled only at the next: what the application writes may end by itself until then.
+                await anyio.lowlevel.cancel_shielded_checkpoint()
         except TimeoutError as error:
             raise self._core.WriteTimeout("the instance did not read in time") from error
         except (OSError, anyio.ClosedResourceError) as error:
@@ -160,6 +176,8 @@ class PlainWire(Wire):
             return None
 
     async def _wait(self, wait: Callable[[socket.socket], Awaitable[None]], limit: float | None) -> None:
+        if self._closed:
+            raise anyio.ClosedResourceError
         if limit is None:
             await wait(self._sock)
             return
@@ -168,11 +186,18 @@ class PlainWire(Wire):
 
     async def aclose(self) -> None:
         """See `Wire.aclose`."""
+        self.close_now()
+        if self._successor is not None:
+            await self._successor.aclose()
+        await anyio.lowlevel.checkpoint()
+
+    def close_now(self, *, cut: bool = False) -> bool:
+        """See `Wire.close_now`."""
         if not self._closed:
             self._closed = True
             anyio.notify_closing(self._sock)
             self._sock.close()
-            await anyio.lowlevel.checkpoint()
+        return self._successor is None or self._successor.close_now(cut=cut)
 
     async def start_tls(
         self,
@@ -184,12 +209,16 @@ class PlainWire(Wire):
         kind = UNIXSocketStream if is_unix(self._sock) else SocketStream
         try:
             stream = await kind.from_socket(self._sock)
-        except BaseException:
+        except BaseException as error:
             self._sock.close()
+            if isinstance(error, ValueError | OSError):
+                # It was reset meanwhile.
+                raise self._core.ConnectError(str(error)) from error
             raise
         finally:
             self._closed = True
-        return await _secured(stream, self._core, ssl_context, server_hostname, timeout)
+        self._successor = await _secured(stream, self._core, ssl_context, server_hostname, timeout)
+        return self._successor
 
     def get_extra_info(self, info: str) -> Any:
         """See `Wire.get_extra_info`."""
@@ -211,6 +240,7 @@ class SecuredWire(Wire):
     def __init__(self, stream: ByteStream, httpcore: ModuleType) -> None:
         super().__init__(httpcore)
         self._stream = stream
+        self._successor: Wire | None = None
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
         """See `Wire.read`."""
@@ -221,7 +251,7 @@ class SecuredWire(Wire):
             return b""
         except TimeoutError as error:
             raise self._core.ReadTimeout("no byte in time") from error
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise self._core.ReadError(_why(error)) from error
         if self.record is not None:
             self.record.received += len(received)
@@ -237,7 +267,7 @@ class SecuredWire(Wire):
                 await self._stream.send(buffer)
         except TimeoutError as error:
             raise self._core.WriteTimeout("the instance did not read in time") from error
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise self._core.WriteError(_why(error)) from error
         if record is not None:
             record.asked = anyio.current_time()
@@ -245,7 +275,21 @@ class SecuredWire(Wire):
     async def aclose(self) -> None:
         """See `Wire.aclose`."""
         self._closed = True
+        if self._successor is not None:
+            await self._successor.aclose()
         await self._stream.aclose()
+
+    def close_now(self, *, cut: bool = False) -> bool:
+        """See `Wire.close_now`: whoever reads or writes finds its socket shut."""
+        if not cut:
+            return False
+        self._closed = True
+        sock = self._stream.extra(SocketAttribute.raw_socket, None)
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        return True
 
     async def start_tls(
         self,
@@ -254,7 +298,8 @@ class SecuredWire(Wire):
         timeout: float | None = None,  # noqa: ASYNC109 - httpcore's
     ) -> Wire:
         """See `Wire.start_tls`."""
-        return await _secured(self._stream, self._core, ssl_context, server_hostname, timeout)
+        self._successor = await _secured(self._stream, self._core, ssl_context, server_hostname, timeout)
+        return self._successor
 
     def get_extra_info(self, info: str) -> Any:
         """See `Wire.get_extra_info`."""

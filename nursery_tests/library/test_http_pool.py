@@ -47,8 +47,11 @@ class Taken:
         self.record = record
 
     async def done(self) -> None:
-        await self._response.aread()
-        await self.close()
+        try:
+            await self._response.aread()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.close()
 
     async def close(self) -> None:
         await self._response.aclose()
@@ -171,12 +174,14 @@ def test_a_turn_is_not_lost_with_who_had_it(on_loop: Run) -> None:
                 for number, scope in enumerate(scopes):
                     tasks.start_soon(ask, number, scope)
                     await anyio.wait_all_tasks_blocked()
-                # Both in the same step: it was woken, and it is cancelled.
-                its.pool._wake()
+                # Both in the same step: it was given the connection, and it is cancelled.
+                await first._response.aread()
+                await first._response.aclose()
+                its.pool._lay_aside(first.connection)
+                assert its.pool.waiting == 1
                 scopes[0].cancel()
-                await anyio.wait_all_tasks_blocked()
-                await first.done()
             assert served == [1]
+            assert its.pool.idle == len(its.pool.connections) == 1
 
     on_loop(main)
 
@@ -246,5 +251,142 @@ def test_what_was_sent_and_received_is_known(on_loop: Run) -> None:
             assert (record.fresh, record.sent, record.received, record.connect_error) == (True, True, 12, "")
             assert record.asked is not None
             assert its.pool.connections == set()
+
+    on_loop(main)
+
+
+def test_nobody_is_passed_by(on_loop: Run) -> None:
+    """Who asks again and again does not take the connection that another waits for."""
+
+    async def main() -> None:
+        async with opened(max_connections=1) as its:
+            asked = [0, 0, 0]
+
+            async def ask(number: int) -> None:
+                while asked[number] < 20:
+                    await (await its.send(pool=LIMIT)).done()
+                    asked[number] += 1
+                    assert max(asked) - min(asked) <= 2
+
+            async with anyio.create_task_group() as tasks:
+                for number in range(3):
+                    tasks.start_soon(ask, number)
+            assert asked == [20, 20, 20]
+
+    on_loop(main)
+
+
+def test_what_is_for_something_else_gives_way(on_loop: Run) -> None:
+    """A connection is for one scheme, address and name of a certificate."""
+
+    async def main() -> None:
+        async with opened(max_connections=1) as its:
+            await (await its.send()).done()
+            (connection,) = its.pool.connections
+            connection.key = (connection.key[0], "other.example")
+            again = await its.send()
+            assert again.connection is not connection
+            await again.done()
+            assert its.pool.connections == {again.connection}
+            assert its.upstream.accepted == 2
+
+    on_loop(main)
+
+
+def test_a_response_that_nobody_asked_for_is_nobodys(on_loop: Run) -> None:
+    """What httpcore holds behind a response is no answer to the next request."""
+
+    async def says_more(connection: UpstreamConnection) -> None:
+        one = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n"
+        while await connection.receive():
+            await connection.send(one + b"one" + one + b"two")
+
+    async def main() -> None:
+        async with opened() as its:
+            its.upstream.behave(says_more)
+            await (await its.send()).done()
+            with pytest.raises(httpx.RemoteProtocolError, match="a response that nobody asked for"):
+                await its.send()
+            assert its.pool.connections == set()
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_request_that_is_cancelled_leaves_nothing_open(on_loop: Run, step: int) -> None:
+    """Also between the pool and httpcore: what is dropped is closed."""
+
+    async def main() -> None:
+        async with opened(max_connections=1) as its:
+            await (await its.send()).done()
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as tasks:
+
+                    async def cancel() -> None:
+                        for _ in range(step):
+                            await anyio.lowlevel.checkpoint()
+                        scope.cancel()
+
+                    tasks.start_soon(cancel)
+                    await (await its.send()).done()
+            with anyio.fail_after(LIMIT):
+                while its.upstream.open > len(its.pool.connections):  # noqa: ASYNC110 - the kernel tells nobody
+                    await anyio.sleep(0.001)
+            await (await its.send(pool=LIMIT)).done()
+
+    on_loop(main)
+
+
+def test_who_waits_for_a_connection_of_a_closed_pool_is_told(on_loop: Run) -> None:
+    async def main() -> None:
+        async with opened(max_connections=1) as its:
+            first = await its.send()
+            told: list[str] = []
+
+            async def ask() -> None:
+                try:
+                    await its.send()
+                except httpx.ConnectError as error:
+                    told.append(str(error))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+                await its.pool.aclose()
+            assert told == ["the client was closed"]
+            await first.close()
+
+    on_loop(main)
+
+
+def test_writes_leave_others_their_turn(on_loop: Run) -> None:
+    """And are cancelled, however fast the instance reads."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b"x"
+
+    async def main() -> None:
+        async with opened() as its:
+            url = httpcore.URL(scheme=b"http", host=b"127.0.0.1", port=its.upstream.port, target=b"/")
+            headers = [(b"host", b"b"), (b"transfer-encoding", b"chunked")]
+            turns = 0
+
+            async def turn() -> None:
+                nonlocal turns
+                while True:
+                    await anyio.lowlevel.checkpoint()
+                    turns += 1
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(turn)
+                body = pieces()
+                request = httpcore.Request("PUT", url, headers=headers, content=body, extensions={"timeout": {}})
+                response, connection = await its.pool.send(request, Record())
+                assert turns > 100
+                await response.aread()
+                await response.aclose()
+                await its.pool.put(connection)
+                tasks.cancel_scope.cancel()
 
     on_loop(main)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -778,3 +780,73 @@ def test_requests_beyond_the_limit_of_those_that_wait_are_refused(on_loop: Run) 
             assert not its.mesh.core.services[meshlocal.ServiceKey("b")].fitness.health.unfit
 
     on_loop(main)
+
+
+def test_closing_the_client_under_way_says_nothing_of_instances(on_loop: Run) -> None:
+    """H1: what the application does is no failure of theirs, and is not tried elsewhere."""
+
+    async def main() -> None:
+        async with setup(ejection=meshlocal.EjectionConfig(failures=1)) as its:
+            its.near.behave(silent)
+            client = httpx.AsyncClient(transport=MeshTransport(its.mesh), timeout=10)
+            failed: list[Exception] = []
+
+            async def ask() -> None:
+                try:
+                    await client.get("http://b/")
+                except httpx.ReadError as error:
+                    failed.append(error)
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(ask)
+                await open_connections(its.near, 3)
+                await client.aclose()
+            assert list(map(str, failed)) == ["the client was closed"] * 3
+            health = its.mesh.core.services[meshlocal.ServiceKey("b")].fitness.health
+            assert health.is_admitted(its.near.instance.key[:2])
+            assert its.far.accepted == 0
+            await open_connections(its.near, 0)
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("backend", ["trio", "asyncio"])
+def test_http_and_https_of_one_instance_are_apart(backend: str) -> None:
+    """And so are the names of its certificates: one that proved a name serves no other."""
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("b").configure_cert(server)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+
+    def answer_both(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    def answer(raw: socket.socket) -> None:
+        with_tls = raw.recv(1, socket.MSG_PEEK) == b"\x16"
+        word = b"safe" if with_tls else b"open"
+        with contextlib.suppress(OSError), server.wrap_socket(raw, server_side=True) if with_tls else raw as sock:
+            while sock.recv(65536):
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + word)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=answer_both, args=(listener,), daemon=True).start()
+            port = listener.getsockname()[1]
+            source = FakeSource({name: [meshlocal.make_instance("127.0.0.1", port)] for name in ("b", "c")})
+            async with (
+                meshlocal.open_mesh(source) as mesh,
+                httpx.AsyncClient(transport=MeshTransport(mesh, ssl_context=trusting)) as client,
+            ):
+                for url, word in (("http://b/", "open"), ("https://b/", "safe"), ("http://b/", "open")):
+                    assert (await client.get(url)).text == word
+                with pytest.raises(HttpConnectError) as caught:
+                    await client.get("https://c/")
+                assert [each.error for each in caught.value.attempts] == ["tls"]
+            listener.shutdown(socket.SHUT_RDWR)
+
+    # No clock that jumps: it would know nothing of the server's threads.
+    anyio.run(main, backend=backend)

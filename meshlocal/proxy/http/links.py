@@ -359,7 +359,12 @@ class SharedLinks:
         self.freed()
 
     def adopt(
-        self, pipe: Pipe, place: HostPort, config: HttpConfig, security: Security | None, path: str | None
+        self,
+        pipe: Pipe,
+        place: HostPort,
+        config: HttpConfig,
+        security: Security | None,
+        path: str | None = None,
     ) -> UpstreamLink:
         """Share a connection that was made, with this security, when the instance's Unix socket was at this path."""
         link = UpstreamLink(pipe, place, config, self._loop, self, security)
