@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from bench import report
-from bench.latency import connects, exchanges, summarise
+from bench.latency import in_turns
 from bench.machine import describe
 from bench.peers import ENVOY, HAPROXY, NGINX, Instance, Job, present, started
 from bench.processes import StartError, instances_file, meshlocal, module, port_in
@@ -81,26 +79,8 @@ def main() -> None:
     asked = options()
     machine = describe()
     report.heading("Connects within the node, past the proxy", machine)
-    rng = random.Random(1)
     with routes() as ports:
-        times: dict[str, dict[str, list[list[float]]]] = {
-            kind: {route: [] for route in ports} for kind in ("connect", "established")
-        }
-        for port in ports.values():
-            connects(port, 20)
-        for _ in range(asked.rounds):
-            for route in rng.sample(sorted(ports), len(ports)):
-                times["connect"][route].append(connects(ports[route], asked.connects))
-                times["established"][route].append(exchanges(ports[route], asked.exchanges))
-    figures: dict[str, Any] = {name: getattr(asked, name) for name in ("rounds", "exchanges", "connects")}
-    titles = {"connect": "Connect, 64 bytes there and back, close", "established": "64 bytes there and back"}
-    for kind, title in titles.items():
-        figures[kind] = summarise(times[kind])
-        rows = [
-            [route, *(report.micro(row[key]) for key in ("p50", "p90", "p99")), f"{row['ratio_to_direct']:.2f}"]
-            for route, row in figures[kind].items()
-        ]
-        print(report.table([f"{title}, µs", "p50", "p90", "p99", "× direct"], rows), end="\n\n")
+        figures = in_turns(ports, asked)
     report.write("bypass", machine, figures, asked.output)
 
 

@@ -11,7 +11,7 @@ import random
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ ROUTES = {
     "far": "proxy, far node",
 }
 """What is measured, and what it is called."""
+
+TITLES = {"connect": "Connect, 64 bytes there and back, close", "established": "64 bytes there and back"}
 
 _BASE = {"far": "far-direct"}
 
@@ -97,6 +99,37 @@ def connects(place: Place, count: int) -> list[float]:
             _exchange(sock)
         times.append(time.perf_counter() - start)
     return times
+
+
+def in_turns(places: Mapping[str, Place], asked: argparse.Namespace) -> dict[str, Any]:
+    """Both kinds, of every place once a round, each round in another order; prints a table of each.
+
+    Args:
+        places: by what they are called; one is `direct`.
+        asked: `rounds`, `connects` and `exchanges`.
+
+    Returns:
+        Figures by kind and place, beside what was asked for.
+    """
+    rng = random.Random(1)
+    times: dict[str, dict[str, list[list[float]]]] = {
+        kind: {route: [] for route in places} for kind in ("connect", "established")
+    }
+    for place in places.values():  # the first connections of a process pay for its imports and caches
+        connects(place, 20)
+    for _ in range(asked.rounds):
+        for route in rng.sample(sorted(places), len(places)):
+            times["connect"][route].append(connects(places[route], asked.connects))
+            times["established"][route].append(exchanges(places[route], asked.exchanges))
+    figures: dict[str, Any] = {name: getattr(asked, name) for name in ("rounds", "exchanges", "connects")}
+    for kind, title in TITLES.items():
+        figures[kind] = summarise(times[kind])
+        rows = [
+            [route, *(report.micro(row[key]) for key in ("p50", "p90", "p99")), f"{row['ratio_to_direct']:.2f}"]
+            for route, row in figures[kind].items()
+        ]
+        print(report.table([f"{title}, µs", "p50", "p90", "p99", "× direct"], rows), end="\n\n")
+    return figures
 
 
 def _connected(place: Place) -> socket.socket:

@@ -6,15 +6,13 @@ One caller, 64 bytes there and back, in interleaved rounds. Through a proxy, bot
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from bench import report
-from bench.latency import Place, connects, exchanges, summarise
+from bench.latency import Place, in_turns
 from bench.load import find
 from bench.machine import describe
 from bench.peers import nginx_base, stream_module
@@ -85,26 +83,8 @@ def main() -> None:
     asked = options()
     machine = describe()
     report.heading("Unix sockets beside loopback TCP", machine)
-    rng = random.Random(1)
     with routes() as places:
-        times: dict[str, dict[str, list[list[float]]]] = {
-            kind: {route: [] for route in places} for kind in ("connect", "established")
-        }
-        for place in places.values():
-            connects(place, 20)
-        for _ in range(asked.rounds):
-            for route in rng.sample(sorted(places), len(places)):
-                times["connect"][route].append(connects(places[route], asked.connects))
-                times["established"][route].append(exchanges(places[route], asked.exchanges))
-    figures: dict[str, Any] = {name: getattr(asked, name) for name in ("rounds", "exchanges", "connects")}
-    titles = {"connect": "Connect, 64 bytes there and back, close", "established": "64 bytes there and back"}
-    for kind, title in titles.items():
-        figures[kind] = summarise(times[kind])
-        rows = [
-            [route, *(report.micro(row[key]) for key in ("p50", "p90", "p99")), f"{row['ratio_to_direct']:.2f}"]
-            for route, row in figures[kind].items()
-        ]
-        print(report.table([f"{title}, µs", "p50", "p90", "p99", "× direct"], rows), end="\n\n")
+        figures = in_turns(places, asked)
     report.write("unix", machine, figures, asked.output)
 
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 import meshlocal
+from bench.idle import wakes
 
 LIMIT = 40 * 1024
 """Kilobytes resident, the goal of an idle proxy with one service."""
@@ -127,16 +128,6 @@ async def test_an_idle_proxy_loads_nothing_heavy(processes: Any, here: Any, sour
     # What is told of as heavy is named as Python names it: metrics do load their library.
     await here.get(admin, "/metrics")
     await proxy.printed(r"\| +prometheus_client\.metrics\n")
-
-
-def wakes(pid: int) -> int:
-    """How often the threads of a process have gone to sleep (proc_pid_status(5))."""
-    found = 0
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        match = re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", status.read_text(), re.MULTILINE)
-        assert match is not None
-        found += int(match[1])
-    return found
 
 
 @pytest.mark.parametrize("source", ["grpc", "file"])
