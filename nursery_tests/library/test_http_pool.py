@@ -390,3 +390,24 @@ def test_writes_leave_others_their_turn(on_loop: Run) -> None:
                 tasks.cancel_scope.cancel()
 
     on_loop(main)
+
+
+def test_what_was_closed_is_read_no_more(on_loop: Run) -> None:
+    """By an error of httpcore's, which its callers know."""
+
+    async def main() -> None:
+        async with opened() as its:
+            taken = await its.send()
+            await taken.done()
+            wire = taken.connection.wire
+            await wire.aclose()
+            await wire.aclose()
+            for _ in range(2):
+                with pytest.raises(httpcore.ReadError):
+                    await wire.read(10)
+            with pytest.raises(httpcore.WriteError):
+                await wire.write(b"x")
+            assert wire.get_extra_info("is_readable")
+            await its.pool.close_idle()
+
+    on_loop(main)
