@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshlocal.app.views import left_out_in_steps, sorted_in_steps
+from meshlocal.client.security import Security, reach
 from meshlocal.net.slices import pieces
 from meshlocal.policy.addresses import format_host_port
 from meshlocal.policy.bypass import WHY_NOT
@@ -14,7 +15,6 @@ from meshlocal.policy.picker import Cursors, Gate, Pick, Picker
 from meshlocal.policy.steps import Steps, finish
 
 if TYPE_CHECKING:
-    from meshlocal.client.security import Security
     from meshlocal.policy.unix_sockets import UnixSockets
     from meshlocal.proxy.bypass.bypass import Bypass
 
@@ -85,7 +85,7 @@ def sockets_in_steps(
             name = instance.labels.get(SOCKET)
             if name and instance.node and instance.node == sockets.node:
                 path, problem = sockets.look(name)
-                if security is not None and not security.skips(instance, picker.selector.tier(instance)):
+                if reach(instance, picker.selector.tier(instance), security, sockets).security is not None:
                     path, problem = None, "the proxy speaks TLS to it, at its port"
                 found.append({"instance": str(instance.key), "path": path, "problem": problem})
         yield

@@ -199,22 +199,24 @@ class Account(Search):
             instance, self._instance = self._instance, None
             self.state.fitness.end(instance)
 
-    def reached(self, at: float | None) -> None:
+    def reached(self, at: float | None, *, by_socket: bool = False) -> None:
         """A connection was made to the instance (H1), which is not all that the attempt is for.
 
         Args:
             at: when; None: nobody knows, or it was there before.
+            by_socket: it was made by the instance's Unix socket.
         """
         state, pick = self._tried
+        state.statistics.unix_connects += by_socket
         if at is not None and self._counts is not None:
             taken = at - self.began
             state.statistics.connects[self.tier].add(taken)
             self._counts.connect.add(taken)
         state.fitness.connected(pick.instance, self.began)
 
-    def connected(self, at: float) -> None:
-        """A connection was made at that time, and that is the attempt."""
-        self.reached(at)
+    def connected(self, at: float, *, by_socket: bool = False) -> None:
+        """A connection was made at that time, and that is the attempt; `by_socket` as `reached` has it."""
+        self.reached(at, by_socket=by_socket)
         self.error = ""
         self._settle(AttemptOutcome.CONNECTED)
 

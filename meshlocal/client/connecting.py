@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from meshlocal.client.account import Account
-from meshlocal.client.security import Security
+from meshlocal.client.security import Security, reach
 from meshlocal.client.services import ServiceState
 from meshlocal.client.statistics import AttemptOutcome, Outcome
 from meshlocal.net.dial import Connecting, classify_connect_error, connect_socket
@@ -98,11 +98,13 @@ class Dialled(NamedTuple):
         upstream: the connection, which is the holder's to close; None if there is none.
         error: how it failed, in a word; empty if it did not, or the client has left.
         errno: the system's number for the failure; 0 where the system gave none.
+        by_socket: the connection was made by the instance's Unix socket.
     """
 
     upstream: Pipe | None
     error: str
     errno: int
+    by_socket: bool = False
 
 
 async def connect(client: Waiting, account: Account) -> Pipe | Outcome:
@@ -203,7 +205,7 @@ def _settle(account: Account, dialled: Dialled | None) -> None:
     if dialled is None or (dialled.upstream is None and not dialled.error):
         account.abandoned()
     elif dialled.upstream is not None:
-        account.connected(trio.current_time())
+        account.connected(trio.current_time(), by_socket=dialled.by_socket)
     else:
         decision = account.attempt_failed(Failure.CONNECT, trio.current_time(), dialled.error, errno=dialled.errno)
         assert decision is not Decision.SAME
@@ -231,17 +233,13 @@ def begin_dial(state: ServiceState, pick: Pick, security: Security | None) -> Co
     """Begin to connect to an instance: what came of it at once; or what has to be waited for."""
     key = pick.instance.key
     port = key.port
-    if security is not None:
-        if security.skips(pick.instance, pick.tier):
-            security = None
-            state.statistics.tls_skipped += 1
-        else:
-            port = security.port(pick.instance)
-    elif state.sockets is not None:
-        found: Connecting[Security] | None = connect_socket(state.sockets.of(pick.instance))
+    if security is not None or state.sockets is not None:
+        given = security
+        port, path, security = reach(pick.instance, pick.tier, security, state.sockets)
+        state.statistics.tls_skipped += given is not security
+        found: Connecting[Security] | None = connect_socket(path)
         if found is not None:
-            state.statistics.unix_connects += 1
-            return _finish(found)
+            return _finish(found)._replace(by_socket=True)
     try:
         connecting: Connecting[Security] = Connecting(key.address, port)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Connections of an HTTP transport to one instance, and what each attempt did on its own.
+"""Connections of an HTTP transport to one instance.
 
 httpcore speaks HTTP/1.1 on each connection. Which connection a request takes is decided here: httpcore's own pool is
 for many hosts, and looks through all of its requests and connections for each.
@@ -103,6 +103,8 @@ class InstancePool:
         self._expiry = limits.keepalive_expiry
         self._idle: list[Connection] = []
         self._opening = 0
+        self._forgotten: list[Connection] = []
+        """Those that count no more, and have yet to be closed, which takes a wait."""
         self._waiting: deque[_Waiter] = deque()
 
     @property
@@ -153,6 +155,8 @@ class InstancePool:
             return
         if connection.http.is_idle() and not self.retired and (self._waiting or len(self._idle) < self._most_idle):
             self._lay_aside(connection)
+            if self._forgotten:
+                await self._close(())
         else:
             await self._close([connection])
 
@@ -170,7 +174,7 @@ class InstancePool:
 
     async def _close(self, connections: Iterable[Connection]) -> None:
         """Close these, which count no more from here on, whatever becomes of the closing."""
-        left = []
+        left, self._forgotten = self._forgotten, []
         for connection in connections:
             if connection in self.connections:
                 self.connections.remove(connection)
@@ -184,6 +188,8 @@ class InstancePool:
                 await connection.http.aclose()
 
     def _lay_aside(self, connection: Connection) -> None:
+        if connection not in self.connections:
+            return  # the pool was closed meanwhile
         connection.idle_since = anyio.current_time()
         self._idle.append(connection)
         self._serve_waiting()
@@ -218,10 +224,11 @@ class InstancePool:
         return len(self.connections) + self._opening < self._most
 
     def _forget(self, connection: Connection) -> None:
-        """Close an idle one, without a wait."""
+        """Close an idle one; what takes a wait is done when the next one is put back or closed."""
         self._idle.remove(connection)
         self.connections.discard(connection)
-        connection.wire.close_now(cut=True)
+        if not connection.wire.close_now():
+            self._forgotten.append(connection)
 
     async def _take(self, request: httpcore.Request, record: Record, circuit: Circuit | None) -> Connection:
         times = request.extensions["timeout"]

@@ -306,10 +306,9 @@ class MeshRequest(Account):
                 self._read_left -= anyio.current_time() - record.asked
         # From here on it is about the body, of which each read has the whole time again.
         times["read"] = self._given.get("read")
-        self._service.statistics.unix_connects += record.by_socket
         if record.fresh:
             # When it was connected is not known: the response is there by now.
-            self.reached(None)
+            self.reached(None, by_socket=record.by_socket)
         return answer
 
     def _message(self, pick: Pick) -> tuple[httpcore.Request, dict[str, float | None]]:

@@ -91,8 +91,8 @@ class Wire:
         """Close it, with what took its place."""
         raise NotImplementedError
 
-    def close_now(self, *, cut: bool = False) -> bool:
-        """Close it without a wait, if that can be done; `cut`: in any case, though it may not look whole."""
+    def close_now(self) -> bool:
+        """Close it without a wait; False if that cannot be done."""
         raise NotImplementedError
 
     async def start_tls(
@@ -191,13 +191,13 @@ class PlainWire(Wire):
             await self._successor.aclose()
         await anyio.lowlevel.checkpoint()
 
-    def close_now(self, *, cut: bool = False) -> bool:
+    def close_now(self) -> bool:
         """See `Wire.close_now`."""
         if not self._closed:
             self._closed = True
             anyio.notify_closing(self._sock)
             self._sock.close()
-        return self._successor is None or self._successor.close_now(cut=cut)
+        return self._successor is None or self._successor.close_now()
 
     async def start_tls(
         self,
@@ -279,17 +279,9 @@ class SecuredWire(Wire):
             await self._successor.aclose()
         await self._stream.aclose()
 
-    def close_now(self, *, cut: bool = False) -> bool:
-        """See `Wire.close_now`: whoever reads or writes finds its socket shut."""
-        if not cut:
-            return False
-        self._closed = True
-        sock = self._stream.extra(SocketAttribute.raw_socket, None)
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        return True
+    def close_now(self) -> bool:
+        """See `Wire.close_now`."""
+        return False
 
     async def start_tls(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import trio
 
 from meshlocal.client.fitness import OWN_FAULTS
+from meshlocal.client.security import reach
 from meshlocal.client.services import ServiceState, ServiceTable
 from meshlocal.net.log import get_log
 from meshlocal.policy.backoff import UniformSource
@@ -127,18 +128,16 @@ class HealthChecks:
 
     async def _check(self, followed: _Followed, instance: Instance) -> str | None:
         """One check; returns how it failed."""
-        address, port = instance.key[:2]
-        security, sockets = followed.state.security, followed.state.sockets
-        path: str | None = None
-        if security is not None and not security.skips(instance, followed.state.selector.tier(instance)):
-            # What can be connected there says something of what requests will find.
-            port = security.port(instance)
-        elif sockets is not None and followed.config.port is None:
-            path = sockets.of(instance)
+        # What can be connected where requests go says something of what they will find.
+        state = followed.state
+        tier = state.selector.tier(instance)
+        port, path, _ = reach(instance, tier, state.security, state.sockets)
+        if followed.config.port is not None:
+            port, path = followed.config.port, None
         async with self._turns:
             with trio.move_on_after(followed.config.timeout):
                 try:
-                    await followed.check(address, followed.config.port or port, path)
+                    await followed.check(instance.key.address, port, path)
                 except CheckFailed as failed:
                     return str(failed)
                 except Exception:  # noqa: BLE001 - whatever an instance sends must not end the checks of the others

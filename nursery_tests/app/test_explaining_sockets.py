@@ -18,6 +18,9 @@ class Skipping:
     def skips(self, instance: Instance, tier: int | None) -> bool:
         return instance.key.port == 9
 
+    def port(self, instance: Instance) -> int:
+        return 8443
+
 
 def told(sockets: UnixSockets | None, security: Any = None) -> list[str]:
     labels = (

@@ -411,3 +411,22 @@ def test_what_was_closed_is_read_no_more(on_loop: Run) -> None:
             await its.pool.close_idle()
 
     on_loop(main)
+
+
+def test_what_takes_a_wait_to_close_is_closed_with_the_next(on_loop: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TLS does: one that gives way counts no more at once."""
+
+    async def main() -> None:
+        async with opened(max_connections=1) as its:
+            await (await its.send()).done()
+            (connection,) = its.pool.connections
+            connection.key = (connection.key[0], "other.example")
+            with monkeypatch.context() as patch:
+                patch.setattr(connection.wire, "close_now", lambda: False)
+                again = await its.send()
+            assert its.pool.connections == {again.connection}
+            assert not connection.http.is_closed()
+            await again.done()
+            assert connection.http.is_closed()
+
+    on_loop(main)

@@ -258,7 +258,7 @@ async def _dial(request: HttpRequest, service: HttpService, pick: Pick) -> H1Ups
     if dialled.upstream is None:
         return None if request.client.left else _Failed(Failure.CONNECT, dialled.error, sent=False)
     service.statistics.connections_made += 1
-    request.reached(trio.current_time())
+    request.reached(trio.current_time(), by_socket=dialled.by_socket)
     return H1Upstream(request, service, Upstream(dialled.upstream, pick.instance.key[:2], security, path))
 
 
@@ -289,7 +289,7 @@ async def _connect_shared(
             if dialled.upstream is None:
                 return None if _has_left(request) else _Failed(Failure.CONNECT, error, sent=False)
             service.statistics.connections_made += 1
-            request.reached(trio.current_time())
+            request.reached(trio.current_time(), by_socket=dialled.by_socket)
             return _on_link(request, service, links.adopt(dialled.upstream, place, service.config, security, path))
         finally:
             # One that was given up says nothing: another one tries.
