@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench import report
-from bench.latency import in_turns
+from bench.latency import in_turns, sizes
 from bench.machine import describe
 from bench.peers import ENVOY, HAPROXY, NGINX, Instance, Job, present, started
 from bench.processes import StartError, instances_file, meshlocal, module, port_in
@@ -26,9 +26,7 @@ SERVICE = "b"
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.bypass", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds [21]")
-    parser.add_argument("--exchanges", type=int, default=500, help="exchanges on one connection, a round and route")
-    parser.add_argument("--connects", type=int, default=150, help="connections opened, used once and closed, likewise")
+    sizes(parser)
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder of the JSON file")
     return parser.parse_args()
 

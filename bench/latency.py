@@ -101,6 +101,13 @@ def connects(place: Place, count: int) -> list[float]:
     return times
 
 
+def sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that `in_turns` goes by."""
+    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds [21]")
+    parser.add_argument("--exchanges", type=int, default=500, help="exchanges on one connection, a round and route")
+    parser.add_argument("--connects", type=int, default=150, help="connections opened, used once and closed, likewise")
+
+
 def in_turns(places: Mapping[str, Place], asked: argparse.Namespace) -> dict[str, Any]:
     """Both kinds, of every place once a round, each round in another order; prints a table of each.
 

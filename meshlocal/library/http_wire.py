@@ -73,18 +73,42 @@ class Wire:
         self._closed = False
         self.record: Record | None = None
 
-    def _sending(self) -> Record | None:
-        record = self.record
-        if record is not None and not self._closed:
-            record.sent = True
-        return record
-
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
         """What comes next; empty at the stream's end."""
-        raise NotImplementedError
+        try:
+            received = await self._read(max_bytes, timeout)
+        except TimeoutError as error:
+            raise self._core.ReadTimeout("no byte in time") from error
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise self._core.ReadError(_why(error)) from error
+        if self.record is not None:
+            self.record.received += len(received)
+        return received
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - httpcore's
         """Send it all."""
+        if not buffer:
+            return
+        record = self.record
+        try:
+            await self._may_write()
+            if record is not None and not self._closed:
+                record.sent = True
+            await self._write(buffer, timeout)
+        except TimeoutError as error:
+            raise self._core.WriteTimeout("the instance did not read in time") from error
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise self._core.WriteError(_why(error)) from error
+        if record is not None:
+            record.asked = anyio.current_time()
+
+    async def _may_write(self) -> None:
+        """Be cancelled, if that is to be, before anything is sent."""
+
+    async def _read(self, size: int, limit: float | None) -> bytes:
+        raise NotImplementedError
+
+    async def _write(self, buffer: bytes, limit: float | None) -> None:
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -120,48 +144,31 @@ class PlainWire(Wire):
         self._written = 0
         self._successor: Wire | None = None
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
-        """See `Wire.read`."""
-        try:
-            # What was asked just now is not answered yet; and who reads on has its turns in between.
-            if self._asked:
-                self._asked = False
-                await self._wait(anyio.wait_readable, timeout)
-            else:
-                await anyio.lowlevel.checkpoint()
-            while (received := self._receive(max_bytes)) is None:
-                await self._wait(anyio.wait_readable, timeout)
-        except TimeoutError as error:
-            raise self._core.ReadTimeout("no byte in time") from error
-        except (OSError, anyio.ClosedResourceError) as error:
-            raise self._core.ReadError(_why(error)) from error
-        if self.record is not None:
-            self.record.received += len(received)
+    async def _read(self, size: int, limit: float | None) -> bytes:
+        # What was asked just now is not answered yet; and who reads on has its turns in between.
+        if self._asked:
+            self._asked = False
+            await self._wait(anyio.wait_readable, limit)
+        else:
+            await anyio.lowlevel.checkpoint()
+        while (received := self._receive(size)) is None:
+            await self._wait(anyio.wait_readable, limit)
         return received
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - httpcore's
-        """See `Wire.write`."""
-        if not buffer:
-            return
+    async def _may_write(self) -> None:
         if not self._written % WRITES:
             await anyio.lowlevel.checkpoint_if_cancelled()
-        record = self._sending()
-        try:
-            sent = self._send(buffer)
-            while sent < len(buffer):
-                await self._wait(anyio.wait_writable, timeout)
-                sent += self._send(memoryview(buffer)[sent:])
-            self._written += 1
-            if not self._written % WRITES:
-                # Cancelled only at the next: what the application writes may end by itself until then.
-                await anyio.lowlevel.cancel_shielded_checkpoint()
-        except TimeoutError as error:
-            raise self._core.WriteTimeout("the instance did not read in time") from error
-        except (OSError, anyio.ClosedResourceError) as error:
-            raise self._core.WriteError(_why(error)) from error
+
+    async def _write(self, buffer: bytes, limit: float | None) -> None:
+        sent = self._send(buffer)
+        while sent < len(buffer):
+            await self._wait(anyio.wait_writable, limit)
+            sent += self._send(memoryview(buffer)[sent:])
+        self._written += 1
+        if not self._written % WRITES:
+            # Cancelled only at the next: what the application writes may end by itself until then.
+            await anyio.lowlevel.cancel_shielded_checkpoint()
         self._asked = True
-        if record is not None:
-            record.asked = anyio.current_time()
 
     def _send(self, data: bytes | memoryview) -> int:
         try:
@@ -242,35 +249,16 @@ class SecuredWire(Wire):
         self._stream = stream
         self._successor: Wire | None = None
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
-        """See `Wire.read`."""
+    async def _read(self, size: int, limit: float | None) -> bytes:
         try:
-            with anyio.fail_after(timeout):
-                received = await self._stream.receive(max_bytes)
+            with anyio.fail_after(limit):
+                return await self._stream.receive(size)
         except anyio.EndOfStream:
             return b""
-        except TimeoutError as error:
-            raise self._core.ReadTimeout("no byte in time") from error
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise self._core.ReadError(_why(error)) from error
-        if self.record is not None:
-            self.record.received += len(received)
-        return received
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - httpcore's
-        """See `Wire.write`."""
-        if not buffer:
-            return
-        record = self._sending()
-        try:
-            with anyio.fail_after(timeout):
-                await self._stream.send(buffer)
-        except TimeoutError as error:
-            raise self._core.WriteTimeout("the instance did not read in time") from error
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise self._core.WriteError(_why(error)) from error
-        if record is not None:
-            record.asked = anyio.current_time()
+    async def _write(self, buffer: bytes, limit: float | None) -> None:
+        with anyio.fail_after(limit):
+            await self._stream.send(buffer)
 
     async def aclose(self) -> None:
         """See `Wire.aclose`."""
