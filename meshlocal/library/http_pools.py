@@ -59,12 +59,12 @@ class InstancePools:
     def pool(self, key: EndpointKey, path: str | None) -> InstancePool:
         """The instance's pool.
 
-        Raises:
-            RuntimeError: the transport was closed.
-
         Args:
             key: the instance's.
             path: of its Unix socket; None: it has none. Connections that were made when it had another are not used.
+
+        Raises:
+            RuntimeError: the transport was closed.
         """
         if self.closed:
             raise RuntimeError("the transport was closed, as its client was")

@@ -95,9 +95,9 @@ class HttpService:
         if sockets is None and not before:
             return
         now: dict[HostPort, str] = {}
-        for instance in snapshot.instances.values() if sockets is not None else ():
-            if sockets is not None and (path := sockets.of(instance)) is not None:
-                now[instance.key[:2]] = path
+        if sockets is not None:
+            paths = ((instance.key[:2], sockets.of(instance)) for instance in snapshot.instances.values())
+            now = {place: path for place, path in paths if path is not None}
         self.pool.paths = self.links.paths = now
         changed = [place for place in before.keys() | now.keys() if before.get(place) != now.get(place)]
         self.pool.drop_places(changed)
